@@ -1,0 +1,17 @@
+"""Markers: `gpu` tests skip themselves without CUDA, `net` tests run only when asked for with --net."""
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser):
+    parser.addoption("--net", action="store_true", help="also run the tests that need the internet")
+
+
+def pytest_collection_modifyitems(config, items):
+    cuda, net = torch.cuda.is_available(), config.getoption("--net")
+    for item in items:
+        if item.get_closest_marker("gpu") and not cuda:
+            item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+        if item.get_closest_marker("net") and not net:
+            item.add_marker(pytest.mark.skip(reason="needs the internet (--net)"))
