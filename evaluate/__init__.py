@@ -1,0 +1,1 @@
+"""How good, and how fast, cached samples are. Run from the root of the repository; not installed."""

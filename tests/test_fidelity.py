@@ -1,0 +1,238 @@
+"""PSNR and SSIM against closed forms, and against a second computation with scipy."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import gaussian_filter
+
+from evaluate.fidelity import fidelity, psnr, ssim
+
+
+def flat(*levels, size=16):
+    return torch.stack([torch.full((size, size, 3), level, dtype=torch.uint8) for level in levels])
+
+
+def noise(n=3, h=24, w=20, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (n, h, w, 3), dtype=torch.uint8, generator=generator)
+
+
+def blurred_pair(n=2, h=32, w=27):
+    """Images with structure, and a slightly disturbed copy: SSIM well inside (0, 1)."""
+    rng = np.random.default_rng(1)
+    a = gaussian_filter(rng.normal(size=(n, h, w, 3)), (0, 3, 2, 0)) * 400 + 128
+    b = a + rng.normal(size=a.shape) * 10
+    return [torch.from_numpy(np.clip(x, 0, 255).astype(np.uint8)) for x in (a, b)]
+
+
+# ---- PSNR
+
+
+@pytest.mark.parametrize("d", [1, 5, 100, 255])
+def test_psnr_of_a_constant_offset(d):
+    value = psnr(flat(0), flat(d))
+    assert value.dtype == torch.float64
+    assert value.item() == pytest.approx(20 * math.log10(255 / d), abs=1e-12)
+
+
+def test_psnr_does_not_wrap_around():
+    # +20 and -20 are equally wrong; subtracted in uint8, one would be 20 and the other 236.
+    up, down = psnr(flat(100), flat(120)), psnr(flat(120), flat(100))
+    assert up.item() == down.item() == pytest.approx(20 * math.log10(255 / 20), abs=1e-12)
+    checker = flat(100)
+    checker[:, ::2], checker[:, 1::2] = 80, 120
+    assert psnr(flat(100), checker).item() == pytest.approx(up.item(), abs=1e-12)
+
+
+def test_psnr_is_the_mean_over_images_not_of_their_errors():
+    result = fidelity(flat(0, 0), flat(1, 100))
+    assert result["psnr"]["mean"] == pytest.approx(20 * math.log10(255) - 20 * math.log10(100) / 2, abs=1e-12)
+
+
+# ---- SSIM
+
+
+def test_ssim_of_an_image_with_itself_is_one():
+    x = noise()
+    assert ssim(x, x).tolist() == pytest.approx([1, 1, 1], abs=1e-12)
+
+
+def test_ssim_of_two_constants():
+    # No variance: only the luminance term is left, (2ab + C1) / (a^2 + b^2 + C1) with C1 = 2.55^2.
+    expected = (2 * 100 * 150 + 6.5025) / (100**2 + 150**2 + 6.5025)
+    assert ssim(flat(100), flat(150)).item() == pytest.approx(expected, abs=1e-9)
+    assert ssim(flat(0), flat(255)).item() == pytest.approx(6.5025 / (255**2 + 6.5025), abs=1e-9)
+
+
+def test_ssim_of_one_window():
+    # 11 x 11 pixels hold a single window: a plain weighted mean, written out here without a filter.
+    a, b = (x[:, :11, :11] for x in blurred_pair(1))
+    g = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
+    weight = np.outer(g, g) / g.sum() ** 2
+    scores = []
+    for channel in range(3):
+        x, y = (z[0, :, :, channel].double().numpy() for z in (a, b))
+        mx, my = (weight * x).sum(), (weight * y).sum()
+        vx, vy = (weight * (x - mx) ** 2).sum(), (weight * (y - my) ** 2).sum()
+        cov = (weight * (x - mx) * (y - my)).sum()
+        scores.append((2 * mx * my + 6.5025) * (2 * cov + 58.5225))
+        scores[-1] /= (mx**2 + my**2 + 6.5025) * (vx + vy + 58.5225)
+    assert ssim(a, b).item() == pytest.approx(np.mean(scores), abs=1e-10)
+
+
+def scipy_ssim(x, y):  # two (H, W, 3) arrays
+    def smooth(z):  # sigma 1.5 cut at 3.5 sigma = a radius of 5; what the border rule touched is cropped
+        return gaussian_filter(z, 1.5, truncate=3.5)[5:-5, 5:-5]
+
+    scores = []
+    for channel in range(3):
+        a, b = x[:, :, channel].astype(np.float64), y[:, :, channel].astype(np.float64)
+        ma, mb = smooth(a), smooth(b)
+        va, vb, cov = smooth(a**2) - ma**2, smooth(b**2) - mb**2, smooth(a * b) - ma * mb
+        top = (2 * ma * mb + (0.01 * 255) ** 2) * (2 * cov + (0.03 * 255) ** 2)
+        bottom = (ma**2 + mb**2 + (0.01 * 255) ** 2) * (va + vb + (0.03 * 255) ** 2)
+        scores.append((top / bottom).mean())
+    return np.mean(scores)
+
+
+@pytest.mark.parametrize("pair", [blurred_pair(), (noise(seed=1), noise(seed=2))], ids=["alike", "unlike"])
+def test_ssim_against_scipy(pair):
+    a, b = pair
+    expected = [scipy_ssim(x.numpy(), y.numpy()) for x, y in zip(a, b, strict=True)]
+    assert ssim(a, b).tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_ssim_against_scikit_image():
+    metrics = pytest.importorskip("skimage.metrics")
+    a, b = blurred_pair()
+    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    options |= {"data_range": 255, "channel_axis": -1}
+    expected = [
+        metrics.structural_similarity(x.numpy(), y.numpy(), **options) for x, y in zip(a, b, strict=True)
+    ]
+    assert ssim(a, b).tolist() == pytest.approx(expected, abs=1e-4)
+
+
+# ---- both
+
+
+@pytest.mark.parametrize("measure", [psnr, ssim])
+def test_symmetric(measure):
+    a, b = blurred_pair()
+    assert measure(a, b).tolist() == pytest.approx(measure(b, a).tolist(), abs=1e-12)
+
+
+@pytest.mark.parametrize("measure", [psnr, ssim])
+def test_each_image_is_scored_alone_and_in_order(measure):
+    a, b = noise(4, seed=1), noise(4, seed=2)
+    b[1] = a[1] // 2
+    together = measure(a, b)
+    assert together.shape == (4,)
+    assert [measure(a[i : i + 1], b[i : i + 1]).item() for i in range(4)] == together.tolist()
+    assert measure(a.flip(0), b.flip(0)).tolist() == together.flip(0).tolist()
+    assert measure(a, b.flip(0)).tolist() != together.tolist()
+
+
+@pytest.mark.parametrize("measure", [psnr, ssim])
+def test_inputs_are_left_alone(measure):
+    a, b = blurred_pair()
+    before = a.clone(), b.clone()
+    measure(a, b)
+    assert torch.equal(a, before[0])
+    assert torch.equal(b, before[1])
+
+
+# ---- the summary
+
+
+def test_summary():
+    levels = [1, 2, 4, 8]
+    result = fidelity(flat(0, 0, 0, 0), flat(*levels))
+    each = [20 * math.log10(255 / d) for d in levels]
+    assert result["images"] == 4
+    assert result["psnr"]["per_image"] == pytest.approx(each, abs=1e-12)
+    assert result["psnr"]["mean"] == pytest.approx(np.mean(each), abs=1e-12)
+    assert result["psnr"]["p5"] == pytest.approx(np.percentile(each, 5), abs=1e-12)
+    assert result["psnr"]["min"] == pytest.approx(each[-1], abs=1e-12)
+    assert result["psnr"]["identical"] == 0
+    scores = result["ssim"]["per_image"]
+    assert scores == ssim(flat(0, 0, 0, 0), flat(*levels)).tolist()
+    assert result["ssim"]["mean"] == pytest.approx(np.mean(scores), abs=1e-12)
+    assert result["ssim"]["p5"] == pytest.approx(np.percentile(scores, 5), abs=1e-12)
+    assert result["ssim"]["min"] == min(scores)
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+
+
+def test_identical_images_are_counted_and_left_out_of_the_psnr():
+    result = fidelity(flat(0, 50, 0), flat(1, 50, 3))
+    assert result["psnr"]["identical"] == 1
+    assert result["psnr"]["per_image"][1] == "inf"
+    each = [20 * math.log10(255 / d) for d in (1, 3)]
+    assert result["psnr"]["mean"] == pytest.approx(np.mean(each), abs=1e-12)
+    assert result["psnr"]["p5"] == pytest.approx(np.percentile(each, 5), abs=1e-12)
+    assert result["psnr"]["min"] == pytest.approx(each[1], abs=1e-12)
+    assert result["ssim"]["per_image"][1] == pytest.approx(1, abs=1e-12)
+    json.dumps(result, allow_nan=False)
+
+
+def test_all_images_identical():
+    x = noise()
+    result = fidelity(x, x.clone())
+    assert [result["psnr"][key] for key in ("mean", "p5", "min")] == ["inf"] * 3
+    assert result["psnr"]["per_image"] == ["inf"] * 3
+    assert result["psnr"]["identical"] == 3
+    assert float(result["psnr"]["mean"]) == math.inf
+    assert result["ssim"]["mean"] == pytest.approx(1, abs=1e-12)
+    json.dumps(result, allow_nan=False)
+
+
+# ---- what is refused
+
+X = noise(2, 16, 16)
+
+
+@pytest.mark.parametrize("measure", [psnr, ssim, fidelity])
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        (X.numpy(), TypeError, "torch tensor"),
+        (X.float() / 255, TypeError, "uint8"),
+        (X.to(torch.int16), TypeError, "uint8"),
+        (X[0], ValueError, r"\(N, H, W, 3\)"),
+        (X.permute(0, 3, 1, 2), ValueError, r"\(N, H, W, 3\)"),
+        (X[..., :1], ValueError, r"\(N, H, W, 3\)"),
+        (X[:1], ValueError, r"\(2, 16, 16, 3\).*\(1, 16, 16, 3\)"),  # would broadcast
+        (X[:, :1], ValueError, r"\(2, 16, 16, 3\).*\(2, 1, 16, 3\)"),
+    ],
+)
+def test_bad_images(measure, images, error, message):
+    with pytest.raises(error, match=message):
+        measure(X, images)
+    with pytest.raises(error):
+        measure(images, X)
+
+
+@pytest.mark.parametrize("measure", [psnr, ssim, fidelity])
+def test_nothing_to_compare(measure):
+    with pytest.raises(ValueError, match="nothing to compare"):
+        measure(X[:0], X[:0])
+
+
+@pytest.mark.parametrize("measure", [ssim, fidelity])
+def test_too_small_for_the_window(measure):
+    with pytest.raises(ValueError, match="11 x 11"):
+        measure(X[:, :10], X[:, :10])
+    assert psnr(X[:, :10], X[:, :10]).isinf().all()
+
+
+@pytest.mark.gpu
+def test_same_numbers_on_the_gpu():
+    a, b = blurred_pair()
+    here, there = fidelity(a, b), fidelity(a.cuda(), b.cuda())
+    for name in ("psnr", "ssim"):
+        assert there[name]["per_image"] == pytest.approx(here[name]["per_image"], abs=1e-9)
+    with pytest.raises(ValueError, match="cuda"):
+        fidelity(a, b.cuda())
