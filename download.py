@@ -433,6 +433,7 @@ def save_checkpoint(
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         save_file({name: tensor.contiguous() for name, tensor in state_dict.items()}, partial, metadata=texts)
+        partial.chmod(0o644)  # safetensors writes private files
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
