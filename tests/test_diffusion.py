@@ -1,0 +1,550 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samplers against closed forms, exact arithmetic, and diffusers where both must agree."""
+
+import math
+import subprocess
+import sys
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from diffusion import (
+    DDIM,
+    DDPM,
+    SCHEDULERS,
+    SchedulerSampler,
+    linear_betas,
+    make_sampler,
+    names,
+    parse_spec,
+    respace,
+    respaced_schedule,
+)
+
+# Of NumPy, about array protocols, in the diffusers modules.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
+
+ABAR = np.cumprod(1.0 - linear_betas())
+SHAPE = (3, 4, 2, 2)
+
+
+def gauss(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def column(*values: float) -> torch.Tensor:
+    """(1, 1, 1, len) float64: a state whose numbers are worked out by hand."""
+    return torch.tensor(values, dtype=torch.float64).view(1, 1, 1, -1)
+
+
+# ---------------------------------------------------------------------------------------------- schedule
+
+
+def test_linear_schedule():
+    betas = linear_betas()
+    assert betas.shape == (1000,)
+    assert betas.dtype == np.float64
+    assert betas[0] == 1e-4
+    assert betas[-1] == 0.02
+    assert np.allclose(np.diff(betas), (0.02 - 1e-4) / 999, rtol=1e-9)
+    product = math.prod(1.0 - (1e-4 + k * (0.02 - 1e-4) / 999) for k in range(1000))
+    assert ABAR[-1] == pytest.approx(product, rel=1e-12)
+    assert product == pytest.approx(4.0358e-5, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("steps", "head", "tail"),
+    [
+        (1, [0], [0]),
+        (2, [0, 999], [0, 999]),
+        (3, [0, 500, 999], [0, 500, 999]),  # 499.5 goes to the even neighbour
+        (7, [0, 166, 333, 500], [666, 832, 999]),  # so do 166.5, 499.5 and 832.5
+        (50, [0, 20, 41, 61, 82], [958, 979, 999]),
+        (100, [0, 10, 20, 30, 40, 50, 61], [979, 989, 999]),
+        (250, [0, 4, 8, 12, 16, 20, 24, 28, 32], [991, 995, 999]),
+        (1000, [0, 1, 2], [997, 998, 999]),
+    ],
+)
+def test_respace_values(steps, head, tail):
+    kept = respace(steps).tolist()
+    assert kept[: len(head)] == head
+    assert kept[-len(tail) :] == tail
+    assert len(kept) == len(set(kept)) == steps
+    assert kept == sorted(kept)
+
+
+@pytest.mark.parametrize("steps", [2, 10, 20, 50, 100, 250, 500, 1000])
+def test_respace_is_the_exact_rounding_where_no_position_is_a_half(steps):
+    exact = [Fraction(999 * k, steps - 1) for k in range(steps)]
+    assert not any(position.denominator == 2 for position in exact)
+    assert respace(steps).tolist() == [round(position) for position in exact]
+
+
+def test_respace_of_a_shorter_chain():
+    assert respace(3, num_train=5).tolist() == [0, 2, 4]
+    with pytest.raises(ValueError, match=r"num_steps=6 .* 1\.\.5"):
+        respace(6, num_train=5)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1001, 2.5, 50.0, "50", True, None])
+@pytest.mark.parametrize("build", [respace, DDIM, DDPM, lambda n: make_sampler("euler", n)])
+def test_steps_outside_the_range(build, steps):
+    with pytest.raises(ValueError, match=r"num_steps=.* 1\.\.1000"):
+        build(steps)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 50, 250, 1000])
+def test_respaced_chain_has_the_kept_noise_levels(steps):
+    kept = respace(steps)
+    beta, abar, before = respaced_schedule(kept)
+    assert np.allclose(abar, ABAR[kept], rtol=1e-12, atol=0)
+    assert before[0] == 1.0
+    assert np.array_equal(before[1:], abar[:-1])
+    assert np.allclose(np.cumprod(1.0 - beta), abar, rtol=1e-12)
+    if steps == 1000:
+        assert np.allclose(beta, linear_betas(), rtol=1e-9)
+
+
+# -------------------------------------------------------------------------------------------------- DDIM
+
+
+def test_ddim_step_by_hand():
+    # Two steps: 999 then 0. abar_0 = 1 - 1e-4.
+    sampler = DDIM(2, eta=0.5)
+    assert sampler.timesteps.tolist() == [999, 0]
+    assert sampler.timesteps.dtype == torch.int64
+    x, eps, z = 0.7, -0.4, 1.3
+    a, b = float(ABAR[999]), 1.0 - 1e-4
+    x0 = (x - math.sqrt(1 - a) * eps) / math.sqrt(a)
+    sigma = 0.5 * math.sqrt((1 - b) / (1 - a) * (1 - a / b))
+    expected = math.sqrt(b) * x0 + math.sqrt(1 - b - sigma**2) * eps + sigma * z
+    assert sampler.x0(0, column(x), column(eps)).item() == pytest.approx(x0, rel=1e-12)
+    assert sampler.step(0, column(x), column(eps), column(z)).item() == pytest.approx(expected, rel=1e-12)
+    last = (x - math.sqrt(1e-4) * eps) / math.sqrt(b)
+    assert sampler.step(1, column(x), column(eps)).item() == pytest.approx(last, rel=1e-12)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 50])
+def test_ddim_recovers_a_known_x0(steps):
+    sampler, x0, eps = DDIM(steps), gauss(*SHAPE, seed=1), gauss(*SHAPE, seed=2)
+    level = float(ABAR[int(sampler.timesteps[0])])
+    x = math.sqrt(level) * x0 + math.sqrt(1 - level) * eps
+    for i in range(steps):
+        assert torch.allclose(sampler.x0(i, x, eps), x0, atol=1e-9)
+        x = sampler.step(i, x, eps)
+    assert torch.allclose(x, x0, atol=1e-9)
+
+
+def test_ddim_with_eta_one_has_the_posterior_of_ddpm():
+    x, z = gauss(*SHAPE), gauss(*SHAPE, seed=2)
+    eps = gauss(*SHAPE, seed=1)
+    lowest = torch.cat([eps, -torch.ones_like(eps)], dim=1)
+    for i in range(9):
+        ddim = DDIM(10, eta=1.0).step(i, x, eps, z)
+        assert torch.allclose(ddim, DDPM(10).step(i, x, lowest, z), rtol=1e-9, atol=1e-9)
+
+
+def test_ddim_ignores_the_learned_variance():
+    x, out = gauss(*SHAPE), gauss(3, 8, 2, 2, seed=1)
+    assert torch.equal(DDIM(5).step(2, x, out), DDIM(5).step(2, x, out[:, :4]))
+    assert torch.equal(DDIM(5).x0(2, x, out), DDIM(5).x0(2, x, out[:, :4]))
+
+
+def test_clip():
+    x, eps = column(3.0, 0.1), column(-1.0, 0.2)
+    a, b = float(ABAR[500]), float(ABAR[0])
+    plain, clipped = DDIM(3), DDIM(3, clip=True)
+    assert plain.x0(1, x, eps)[..., 0].item() > 1.0
+    assert clipped.x0(1, x, eps)[..., 0].item() == 1.0
+    assert torch.equal(plain.x0(1, x, eps)[..., 1], clipped.x0(1, x, eps)[..., 1])
+    direction = (3.0 - math.sqrt(a)) / math.sqrt(1 - a)  # the noise that goes with x_0 = 1
+    expected = math.sqrt(b) + math.sqrt(1 - b) * direction
+    assert clipped.step(1, x, eps)[..., 0].item() == pytest.approx(expected, rel=1e-9)
+
+
+# -------------------------------------------------------------------------------------------------- DDPM
+
+
+def conditioned(kept, k, x, x0):
+    """Mean and variance of x_s given x_t = x and x_0, by the rules for products of Gaussians.
+
+    Prior x_s ~ N(sqrt(abar_s) x_0, 1 - abar_s), likelihood x_t ~ N(r x_s, 1 - r^2), r^2 = abar_t / abar_s.
+    """
+    a, b = ABAR[kept[k]], ABAR[kept[k - 1]]
+    r = math.sqrt(a / b)
+    precision = 1 / (1 - b) + r**2 / (1 - r**2)
+    mean = (math.sqrt(b) * x0 / (1 - b) + r * x / (1 - r**2)) / precision
+    return mean, 1 / precision, 1 - r**2
+
+
+@pytest.mark.parametrize("steps", [2, 10, 250, 1000])
+def test_ddpm_is_gaussian_conditioning(steps):
+    sampler, kept = DDPM(steps), respace(steps)
+    x, eps, z = 0.7, -0.4, 1.3
+    for k in {1, steps // 2, steps - 1}:
+        i = steps - 1 - k
+        a = float(ABAR[kept[k]])
+        x0 = (x - math.sqrt(1 - a) * eps) / math.sqrt(a)
+        mean, posterior, beta = conditioned(kept, k, x, x0)
+        zero = column(0.0)
+        assert sampler.step(i, column(x), column(eps), zero).item() == pytest.approx(mean, rel=1e-8)
+        fixed = sampler.step(i, column(x), column(eps), column(z)).item()
+        assert fixed - mean == pytest.approx(math.sqrt(beta) * z, rel=1e-6)
+        for v, variance in ((-1.0, posterior), (1.0, beta), (0.0, math.sqrt(posterior * beta))):
+            out = torch.cat([column(eps), column(v)], dim=1)
+            noisy = sampler.step(i, column(x), out, column(z)).item()
+            assert noisy - mean == pytest.approx(math.sqrt(variance) * z, rel=1e-6)
+
+
+@pytest.mark.parametrize("sampler", [DDPM(1), DDPM(7), DDIM(7, eta=1.0), DDIM(1, eta=1.0)])
+@pytest.mark.parametrize("channels", [4, 8])
+def test_last_step_adds_no_noise(sampler, channels):
+    x, out = gauss(*SHAPE), gauss(3, channels, 2, 2, seed=1)
+    last = sampler.num_steps - 1
+    quiet = sampler.step(last, x, out)
+    assert torch.equal(quiet, sampler.step(last, x, out, gauss(*SHAPE, seed=2)))
+    assert torch.allclose(quiet, sampler.x0(last, x, out), rtol=1e-12)  # the posterior of data is the data
+
+
+# --------------------------------------------------------------------------------------------- interface
+
+
+@pytest.mark.parametrize("spec", ["ddim", "ddim:eta=0.7", "ddpm", "ddpm:clip=true"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_step_per_row_is_the_step_of_each_row(spec, dtype):
+    sampler = make_sampler(spec, 10)
+    assert sampler.rewindable
+    x, z = (gauss(4, 4, 2, 2, seed=seed, dtype=dtype) for seed in (0, 2))
+    out = gauss(4, 8, 2, 2, seed=1, dtype=dtype)
+    rows = torch.tensor([0, 9, 4, 4])
+    together = sampler.step(rows, x, out, z)
+    predicted = sampler.x0(rows, x, out)
+    assert together.dtype == predicted.dtype == dtype
+    for n, i in enumerate(rows.tolist()):
+        one = slice(n, n + 1)
+        assert torch.equal(together[one], sampler.step(i, x[one], out[one], z[one]))
+        assert torch.equal(predicted[one], sampler.x0(i, x[one], out[one]))
+    assert torch.equal(sampler.step(torch.tensor(3), x, out, z), sampler.step(3, x, out, z))
+
+
+def test_steps_leave_their_arguments_alone_and_can_be_taken_again():
+    for sampler in (DDIM(5, eta=1.0), DDPM(5)):
+        x, out, z = gauss(*SHAPE), gauss(3, 8, 2, 2, seed=1), gauss(*SHAPE, seed=2)
+        kept = [tensor.clone() for tensor in (x, out, z)]
+        first = sampler.step(2, x, out, z)
+        sampler.step(4, x, out, z)
+        assert torch.equal(first, sampler.step(2, x, out, z))
+        assert torch.equal(first, sampler.fresh().step(2, x, out, z))
+        assert all(torch.equal(a, b) for a, b in zip(kept, (x, out, z), strict=True))
+
+
+def test_low_precision_states_are_computed_in_float32():
+    x, out = gauss(*SHAPE).bfloat16(), gauss(*SHAPE, seed=1).bfloat16()
+    expected = DDIM(50).step(3, x.float(), out.float()).bfloat16()
+    assert torch.equal(DDIM(50).step(3, x, out), expected)
+    assert torch.equal(DDIM(50).step(3, x, out.float()), expected)
+
+
+@pytest.mark.gpu
+def test_cuda_agrees_with_cpu():
+    for spec in ("ddim:eta=0.5", "ddpm", *SCHEDULERS):
+        here, there = make_sampler(spec, 4), make_sampler(spec, 4)
+        x = here.prepare(gauss(*SHAPE, dtype=torch.float32))
+        y = x.cuda()
+        for i in range(4):
+            out, z = (gauss(*SHAPE, seed=seed, dtype=torch.float32) for seed in (1, 2))
+            assert torch.allclose(here.model_input(i, x), there.model_input(i, y).cpu(), atol=1e-4)
+            x, y = here.step(i, x, out, z), there.step(i, y, out.cuda(), z.cuda())
+        assert torch.allclose(x, y.cpu(), atol=1e-3, rtol=1e-4)
+    rows = torch.tensor([0, 3, 1])
+    x = gauss(*SHAPE, dtype=torch.float32)
+    per_row = DDIM(4).step(rows.cuda(), x.cuda(), x.cuda()).cpu()
+    assert torch.allclose(per_row, DDIM(4).step(rows, x, x), atol=1e-5)
+
+
+@pytest.mark.parametrize("spec", ["ddim:eta=0.5", "ddpm", "sde-dpmsolver++"])
+def test_missing_noise(spec):
+    sampler = make_sampler(spec, 4)
+    assert sampler.stochastic
+    x = gauss(*SHAPE)
+    with pytest.raises(ValueError, match=r"pass noise \(3, 4, 2, 2\)"):
+        sampler.step(0, x, x)
+
+
+def test_per_row_steps_need_noise_if_any_row_does():
+    x = gauss(*SHAPE)
+    DDPM(4).step(torch.tensor([3, 3, 3]), x, x)
+    with pytest.raises(ValueError, match="all steps but the last"):
+        DDPM(4).step(torch.tensor([3, 2, 3]), x, x)
+
+
+@pytest.mark.parametrize("spec", ["ddim", "ddpm", "euler"])
+def test_shapes_that_do_not_fit(spec):
+    sampler, x = make_sampler(spec, 4), gauss(*SHAPE)
+    for shape in ((3, 5, 2, 2), (3, 12, 2, 2), (2, 4, 2, 2), (3, 4, 2, 3), (3, 4, 2)):
+        with pytest.raises(ValueError, match="do not fit"):
+            sampler.step(0, x, gauss(*shape), x)
+    with pytest.raises(ValueError, match="do not fit"):
+        sampler.step(0, x[0], x[0], x[0])
+    with pytest.raises(ValueError, match="must have the shape of x"):
+        sampler.step(0, x, x, gauss(1, 4, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("i", "message"),
+    [
+        (4, r"step 4 is outside 0\.\.3"),
+        (-1, r"step -1 is outside 0\.\.3"),
+        (torch.tensor([0, 1, 4]), r"step 4 is outside 0\.\.3"),
+        (torch.tensor([0, -1, 2]), r"step -1 is outside 0\.\.3"),
+        (torch.tensor([0, 1]), r"must be integers \(3,\)"),
+        (torch.tensor([0.0, 1.0, 2.0]), r"must be integers \(3,\)"),
+        (torch.tensor([True, False, True]), r"must be integers \(3,\)"),
+    ],
+)
+def test_step_indices_outside_the_run(i, message):
+    x = gauss(*SHAPE)
+    with pytest.raises(ValueError, match=message):
+        DDIM(4).step(i, x, x)
+
+
+def test_importing_is_light():
+    code = "import sys, diffusion; diffusion.make_sampler('ddim', 50); sys.exit('diffusers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# --------------------------------------------------------------------------------------------- diffusers
+
+
+def network_options(**more):
+    return {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "clip_sample": False, **more}
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.6])
+def test_ddim_agrees_with_diffusers(eta):
+    """Its previous timestep is t - 1000 // S, which is ours on the full chain; elsewhere the noise levels
+    alone count, so that its table is set to the respaced chain and walked in full."""
+    from diffusers import DDIMScheduler
+
+    for steps in (1000, 50):
+        theirs = DDIMScheduler(num_train_timesteps=steps, set_alpha_to_one=True, **network_options())
+        theirs.alphas_cumprod = torch.tensor(ABAR[respace(steps)])
+        theirs.set_timesteps(steps)
+        ours = DDIM(steps, eta=eta)
+        x, eps, z = (gauss(*SHAPE, seed=seed) for seed in range(3))
+        for i in (0, steps // 2, steps - 2, steps - 1):
+            step = theirs.step(eps, steps - 1 - i, x, eta=eta, variance_noise=z)
+            assert torch.allclose(ours.step(i, x, eps, z), step.prev_sample, rtol=1e-6, atol=1e-6)
+            assert torch.allclose(ours.x0(i, x, eps), step.pred_original_sample, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("variance", "channels"), [("fixed_large", 4), ("learned_range", 8)])
+def test_ddpm_agrees_with_diffusers(variance, channels):
+    from diffusers import DDPMScheduler
+
+    ours = DDPM(1000)
+    theirs = DDPMScheduler(**network_options(variance_type=variance))
+    theirs.set_timesteps(1000)
+    x, out = gauss(*SHAPE, dtype=torch.float32), gauss(3, channels, 2, 2, seed=1, dtype=torch.float32)
+    for t in (999, 500, 1, 0):
+        step = theirs.step(out, t, x, generator=torch.Generator().manual_seed(7)).prev_sample
+        z = gauss(*SHAPE, seed=7, dtype=torch.float32)
+        assert torch.allclose(ours.step(999 - t, x, out, z), step, rtol=1e-3, atol=1e-3), t
+
+
+def gaussian_run(sampler, unit, std=0.5, seed=0):
+    """Sample N(0, std^2) with its exact network: E[eps | x_t] = x_t sqrt(1 - a) / (a std^2 + 1 - a).
+
+    Between training timesteps, as for euler, the noise level is interpolated in sqrt((1 - a) / a).
+    """
+    x, rng = sampler.prepare(unit), torch.Generator().manual_seed(seed)
+    ratio = np.sqrt((1 - ABAR) / ABAR)
+    for i in range(sampler.num_steps):
+        a = 1 / (1 + np.interp(float(sampler.timesteps[i]), np.arange(1000), ratio) ** 2)
+        seen = sampler.model_input(i, x)
+        eps = seen * math.sqrt(1 - a) / (a * std**2 + 1 - a)
+        noise = torch.randn(x.shape, generator=rng, dtype=x.dtype) if sampler.stochastic else None
+        x = sampler.step(i, x, torch.cat([eps, torch.zeros_like(eps)], dim=1), noise)
+    return x
+
+
+# How far the standard deviation is off at 20 steps; the first-order samplers have the largest error.
+@pytest.mark.parametrize(
+    ("spec", "tolerance"),
+    [
+        ("ddim", 0.15),
+        ("euler", 0.15),
+        ("dpmsolver++", 0.05),
+        ("dpmsolver++:use_lu_lambdas=true", 0.02),
+        ("dpmsolver++:use_lu_lambdas=true,solver_order=3", 0.01),
+        ("unipc", 0.05),
+        ("unipc:timestep_spacing=trailing", 0.05),
+        ("deis", 0.05),
+        ("lms", 0.01),
+        ("DEISMultistepScheduler:solver_order=3", 0.08),
+        ("DPMSolverSinglestepScheduler", 0.12),
+    ],
+)
+def test_deterministic_samplers_on_a_gaussian(spec, tolerance):
+    """The probability flow of a Gaussian maps unit noise to std times that noise."""
+    unit = gauss(1, 4, 2, 2, dtype=torch.float32)
+    sampler = make_sampler(spec, 20)
+    assert not sampler.stochastic
+    ratio = gaussian_run(sampler, unit) / (0.5 * unit)
+    assert torch.allclose(ratio, ratio[0, 0, 0, 0].expand_as(ratio), rtol=1e-3)
+    assert ratio.mean().item() == pytest.approx(1.0, abs=tolerance)
+
+
+@pytest.mark.parametrize("spec", ["ddpm", "ddim:eta=1", "sde-dpmsolver++"])
+def test_stochastic_samplers_on_a_gaussian(spec):
+    unit = gauss(1, 4, 64, 64, dtype=torch.float32)
+    assert gaussian_run(make_sampler(spec, 100), unit).std().item() == pytest.approx(0.5, rel=0.08)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_interface(name):
+    for steps in (2, 3, 50):
+        sampler = make_sampler(name, steps)
+        assert sampler.name == name
+        assert not sampler.rewindable
+        assert sampler.num_steps == steps
+        assert sampler.timesteps.shape == (steps,)
+        assert sampler.timesteps.diff().max() < 0
+        assert sampler.stochastic == (name == "sde-dpmsolver++")
+        result = gaussian_run(sampler, gauss(2, 4, 2, 2, dtype=torch.bfloat16))
+        assert result.dtype == torch.bfloat16
+        assert result.isfinite().all()
+
+
+def test_scheduler_options():
+    assert make_sampler("dpmsolver++", 20)._scheduler.config.solver_order == 2
+    assert make_sampler("dpmsolver++:solver_order=3", 20)._scheduler.config.solver_order == 3
+    config = SchedulerSampler("DPMSolverMultistepScheduler", 20, algorithm_type="sde-dpmsolver++")
+    assert config.stochastic
+    assert make_sampler("euler", 4).timesteps.tolist() == [999, 666, 333, 0]
+    assert make_sampler("euler", 3).timesteps.tolist() == [999, 499.5, 0]  # between two training timesteps
+    assert make_sampler("euler:timestep_spacing=trailing", 4).timesteps.tolist() == [999, 749, 499, 249]
+
+
+def test_fresh_instances_are_independent():
+    unit = gauss(1, 4, 2, 2, dtype=torch.float32)
+    for name in SCHEDULERS:
+        first = make_sampler(name, 6)
+        expected = gaussian_run(first.fresh(), unit)
+        other = first.fresh()
+        x = first.prepare(unit)
+        other.step(0, other.prepare(unit), other.model_input(0, unit), unit)  # runs that overlap are apart
+        for i in (0, 1):
+            x = first.step(i, x, first.model_input(i, x), unit)
+        assert torch.equal(gaussian_run(first.fresh(), unit), expected)
+        assert torch.equal(gaussian_run(make_sampler(name, 6), unit), expected)
+
+
+def test_a_history_is_taken_in_order():
+    sampler, x = make_sampler("unipc", 3), gauss(*SHAPE, dtype=torch.float32)
+    with pytest.raises(ValueError, match="step 0 is due, not step 1; fresh"):
+        sampler.step(1, x, x)
+    sampler.step(0, x, x)
+    with pytest.raises(ValueError, match="step 1 is due, not step 0; fresh"):
+        sampler.model_input(0, x)
+    with pytest.raises(ValueError, match="one step for all rows"):
+        sampler.step(torch.tensor([1, 1, 1]), x, x)
+    sampler.step(1, x, x)
+    sampler.step(2, x, x)
+    with pytest.raises(ValueError, match="the run is over"):
+        sampler.step(3, x, x)
+
+
+def test_samplers_leave_the_global_generator_alone():
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    for name in names():
+        gaussian_run(make_sampler(name, 4), gauss(1, 4, 2, 2, dtype=torch.float32))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+# ------------------------------------------------------------------------------------------------- specs
+
+
+def test_parse_spec():
+    assert parse_spec("ddim") == ("ddim", {})
+    text = "a-b++: n=3, x=-1.5e-2,yes=true,no=False,nothing=none,word=trailing"
+    options = {"n": 3, "x": -0.015, "yes": True, "no": False, "nothing": None, "word": "trailing"}
+    name, parsed = parse_spec(text)
+    assert (name, parsed) == ("a-b++", options)
+    assert [type(value) for value in parsed.values()] == [type(value) for value in options.values()]
+    assert parse_spec("p:path=a=b:c") == ("p", {"path": "a=b:c"})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "does not begin with a name"),
+        (":eta=1", "does not begin with a name"),
+        ("eta=1", "does not begin with a name"),
+        ("ddim:", "'' in 'ddim:' is not key=value"),
+        ("ddim:eta", "'eta' in 'ddim:eta' is not key=value"),
+        ("ddim:eta=", "is not key=value"),
+        ("ddim:=1", "is not key=value"),
+        ("ddim:eta=1,", "'' in .* is not key=value"),
+        ("ddim:eta=1,eta=0", "gives eta twice"),
+    ],
+)
+def test_malformed_specs(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_spec(text)
+
+
+def test_make_sampler():
+    assert make_sampler("ddim:eta=0.5", 50).eta == 0.5
+    assert make_sampler("ddim:eta=1", 50).stochastic
+    assert not make_sampler("ddim", 50).stochastic
+    assert make_sampler("ddpm:clip=true", 50).clip
+    assert set(names()) == {"ddim", "ddpm", *SCHEDULERS}
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("ddin", r"'ddin' \(did you mean ddim\?\); valid: ddim, ddpm, dpmsolver\+\+"),
+        ("dpmsolver", r"did you mean dpmsolver\+\+\?"),
+        ("DEISMultiStepScheduler", r"did you mean DEISMultistepScheduler\?"),
+        ("ddim:etta=1", r"no option 'etta' \(did you mean eta\?\); valid: eta, clip"),
+        ("ddpm:eta=1", "no option 'eta'; valid: clip"),
+        ("ddim:eta=2", r"eta=2 is not a number in 0\.\.1"),
+        ("ddim:eta=nan", r"eta=nan is not a number in 0\.\.1"),
+        ("ddim:eta=high", "eta='high' must be of type float"),
+        ("ddim:clip=1", "clip=1 must be of type bool"),
+        ("dpmsolver++:use_lu_lambda=true", r"did you mean use_lu_lambdas\?\); valid: solver_order"),
+        ("dpmsolver++:use_lu_lambdas=yes", "must be of type bool"),
+        ("dpmsolver++:algorithm_type=dpmsolver", "no option 'algorithm_type'"),
+        ("dpmsolver++:solver_order=4", r"solver_order=4 is outside 1\.\.3"),
+        ("dpmsolver++:solver_type=bh1", "solver_type='bh1'"),
+        ("dpmsolver++:use_karras_sigmas=true,use_beta_sigmas=true", "refuses its options"),
+        ("euler:timestep_spacing=even", "timestep_spacing='even'|refuses its options"),
+        ("euler:sigma_min=low", "must be of type float"),
+        ("unipc:beta_end=0.01", "no option 'beta_end'"),
+        ("unipc:use_flow_sigmas=true", "no option 'use_flow_sigmas'"),
+        ("HeunDiscreteScheduler", "calls the network 39 times in 20 steps"),
+        ("EulerAncestralDiscreteScheduler", "draws its own noise"),
+        ("SASolverScheduler", "draws its own noise"),
+        ("DDIMScheduler", "does not step along its own timesteps"),
+        ("DDIMInverseScheduler", "does not step along its own timesteps"),
+        ("FlowMatchEulerDiscreteScheduler", "has no discrete beta schedule"),
+    ],
+)
+def test_specs_that_are_refused(spec, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        make_sampler(spec, 20)
+    assert "\n" not in str(caught.value)
+
+
+def test_grids_that_cannot_work():
+    with pytest.raises(ValueError, match="1 steps would start at timestep 0"):
+        make_sampler("euler", 1)
+    assert make_sampler("euler:timestep_spacing=trailing", 1).timesteps.tolist() == [999]
+    with pytest.raises(ValueError, match="no 1000 distinct noise levels"):
+        make_sampler("unipc", 1000)
+    assert make_sampler("unipc:timestep_spacing=trailing", 1000).num_steps == 1000
