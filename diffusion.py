@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Noise schedule and samplers.
 
 The network predicts the noise eps in x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, t in 0..999, where
@@ -79,7 +78,8 @@ class Sampler:
 
     name         the sampler's name in a spec
     timesteps    (S,) on the CPU, in sampling order, noisiest first: what the network is fed. int64, or
-                 float32 for schedulers that step between training timesteps
+                 float32 for schedulers that step between training timesteps.
+                 A log-SNR or similar grid of many steps may round two of them to one timestep
     stochastic   `step` wants `noise`
     rewindable   `step` depends on its arguments only, so that any step may be taken again
     """

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Samplers against closed forms, exact arithmetic, and diffusers where both must agree."""
 
 import math
@@ -548,3 +547,11 @@ def test_grids_that_cannot_work():
     with pytest.raises(ValueError, match="no 1000 distinct noise levels"):
         make_sampler("unipc", 1000)
     assert make_sampler("unipc:timestep_spacing=trailing", 1000).num_steps == 1000
+
+
+def test_repeated_timesteps():
+    """A grid uniform in log-SNR can round several steps to one timestep; they stay separate steps."""
+    sampler = make_sampler("dpmsolver++:use_lu_lambdas=true", 200)
+    assert (sampler.timesteps.diff() == 0).any()
+    unit = gauss(1, 4, 2, 2, dtype=torch.float32)
+    assert torch.allclose(gaussian_run(sampler, unit), 0.5 * unit, atol=2e-3)
