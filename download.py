@@ -104,8 +104,7 @@ def find_checkpoint(
     if name not in RELEASED:
         raise CheckpointError(
             f"no checkpoint {name!r}: tried {local.absolute()}; names that need no file are {BUNDLED}, "
-            f"{', '.join(RELEASED)}; a Hugging Face repository must be downloaded first and given as a "
-            "folder"
+            f"{', '.join(RELEASED)}; download a Hugging Face repository first and give its folder"
         )
     target, url = cache_folder(cache_dir) / name, RELEASE_URL.format(name=name)
     if not target.is_file():

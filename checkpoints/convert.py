@@ -1,4 +1,4 @@
-"""Training checkpoint -> the bundled .safetensors: averaged weights in 16 bits, config and names in the metadata.
+"""Training checkpoint -> bundled .safetensors: averaged weights in 16 bits, everything in the metadata.
 
     python checkpoints/convert.py TRAINING.pt checkpoints/dit-ti-4-cifar10.safetensors
 
@@ -57,9 +57,8 @@ def main():
         class_names=CLASS_NAMES,
         license="Apache-2.0",
     )
-    print(
-        f"wrote {args.target} from {checkpoint.source_key!r} in {best}, sha256 {file_sha256(Path(args.target))}"
-    )
+    print(f"wrote {args.target} from {checkpoint.source_key!r} in {best}")
+    print(f"sha256 {file_sha256(Path(args.target))}")
 
 
 if __name__ == "__main__":
