@@ -1,0 +1,80 @@
+"""What the cache remembers of one segment of blocks, and the forecast that reads it in one pass.
+
+A *node* is a step at which an image was really computed. For each image the history holds the tensors of its newest
+nodes; a value at any other step is their Lagrange combination over the timesteps, which is exact for polynomials up to
+the order asked for, whatever the gaps (arXiv 2503.06923 uses difference quotients that are exact for equal gaps only).
+Between two nodes the same formula interpolates.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def lagrange_weights(nodes: np.ndarray, at: float | np.ndarray, order: int) -> np.ndarray:
+    """Weights of the newest `order + 1` nodes in the polynomial through them.
+
+    nodes (n, K), newest first, nan where a row has fewer; at: a number or (n,). Returns (n, K), zero outside the nodes
+    used; a row with fewer nodes uses a lower order. Raises ValueError for a row without a node.
+    """
+    nodes = np.asarray(nodes, dtype=np.float64)[:, : order + 1]
+    valid = ~np.isnan(nodes)
+    if not valid[:, 0].all():
+        raise ValueError("forecast from an empty history: compute the first step of every image before reusing")
+    at = np.broadcast_to(np.asarray(at, dtype=np.float64), nodes.shape[:1])
+    weights = np.where(valid, 1.0, 0.0)
+    for j in range(nodes.shape[1]):
+        for m in range(nodes.shape[1]):
+            if m == j:
+                continue
+            both = valid[:, j] & valid[:, m]
+            gap = np.where(both, nodes[:, j] - nodes[:, m], 1.0)
+            weights[:, j] *= np.where(both, (at - nodes[:, m]) / gap, 1.0)
+    return weights
+
+
+class History:
+    """Ring of the newest K nodes for each image: E entries of a (T, D) tensor at each node.
+
+    `values` (n, K, E, T * D) lies in one block of memory, so that a read is one batched matrix product.
+    """
+
+    def __init__(self, images: int, nodes: int, entries: int, tokens: int, width: int, device, dtype):
+        self.shape = (tokens, width)
+        self.values = torch.zeros(images, nodes, entries, tokens * width, device=device, dtype=dtype)
+        self.position = np.full((images, nodes), np.nan)  # timestep of each slot
+        self.count = np.zeros(images, dtype=np.int64)  # nodes pushed so far
+
+    @property
+    def bytes(self) -> int:
+        return self.values.numel() * self.values.element_size()
+
+    def push(self, images: np.ndarray, position: float, values: Tensor) -> None:
+        """Store a node for `images` (n,), at a timestep, over their oldest. values (n, E, T, D)."""
+        if len(images) == 0:
+            return
+        slots = self.count[images] % self.position.shape[1]
+        flat = values.flatten(2).to(self.values.dtype)
+        if len(images) == len(self.values) and (slots == slots[0]).all():
+            self.values[:, slots[0]] = flat
+        else:
+            self.values[torch.from_numpy(images), torch.from_numpy(slots)] = flat
+        self.position[images, slots] = position
+        self.count[images] += 1
+
+    def weights(self, images: np.ndarray, at: float, order: int) -> np.ndarray:
+        """Lagrange weights (n, K) in slot order for `images` at timestep `at`."""
+        slots = (self.count[images, None] - 1 - np.arange(self.position.shape[1])) % self.position.shape[1]
+        weights = np.zeros_like(self.position[images])
+        newest_first = np.take_along_axis(self.position[images], slots, axis=1)
+        used = lagrange_weights(newest_first, at, order)
+        np.put_along_axis(weights, slots[:, : used.shape[1]], used, axis=1)
+        return weights
+
+    def read(self, images: np.ndarray, coefficients: Tensor) -> Tensor:
+        """Weighted sums over nodes and entries: coefficients (n, R, K, E) -> (n, R, T, D)."""
+        values = self.values.flatten(1, 2)
+        if len(images) < len(values):
+            values = values[torch.from_numpy(images).to(values.device)]
+        out = torch.bmm(coefficients.flatten(2).to(values.dtype), values)
+        return out.unflatten(-1, self.shape)

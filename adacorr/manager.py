@@ -1,0 +1,334 @@
+"""The cache manager: sequences policy, predictor and correction for every block call of a run.
+
+A run's state is born in `CacheManager.run` and dies with it, also on an exception:
+
+    manager = CacheManager(policy=make_policy("interval:every=5"), correction=AdaCorrection())
+    with manager.run(model, labels, sampler.timesteps, alpha_bar, cfg_scale=1.5) as run:
+        for step in range(len(timesteps)):
+            run.begin_step(step)
+            out = model(x, t, y)          # rows [conditional; unconditional]; the blocks go through run.run_blocks
+            ...
+    manager.trace.compute                 # executed block FLOPs over uncached ones
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from adacorr.control import BudgetClock, RefreshClock, RefreshRule, amplification, split_budget
+from adacorr.correct import AdaCorrection, Literal
+from adacorr.gates import fit_gate_basis
+from adacorr.literal import LiteralRun
+from adacorr.offset import innovation
+from adacorr.predict import Active, Predictor, Segment
+from adacorr.trace import COMPUTE, Trace
+from adacorr.types import Policy, View
+
+# A computation that the base policy asks for is taken once the weight has come this far; before, the forecast is as good.
+ACCEPT_WEIGHT = 0.25
+
+
+@dataclass(frozen=True)
+class Rewind:
+    """Images (m,) whose steps `start` (m,) .. now - 1 are to be taken again with interpolated activations."""
+
+    images: np.ndarray
+    start: np.ndarray
+
+
+class CacheManager:
+    """Configuration of a cached sampler; `trace` and `bytes` report the last run.
+
+    policy      says when (None: never compute again of its own accord; AdaCorrection alone decides)
+    correction  AdaCorrection (the practical form), Literal (the paper's Algorithm 1) or None (the policy alone)
+    dtype       of the stored tensors; float32 by default, since forecasts amplify the rounding of bf16
+    """
+
+    def __init__(self, policy: Policy | None = None, correction: AdaCorrection | Literal | None = None,
+                 dtype: torch.dtype = torch.float32):
+        if policy is None and correction is None:
+            raise ValueError("a cache needs a policy, a correction or both: give --cache POLICY or --adacorr")
+        if policy is not None and isinstance(correction, Literal):
+            raise ValueError(f"literal AdaCorrection computes every block, so policy {policy.name!r} would never be "
+                             "asked: give one of the two")
+        self.policy, self.correction, self.dtype = policy, correction, dtype
+        self.trace: Trace | None = None
+        self.bytes = 0
+
+    @contextmanager
+    def run(self, model: nn.Module, labels: Tensor | None, timesteps: Tensor, alpha_bar: np.ndarray, *,
+            cfg_scale: float = 1.0, images: int | None = None, rewindable: bool = True) -> Iterator["CacheRun"]:
+        """Attach to `model` for one sampling run.
+
+        labels (n,) on any device, or None with `images` for an unconditional model; timesteps (S,) in sampling order
+        with their alpha_bar (S,). With cfg_scale other than 1 the model is called on rows [labels; null labels].
+        `rewindable`: the sampler can take a step again. Raises RuntimeError if a cache is attached already.
+        """
+        if model.cache is not None:
+            raise RuntimeError("a cache run is open on this model: leave its `with` block before the next one")
+        n = images if labels is None else len(labels)
+        halves = 1 if cfg_scale == 1.0 else 2
+        self.trace = Trace(len(timesteps), len(model.blocks), n, halves, model.block_flops())
+        with torch.no_grad():
+            if isinstance(self.correction, Literal):
+                run = LiteralRun(self.correction, self.trace)
+            else:
+                run = CacheRun(self, model, labels, timesteps, alpha_bar, cfg_scale, rewindable)
+            model.cache = run
+            try:
+                yield run
+            finally:
+                model.cache = None
+                self.bytes = run.bytes
+
+
+class CacheRun:
+    """One run's state. The sampling loop calls `begin_step`, then the model; after the model it looks at `rewind`."""
+
+    def __init__(self, manager: CacheManager, model: nn.Module, labels: Tensor | None, timesteps: Tensor,
+                 alpha_bar: np.ndarray, cfg_scale: float, rewindable: bool):
+        self.trace, self.correction = manager.trace, manager.correction
+        self.policy = copy.deepcopy(manager.policy)
+        self.images, self.halves = self.trace.images, self.trace.halves
+        self.timesteps = timesteps.double().cpu().numpy()
+        self.everyone = np.arange(self.images)
+        self.rewinds = rewindable and self.correction is not None and self.correction.rewind
+        self.guidance_error = abs(cfg_scale - 1.0)  # the guided output moves this much with the unconditional half
+        self.step: int | None = None
+        self.rewind: Rewind | None = None
+        self._replay: tuple[np.ndarray, int] | None = None
+        self._added: Tensor | None = None  # (halves, n, T, D): what the stack added in the current step
+        self._last = np.full(self.images, -1)  # newest step that computed the whole stack
+        self._make_segments(model, labels, timesteps, manager.dtype)
+        if self.policy is not None:
+            self.policy.begin(self.images, len(self.timesteps))
+        if self.correction is not None:
+            self._make_clocks(alpha_bar)
+
+    # ------------------------------------------------------------------ set-up
+
+    def _make_segments(self, model, labels, timesteps, dtype):
+        device = model.pos_embed.device
+        depth, shape = len(model.blocks), tuple(model.pos_embed.shape[1:])
+        predictor = self.policy.predictor if self.policy is not None else None
+        if self.correction is not None:
+            predictor = Predictor("branches", self.correction.order, self.correction.gate_error)
+        spans = [(0, depth)] if self.policy is None else self.policy.segments(depth)
+        if [s for s, _ in spans] + [depth] != [0] + [e for _, e in spans]:
+            raise ValueError(f"policy {self.policy.name!r} splits {depth} blocks into {spans}: segments must follow "
+                             "one another from block 0 to the last")
+        basis, index = None, torch.zeros(self.images, dtype=torch.long)
+        if predictor is not None and predictor.kind == "branches":
+            basis, index = self._fit_gates(model, labels, timesteps, predictor.gate_error)
+        self.carries = self.correction is not None and self.correction.difference and self.halves == 2
+        self.spans = spans
+        self.segments = [] if predictor is None else [
+            Segment(start, stop, predictor, basis, index.to(device), self.halves, shape, self.carries, device, dtype)
+            for start, stop in spans]
+
+    def _fit_gates(self, model, labels, timesteps, gate_error):
+        t = timesteps.to(model.pos_embed.device)
+        if labels is None:
+            unique, index = [None], torch.zeros(self.images, dtype=torch.long)
+        else:
+            unique, index = torch.unique(labels, return_inverse=True)
+
+        def condition(label):
+            return model.condition(t, None if label is None else torch.full_like(t, int(label), dtype=torch.long))
+
+        null = [condition(model.null_label)] if self.halves == 2 else []
+        self.trace.overhead_flops = len(t) * len(model.blocks) * model.gate_flops()
+        return fit_gate_basis(model.blocks, [[condition(label), *null] for label in unique], gate_error), index.cpu()
+
+    def _make_clocks(self, alpha_bar):
+        c, n, t = self.correction, self.images, self.timesteps
+        stack = RefreshRule(c.tolerance, first=80.0, longest=200.0)
+        difference = RefreshRule(c.difference_tolerance, first=380.0, longest=600.0, power=3.0, growth=2.0, shrink=0.3)
+        self.amplify = amplification(np.asarray(alpha_bar, dtype=np.float64))
+        if c.budget is None:
+            self.clock = RefreshClock(stack, t, n, c.gamma)
+            self.difference_clock = RefreshClock(difference, t, n, c.gamma, closing=False)
+            return
+        nodes, both = split_budget(c.budget, self.halves, self.guidance_error if self.carries else None)
+        self.clock = BudgetClock(stack, t, n, nodes)
+        self.difference_clock = BudgetClock(difference, t, n, both, closing=False)
+
+    # ------------------------------------------------------------------ the sampling loop's side
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of stored tensors."""
+        return sum(segment.bytes for segment in self.segments)
+
+    def begin_step(self, step: int) -> None:
+        """Announce the step (0..S-1, in sampling order) that the next model call belongs to."""
+        self.step, self.rewind, self._replay = step, None, None
+
+    @contextmanager
+    def replay(self, images: np.ndarray, step: int) -> Iterator[None]:
+        """Within, the model is called on `images` (m,) at an earlier step or this one again; no block runs."""
+        self._replay = (images, step)
+        try:
+            yield
+        finally:
+            self._replay = None
+
+    @property
+    def refreshed(self) -> np.ndarray:
+        """(m,) images whose whole stack was computed in the current step."""
+        return np.flatnonzero(self._last == self.step)
+
+    # ------------------------------------------------------------------ the model's side
+
+    def run_blocks(self, blocks: Sequence[nn.Module], x: Tensor, c: Tensor) -> Tensor:
+        """The stack of blocks through the cache: x (halves * n, T, D), c (halves * n, D) -> (halves * n, T, D)."""
+        if self.step is None:
+            raise RuntimeError("no step is open: call run.begin_step(i) before the model")
+        if self._replay is not None:
+            return x + self._replayed().flatten(0, 1).to(x.dtype)
+        if len(x) != self.halves * self.images:
+            raise ValueError(f"the run was opened for {self.halves} x {self.images} rows, the model got {len(x)}: "
+                             "call it on [conditional; unconditional] rows of all images")
+        x_in, collected = x, []
+        full = np.ones(self.images, dtype=bool)
+        for i, (start, stop) in enumerate(self.spans):
+            segment = self.segments[i] if self.segments else None
+            x, active, fresh = self._run_segment(segment, start, stop, blocks, x, x_in, c)
+            full[np.setdiff1d(self.everyone, active.cond)] = False
+            collected.append(fresh)
+        if self.correction is not None or len(self.spans) == 1:
+            keep = [full] * len(collected)  # a node of the stack needs all of its segments from the same state
+        else:
+            keep = [np.ones(self.images, dtype=bool)] * len(collected)
+        t = self.timesteps[self.step]
+        for segment, fresh, kept in zip(self.segments, collected, keep, strict=True) if self.segments else ():
+            if fresh is not None and kept.any():
+                segment.store(fresh, kept, t)
+        if self.rewinds:
+            self._added = (x - x_in).unflatten(0, (self.halves, -1))
+            gap = full & (self._last >= 0) & (self.step - self._last > 1)
+            if gap.any():
+                self.rewind = Rewind(np.flatnonzero(gap), self._last[gap] + 1)
+        self._last[full] = self.step
+        self.trace.done = self.step + 1
+        return x
+
+    def _replayed(self) -> Tensor:
+        images, step = self._replay
+        if step == self.step:
+            return self._added[:, torch.from_numpy(images).to(self._added.device)]
+        self.trace.rewound += len(images)
+        t = self.timesteps[step]
+        return torch.stack([sum(s.predict(half, images, step, t) for s in self.segments)
+                            for half in range(self.halves)])
+
+    def _run_segment(self, segment: Segment | None, start, stop, blocks, x, x_in, c):
+        """One segment -> (its output for all rows, what was computed, what is to be stored)."""
+        step, t, n = self.step, self.timesteps[self.step], self.images
+        want, view = self._ask_policy(start, blocks, x, x_in, c)
+        weight, cond, uncond = self._decide(segment, stop, want)
+        active = Active(np.flatnonzero(cond), np.flatnonzero(uncond) if self.halves == 2 else self.everyone[:0])
+        everything = bool(cond.all() and uncond.all())
+        corrects = self.correction is not None and stop == len(blocks)
+
+        fresh = out = head = rows = None
+        if len(active.cond):
+            rows = None if everything else torch.from_numpy(active.rows(n)).to(x.device)
+            head, condition = (x, c) if rows is None else (x[rows], c[rows])
+            fresh = segment.collect(active) if segment is not None else None
+            out, tap = head, fresh.tap() if fresh is not None else None
+            for block in blocks[start:stop]:
+                out = block(out, condition, tap)
+            if fresh is not None:
+                fresh.finish(head, out)
+
+        # Read what is needed of the forecast, and no more: the conditional half to measure the offset against, both
+        # halves of images that skip, and the carried half of those that computed the conditional one only.
+        known = segment is not None and not segment.empty.any()
+        guess = [None] * self.halves
+        if known and (not cond.all() or (corrects and fresh is not None)):
+            guess[0] = segment.predict(0, self.everyone, step, t)
+        if known and self.halves == 2 and (not cond.all() or (corrects and fresh is not None and not self.carries)):
+            guess[1] = segment.predict(1, self.everyone, step, t)
+        carried = segment.carry(active.cond, fresh, step, t) if known and corrects and fresh and self.carries else None
+
+        result = out if everything else self._merge(segment, x, guess, carried, out, rows, active)
+        score = np.full(n, np.nan)
+        if corrects and fresh is not None:
+            score = self._measure(guess, carried, out - head, active)
+        if view is not None:
+            self.policy.computed(view, cond)
+        self._record(start, stop, active, score, weight)
+        return result, active, fresh
+
+    def _merge(self, segment, x, guess, carried, out, rows, active):
+        """Output of a segment for all rows from its forecast, the carried halves and the computed rows."""
+        n, adds = self.images, segment.predictor.kind != "output"
+        result = torch.empty_like(x)
+        for half, value in enumerate(guess):
+            if value is not None:
+                own = slice(half * n, (half + 1) * n)
+                result[own] = x[own] + value.to(x.dtype) if adds else value.to(x.dtype)
+        if carried is not None:
+            null_rows = torch.from_numpy(active.cond + n).to(x.device)
+            result[null_rows] = x[null_rows] + carried.to(x.dtype)
+        if out is not None:
+            result[rows] = out
+        return result
+
+    def _record(self, start, stop, active, score, weight):
+        trace, step = self.trace, self.step
+        trace.score[step, start:stop], trace.weight[step, start:stop] = score, weight
+        trace.action[step, start:stop, active.cond, 0] = COMPUTE
+        if self.halves == 2:
+            trace.action[step, start:stop, active.uncond, 1] = COMPUTE
+
+    # ------------------------------------------------------------------ decisions
+
+    def _ask_policy(self, start, blocks, x, x_in, c):
+        if self.policy is None:
+            return np.zeros(self.images, dtype=bool), None
+        by_half = (v.unflatten(0, (self.halves, -1)) for v in (x, x_in, c))
+        age = np.where(self._last < 0, 0, self.step - self._last)
+        view = View(self.step, len(self.timesteps), start, blocks, *by_half, age)
+        want = np.asarray(self.policy.decide(view), dtype=bool)
+        if want.shape != (self.images,):
+            raise ValueError(f"policy {self.policy.name!r} decided with shape {want.shape}; one truth value for each "
+                             f"of {self.images} images is needed")
+        return want, view
+
+    def _decide(self, segment, stop, want):
+        """(weight, conditional half computed, unconditional half computed), each (n,)."""
+        empty = segment.empty if segment is not None else np.ones(self.images, dtype=bool)
+        if self.correction is None or stop < self.trace.layers:
+            cond = want | empty
+            return cond.astype(np.float64), cond, cond
+        weight = self.clock.weight(self.step)
+        cond = (weight >= 1.0) | (want & (weight >= ACCEPT_WEIGHT)) | empty
+        if not self.carries:
+            return weight, cond, cond
+        return weight, cond, cond & (self.difference_clock.nears(self.step, self.clock) | empty)
+
+    def _measure(self, guess, carried, added, active):
+        """Offsets (n,) of what was just computed against its forecast, and the restart of the clocks."""
+        score, gap_score = np.full(self.images, np.nan), np.full(len(active.uncond), np.nan)
+        lam, loud, a = self.correction.spatial_weight, self.amplify[self.step], len(active.cond)
+        index = torch.from_numpy(active.cond).to(added.device)
+        if guess[0] is not None and not self.carries:
+            fresh = added.unflatten(0, (self.halves, -1)).transpose(0, 1).flatten(1, 2)
+            known = torch.cat([g[index] for g in guess], dim=1)
+            score[active.cond] = innovation(fresh, known, lam).cpu().numpy() * loud
+        elif guess[0] is not None:
+            score[active.cond] = innovation(added[:a], guess[0][index], lam).cpu().numpy() * loud
+            if len(active.uncond):
+                known = carried[torch.from_numpy(active.shared).to(added.device)]
+                gap_score = innovation(added[a:], known, lam).cpu().numpy() * loud * self.guidance_error
+        self.clock.restart(active.cond, self.step, score[active.cond])
+        if self.carries:
+            self.difference_clock.restart(active.uncond, self.step, gap_score)
+        return score

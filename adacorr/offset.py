@@ -1,0 +1,47 @@
+"""Offset estimation module (OEM): how far a cached activation has drifted from the current state.
+
+Two readings live here. The paper's own (Eq. 1-3 of arXiv 2602.13357) compares a tensor with its cached predecessor and
+adds the channel dispersion; it is positive even when nothing moved. The `innovation` compares a fresh tensor with what
+the cache *predicted* for it, relative to its size: it is scale-free and zero when the cache knew everything.
+
+Shapes: n images, T tokens, D channels. Both guidance halves of an image count as its tokens: pass (n, 2 * T, D).
+"""
+
+import torch
+from torch import Tensor
+
+SCORE_FORMS = ("paper", "squared")
+
+
+def temporal_deviation(h: Tensor, h_ref: Tensor) -> Tensor:
+    """Eq. 1: mean over tokens of the L2 norm of the change. (n, T, D), (n, T, D) -> (n,) float32."""
+    return torch.linalg.vector_norm(h.float() - h_ref.float(), dim=-1).mean(dim=-1)
+
+
+def spatial_variation(h: Tensor) -> Tensor:
+    """Eq. 2: mean over tokens of the population standard deviation over channels. (n, T, D) -> (n,) float32."""
+    return h.float().std(dim=-1, correction=0).mean(dim=-1)
+
+
+def offset_score(temporal: Tensor, spatial: Tensor, spatial_weight: float = 1.0, form: str = "paper") -> Tensor:
+    """Eq. 3: S = temporal + lambda * spatial; the authors' README squares the temporal term (form "squared").
+
+    temporal, spatial (n,) -> (n,). Raises ValueError for a form other than "paper" and "squared".
+    """
+    if form not in SCORE_FORMS:
+        raise ValueError(f"offset form {form!r} is unknown: choose one of {', '.join(SCORE_FORMS)}")
+    return (temporal if form == "paper" else temporal.square()) + spatial_weight * spatial
+
+
+def innovation(fresh: Tensor, predicted: Tensor, spatial_weight: float = 1.0) -> Tensor:
+    """Relative offset between a fresh tensor and its prediction, S = r + lambda * q; zero when they agree.
+
+    r is Eq. 1 between the two over the mean token norm of `fresh`; q is the relative change of Eq. 2. With the "hold"
+    predictor the numerator of r is Eq. 1 itself. (n, T, D), (n, T, D) -> (n,) float32.
+    """
+    tiny = torch.finfo(torch.float32).tiny
+    norm = torch.linalg.vector_norm(fresh.float(), dim=-1).mean(dim=-1).clamp_min(tiny)
+    spread = spatial_variation(fresh)
+    r = temporal_deviation(fresh, predicted) / norm
+    q = (spread - spatial_variation(predicted)).abs() / spread.clamp_min(tiny)
+    return r + spatial_weight * q

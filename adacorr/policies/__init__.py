@@ -1,0 +1,62 @@
+"""Caching methods, one file each: a method is a `Policy` under @register, and its name is the name of its file.
+
+A new file in this folder is found by itself: it is on the command line, in `--help`, in `available()` and under the
+contract tests, with no other edit.
+"""
+
+import importlib
+import importlib.util
+import pkgutil
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+from adacorr.spec import build, hint, parse_spec
+from adacorr.types import Policy
+
+_POLICIES: dict[str, type[Policy]] = {}
+
+
+def register(policy: type[Policy]) -> type[Policy]:
+    """Make a policy known under the name of its file. ValueError for a name that is taken by another class."""
+    name = policy.__module__.rpartition(".")[2]
+    if not is_dataclass(policy):
+        raise ValueError(f"policy {policy.__name__} must be a dataclass, since its fields are its options: put @dataclass "
+                         "under @register")
+    if name in _POLICIES:
+        raise ValueError(f"policy {name!r} is registered already; one file holds one method")
+    policy.name = name
+    _POLICIES[name] = policy
+    return policy
+
+
+def load_file(path: str | Path) -> None:
+    """Import one policy file from elsewhere and so register it."""
+    path = Path(path)
+    spec = importlib.util.spec_from_file_location(f"adacorr.policies.{path.stem}", path)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def available() -> dict[str, str]:
+    """Name -> first line of the docstring, with the options and their defaults."""
+    return {name: f"{_first_line(kind)} {_options(kind)}".strip() for name, kind in sorted(_POLICIES.items())}
+
+
+def make_policy(spec: str) -> Policy:
+    """The policy of a spec NAME[:key=value,...]; ValueError lists the valid names or keys."""
+    name, options = parse_spec(spec)
+    if name not in _POLICIES:
+        raise ValueError(f"cache policy {name!r} is unknown; choose one of {', '.join(sorted(_POLICIES))}"
+                         f"{hint(name, _POLICIES)}")
+    return build(_POLICIES[name], name, options)
+
+
+def _first_line(kind: type) -> str:
+    return (kind.__doc__ or "").strip().partition("\n")[0]
+
+
+def _options(kind: type) -> str:
+    return "".join(f" [{f.name}={f.default}]" for f in fields(kind) if f.init)
+
+
+for _, _module, _ in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module}")

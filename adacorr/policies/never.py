@@ -1,0 +1,21 @@
+"""No caching: the plain model, under the cache's accounting."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from adacorr.policies import register
+from adacorr.types import Policy, View
+
+
+@register
+@dataclass
+class Never(Policy):
+    """Never reuse: every step is computed."""
+
+    @property
+    def predictor(self):
+        return None
+
+    def decide(self, view: View) -> np.ndarray:
+        return np.ones(view.images, dtype=bool)

@@ -1,0 +1,92 @@
+"""The one text form of the command line: NAME[:key=value,...]."""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import MISSING, fields
+from typing import Any
+
+Value = int | float | bool | str | None
+
+
+def parse_value(text: str) -> Value:
+    """int, float, bool (true, false) or None (none) where the text reads as one, else the text."""
+    words: dict[str, Value] = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def parse_options(text: str, whole: str | None = None) -> dict[str, Value]:
+    """Options of key=value,...; ValueError for another form or a key given twice."""
+    options: dict[str, Value] = {}
+    for item in text.split(","):
+        key, _, value = (part.strip() for part in item.partition("="))
+        if not key or not value:
+            raise ValueError(f"{item!r} in {whole or text!r} is not key=value; the form is key=value,...")
+        if key in options:
+            raise ValueError(f"{whole or text!r} gives {key} twice; keep one")
+        options[key] = parse_value(value)
+    return options
+
+
+def parse_spec(text: str) -> tuple[str, dict[str, Value]]:
+    """(name, options) of a text NAME[:key=value,...]: 'ddim:eta=0.5' gives ('ddim', {'eta': 0.5}).
+
+    Values are read by `parse_value`. ValueError for text of another form, or a key given twice.
+    """
+    name, colon, rest = (part.strip() for part in text.partition(":"))
+    if not name or "=" in name:
+        raise ValueError(f"{text!r} does not begin with a name; the form is NAME[:key=value,...]")
+    return name, parse_options(rest, text) if colon else {}
+
+
+def hint(word: str, among: Iterable[str]) -> str:
+    """'; did you mean ...?' when something close exists, else an empty text."""
+    close = difflib.get_close_matches(word, list(among), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def build(kind: type, name: str, options: dict[str, Value], aliases: dict[str, str] | None = None) -> Any:
+    """An instance of the dataclass `kind` from the options of a spec.
+
+    Every key must be a field (or an alias of one) and every value of its default's type: a whole number serves as
+    a float. ValueError names the key, the value and what is allowed.
+    """
+    aliases = aliases or {}
+    known = {f.name: f for f in fields(kind) if f.init}
+    shown = sorted({next((a for a, n in aliases.items() if n == field), field) for field in known})
+    arguments = {}
+    for key, value in options.items():
+        field = aliases.get(key, key)
+        if field not in known or (field in aliases.values() and key not in aliases):
+            choices = ", ".join(shown) or "none"
+            raise ValueError(f"{name} has no option {key!r}; it has: {choices}{hint(key, shown)}")
+        arguments[field] = _typed(name, key, value, known[field])
+    missing = [n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
+    if missing := [n for n in missing if n not in arguments]:
+        raise ValueError(f"{name} needs {', '.join(missing)}; give it as {name}:{missing[0]}=...")
+    return kind(**arguments)
+
+
+def _typed(name: str, key: str, value: Value, field: Any) -> Value:
+    default = field.default
+    if isinstance(value, str) and str in _types(field):
+        return value
+    if default is None or default is MISSING or type(value) is type(default):
+        if type(value) in _types(field) or (float in _types(field) and type(value) is int):
+            return value
+    elif isinstance(default, float) and type(value) is int:
+        return float(value)
+    wanted = " or ".join({int: "a whole number", float: "a number", bool: "true or false", str: "a word"}.get(
+        t, "none") for t in _types(field))
+    raise ValueError(f"{name}: {key}={value!r} must be {wanted}")
+
+
+def _types(field: Any) -> tuple[type, ...]:
+    kind = field.type
+    return getattr(kind, "__args__", None) or (kind,)

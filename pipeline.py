@@ -1,0 +1,292 @@
+"""What every script shares: flags, loading, noise and labels by image index, the sampling loop, decoding, the run record."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import adacorr
+from adacorr import CacheManager, make_policy, parse_correction
+from diffusion import Sampler, linear_betas, make_sampler, names
+from download import BUNDLED, VAES, Checkpoint, build_model, load_checkpoint, load_vae, released_name
+from models import DiT, DiT_models, guided_channels
+
+VAE_SCALE = 0.18215  # latents of the stable-diffusion VAE that DiT was trained on have unit variance after this factor
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+StepNoise = Callable[[int, np.ndarray], Tensor]
+
+
+# ------------------------------------------------------------------------------------------------- flags
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Model, sampler and device. Names are those of the DiT release where it has them."""
+    group = parser.add_argument_group("model and sampler")
+    group.add_argument("--model", choices=sorted(DiT_models), help="DiT-XL/2 without --ckpt means the released weights; "
+                       "the default is what the checkpoint holds")
+    group.add_argument("--ckpt", help=".pt, .safetensors or diffusers folder; the default is the bundled "
+                       f"{BUNDLED} (32 px CIFAR-10)")
+    group.add_argument("--image-size", type=int, help="pixels; 256 or 512 for released weights (default 256), else the "
+                       "checkpoint's own size")
+    group.add_argument("--num-classes", type=int, help="checked against the checkpoint")
+    group.add_argument("--vae", help=f"{', '.join(sorted(VAES))}, a local diffusers folder, or none; the default is mse "
+                       "for latent models and none for pixel models")
+    group.add_argument("--cfg-scale", type=float, default=1.5, help="classifier-free guidance; 1 runs one half only "
+                       "(default %(default)s)")
+    group.add_argument("--cfg-channels", choices=["3", "all"], help="guided noise channels: 3 as the release does (default "
+                       "for latent models) or all")
+    group.add_argument("--sampler", default="ddim", metavar="NAME[:key=value,...]",
+                       help=f"{', '.join(names())}, or a diffusers scheduler class (default %(default)s)")
+    group.add_argument("--num-sampling-steps", type=int, default=50, help="1 to 1000 (default %(default)s)")
+    group.add_argument("--seed", type=int, default=0, help="image i is drawn from (seed, i) alone (default %(default)s)")
+    group.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="of the model (default %(default)s)")
+    group.add_argument("--device", help="default: cuda where there is one, else cpu")
+    group.add_argument("--offline", action="store_true", help="never download; say what is missing")
+    group.add_argument("--allow-unverified", action="store_true", help="go on when a checkpoint's digest differs from the "
+                       "recorded one")
+
+
+def add_cache_flags(parser: argparse.ArgumentParser) -> None:
+    """Caching method and correction."""
+    group = parser.add_argument_group("cache")
+    policies = "; ".join(f"{name}: {line}" for name, line in adacorr.available().items()).replace("%", "%%")
+    group.add_argument("--cache", metavar="POLICY[:key=value,...]", help=f"when to compute. {policies}")
+    group.add_argument("--adacorr", nargs="?", const="", metavar="key=value,...",
+                       help="AdaCorrection, alone or over --cache: gamma=1 (more corrects more), lambda=1, "
+                       "budget=EVALUATIONS, order=2, ...; or literal[:gamma=1,lambda=1,form=paper|squared] for the "
+                       "paper's Algorithm 1, which saves nothing")
+    group.add_argument("--cache-dtype", choices=sorted(DTYPES), default="fp32", help="of the stored tensors; 16-bit "
+                       "halves the memory and adds noise to the forecast (default %(default)s)")
+
+
+# ------------------------------------------------------------------------------------------------ loading
+
+
+@dataclass
+class Pipeline:
+    """A loaded model with its sampler: noise in, uint8 images out."""
+
+    model: DiT
+    sampler: Sampler
+    vae: Any
+    checkpoint: Checkpoint
+    cfg_scale: float
+    cfg_channels: str
+    device: torch.device
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def noise_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the state."""
+        return self.model.in_channels, self.model.input_size, self.model.input_size
+
+    def sample(self, seed: int, indices: np.ndarray, labels: Tensor | None, cache: CacheManager | None = None,
+               progress: Callable[[CacheManager | None], None] | None = None) -> Tensor:
+        """Images `indices` (n,) of `seed` with labels (n,) -> final state (n, C, H, W) float32 on the device."""
+        shape = self.noise_shape
+
+        def step_noise(step: int, rows: np.ndarray) -> Tensor:
+            return gaussian(seed, indices[rows], shape, stream=step + 1).to(self.device)
+
+        noise = gaussian(seed, indices, shape).to(self.device)
+        labels = None if labels is None else labels.to(self.device)
+        return sample_latents(self.model, self.sampler.fresh(), noise, labels, cfg_scale=self.cfg_scale,
+                              cfg_channels=self.cfg_channels, cache=cache, step_noise=step_noise, progress=progress)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Final state -> uint8 images (n, H, W, 3) on the CPU, quantised as the release does: 127.5 x + 128, truncated."""
+        if self.vae is not None:
+            with torch.no_grad():
+                x = torch.cat([self.vae.decode(z[None] / VAE_SCALE).sample for z in x])
+        if x.shape[1] != 3:
+            raise ValueError(f"the model gives {x.shape[1]} channels, which are no RGB image: give --vae ema or mse")
+        return (127.5 * x + 128.0).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
+
+
+def load(args: argparse.Namespace) -> tuple[Pipeline, CacheManager | None]:
+    """Everything that the flags ask for. Cheap mistakes raise ValueError before anything heavy is loaded."""
+    cache = make_cache(args)
+    check_range("--cfg-scale", args.cfg_scale, 0.0, 100.0)
+    check_range("--seed", args.seed, 0, 2**63 - 1)
+    sampler = make_sampler(args.sampler, args.num_sampling_steps)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    name, size = args.ckpt or BUNDLED, args.image_size
+    if args.ckpt is None and args.model is not None:
+        size = size or 256
+        name = released_name(args.model, size)
+    checkpoint = load_checkpoint(name, offline=args.offline, allow_unverified=args.allow_unverified)
+    model = build_model(checkpoint, model=args.model, image_size=size, num_classes=args.num_classes)
+    if args.cfg_scale != 1.0:
+        model.null_label  # noqa: B018 - raises for a model that has no unconditional half
+    latent = model.in_channels == 4
+    channels = args.cfg_channels or ("3" if latent else "all")
+    guided_channels(channels, model.in_channels, 2)
+    vae_name = args.vae or ("mse" if latent else "none")
+    vae = None if vae_name == "none" else load_vae(vae_name, offline=args.offline).to(device).eval()
+    model.to(device=device, dtype=DTYPES[args.dtype])
+    return Pipeline(model, sampler, vae, checkpoint, args.cfg_scale, channels, device, options=vars(args)), cache
+
+
+def make_cache(args: argparse.Namespace) -> CacheManager | None:
+    """The cache of --cache and --adacorr, or None; ValueError for an unknown policy, key or value."""
+    policy = None if args.cache is None else make_policy(args.cache)
+    correction = None if args.adacorr is None else parse_correction(args.adacorr)
+    if policy is None and correction is None:
+        return None
+    return CacheManager(policy, correction, DTYPES[args.cache_dtype])
+
+
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """ValueError unless low <= value <= high (and so also for nan)."""
+    if not low <= value <= high:
+        raise ValueError(f"{name} {value} is outside {low}..{high}")
+
+
+def parse_labels(text: str | None, model: DiT) -> Tensor | None:
+    """Comma-separated labels -> (n,) int64; None gives one image of each of the first (at most 16) classes.
+
+    ValueError names the first bad label and the range. An unconditional model takes a number of images instead.
+    """
+    if model.num_classes == 0:
+        if text is not None:
+            raise ValueError("--class-labels has no meaning for an unconditional model; leave it out")
+        return None
+    if text is None:
+        return torch.arange(min(model.num_classes, 16))
+    labels = []
+    for item in text.split(","):
+        try:
+            label = int(item)
+        except ValueError:
+            raise ValueError(f"--class-labels: {item.strip()!r} is not a whole number; give e.g. 0,3,7") from None
+        if not 0 <= label < model.num_classes:
+            raise ValueError(f"--class-labels: {label} is outside 0..{model.num_classes - 1}")
+        labels.append(label)
+    return torch.tensor(labels)
+
+
+# ----------------------------------------------------------------------------------------- noise and loop
+
+
+def gaussian(seed: int, indices: np.ndarray, shape: tuple[int, ...], stream: int = 0) -> Tensor:
+    """Unit Gaussian (n, *shape) float32 on the CPU: image i depends on (seed, i, stream) alone.
+
+    stream 0 is the initial noise and s + 1 the noise of sampling step s. Batch, rank, device and restart play no part.
+    """
+    rows = []
+    for index in indices:
+        state = np.random.SeedSequence([seed, int(index), stream]).generate_state(2, np.uint32)
+        generator = torch.Generator().manual_seed(int(state[0]) << 32 | int(state[1]))
+        rows.append(torch.randn(shape, generator=generator))
+    return torch.stack(rows)
+
+
+@torch.no_grad()
+def sample_latents(model: DiT, sampler: Sampler, noise: Tensor, labels: Tensor | None, *, cfg_scale: float = 1.0,
+                   cfg_channels: str = "all", cache: CacheManager | None = None, step_noise: StepNoise | None = None,
+                   progress: Callable[[CacheManager | None], None] | None = None) -> Tensor:
+    """The sampling loop, cached or not.
+
+    noise (n, C, H, W) unit Gaussian; labels (n,) int64 or None; step_noise(step, rows (m,)) -> (m, C, H, W) for
+    stochastic samplers; progress is called after each step. Returns the final state (n, C, H, W) float32.
+
+    After an image was computed again, the steps since its last computation are taken once more with activations that
+    are interpolated instead of extrapolated (`CacheRun.rewind`). They cost no block, and the state that the image goes
+    on from is the corrected one.
+    """
+    n, dtype = len(noise), next(model.parameters()).dtype
+    everyone = np.arange(n)
+    guided = cfg_scale != 1.0
+    null = torch.full_like(labels, model.null_label) if guided else None
+
+    def evaluate(step: int, x: Tensor, rows: np.ndarray) -> Tensor:
+        z = sampler.model_input(step, x).to(dtype)
+        y = None if labels is None else labels if len(rows) == n else labels[torch.from_numpy(rows).to(labels.device)]
+        t = sampler.timesteps[step].to(z.device).expand(len(z) * (2 if guided else 1))
+        if not guided:
+            return model(z, t, y).float()
+        y = torch.cat([y, null[: len(y)]])
+        return model.forward_with_cfg(torch.cat([z, z]), t, y, cfg_scale, cfg_channels)[: len(z)].float()
+
+    def advance(step: int, x: Tensor, out: Tensor, rows: np.ndarray) -> Tensor:
+        wanted = sampler.stochastic and step_noise is not None
+        return sampler.step(step, x, out, step_noise(step, rows) if wanted else None)
+
+    x = sampler.prepare(noise)
+    opened = nullcontext() if cache is None else cache.run(
+        model, labels, sampler.timesteps, alpha_bar(sampler), cfg_scale=cfg_scale, images=n,
+        rewindable=sampler.rewindable)
+    with opened as run:
+        anchor = torch.empty_like(x)  # each image's state right after its newest node
+        for step in range(sampler.num_steps):
+            if run is not None:
+                run.begin_step(step)
+            out = evaluate(step, x, everyone)
+            if run is not None and run.rewind is not None:
+                images, start = run.rewind.images, run.rewind.start
+                where = torch.from_numpy(images).to(x.device)
+                z = anchor[where]
+                for past in range(start.min(), step):
+                    rows = np.flatnonzero(start <= past)
+                    with run.replay(images[rows], past):
+                        stale = evaluate(past, z[torch.from_numpy(rows).to(x.device)], images[rows])
+                    z[torch.from_numpy(rows).to(x.device)] = advance(
+                        past, z[torch.from_numpy(rows).to(x.device)], stale, images[rows])
+                with run.replay(images, step):
+                    out[where] = evaluate(step, z, images)
+                x = x.index_copy(0, where, z)
+            x = advance(step, x, out, everyone)
+            if run is not None and run.rewinds:
+                fresh = torch.from_numpy(run.refreshed).to(x.device)
+                anchor[fresh] = x[fresh]
+            if progress is not None:
+                progress(cache)
+    return x
+
+
+def alpha_bar(sampler: Sampler) -> np.ndarray:
+    """Cumulative signal power at the sampler's timesteps: (S,) float64, by linear interpolation between integers."""
+    cumulative = np.cumprod(1.0 - linear_betas())
+    return np.interp(sampler.timesteps.double().numpy(), np.arange(len(cumulative)), cumulative)
+
+
+# ------------------------------------------------------------------------------------------------- record
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine of a run record."""
+    import diffusers
+    import timm
+
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return {
+        "git": git.stdout.strip() or None, "python": platform.python_version(), "torch": torch.__version__,
+        "timm": timm.__version__, "diffusers": diffusers.__version__, "numpy": np.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "threads": torch.get_num_threads(), "argv": sys.argv,
+    }
+
+
+def write_json(path: str | Path, content: dict[str, Any]) -> None:
+    """JSON through a temporary file in the same folder, so that a reader never sees half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
