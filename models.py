@@ -97,6 +97,12 @@ class DiTBlock(nn.Module):
         """c (N, D) -> six (N, D): shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp."""
         return self.adaLN_modulation(c).chunk(6, dim=1)
 
+    def gates(self, c):
+        """The two gates of `modulation` alone, a third of its work: c (N, D) -> gate_msa, gate_mlp, (N, D) each."""
+        linear, silu = self.adaLN_modulation[1], self.adaLN_modulation[0]
+        weight, bias = (p.unflatten(0, (6, -1))[[2, 5]].flatten(0, 1) for p in (linear.weight, linear.bias))
+        return nn.functional.linear(silu(c), weight, bias).chunk(2, dim=1)
+
     def attn_branch(self, x, shift, scale):
         """Attention branch before its gate: x (N, T, D), shift and scale (N, D) -> (N, T, D)."""
         return self.attn(modulate(self.norm1(x), shift, scale))
@@ -208,7 +214,8 @@ class DiT(nn.Module):
 
     def embed(self, x):
         """x (N, C, H, W) -> tokens with positions (N, T, D)."""
-        return self.x_embedder(x) + self.pos_embed
+        tokens = self.x_embedder(x)                               # (N, T, D), a transposed view of (N, D, T)
+        return tokens.contiguous() + self.pos_embed               # a transposed stream would slow every block
 
     def condition(self, t, y=None):
         """t (N,), y (N,) int64 or None for an unconditional model -> c (N, D).

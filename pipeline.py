@@ -230,7 +230,7 @@ def sample_latents(model: DiT, sampler: Sampler, noise: Tensor, labels: Tensor |
         model, labels, sampler.timesteps, alpha_bar(sampler), cfg_scale=cfg_scale, images=n,
         rewindable=sampler.rewindable)
     with opened as run:
-        anchor = torch.empty_like(x)  # each image's state right after its newest node
+        anchor = torch.empty_like(x)  # each image's state where its next rewind starts
         for step in range(sampler.num_steps):
             if run is not None:
                 run.begin_step(step)
@@ -249,9 +249,9 @@ def sample_latents(model: DiT, sampler: Sampler, noise: Tensor, labels: Tensor |
                     out[where] = evaluate(step, z, images)
                 x = x.index_copy(0, where, z)
             x = advance(step, x, out, everyone)
-            if run is not None and run.rewinds:
-                fresh = torch.from_numpy(run.refreshed).to(x.device)
-                anchor[fresh] = x[fresh]
+            if run is not None and len(run.anchored):
+                kept = torch.from_numpy(run.anchored).to(x.device)
+                anchor[kept] = x[kept]
             if progress is not None:
                 progress(cache)
     return x

@@ -63,7 +63,7 @@ class AdaCorrection:
     order: int = 2
     difference: bool = True
     rewind: bool = True
-    gate_error: float = 0.02
+    gate_error: float = 0.03
     tolerance: float = 0.12
     difference_tolerance: float = 0.015
 

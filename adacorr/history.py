@@ -11,25 +11,27 @@ import torch
 from torch import Tensor
 
 
-def lagrange_weights(nodes: np.ndarray, at: float | np.ndarray, order: int) -> np.ndarray:
-    """Weights of the newest `order + 1` nodes in the polynomial through them.
+def lagrange_weights(nodes: np.ndarray, at: np.ndarray, order: int) -> np.ndarray:
+    """Weights of the newest `order + 1` nodes in the polynomial through them, at the positions `at` (s,).
 
-    nodes (n, K), newest first, nan where a row has fewer; at: a number or (n,). Returns (n, K), zero outside the nodes
-    used; a row with fewer nodes uses a lower order. Raises ValueError for a row without a node.
+    nodes (n, K), newest first, nan where a row has fewer. Returns (n, s, order + 1); a row with fewer nodes uses a lower
+    order and has zeros after them. Raises ValueError for a row without a node.
     """
     nodes = np.asarray(nodes, dtype=np.float64)[:, : order + 1]
-    valid = ~np.isnan(nodes)
-    if not valid[:, 0].all():
+    if np.isnan(nodes[:, 0]).any():
         raise ValueError("forecast from an empty history: compute the first step of every image before reusing")
-    at = np.broadcast_to(np.asarray(at, dtype=np.float64), nodes.shape[:1])
-    weights = np.where(valid, 1.0, 0.0)
-    for j in range(nodes.shape[1]):
-        for m in range(nodes.shape[1]):
-            if m == j:
-                continue
-            both = valid[:, j] & valid[:, m]
-            gap = np.where(both, nodes[:, j] - nodes[:, m], 1.0)
-            weights[:, j] *= np.where(both, (at - nodes[:, m]) / gap, 1.0)
+    at = np.asarray(at, dtype=np.float64)
+    valid = ~np.isnan(nodes)
+    used = np.where(valid, nodes, 0.0)
+    count = nodes.shape[1]
+    weights = np.repeat(valid[:, None].astype(np.float64), len(at), axis=1)
+    for j in range(count):
+        for m in range(count):
+            if m != j:
+                both = valid[:, j] & valid[:, m]
+                gap = np.where(both, used[:, j] - used[:, m], 1.0)
+                ratio = (at - used[:, m, None]) / gap[:, None]
+                weights[:, :, j] *= np.where(both[:, None], ratio, 1.0)
     return weights
 
 
@@ -62,19 +64,20 @@ class History:
         self.position[images, slots] = position
         self.count[images] += 1
 
-    def weights(self, images: np.ndarray, at: float, order: int) -> np.ndarray:
-        """Lagrange weights (n, K) in slot order for `images` at timestep `at`."""
+    def weights(self, images: np.ndarray, at: np.ndarray, order: int) -> np.ndarray:
+        """Lagrange weights (m, s, K) in slot order for `images` (m,) at timesteps `at` (s,)."""
         slots = (self.count[images, None] - 1 - np.arange(self.position.shape[1])) % self.position.shape[1]
-        weights = np.zeros_like(self.position[images])
         newest_first = np.take_along_axis(self.position[images], slots, axis=1)
         used = lagrange_weights(newest_first, at, order)
-        np.put_along_axis(weights, slots[:, : used.shape[1]], used, axis=1)
+        weights = np.zeros((len(images), len(at), self.position.shape[1]))
+        np.put_along_axis(weights, slots[:, None, : used.shape[2]], used, axis=2)
         return weights
 
     def read(self, images: np.ndarray, coefficients: Tensor) -> Tensor:
-        """Weighted sums over nodes and entries: coefficients (n, R, K, E) -> (n, R, T, D)."""
-        values = self.values.flatten(1, 2)
-        if len(images) < len(values):
-            values = values[torch.from_numpy(images).to(values.device)]
-        out = torch.bmm(coefficients.flatten(2).to(values.dtype), values)
+        """Weighted sums over nodes and entries: coefficients (m, s, K, E) for `images` (m,) -> (m, s, T, D)."""
+        values, coefficients = self.values.flatten(1, 2), coefficients.flatten(2)
+        if len(images) == len(values):
+            out = torch.bmm(coefficients, values)
+        else:  # image by image: a gather would copy the history of each
+            out = torch.stack([c @ values[i] for c, i in zip(coefficients, images.tolist(), strict=True)])
         return out.unflatten(-1, self.shape)

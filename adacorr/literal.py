@@ -17,7 +17,7 @@ class LiteralRun:
     """
 
     rewind = None  # every step is computed: there is nothing to take again
-    rewinds = False
+    anchored = ()
 
     def __init__(self, correction: Literal, trace: Trace):
         self.correction, self.trace = correction, trace

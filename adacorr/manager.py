@@ -20,7 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adacorr.control import BudgetClock, RefreshClock, RefreshRule, amplification, split_budget
+from adacorr.control import (
+    BudgetClock,
+    RefreshClock,
+    RefreshRule,
+    amplification,
+    closing_step,
+    split_budget,
+    typical_gap,
+)
 from adacorr.correct import AdaCorrection, Literal
 from adacorr.gates import fit_gate_basis
 from adacorr.literal import LiteralRun
@@ -31,6 +39,9 @@ from adacorr.types import Policy, View
 
 # A computation that the base policy asks for is taken once the weight has come this far; before, the forecast is as good.
 ACCEPT_WEIGHT = 0.25
+
+# Timesteps between refreshes of the guidance difference at guidance 1.5, where its error counts half.
+DIFFERENCE_GAP = 390.0
 
 
 @dataclass(frozen=True)
@@ -104,6 +115,8 @@ class CacheRun:
         self._replay: tuple[np.ndarray, int] | None = None
         self._added: Tensor | None = None  # (halves, n, T, D): what the stack added in the current step
         self._last = np.full(self.images, -1)  # newest step that computed the whole stack
+        self._count = np.zeros(self.images, dtype=np.int64)  # steps that did
+        self._anchor = np.full(self.images, -1)  # step from which the next rewind starts
         self._make_segments(model, labels, timesteps, manager.dtype)
         if self.policy is not None:
             self.policy.begin(self.images, len(self.timesteps))
@@ -132,31 +145,39 @@ class CacheRun:
             for start, stop in spans]
 
     def _fit_gates(self, model, labels, timesteps, gate_error):
+        """The gate basis of the run and each image's index into its labels."""
         t = timesteps.to(model.pos_embed.device)
+        self.trace.overhead_flops = len(t) * len(model.blocks) * model.gate_flops()
         if labels is None:
-            unique, index = [None], torch.zeros(self.images, dtype=torch.long)
-        else:
-            unique, index = torch.unique(labels, return_inverse=True)
+            reference = model.condition(t)
+            return fit_gate_basis(model.blocks, reference, [[reference]], gate_error), torch.zeros(self.images).long()
 
         def condition(label):
-            return model.condition(t, None if label is None else torch.full_like(t, int(label), dtype=torch.long))
+            return model.condition(t, torch.full(t.shape, int(label), device=t.device))
 
-        null = [condition(model.null_label)] if self.halves == 2 else []
-        self.trace.overhead_flops = len(t) * len(model.blocks) * model.gate_flops()
-        return fit_gate_basis(model.blocks, [[condition(label), *null] for label in unique], gate_error), index.cpu()
+        unique, index = torch.unique(labels, return_inverse=True)
+        conditions = [[condition(label) for label in unique]]
+        # The last row of the label table: the null label where the model has one.
+        reference = condition(model.y_embedder.embedding_table.num_embeddings - 1)
+        if self.halves == 2:
+            conditions.append([reference])
+        return fit_gate_basis(model.blocks, reference, conditions, gate_error), index
 
     def _make_clocks(self, alpha_bar):
         c, n, t = self.correction, self.images, self.timesteps
-        stack = RefreshRule(c.tolerance, first=80.0, longest=200.0)
-        difference = RefreshRule(c.difference_tolerance, first=380.0, longest=600.0, power=3.0, growth=2.0, shrink=0.3)
         self.amplify = amplification(np.asarray(alpha_bar, dtype=np.float64))
+        stack = RefreshRule(c.tolerance, warmup=c.order + 1)
+        difference = RefreshRule(c.difference_tolerance, warmup=1, calm=1.0, haste=0.6, narrowest=0.1)
+        gaps = typical_gap(t, t[closing_step(t)])
+        # The guidance difference is smooth: far wider gaps, the narrower the more guidance amplifies its error.
+        wide = np.full_like(gaps, DIFFERENCE_GAP * min(1.0, (0.5 / max(self.guidance_error, 0.1)) ** (1.0 / 3.0)))
         if c.budget is None:
-            self.clock = RefreshClock(stack, t, n, c.gamma)
-            self.difference_clock = RefreshClock(difference, t, n, c.gamma, closing=False)
+            self.clock = RefreshClock(stack, t, gaps, n, c.gamma)
+            self.difference_clock = RefreshClock(difference, t, wide, n, c.gamma, closing=False)
             return
         nodes, both = split_budget(c.budget, self.halves, self.guidance_error if self.carries else None)
-        self.clock = BudgetClock(stack, t, n, nodes)
-        self.difference_clock = BudgetClock(difference, t, n, both, closing=False)
+        self.clock = BudgetClock(stack, t, gaps, n, nodes)
+        self.difference_clock = BudgetClock(difference, t, wide, n, both, closing=False)
 
     # ------------------------------------------------------------------ the sampling loop's side
 
@@ -167,7 +188,7 @@ class CacheRun:
 
     def begin_step(self, step: int) -> None:
         """Announce the step (0..S-1, in sampling order) that the next model call belongs to."""
-        self.step, self.rewind, self._replay = step, None, None
+        self.step, self.rewind, self._replay, self._between = step, None, None, None
 
     @contextmanager
     def replay(self, images: np.ndarray, step: int) -> Iterator[None]:
@@ -179,9 +200,9 @@ class CacheRun:
             self._replay = None
 
     @property
-    def refreshed(self) -> np.ndarray:
-        """(m,) images whose whole stack was computed in the current step."""
-        return np.flatnonzero(self._last == self.step)
+    def anchored(self) -> np.ndarray:
+        """(m,) images whose next rewind starts right after the current step: their state there is to be kept."""
+        return np.flatnonzero(self._anchor == self.step) if self.rewinds else self.everyone[:0]
 
     # ------------------------------------------------------------------ the model's side
 
@@ -213,19 +234,25 @@ class CacheRun:
             self._added = (x - x_in).unflatten(0, (self.halves, -1))
             gap = full & (self._last >= 0) & (self.step - self._last > 1)
             if gap.any():
-                self.rewind = Rewind(np.flatnonzero(gap), self._last[gap] + 1)
+                self.rewind = Rewind(np.flatnonzero(gap), self._anchor[gap] + 1)
+            self._anchor[full] = self.step
         self._last[full] = self.step
+        self._count[full] += 1
         self.trace.done = self.step + 1
         return x
 
     def _replayed(self) -> Tensor:
+        """What the stack adds to the images of the replay at its step: (halves, m, T, D)."""
         images, step = self._replay
         if step == self.step:
             return self._added[:, torch.from_numpy(images).to(self._added.device)]
         self.trace.rewound += len(images)
-        t = self.timesteps[step]
-        return torch.stack([sum(s.predict(half, images, step, t) for s in self.segments)
-                            for half in range(self.halves)])
+        if self._between is None:  # the whole gap in one pass over the stored tensors
+            past = np.arange(self.rewind.start.min(), self.step)
+            self._between = torch.stack([sum(s.predict(half, self.rewind.images, past, self.timesteps[past])
+                                             for s in self.segments) for half in range(self.halves)])
+        rows = torch.from_numpy(np.searchsorted(self.rewind.images, images)).to(self._between.device)
+        return self._between[:, :, step - self.rewind.start.min()][:, rows]
 
     def _run_segment(self, segment: Segment | None, start, stop, blocks, x, x_in, c):
         """One segment -> (its output for all rows, what was computed, what is to be stored)."""
@@ -252,9 +279,9 @@ class CacheRun:
         known = segment is not None and not segment.empty.any()
         guess = [None] * self.halves
         if known and (not cond.all() or (corrects and fresh is not None)):
-            guess[0] = segment.predict(0, self.everyone, step, t)
+            guess[0] = segment.predict(0, self.everyone, step, t)[:, 0]
         if known and self.halves == 2 and (not cond.all() or (corrects and fresh is not None and not self.carries)):
-            guess[1] = segment.predict(1, self.everyone, step, t)
+            guess[1] = segment.predict(1, self.everyone, step, t)[:, 0]
         carried = segment.carry(active.cond, fresh, step, t) if known and corrects and fresh and self.carries else None
 
         result = out if everything else self._merge(segment, x, guess, carried, out, rows, active)

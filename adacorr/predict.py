@@ -28,7 +28,7 @@ class Predictor:
 
     kind: str = "branches"
     order: int = 2
-    gate_error: float = 0.02
+    gate_error: float = 0.03
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -90,17 +90,19 @@ class Segment:
         """(n,) True for images without a node."""
         return self.base[0].count == 0
 
-    def predict(self, half: int, images: np.ndarray, step: int, timestep: float) -> Tensor:
-        """What the blocks add (kind "output": give) to one half of `images` (m,) at a step: (m, T, D)."""
-        value = self._read(self.base[half], images, step, timestep)
+    def predict(self, half: int, images: np.ndarray, steps: np.ndarray | int, timesteps: np.ndarray | float) -> Tensor:
+        """What the blocks add (kind "output": give) to one half of `images` (m,) at some steps (s,): (m, s, T, D)."""
+        steps, timesteps = np.atleast_1d(steps), np.atleast_1d(timesteps)
+        value = self._read(self.base[half], images, steps, timesteps)
         if half == 1 and self.gap is not None:
-            value = value - self._read(self.gap, images, step, timestep)
+            value -= self._read(self.gap, images, steps, timesteps)
         return value
 
     def carry(self, images: np.ndarray, fresh: "Collected", step: int, timestep: float) -> Tensor:
         """The unconditional half of `images` (m,), those of `fresh`, from their fresh conditional half: (m, T, D)."""
-        under_null = torch.einsum("mq,mqtd->mtd", self._phi(images, step), fresh.values[0][:, self.entries:])
-        return under_null - self._read(self.gap, images, step, timestep)
+        under_null = self.phi[step] @ fresh.values[0][:, self.entries:].flatten(2)
+        difference = self._read(self.gap, images, np.array([step]), np.array([timestep]))[:, 0]
+        return under_null.unflatten(-1, self.gap.shape) - difference
 
     def collect(self, active: Active) -> "Collected":
         return Collected(self, active)
@@ -119,16 +121,14 @@ class Segment:
         elif self.halves == 2:
             self.base[1].push(both, timestep, values[1])
 
-    def _phi(self, images: np.ndarray, step: int) -> Tensor:
-        return self.phi[self.labels[torch.from_numpy(images)], step]
 
-    def _read(self, history: History, images: np.ndarray, step: int, timestep: float) -> Tensor:
-        """(m, T, D): forecast weight of each node times the gates' phi of each entry, in one pass over the history."""
-        weights = torch.from_numpy(history.weights(images, timestep, self.predictor.order))
-        weights = weights.to(history.values.device, history.values.dtype)[:, :, None]
+    def _read(self, history: History, images: np.ndarray, steps: np.ndarray, timesteps: np.ndarray) -> Tensor:
+        """(m, s, T, D): forecast weight of each node times the gates' phi of each entry, in one pass."""
+        weights = torch.from_numpy(history.weights(images, timesteps, self.predictor.order))
+        weights = weights.to(history.values.device, history.values.dtype)[..., None]  # (m, s, K, 1)
         if self.predictor.kind == "branches":
-            weights = weights * self._phi(images, step)[:, None, :]
-        return history.read(images, weights[:, None])[:, 0]
+            weights = weights * self.phi[torch.from_numpy(steps)][:, None, :]
+        return history.read(images, weights)
 
 
 class Collected:
@@ -145,10 +145,12 @@ class Collected:
         self._block = 0
         if segment.predictor.kind == "branches":
             loads = segment.loads
-            cond = torch.cat(loads, dim=2) if segment.difference else loads[0]
+            cond = loads[0]
+            if segment.difference:  # the same branches under the null label's gates besides
+                cond = torch.cat([cond, loads[1].expand(-1, cond.shape[1], -1, -1)], dim=2)
             self._loads = [cond[:, segment.labels[torch.from_numpy(active.cond)]]]
             if segment.halves == 2:
-                self._loads.append(loads[1][:, segment.labels[torch.from_numpy(active.uncond)]])
+                self._loads.append(loads[1].expand(-1, len(active.uncond), -1, -1))
 
     def tap(self) -> Callable[[Tensor, Tensor], None] | None:
         """To be passed to each block in turn; None where the branches are not wanted."""
