@@ -122,7 +122,7 @@ def load(args: argparse.Namespace) -> tuple[Pipeline, CacheManager | None]:
     check_range("--cfg-scale", args.cfg_scale, 0.0, 100.0)
     check_range("--seed", args.seed, 0, 2**63 - 1)
     sampler = make_sampler(args.sampler, args.num_sampling_steps)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = find_device(args.device)
     name, size = args.ckpt or BUNDLED, args.image_size
     if args.ckpt is None and args.model is not None:
         size = size or 256
@@ -138,6 +138,15 @@ def load(args: argparse.Namespace) -> tuple[Pipeline, CacheManager | None]:
     vae = None if vae_name == "none" else load_vae(vae_name, offline=args.offline).to(device).eval()
     model.to(device=device, dtype=DTYPES[args.dtype])
     return Pipeline(model, sampler, vae, checkpoint, args.cfg_scale, channels, device, options=vars(args)), cache
+
+
+def find_device(name: str | None) -> torch.device:
+    """The named device, else CUDA where there is one, else the CPU; ValueError for one that cannot be used."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # the second where torch was built without CUDA
+        raise ValueError(f"--device {name} cannot be used: {str(error).partition(chr(10))[0]}") from None
 
 
 def make_cache(args: argparse.Namespace) -> CacheManager | None:
@@ -166,16 +175,22 @@ def parse_labels(text: str | None, model: DiT) -> Tensor | None:
         return None
     if text is None:
         return torch.arange(min(model.num_classes, 16))
+    labels = label_numbers(text)
+    for label in labels:
+        if not 0 <= label < model.num_classes:
+            raise ValueError(f"--class-labels: {label} is outside 0..{model.num_classes - 1}")
+    return torch.tensor(labels)
+
+
+def label_numbers(text: str) -> list[int]:
+    """The whole numbers of a comma-separated list, before there is a model; ValueError names the first that is none."""
     labels = []
     for item in text.split(","):
         try:
-            label = int(item)
+            labels.append(int(item))
         except ValueError:
             raise ValueError(f"--class-labels: {item.strip()!r} is not a whole number; give e.g. 0,3,7") from None
-        if not 0 <= label < model.num_classes:
-            raise ValueError(f"--class-labels: {label} is outside 0..{model.num_classes - 1}")
-        labels.append(label)
-    return torch.tensor(labels)
+    return labels
 
 
 # ----------------------------------------------------------------------------------------- noise and loop
