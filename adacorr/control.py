@@ -8,16 +8,19 @@ ODE solvers (Hairer, Norsett and Wanner, Solving Ordinary Differential Equations
 Distances are in training timesteps (0 to 1000), so that the rules mean the same at any number of sampling steps.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
+Gap = Callable[[float], float]
+
 # Standard deviation of the coarsest structure of an image or latent, against unit noise: see `amplification`.
 COARSE_SCALE = 10.0
 
-# Gaps are stretched in whole notches of this factor. Images decide alone, yet those of like difficulty keep computing in
-# the same steps, and a batch runs in a few large calls instead of many small ones.
-NOTCH = 1.25
+# Gaps are stretched in notches of this share of the typical gap. Images decide alone, yet those of like difficulty keep
+# computing in the same steps, and a batch runs in a few large calls instead of many small ones.
+NOTCH = 0.5
 
 # An offset over a gap grows like gap ** POWER: the forecast's order 2 plus one, and the steps that add it up.
 POWER = 4.0
@@ -37,15 +40,32 @@ def closing_step(timesteps: np.ndarray) -> int:
     return max(0, min(int(np.abs(timesteps - 20.0).argmin()), len(timesteps) - 2))
 
 
-def typical_gap(timesteps: np.ndarray, end: float) -> np.ndarray:
-    """Gaps at which forecasts hold about equally well, for nodes at `timesteps` and a last node at `end`. (S,) -> (S,)
+def typical_gap(t: float, start: float, end: float) -> float:
+    """Gap after a node at timestep `t` at which forecasts hold about equally well along the trajectory start..end.
 
     At the start a gap may exceed the one before it by a quarter, while the order of the forecast builds up; in the
     middle features turn slowly; towards the image they turn ever faster.
     """
-    start = 80.0 + 0.25 * (timesteps[0] - timesteps)
-    close = 40.0 + 0.2 * np.maximum(timesteps - end, 0.0)
-    return np.minimum(np.minimum(start, 122.0), close)
+    return min(80.0 + 0.25 * (start - t), 122.0, 40.0 + 0.2 * max(t - end, 0.0))
+
+
+def lay_out(gap: Gap, start: float, end: float, scale: float) -> np.ndarray:
+    """Timesteps from `start` down to at least `end`, each gap(t) * scale after the one before."""
+    places = [start]
+    while places[-1] > end and len(places) < 4096:
+        places.append(places[-1] - scale * max(gap(places[-1]), 1e-3))
+    return np.array(places)
+
+
+def scale_to_count(gap: Gap, start: float, end: float, strides: float) -> float:
+    """The scale at which `strides` gaps (the last one in part) lead from start to end."""
+    low, high = 1e-4, 1e4
+    for _ in range(80):
+        scale = np.sqrt(low * high)
+        places = lay_out(gap, start, end, scale)
+        spent = len(places) - 2 + (places[-2] - end) / (places[-2] - places[-1]) if len(places) > 1 else 0.0
+        low, high = (scale, high) if spent > strides else (low, scale)
+    return float(np.sqrt(low * high))
 
 
 @dataclass(frozen=True)
@@ -63,29 +83,35 @@ class RefreshRule:
 class RefreshClock:
     """Per image: the newest node, and the step at which the next one is due. Steps are indices in sampling order.
 
-    gaps (S,) are the gaps to expect at each step, in timesteps; offsets above the tolerance shrink them and offsets
-    below it stretch them, image by image. A `closing` clock ends with a node at the closing step; another runs out.
+    The clock counts typical gaps: `gap(t)` timesteps after a node at t, times gamma ** (-1 / POWER), since gamma
+    multiplies the offset. Offsets above the tolerance shrink the gaps to come and offsets below it stretch them, image by
+    image. A `closing` clock ends with a node at the closing step; another one runs out.
     """
 
-    def __init__(self, rule: RefreshRule, timesteps: np.ndarray, gaps: np.ndarray, images: int, gamma: float,
+    def __init__(self, rule: RefreshRule, timesteps: np.ndarray, gap: Gap, images: int, gamma: float,
                  closing: bool = True):
-        self.rule, self.timesteps, self.gaps, self.closing = rule, timesteps, gaps, closing
-        self.node = np.full(images, -1)
-        self.due = np.zeros(images, dtype=np.int64)
-        # gamma multiplies the offset, so a gap that the tolerance allows is gamma ** (-1 / power) of the usual one.
-        self.usual = min(max(gamma, 1e-9) ** (-1.0 / POWER), 10.0)
-        self.stretch = np.full(images, self.usual)
-        self.tolerance = rule.tolerance / max(gamma, 1e-9)
-        self.count = np.zeros(images, dtype=np.int64)  # nodes so far
+        gamma = max(gamma, 1e-6)
+        self._set_up(rule, timesteps, gap, images, gamma ** (-1.0 / POWER), closing)
+        self.tolerance = rule.tolerance / gamma
+
+    def _set_up(self, rule, timesteps, gap, images, scale, closing):
+        self.rule, self.timesteps, self.closing = rule, timesteps, closing
         # A node in the very last step corrects nothing after it; the one before it closes the forecast.
         self.last = closing_step(timesteps)
+        places = lay_out(gap, timesteps[0], timesteps[-1] - 1e-6, scale)
+        self.clock = np.interp(-timesteps, -places, np.arange(len(places)))  # (S,): typical gaps since the start
+        self.stretch = np.ones(images)
+        self.count = np.zeros(images, dtype=np.int64)  # nodes so far
+        self.node = np.full(images, -1)
+        self.due = np.zeros(images, dtype=np.int64)
+        self.place = np.zeros(images)  # of the due step on the clock, before it was rounded to a step
 
     def weight(self, step: int) -> np.ndarray:
         """clip(gamma * S, 0, 1) of every image at `step`, S the offset expected there in tolerances; 1 without a node."""
-        t, known = self.timesteps, self.node >= 0
-        end = np.where(self.due < len(t), t[np.minimum(self.due, len(t) - 1)], -np.inf)
-        way = np.where(known, t[self.node] - end, 1.0)
-        return np.where(known, np.clip((t[self.node] - t[step]) / way, 0.0, 1.0) ** POWER, 1.0)
+        known, clock = self.node >= 0, self.clock
+        end = np.where(self.due < len(clock), clock[np.minimum(self.due, len(clock) - 1)], np.inf)
+        way = np.where(known, end - clock[self.node], 1.0)
+        return np.where(known, np.clip((clock[step] - clock[self.node]) / way, 0.0, 1.0) ** POWER, 1.0)
 
     def nears(self, step: int, nodes: "RefreshClock") -> np.ndarray:
         """Whether the due step is nearer to this step than to where the next of `nodes` would be."""
@@ -95,46 +121,58 @@ class RefreshClock:
 
     def restart(self, images: np.ndarray, step: int, score: np.ndarray) -> None:
         """A node at `step` for `images` (m,) with offsets `score` (m,) measured there; nan where there were none."""
-        rule, counts = self.rule, (self.count[images] >= self.rule.warmup) & ~np.isnan(score)
-        factor = (self.tolerance / np.maximum(np.where(counts, score, self.tolerance), 1e-12)) ** (1.0 / POWER)
-        stretch = self.stretch[images] * np.clip(factor, rule.haste, rule.calm)
-        self.stretch[images] = np.clip(stretch, rule.narrowest * self.usual, rule.widest * self.usual)
+        early = self.due[images] > step  # asked for by a policy, before it was due
+        self.place[images] = np.where(early | (self.count[images] == 0), self.clock[step], self.place[images])
+        self._learn(images, score)
         self.count[images] += 1
         self.due[images] = self._due(images, step)
         self.node[images] = step
 
+    def _learn(self, images: np.ndarray, score: np.ndarray) -> None:
+        """Stretch or shrink the gaps to come by the offsets at the end of the last one."""
+        rule, counts = self.rule, (self.count[images] >= self.rule.warmup) & ~np.isnan(score)
+        factor = (self.tolerance / np.maximum(np.where(counts, score, self.tolerance), 1e-12)) ** (1.0 / POWER)
+        stretch = self.stretch[images] * np.clip(factor, rule.haste, rule.calm)
+        self.stretch[images] = np.clip(stretch, rule.narrowest, rule.widest)
+
+    def _stride(self, images: np.ndarray, step: int) -> np.ndarray:
+        """(m,): typical gaps from a node at `step` to the next."""
+        return NOTCH * np.maximum(np.round(self.stretch[images] / NOTCH), 1.0)
+
     def _due(self, images: np.ndarray, step: int) -> np.ndarray:
-        """(m,): the step nearest to the end of the stretched gap, and after this one; len(timesteps) for never."""
-        t = self.timesteps
-        notches = np.round(np.log(self.stretch[images] / self.usual) / np.log(NOTCH))
-        gap = self.gaps[step] * self.usual * NOTCH**notches
-        due = np.abs(t - (t[step] - gap)[:, None]).argmin(axis=1).clip(min=step + 1)
+        """(m,): the step nearest to the next place, and after this one; len(timesteps) for never."""
+        steps, stride = len(self.clock), self._stride(images, step)
+        self.place[images] += stride
+        due = np.abs(self.clock - self.place[images, None]).argmin(axis=1).clip(min=step + 1)
+        over = self.place[images] > self.clock[-1]
         if self.closing and step < self.last:
             # The closing node is taken in one longer stride rather than right after another node.
-            close = t[step] - t[self.last] <= 1.35 * gap
-            return np.where(close | (due > self.last), self.last, due)
-        return np.where((t[step] - gap < t[-1]) | (due > self.last), len(t), due)
+            close = self.clock[self.last] - self.clock[step] <= 1.35 * stride
+            return np.where(close | over | (due > self.last), self.last, due)
+        return np.where(over | (due > self.last), steps, due)
 
 
 class BudgetClock(RefreshClock):
-    """A fixed number of nodes, spread over the trajectory in proportion to the typical gaps."""
+    """A fixed number of nodes at typical gaps, scaled to fill the trajectory; offsets are recorded and change nothing."""
 
-    def __init__(self, rule: RefreshRule, timesteps: np.ndarray, gaps: np.ndarray, images: int, nodes: int,
+    def __init__(self, rule: RefreshRule, timesteps: np.ndarray, gap: Gap, images: int, nodes: int,
                  closing: bool = True):
-        super().__init__(rule, timesteps, gaps, images, 1.0, closing)
+        end = timesteps[closing_step(timesteps)]
+        # A clock that need not close leaves half a gap behind its last node.
+        strides = max(nodes - (1.0 if closing else 0.5), 0.5)
+        self._set_up(rule, timesteps, gap, images, scale_to_count(gap, timesteps[0], end, strides), closing)
         self.left = np.full(images, min(nodes, len(timesteps)))
-        spent = np.concatenate([[0.0], np.cumsum(-np.diff(timesteps) * 2.0 / (gaps[1:] + gaps[:-1]))])
-        self.share = spent / max(spent[self.last], 1e-9)  # (S,): share of the nodes that is spent by each step
+
+    def _learn(self, images: np.ndarray, score: np.ndarray) -> None:
+        self.left[images] -= 1
 
     def _due(self, images: np.ndarray, step: int) -> np.ndarray:
-        steps = len(self.timesteps)
-        self.left[images] -= 1
-        left = self.left[images]
-        # A clock that need not close leaves a tail of its own.
-        stride = (1.0 - self.share[step]) / np.maximum(left + (0.0 if self.closing else 0.4), 0.4)
-        due = np.abs(self.share - (self.share[step] + stride)[:, None]).argmin(axis=1)
-        due = np.clip(due, step + 1, max(self.last, step + 1))
-        due = np.where(left >= self.last - step, step + 1, due)
+        left, steps = self.left[images], len(self.clock)
+        due = super()._due(images, step)
+        if self.closing:  # one node is kept for the end, and as many steps as nodes remain leave no choice
+            due = np.where((left > 1) & (due >= self.last) & (step + 1 < self.last), self.last - 1, due)
+            due = np.where(left == 1, max(self.last, step + 1), due)
+            due = np.where(left >= self.last - step, step + 1, due)
         return np.where((left <= 0) | (due >= steps), steps, due)
 
 

@@ -64,8 +64,8 @@ class AdaCorrection:
     difference: bool = True
     rewind: bool = True
     gate_error: float = 0.03
-    tolerance: float = 0.12
-    difference_tolerance: float = 0.015
+    tolerance: float = 0.2
+    difference_tolerance: float = 0.03
 
     def __post_init__(self):
         _check_range("gamma", self.gamma)

@@ -168,16 +168,23 @@ class CacheRun:
         self.amplify = amplification(np.asarray(alpha_bar, dtype=np.float64))
         stack = RefreshRule(c.tolerance, warmup=c.order + 1)
         difference = RefreshRule(c.difference_tolerance, warmup=1, calm=1.0, haste=0.6, narrowest=0.1)
-        gaps = typical_gap(t, t[closing_step(t)])
+        start, end = t[0], t[closing_step(t)]
         # The guidance difference is smooth: far wider gaps, the narrower the more guidance amplifies its error.
-        wide = np.full_like(gaps, DIFFERENCE_GAP * min(1.0, (0.5 / max(self.guidance_error, 0.1)) ** (1.0 / 3.0)))
+        wide = DIFFERENCE_GAP * min(1.0, (0.5 / max(self.guidance_error, 0.1)) ** (1.0 / 3.0))
+
+        def stack_gap(at: float) -> float:
+            return typical_gap(at, start, end)
+
+        def difference_gap(at: float) -> float:
+            return wide
+
         if c.budget is None:
-            self.clock = RefreshClock(stack, t, gaps, n, c.gamma)
-            self.difference_clock = RefreshClock(difference, t, wide, n, c.gamma, closing=False)
+            self.clock = RefreshClock(stack, t, stack_gap, n, c.gamma)
+            self.difference_clock = RefreshClock(difference, t, difference_gap, n, c.gamma, closing=False)
             return
         nodes, both = split_budget(c.budget, self.halves, self.guidance_error if self.carries else None)
-        self.clock = BudgetClock(stack, t, gaps, n, nodes)
-        self.difference_clock = BudgetClock(difference, t, wide, n, both, closing=False)
+        self.clock = BudgetClock(stack, t, stack_gap, n, nodes)
+        self.difference_clock = BudgetClock(difference, t, difference_gap, n, both, closing=False)
 
     # ------------------------------------------------------------------ the sampling loop's side
 
