@@ -286,9 +286,13 @@ def environment() -> dict[str, Any]:
     import diffusers
     import timm
 
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git on this machine
+        commit = ""
     return {
-        "git": git.stdout.strip() or None, "python": platform.python_version(), "torch": torch.__version__,
+        "git": commit or None, "python": platform.python_version(), "torch": torch.__version__,
         "timm": timm.__version__, "diffusers": diffusers.__version__, "numpy": np.__version__,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         "threads": torch.get_num_threads(), "argv": sys.argv,
