@@ -1,0 +1,302 @@
+"""Sample images from a DiT checkpoint into one PNG, with or without a cache.
+
+    python sample.py                              the bundled checkpoint, one image of each class
+    python sample.py --adacorr                    the same images through AdaCorrection
+    python sample.py --adacorr --compare          both, side by side: what was saved, how close they are
+    python sample.py --cache teacache --adacorr   another method's rule, corrected
+
+The exit code is 0, 2 after an error (one line on stderr) and 130 after Ctrl-C.
+"""
+
+import argparse
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from tqdm import tqdm
+
+import pipeline
+from adacorr import CacheManager
+from diffusion import make_sampler
+from download import BUNDLED
+from evaluate.fidelity import fidelity
+
+WARM_UP = 6  # steps of both runs before anything is timed: enough for a forecast to be used
+SMALLEST = 64  # pixels at which an image is shown at least; smaller ones are enlarged by repeating pixels
+GAP = 2  # pixels between images; between the two grids of --compare it is four times as much
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but an error is one line without the usage text."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser("sample.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
+    pipeline.add_model_flags(parser)
+    pipeline.add_cache_flags(parser)
+    add = parser.add_argument_group("images and output").add_argument
+    add("--class-labels", metavar="0,3,7", help="default: one of each class, at most 16")
+    add("--num-images", type=int, help="default: one for each label; 8 of an unconditional model")
+    add("--out", type=Path, default=Path("samples/sample.png"), help="PNG (default %(default)s)")
+    add("--compare", action="store_true", help="sample without the cache, too, on the same noise")
+    add(
+        "--repeats",
+        type=int,
+        default=1,
+        help="runs of each for --compare; the median time counts (default 1)",
+    )
+    add("--record", type=Path, metavar="FILE", help="write all that is known of the run as JSON")
+    add("--debug", action="store_true", help="show where an error was raised")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """The whole job. ValueError or OSError for a mistake, before heavy work where it shows by then."""
+    check(args)
+    pipe, cache = pipeline.load(args)
+    labels = pipeline.parse_labels(args.class_labels, pipe.model)
+    count = args.num_images or (8 if labels is None else len(labels))
+    if labels is not None:
+        labels = labels[torch.arange(count) % len(labels)]
+    method = name_method(args)
+    record = describe(args, pipe, cache, labels, count)
+
+    if args.compare:
+        short = make_sampler(args.sampler, min(WARM_UP, args.num_sampling_steps))
+        for title, manager in (("uncached", None), (method, cache)):
+            timed(replace(pipe, sampler=short), args.seed, labels, count, manager, f"warm-up, {title}")
+    seconds, seconds_uncached = [], []
+    for _ in range(args.repeats if args.compare else 1):  # in turn, so that a slow minute hits both
+        if args.compare:
+            reference, spent = timed(pipe, args.seed, labels, count, None, "uncached")
+            seconds_uncached.append(spent)
+        x, spent = timed(pipe, args.seed, labels, count, cache, method)
+        seconds.append(spent)
+
+    images = decode(pipe, x)
+    record |= {"seconds": median(seconds), "warm": args.compare}
+    if cache is not None:
+        summary = cache.trace.summary()
+        record |= {key: summary[key] for key in ("compute", "hit_rate", "evaluations")}
+        record |= {"cache_bytes": cache.bytes, "trace": summary}
+    picture = grid(images)
+    if args.compare:
+        reference = decode(pipe, reference)
+        before, after = median(seconds_uncached), median(seconds)
+        record |= {"seconds_uncached": before, "speedup": before / after, **fidelity(reference, images)}
+        captions = f"uncached {before:.1f} s", f"{method} {after:.1f} s, {before / after:.1f}x"
+        picture = side_by_side(grid(reference), picture, captions)
+    save_png(args.out, picture)
+    if args.record is not None:
+        pipeline.write_json(args.record, record)
+    report(args, record, method, pipe.checkpoint.class_names)
+
+
+# ------------------------------------------------------------------------------------------ before the work
+
+
+def check(args: argparse.Namespace) -> None:
+    """Mistakes that show without a model: ValueError or OSError names the flag and the value."""
+    if args.compare and args.cache is None and args.adacorr is None:
+        raise ValueError("--compare needs a cache to compare with: add --adacorr, --cache POLICY or both")
+    if args.class_labels is not None:
+        pipeline.label_numbers(args.class_labels)
+    pipeline.check_range("--repeats", args.repeats, 1, 1000)
+    if args.num_images is not None:
+        pipeline.check_range("--num-images", args.num_images, 1, 100_000)
+    if args.out.suffix.lower() != ".png":
+        raise ValueError(f"--out {args.out} does not end in .png, the one format that is written")
+    check_writable("--out", args.out)
+    if args.record is not None:
+        check_writable("--record", args.record)
+
+
+def check_writable(flag: str, path: Path) -> None:
+    """OSError unless the file can be made, or made again, along with its parent folders."""
+    if path.is_dir():
+        raise OSError(f"{flag} {path} is a folder: give the name of a file")
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise OSError(f"{flag} {path}: {parent} is a file, not a folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OSError(f"{flag} {path}: the folder {parent} is not writable")
+
+
+def name_method(args: argparse.Namespace) -> str:
+    """A few words for the caption: 'adacorr', 'teacache + adacorr', 'literal', 'uncached'."""
+    words = [] if args.cache is None else [args.cache.partition(":")[0].strip()]
+    if args.adacorr is not None:
+        words.append("literal" if args.adacorr.strip().startswith("literal") else "adacorr")
+    return " + ".join(words) or "uncached"
+
+
+def describe(
+    args: argparse.Namespace,
+    pipe: pipeline.Pipeline,
+    cache: CacheManager | None,
+    labels: Tensor | None,
+    count: int,
+) -> dict[str, Any]:
+    """What is run: options with their defaults filled in, versions, checkpoint, model, method and labels."""
+    options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    options |= {"cfg_channels": pipe.cfg_channels, "device": str(pipe.device), "num_images": count}
+    options["num_classes"] = pipe.model.num_classes
+    options["vae"] = "none" if pipe.vae is None else args.vae or "mse"
+    options["image_size"] = pipe.model.input_size * (1 if pipe.vae is None else 8)
+    if args.ckpt is None:
+        options["ckpt"] = BUNDLED if args.model is None else pipe.checkpoint.path.name
+    source = pipe.checkpoint
+    record = {
+        "options": options,
+        "environment": pipeline.environment(),
+        "checkpoint": {"name": source.path.name, "sha256": source.sha256, "source_key": source.source_key},
+        "model": pipe.model.config,
+        "images": count,
+    }
+    if labels is not None:
+        record["labels"] = labels.tolist()
+    if cache is not None:
+        parts = {"policy": cache.policy, "correction": cache.correction}
+        parts = {key: part for key, part in parts.items() if part is not None}
+        record["method"] = {key: {"name": type(part).__name__, **asdict(part)} for key, part in parts.items()}
+    return record
+
+
+# ------------------------------------------------------------------------------------------------- the work
+
+
+def timed(
+    pipe: pipeline.Pipeline,
+    seed: int,
+    labels: Tensor | None,
+    count: int,
+    cache: CacheManager | None,
+    title: str,
+) -> tuple[Tensor, float]:
+    """Final states (count, C, H, W) of images 0..count-1, and the seconds of sampling, decoding left out."""
+    synchronize = torch.cuda.synchronize if pipe.device.type == "cuda" else lambda: None
+    with tqdm(total=pipe.sampler.num_steps, desc=title, unit="step", disable=None) as bar:
+
+        def progress(manager: CacheManager | None) -> None:
+            # The rate is counted only when the bar is drawn, because it reads the whole trace.
+            if bar.update() and manager is not None:
+                bar.set_postfix_str(f"hit rate {manager.trace.hit_rate:.0%}")
+
+        synchronize()
+        start = time.perf_counter()
+        x = pipe.sample(seed, np.arange(count), labels, cache, progress)
+        synchronize()
+        return x, time.perf_counter() - start
+
+
+def decode(pipe: pipeline.Pipeline, x: Tensor) -> Tensor:
+    """Final states (n, C, H, W) -> uint8 images (n, H, W, 3); ValueError names the first that overflowed."""
+    broken = [i for i, state in enumerate(x) if not state.isfinite().all()]
+    if broken:
+        raise ValueError(f"image {broken[0]} holds infinite or undefined values: sample with --dtype fp32")
+    return pipe.decode(x)
+
+
+# --------------------------------------------------------------------------------------------- the pictures
+
+
+def grid(images: Tensor) -> Image.Image:
+    """uint8 (n, H, W, 3) -> one picture, row by row; a full rectangle where n has one not too wide."""
+    n, height, width, _ = images.shape
+    zoom = max(1, SMALLEST // height)
+    width, height = width * zoom, height * zoom
+    narrowest = math.isqrt(n - 1) + 1
+    columns = next((c for c in range(narrowest, 2 * narrowest) if n % c == 0), narrowest)
+    rows = math.ceil(n / columns)
+    sheet = Image.new("RGB", (columns * (width + GAP) - GAP, rows * (height + GAP) - GAP), "white")
+    for i, image in enumerate(images.numpy()):
+        tile = Image.fromarray(image.repeat(zoom, axis=0).repeat(zoom, axis=1))
+        sheet.paste(tile, (i % columns * (width + GAP), i // columns * (height + GAP)))
+    return sheet
+
+
+def side_by_side(left: Image.Image, right: Image.Image, captions: Sequence[str]) -> Image.Image:
+    """Two pictures of one size with a caption over each."""
+    font = ImageFont.load_default()
+    boxes = [font.getbbox(caption) for caption in captions]
+    top = math.ceil(max(box[3] for box in boxes)) + 2 * GAP
+    width = max(left.width, *(math.ceil(box[2]) for box in boxes))
+    sheet = Image.new("RGB", (2 * width + 4 * GAP, top + left.height), "white")
+    for x, picture, caption in zip((0, width + 4 * GAP), (left, right), captions, strict=True):
+        sheet.paste(picture, (x, top))
+        ImageDraw.Draw(sheet).text((x, GAP), caption, fill="black", font=font)
+    return sheet
+
+
+def save_png(path: Path, picture: Image.Image) -> None:
+    """Through a temporary file in the same folder, so that a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        picture.save(temporary, format="PNG")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# --------------------------------------------------------------------------------------------- what is said
+
+
+def report(args: argparse.Namespace, record: dict[str, Any], method: str, names: list[str] | None) -> None:
+    """The record in a few aligned lines on stdout; on stderr a warning if the cache never skipped a block."""
+    lines = {"saved": f"{args.out}, {record['images']} images{' twice' if args.compare else ''}"}
+    if "labels" in record:
+        shown = [f"{i} {names[i]}" if names else str(i) for i in record["labels"][:16]]
+        lines["labels"] = ", ".join(shown + ["..."] * (len(record["labels"]) > 16))
+    lines["time"] = f"{method} {record['seconds']:.2f} s"
+    if args.compare:
+        lines["time"] = f"uncached {record['seconds_uncached']:.2f} s, {lines['time']}"
+        lines["speed-up"] = f"{record['speedup']:.2f}x"
+    if "compute" in record:
+        lines["compute"] = f"{record['compute']:.1%} of the block FLOPs"
+        lines["evaluations"] = f"{record['evaluations']:.2f} full ones in {args.num_sampling_steps} steps"
+        lines["hit rate"] = f"{record['hit_rate']:.1%}"
+        lines["cache"] = f"{record['cache_bytes'] / 2**20:.1f} MiB"
+    if args.compare:
+        (mean, p5, low), ssim = (float(record["psnr"][key]) for key in ("mean", "p5", "min")), record["ssim"]
+        lines["PSNR"] = f"mean {mean:.2f} dB, 5th percentile {p5:.2f}, min {low:.2f}"
+        lines["SSIM"] = f"mean {ssim['mean']:.4f}, 5th percentile {ssim['p5']:.4f}"
+    for name, text in lines.items():
+        print(f"{name:12} {text}")
+    if record.get("hit_rate") == 0:
+        why = "the literal form computes" if method == "literal" else f"{method} asked for"
+        print(f"sample.py: warning: nothing was skipped: {why} every block of every step", file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    try:
+        run(args)
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError) as error:
+        if args.debug:
+            raise
+        print(f"sample.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
