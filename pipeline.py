@@ -164,6 +164,19 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
         raise ValueError(f"{name} {value} is outside {low}..{high}")
 
 
+def check_writable(flag: str, path: Path) -> None:
+    """OSError unless the file can be made, or made again, along with its parent folders."""
+    if path.is_dir():
+        raise OSError(f"{flag} {path} is a folder: give the name of a file")
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise OSError(f"{flag} {path}: {parent} is a file, not a folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OSError(f"{flag} {path}: the folder {parent} is not writable")
+
+
 def parse_labels(text: str | None, model: DiT) -> Tensor | None:
     """Comma-separated labels -> (n,) int64; None gives one image of each of the first (at most 16) classes.
 

@@ -120,22 +120,9 @@ def check(args: argparse.Namespace) -> None:
         pipeline.check_range("--num-images", args.num_images, 1, 100_000)
     if args.out.suffix.lower() != ".png":
         raise ValueError(f"--out {args.out} does not end in .png, the one format that is written")
-    check_writable("--out", args.out)
+    pipeline.check_writable("--out", args.out)
     if args.record is not None:
-        check_writable("--record", args.record)
-
-
-def check_writable(flag: str, path: Path) -> None:
-    """OSError unless the file can be made, or made again, along with its parent folders."""
-    if path.is_dir():
-        raise OSError(f"{flag} {path} is a folder: give the name of a file")
-    parent = path.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir():
-        raise OSError(f"{flag} {path}: {parent} is a file, not a folder")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise OSError(f"{flag} {path}: the folder {parent} is not writable")
+        pipeline.check_writable("--record", args.record)
 
 
 def name_method(args: argparse.Namespace) -> str:
