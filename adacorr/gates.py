@@ -32,22 +32,19 @@ class GateBasis:
         return self.phi.shape[1]
 
 
-def branch_gates(blocks: Sequence[nn.Module], c: Tensor) -> Tensor:
-    """Both gates of every block, flat, float32: c (S, D) -> (S, 2 * depth * D)."""
-    return torch.cat([gate for block in blocks for gate in block.gates(c)], dim=1).float()
-
-
-def fit_gate_basis(blocks: Sequence[nn.Module], reference: Tensor, conditions: list[list[Tensor]],
+def fit_gate_basis(blocks: Sequence[nn.Module], reference: Tensor, conditions: list[Tensor],
                    tolerance: float) -> GateBasis:
     """Factor the gates of a run.
 
     phi and its rank come from `reference` (S, D), the null label's conditioning where there is one, and not from the
     labels at hand, so that an image's forecast never depends on what else is in the batch. The rank is the smallest at
-    which every step's relative error is at most `tolerance` (0 keeps full rank). `conditions[half][l]` is c (S, D).
+    which every step's relative error is at most `tolerance` (0 keeps full rank). `conditions[half]` is c (labels, S, D).
     """
-    gates = branch_gates(blocks, reference)
-    # Left singular vectors through the small (S, S) Gram matrix: the other side of `gates` is tens of thousands wide.
-    gram = sum(part.double() @ part.double().T for part in gates.split(1 << 14, dim=1))
+    # Left singular vectors through the small (S, S) Gram matrix: the other side of the gates is tens of thousands wide.
+    gram = torch.zeros(len(reference), len(reference), dtype=torch.float64, device=reference.device)
+    for block in blocks:
+        gates = torch.cat(block.gates(reference), dim=1).double()
+        gram += gates @ gates.T
     values, vectors = torch.linalg.eigh(gram)
     phi = vectors.flip(1)[:, : int((values > values[-1] * 1e-13).sum())]
     # Squared error of each step that the first q directions leave; row s of phi holds the step's own components.
@@ -55,15 +52,18 @@ def fit_gate_basis(blocks: Sequence[nn.Module], reference: Tensor, conditions: l
     size = gram.diagonal().clamp_min(torch.finfo(torch.float64).tiny)
     left = (size[:, None] - (phi.square() * scale).cumsum(dim=1)).clamp_min(0) / size[:, None]
     enough = (left.sqrt().amax(dim=0) <= tolerance).nonzero()
-    rank = int(enough[0]) + 1 if len(enough) else phi.shape[1]
-    phi = phi[:, :rank].float()
-    load, error = [], 0.0
-    for half in conditions:
-        projected = []
-        for c in half:
-            gates = branch_gates(blocks, c)
-            projected.append(phi.T @ gates)
-            rest = torch.linalg.vector_norm(gates - phi @ projected[-1], dim=1)
-            error = max(error, float((rest / torch.linalg.vector_norm(gates, dim=1).clamp_min(1e-30)).max()))
-        load.append(torch.stack(projected).unflatten(2, (2 * len(blocks), -1)).permute(2, 0, 1, 3).contiguous())
-    return GateBasis(phi, tuple(load), error)
+    phi = phi[:, : int(enough[0]) + 1 if len(enough) else None].float()
+    halves = [_project(blocks, c, phi) for c in conditions]
+    return GateBasis(phi, tuple(load for load, _ in halves), max(error for _, error in halves))
+
+
+def _project(blocks: Sequence[nn.Module], c: Tensor, phi: Tensor) -> tuple[Tensor, float]:
+    """c (labels, S, D) -> load (B, labels, Q, D) and the largest relative error over labels and steps."""
+    loads, size, rest = [], 0.0, 0.0
+    for block in blocks:
+        for gates in block.gates(c.flatten(0, 1)):
+            gates = gates.float().view(*c.shape[:2], -1)
+            loads.append(phi.T @ gates)
+            size = size + gates.square().sum(dim=2)
+            rest = rest + (gates - phi @ loads[-1]).square().sum(dim=2)
+    return torch.stack(loads), float((rest / size.clamp_min(1e-30)).max().sqrt())

@@ -56,11 +56,12 @@ class History:
         if len(images) == 0:
             return
         slots = self.count[images] % self.position.shape[1]
-        flat = values.flatten(2).to(self.values.dtype)
+        stored = self.values.unflatten(-1, self.shape)
         if len(images) == len(self.values) and (slots == slots[0]).all():
-            self.values[:, slots[0]] = flat
+            stored[:, slots[0]] = values
         else:
-            self.values[torch.from_numpy(images), torch.from_numpy(slots)] = flat
+            for value, image, slot in zip(values, images.tolist(), slots.tolist(), strict=True):
+                stored[image, slot] = value
         self.position[images, slots] = position
         self.count[images] += 1
 

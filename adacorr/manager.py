@@ -40,6 +40,9 @@ from adacorr.types import Policy, View
 # A computation that the base policy asks for is taken once the weight has come this far; before, the forecast is as good.
 ACCEPT_WEIGHT = 0.25
 
+# Most steps that one forecast covers: it holds that many outputs of the stack besides the history.
+LOOK_AHEAD = 8
+
 # Timesteps between refreshes of the guidance difference at guidance 1.5, where its error counts half.
 DIFFERENCE_GAP = 390.0
 
@@ -113,6 +116,7 @@ class CacheRun:
         self.step: int | None = None
         self.rewind: Rewind | None = None
         self._replay: tuple[np.ndarray, int] | None = None
+        self._ahead: dict[tuple[int, int], tuple[range, Tensor]] = {}  # forecasts of coming steps, by segment and half
         self._added: Tensor | None = None  # (halves, n, T, D): what the stack added in the current step
         self._last = np.full(self.images, -1)  # newest step that computed the whole stack
         self._count = np.zeros(self.images, dtype=np.int64)  # steps that did
@@ -150,17 +154,15 @@ class CacheRun:
         self.trace.overhead_flops = len(t) * len(model.blocks) * model.gate_flops()
         if labels is None:
             reference = model.condition(t)
-            return fit_gate_basis(model.blocks, reference, [[reference]], gate_error), torch.zeros(self.images).long()
-
-        def condition(label):
-            return model.condition(t, torch.full(t.shape, int(label), device=t.device))
-
+            return fit_gate_basis(model.blocks, reference, [reference[None]], gate_error), torch.zeros(self.images).long()
         unique, index = torch.unique(labels, return_inverse=True)
-        conditions = [[condition(label) for label in unique]]
+        steps = t.repeat(len(unique))
+        conditions = [model.condition(steps, unique.repeat_interleave(len(t))).view(len(unique), len(t), -1)]
         # The last row of the label table: the null label where the model has one.
-        reference = condition(model.y_embedder.embedding_table.num_embeddings - 1)
+        last = torch.full(t.shape, model.y_embedder.embedding_table.num_embeddings - 1, device=t.device)
+        reference = model.condition(t, last)
         if self.halves == 2:
-            conditions.append([reference])
+            conditions.append(reference[None])
         return fit_gate_basis(model.blocks, reference, conditions, gate_error), index
 
     def _make_clocks(self, alpha_bar):
@@ -237,6 +239,7 @@ class CacheRun:
         for segment, fresh, kept in zip(self.segments, collected, keep, strict=True) if self.segments else ():
             if fresh is not None and kept.any():
                 segment.store(fresh, kept, t)
+                self._ahead.clear()
         if self.rewinds:
             self._added = (x - x_in).unflatten(0, (self.halves, -1))
             gap = full & (self._last >= 0) & (self.step - self._last > 1)
@@ -285,10 +288,11 @@ class CacheRun:
         # halves of images that skip, and the carried half of those that computed the conditional one only.
         known = segment is not None and not segment.empty.any()
         guess = [None] * self.halves
-        if known and (not cond.all() or (corrects and fresh is not None)):
-            guess[0] = segment.predict(0, self.everyone, step, t)[:, 0]
-        if known and self.halves == 2 and (not cond.all() or (corrects and fresh is not None and not self.carries)):
-            guess[1] = segment.predict(1, self.everyone, step, t)[:, 0]
+        measures = corrects and fresh is not None
+        if known and (not cond.all() or measures):
+            guess[0] = self._forecast(segment, 0)
+        if known and self.halves == 2 and (not cond.all() or (measures and not self.carries)):
+            guess[1] = self._forecast(segment, 1)
         carried = segment.carry(active.cond, fresh, step, t) if known and corrects and fresh and self.carries else None
 
         result = out if everything else self._merge(segment, x, guess, carried, out, rows, active)
@@ -299,6 +303,22 @@ class CacheRun:
             self.policy.computed(view, cond)
         self._record(start, stop, active, score, weight)
         return result, active, fresh
+
+    def _forecast(self, segment: Segment, half: int) -> Tensor:
+        """The segment's forecast for one half of all images at this step: (n, T, D).
+
+        Where the steps up to the next node are known, one pass over the stored tensors serves them all.
+        """
+        steps, ahead = self._ahead.get((segment.start, half), (range(0), None))
+        if self.step not in steps:
+            stop = self.step + 1
+            if self.correction is not None and self.policy is None:
+                due = self.clock.due.min() + (half == 0)  # the conditional half is measured at the node itself
+                stop = int(np.clip(due, stop, min(self.step + LOOK_AHEAD, len(self.timesteps))))
+            steps = range(self.step, stop)
+            ahead = segment.predict(half, self.everyone, np.arange(self.step, stop), self.timesteps[self.step:stop])
+            self._ahead[segment.start, half] = steps, ahead
+        return ahead[:, self.step - steps.start]
 
     def _merge(self, segment, x, guess, carried, out, rows, active):
         """Output of a segment for all rows from its forecast, the carried halves and the computed rows."""

@@ -16,6 +16,9 @@ from adacorr.history import History
 
 KINDS = ("output", "residual", "branches")
 
+# Branch outputs that are held until they are summed up: more of them make the sums cheaper and hold more memory.
+BRANCHES_AT_ONCE = 24
+
 
 @dataclass(frozen=True)
 class Predictor:
@@ -77,8 +80,11 @@ class Segment:
         self.base = [history() for _ in range(halves)]
         self.gap = history() if self.difference else None
         if predictor.kind == "branches":
-            first, last = 2 * start, 2 * stop
-            self.loads = [load[first:last].to(device, dtype) for load in basis.load]
+            # (labels, D, E, B) for each half, the layout of the sums in `Collected`.
+            own = [load[2 * start:2 * stop].permute(1, 3, 2, 0).to(device, dtype) for load in basis.load]
+            if self.difference:  # the conditional branches under the null label's gates besides
+                own[0] = torch.cat([own[0], own[1].expand(len(own[0]), -1, -1, -1)], dim=2)
+            self.loads = [load.contiguous() for load in own]
             self.phi = basis.phi.to(device, dtype)
 
     @property
@@ -100,9 +106,8 @@ class Segment:
 
     def carry(self, images: np.ndarray, fresh: "Collected", step: int, timestep: float) -> Tensor:
         """The unconditional half of `images` (m,), those of `fresh`, from their fresh conditional half: (m, T, D)."""
-        under_null = self.phi[step] @ fresh.values[0][:, self.entries:].flatten(2)
-        difference = self._read(self.gap, images, np.array([step]), np.array([timestep]))[:, 0]
-        return under_null.unflatten(-1, self.gap.shape) - difference
+        under_null = torch.einsum("q,mqtd->mtd", self.phi[step], fresh.values[0][:, self.entries:])
+        return under_null - self._read(self.gap, images, np.array([step]), np.array([timestep]))[:, 0]
 
     def collect(self, active: Active) -> "Collected":
         return Collected(self, active)
@@ -141,35 +146,55 @@ class Collected:
     def __init__(self, segment: Segment, active: Active):
         self.segment, self.active = segment, active
         self.values: list[Tensor] = []
-        self._loads: list[Tensor] = []
-        self._block = 0
+        self._loads: list[Tensor] = []  # for each half (rows, D, E, B)
+        self._pending: list[Tensor] = []
+        self._branch = 0
         if segment.predictor.kind == "branches":
-            loads = segment.loads
-            cond = loads[0]
-            if segment.difference:  # the same branches under the null label's gates besides
-                cond = torch.cat([cond, loads[1].expand(-1, cond.shape[1], -1, -1)], dim=2)
-            self._loads = [cond[:, segment.labels[torch.from_numpy(active.cond)]]]
+            self._loads = [segment.loads[0][segment.labels[torch.from_numpy(active.cond)]]]
             if segment.halves == 2:
-                self._loads.append(loads[1].expand(-1, len(active.uncond), -1, -1))
+                self._loads.append(segment.loads[1].expand(len(active.uncond), -1, -1, -1))
+            self._sums: list[Tensor | None] = [None] * len(self._loads)  # for each half (rows, D, E, T)
 
     def tap(self) -> Callable[[Tensor, Tensor], None] | None:
         """To be passed to each block in turn; None where the branches are not wanted."""
         return self._add if self.segment.predictor.kind == "branches" else None
 
     def _add(self, attn: Tensor, mlp: Tensor) -> None:
-        if not self.values:
-            self.values = [attn.new_zeros(load.shape[1], load.shape[2], *attn.shape[1:], dtype=load.dtype)
-                           for load in self._loads]
-        for branch, out in ((2 * self._block, attn), (2 * self._block + 1, mlp)):
-            rows = out.to(self._loads[0].dtype).unsqueeze(1).split([len(v) for v in self.values])
-            for value, row, load in zip(self.values, rows, self._loads, strict=True):
-                if len(value):
-                    value.addcmul_(row, load[branch].unsqueeze(2))
-        self._block += 1
+        """Take one block's branches; sums run over several blocks at once, as a batched matrix product over channels."""
+        self._pending += [attn, mlp]
+        if len(self._pending) == BRANCHES_AT_ONCE:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        first = self._branch
+        self._branch += len(self._pending)
+        rows = 0
+        for half, load in enumerate(self._loads):
+            count = len(load)
+            own = [out[rows:rows + count] for out in self._pending]
+            rows += count
+            if count == 0:
+                continue
+            # Channels go into the batch: for each row and channel, (E, branches) times (branches, T).
+            stacked = torch.empty(count, len(own), *own[0].shape[:0:-1], device=load.device, dtype=load.dtype)
+            for i, out in enumerate(own):
+                stacked[:, i] = out.transpose(1, 2)
+            part = torch.matmul(load[..., first:self._branch], stacked.transpose(1, 2))
+            self._sums[half] = part if self._sums[half] is None else self._sums[half].add_(part)
+        self._pending.clear()
 
     def finish(self, x_in: Tensor, x_out: Tensor) -> None:
         """After the last block of the segment: the rows' input and output, (rows, T, D)."""
-        if self.segment.predictor.kind != "branches":
+        if self.segment.predictor.kind == "branches":
+            self._flush()
+            tokens, width = x_in.shape[1:]
+            for sums, load in zip(self._sums, self._loads, strict=True):
+                empty = x_in.new_empty(0, load.shape[2], tokens, width, dtype=load.dtype)
+                self.values.append(empty if sums is None else sums.permute(0, 2, 3, 1))
+            self._sums.clear()
+        else:
             value = x_out if self.segment.predictor.kind == "output" else x_out - x_in
             rows = [len(self.active.cond), len(self.active.uncond)][: self.segment.halves]
             self.values = list(value.unsqueeze(1).split(rows))
