@@ -3,12 +3,12 @@
     python -m adacorr.calibrate --cache teacache --out teacache.json --num-images 8
     python sample.py --cache teacache:threshold=0.1,profile=teacache.json --compare
 
-TeaCache: step by step and image by image (both guidance halves together) the relative L1 change of block
-0's modulated input is set against that of the residual of the stack, which is what TeaCache reuses, and a quartic is
-fitted. The profile holds for the checkpoint, sampler, steps and guidance that it names.
+TeaCache: step by step and image by image (both guidance halves together) the relative L1 change of the
+modulated input of block 0 is set against that of the stack's residual, which is what TeaCache reuses, and a
+quartic is fitted. The profile holds for the checkpoint, sampler, steps and guidance that it names.
 
-The noise is that of seed 2147483648 + --seed, which is no seed to evaluate on: nothing is fitted to images that
-are judged later. Runs from the root of a clone.
+The noise is that of seed 2147483648 + --seed, which is no seed to evaluate on: nothing is fitted to images
+that are judged later. Runs from the root of a clone.
 """
 
 import argparse
