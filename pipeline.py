@@ -216,7 +216,10 @@ def gaussian(seed: int, indices: np.ndarray, shape: tuple[int, ...], stream: int
     """
     rows = []
     for index in indices:
-        state = np.random.SeedSequence([seed, int(index), stream]).generate_state(2, np.uint32)
+        # The high half of the seed comes last: SeedSequence splits big numbers into words of 32 bits, and so would draw
+        # the same for (2**32, 0) and (0, 1).
+        words = [seed & 0xFFFFFFFF, int(index), stream, seed >> 32]
+        state = np.random.SeedSequence(words).generate_state(2, np.uint32)
         generator = torch.Generator().manual_seed(int(state[0]) << 32 | int(state[1]))
         rows.append(torch.randn(shape, generator=generator))
     return torch.stack(rows)
