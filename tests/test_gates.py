@@ -1,0 +1,85 @@
+"""The compressed gates: what they reproduce, what they report, and that labels at hand play no part in their basis."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+from toy import tiny_dit
+
+from adacorr.gates import fit_gate_basis
+from diffusion import make_sampler
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.set_num_threads(1)
+    return tiny_dit(depth=3)
+
+
+def conditions(model, labels, steps=20):
+    """c (labels, S, D)."""
+    t = make_sampler("ddim", steps).timesteps
+    return torch.stack([model.condition(t, torch.full(t.shape, label)) for label in labels])
+
+
+def fit(model, labels, tolerance):
+    """A basis for guidance: the labels in one half, the null label in the other."""
+    null = conditions(model, [model.null_label])
+    return fit_gate_basis(model.blocks, null[0], [conditions(model, labels), null], tolerance)
+
+
+def exact(model, labels):
+    """(B, labels, S, D) from the blocks' own modulation, branches attention, MLP, attention, ..."""
+    per_label = []
+    for c in conditions(model, labels):
+        parts = [block.modulation(c) for block in model.blocks]
+        per_label.append(torch.stack([p[i] for p in parts for i in (2, 5)]))
+    return torch.stack(per_label, dim=1)
+
+
+def rebuilt(basis, half=0):
+    """(B, labels, S, D) from the factors."""
+    return torch.einsum("sq,blqd->blsd", basis.phi, basis.load[half])
+
+
+def test_at_tolerance_0_the_factors_reproduce_every_gate(model):
+    labels = [4, 0, 2]
+    basis = fit(model, labels, 0.0)
+    for half, own in enumerate((labels, [model.null_label])):
+        gates = exact(model, own)
+        assert_close(rebuilt(basis, half), gates, rtol=0, atol=1e-4 * float(gates.abs().max()))
+    assert basis.error < 1e-4
+
+
+def test_the_basis_is_orthonormal(model):
+    phi = fit(model, [0], 0.03).phi
+    assert_close(phi.T @ phi, torch.eye(phi.shape[1]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("tolerance", [0.01, 0.1, 0.3])
+def test_the_error_reported_is_the_largest_over_steps_and_labels(model, tolerance):
+    labels = [1, 3]
+    basis = fit(model, labels, tolerance)
+    errors = []
+    for half, own in enumerate((labels, [model.null_label])):
+        gates = exact(model, own)
+        off = torch.linalg.vector_norm(rebuilt(basis, half) - gates, dim=(0, 3))
+        errors.append((off / torch.linalg.vector_norm(gates, dim=(0, 3))).max())
+    assert basis.error == pytest.approx(float(max(errors)), rel=1e-3)
+    assert float(errors[1]) <= tolerance * 1.001  # of the null label, from which the basis comes
+    smaller = basis.phi[:, :-1]  # and one direction fewer would not have done
+    gates = exact(model, [model.null_label])[:, 0].transpose(0, 1).flatten(1)
+    rest = torch.linalg.vector_norm(gates - smaller @ (smaller.T @ gates), dim=1)
+    assert float((rest / torch.linalg.vector_norm(gates, dim=1)).max()) > tolerance
+
+
+def test_the_rank_falls_with_the_tolerance(model):
+    ranks = [fit(model, [0], tolerance).rank for tolerance in (0.0, 1e-3, 1e-2, 0.1, 0.5)]
+    assert ranks == sorted(ranks, reverse=True)
+    assert ranks[0] > ranks[-1] >= 1
+    assert ranks[0] <= 20
+
+
+def test_the_basis_does_not_depend_on_the_labels_in_the_batch(model):
+    one, many = fit(model, [2], 0.03), fit(model, [4, 2, 0, 1], 0.03)
+    assert torch.equal(one.phi, many.phi)
+    assert_close(one.load[0][:, 0], many.load[0][:, 1], rtol=1e-5, atol=1e-6)

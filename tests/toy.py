@@ -1,0 +1,279 @@
+"""Models small enough to check a cache by hand, and references that cache in the plainest way there is."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from adacorr import Policy, Predictor
+from diffusion import make_sampler
+from models import DiT, DiTBlock, guide
+from pipeline import gaussian, sample_latents
+
+TINY = {
+    "input_size": 8,
+    "patch_size": 2,
+    "in_channels": 3,
+    "hidden_size": 32,
+    "num_heads": 2,
+    "num_classes": 5,
+    "learn_sigma": False,
+}
+
+
+def redraw(model, std, seed):
+    """Every trained parameter anew, since adaLN-Zero starts with blocks that do nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+        # The output begins as the input, so that states stay near unit size: noise is mostly predicted right.
+        embed, final = model.x_embedder.proj.weight, model.final_layer.linear.weight
+        embed.mul_(0.3 / std)
+        inverse = torch.linalg.pinv(embed.flatten(1)).unflatten(0, embed.shape[1:])  # (C, p, p, D)
+        final.add_(inverse.permute(1, 2, 0, 3).flatten(0, 2))
+        model.pos_embed.mul_(0.3)
+        model.t_embedder.mlp[2].weight.mul_(0.2)  # features turn slowly along the trajectory,
+        if model.num_classes:
+            model.y_embedder.embedding_table.weight.mul_(2.0 / std * 0.2)  # and differ by label
+    return model.eval().requires_grad_(False)
+
+
+def tiny_dit(depth=3, seed=1, std=0.15, **options):
+    """A DiT of 16 tokens, 32 wide, whose blocks all matter."""
+    return redraw(DiT(**{**TINY, "depth": depth, **options}), std, seed)
+
+
+class TimedBlock(DiTBlock):
+    """Branches sum_p coefficient_p (t / 1000)^p + bend * sin(t / 60) + label term, whatever the tokens."""
+
+    def shape_branches(self, tokens, degree, bend, generator):
+        width = self.attn.proj.out_features
+        self.register_buffer("powers", torch.randn(2, degree + 1, tokens, width, generator=generator))
+        self.register_buffer("by_label", torch.randn(2, tokens, width, generator=generator))
+        self.register_buffer("wave", bend * torch.randn(2, tokens, width, generator=generator))
+        return self
+
+    def forward(self, x, c, tap=None):
+        t, label = (c[:, i].view(-1, 1, 1) for i in range(2))
+        branches = [
+            sum(k * t**p for p, k in enumerate(powers)) + label * own + torch.sin(t * 1000 / 60) * wave
+            for powers, own, wave in zip(self.powers, self.by_label, self.wave, strict=True)
+        ]
+        for gate, branch in zip(self.gates(c), branches, strict=True):
+            x = x + gate.unsqueeze(1) * branch
+        if tap is not None:
+            tap(*branches)
+        return x
+
+
+class TimedDiT(DiT):
+    """Conditioning that shows the timestep and the label in its first two channels."""
+
+    def condition(self, t, y=None):
+        c = super().condition(t, y)
+        return torch.cat([t.view(-1, 1) / 1000, y.view(-1, 1) / self.num_classes, c[:, 2:]], dim=1).to(
+            c.dtype
+        )
+
+
+def timed_dit(degree, depth=2, seed=2, bend=0.0):
+    """A DiT whose branch outputs are polynomials of `degree` in t, with a guidance difference that never changes."""
+    model = redraw(TimedDiT(**{**TINY, "depth": depth}), 0.1, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    for block in model.blocks:
+        block.__class__ = TimedBlock
+        block.shape_branches(model.pos_embed.shape[1], degree, bend, generator)
+    return model
+
+
+def sample(model, steps=10, labels=(3, 0, 3), cfg_scale=1.5, cache=None, sampler="ddim", seed=0, first=0):
+    """Final states of images first, first + 1, ... of a seed, through the project's own loop."""
+    indices = first + np.arange(len(labels))
+    shape, device = (model.in_channels, model.input_size, model.input_size), model.pos_embed.device
+    return sample_latents(
+        model,
+        make_sampler(sampler, steps),
+        gaussian(seed, indices, shape).to(device),
+        torch.tensor(labels, device=device) if model.num_classes else None,
+        cfg_scale=cfg_scale,
+        cache=cache,
+        step_noise=lambda step, rows: gaussian(seed, indices[rows], shape, stream=step + 1).to(device),
+    )
+
+
+def rows_at(model, sampler, step, x, labels, halves):
+    """What the model is called on at a step: [conditional; unconditional] rows."""
+    t = sampler.timesteps[step].expand(halves * len(x))
+    y = torch.cat([labels, torch.full_like(labels, model.null_label)])[: halves * len(x)]
+    return torch.cat([x] * halves), t, y
+
+
+@torch.no_grad()
+def forced(model, manager, steps=10, labels=(3, 0, 3), cfg_scale=1.5, seed=0):
+    """(outputs, uncached outputs), each (steps, rows, C, H, W), of all rows on the states of the uncached run."""
+    sampler, labels = make_sampler("ddim", steps), torch.tensor(labels)
+    halves = 1 if cfg_scale == 1.0 else 2
+    x = gaussian(seed, np.arange(len(labels)), (model.in_channels, model.input_size, model.input_size))
+    states, plain = [], []
+    for step in range(steps):
+        out = model(*rows_at(model, sampler, step, x, labels, halves))
+        states.append(x)
+        plain.append(out)
+        x = sampler.step(step, x, out[: len(x)] if halves == 1 else guide(out, cfg_scale, 3, "all")[: len(x)])
+    cached = []
+    with manager.run(model, labels, sampler.timesteps, alphas(sampler), cfg_scale=cfg_scale) as run:
+        for step, x in enumerate(states):
+            run.begin_step(step)
+            cached.append(model(*rows_at(model, sampler, step, x, labels, halves)))
+    return torch.stack(cached), torch.stack(plain)
+
+
+def alphas(sampler):
+    """Cumulative signal power of the linear schedule at a sampler's whole timesteps."""
+    return np.cumprod(1.0 - np.linspace(1e-4, 2e-2, 1000))[sampler.timesteps.numpy()]
+
+
+@dataclass
+class Scheduled(Policy):
+    """Compute each image at steps of its own."""
+
+    steps: tuple = ((0,),)  # one tuple of steps for each image, or one for all
+    stored: Predictor | None = None
+    spans: tuple = ()
+    name = "scheduled"
+
+    @property
+    def predictor(self):
+        return self.stored
+
+    def segments(self, depth):
+        return list(self.spans) or [(0, depth)]
+
+    def decide(self, view):
+        own = self.steps if len(self.steps) == view.images else self.steps * view.images
+        return np.array([view.step in steps for steps in own])
+
+
+# ---------------------------------------------------------------------------------------------- references
+
+
+def newton_weights(nodes, at):
+    """Lagrange weights of a list of positions, newest last, by solving for them: powers 0..K-1 must come out right."""
+    scale = 1000.0
+    powers = np.stack([(np.array(nodes) / scale) ** p for p in range(len(nodes))])
+    return np.linalg.solve(powers, np.array([(at / scale) ** p for p in range(len(nodes))]))
+
+
+def forecast(nodes, at, order):
+    """Polynomial through the newest order + 1 of a list of (timestep, tensor), at a timestep."""
+    used = nodes[-(order + 1) :]
+    weights = newton_weights([t for t, _ in used], at)
+    return sum(float(w) * value.double() for w, (_, value) in zip(weights, used, strict=True)).float()
+
+
+def run_all(blocks, x, c):
+    """Every block, (its output, pre-gate outputs (branches, N, T, D))."""
+    branches = []
+    for block in blocks:
+        x = block(x, c, lambda attn, mlp: branches.extend((attn, mlp)))
+    return x, torch.stack(branches)
+
+
+def apply_gates(blocks, x, c, branches):
+    """Given pre-gate outputs under the gates of now: block by block, as in the paper."""
+    for i, block in enumerate(blocks):
+        _, _, gate_attn, _, _, gate_mlp = block.modulation(c)
+        x = x + gate_attn.unsqueeze(1) * branches[2 * i]
+        x = x + gate_mlp.unsqueeze(1) * branches[2 * i + 1]
+    return x
+
+
+class Twin:
+    """Stands in for the cache of a model: computes at `steps`, else does what `kind` says. One schedule for all rows.
+
+    branches   every pre-gate output forecast, fresh gates (order 0 is FORA, 2 is TaylorSeer with exact differences)
+    residual   the stack's residual of the last computed step
+    output     the stack's output of the last computed step
+    tail       block 0 always fresh, the residual of the rest from the last computed step (first-block cache)
+    """
+
+    def __init__(self, kind, steps, timesteps, order=0):
+        self.kind, self.steps, self.timesteps, self.order = kind, steps, timesteps.tolist(), order
+        self.step, self.nodes = -1, []
+
+    def run_blocks(self, blocks, x, c):
+        self.step += 1
+        t = self.timesteps[self.step]
+        if self.kind == "tail":
+            x, blocks = blocks[0](x, c), blocks[1:]
+        if self.step in self.steps:
+            out, branches = run_all(blocks, x, c)
+            self.nodes.append((t, {"branches": branches, "output": out}.get(self.kind, out - x)))
+            return out
+        if self.kind == "branches":
+            return apply_gates(blocks, x, c, forecast(self.nodes, t, self.order))
+        return self.nodes[-1][1] if self.kind == "output" else x + self.nodes[-1][1]
+
+
+def sample_with(twin, model, **arguments):
+    """`sample` with a twin in place of a cache."""
+    model.cache = twin
+    try:
+        return sample(model, **arguments)
+    finally:
+        model.cache = None
+
+
+@torch.no_grad()
+def practical_reference(model, noise, label, cfg_scale, sampler, nodes, both, order, rewind):
+    """The practical AdaCorrection for one image, given its decisions, branch by branch and with exact gates.
+
+    noise (1, C, H, W); nodes, both: steps that compute the conditional half, and both. With guidance and fewer steps in
+    `both` than in `nodes` the unconditional branches are F_c minus the forecast guidance difference.
+    """
+    halves = 1 if cfg_scale == 1.0 else 2
+    labels, times = torch.tensor([label]), sampler.timesteps.tolist()
+    history, gaps, last, x = [], [], None, noise
+
+    def unconditional(cond, t):
+        return cond - forecast(gaps, t, order)
+
+    def guided(step, x, c, tokens):
+        out = model.decode(tokens, c)
+        return out if halves == 1 else guide(out, cfg_scale, 3, "all")[:1]
+
+    def begin(step, x):
+        z, t, y = rows_at(model, sampler, step, x, labels, halves)
+        return model.embed(z), model.condition(t, y)
+
+    def skipped(step, x):
+        tokens, c = begin(step, x)
+        cond = forecast(history, times[step], order)
+        rows = [cond, unconditional(cond, times[step])][:halves]
+        return guided(step, x, c, apply_gates(model.blocks, tokens, c, torch.cat(rows, dim=1)))
+
+    for step in range(len(times)):
+        if step not in nodes:
+            x = sampler.step(step, x, skipped(step, x))
+            continue
+        tokens, c = begin(step, x)
+        out, cond = run_all(model.blocks, tokens[:1], c[:1])
+        if halves == 2:
+            if step in both:
+                null_out, null = run_all(model.blocks, tokens[1:], c[1:])
+                gaps.append((times[step], cond - null))
+            else:
+                null_out = apply_gates(model.blocks, tokens[1:], c[1:], unconditional(cond, times[step]))
+            out = torch.cat([out, null_out])
+        history.append((times[step], cond))
+        if rewind and last is not None and step - last > 1:
+            x = anchor  # noqa: F821 - set at the node before
+            for past in range(last + 1, step):
+                x = sampler.step(past, x, skipped(past, x))
+            added, (tokens, c) = out - tokens, begin(step, x)
+            out = tokens + added
+        x = sampler.step(step, x, guided(step, x, c, out))
+        anchor, last = x, step
+    return x
