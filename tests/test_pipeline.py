@@ -201,6 +201,16 @@ def test_budget_is_kept(bundled, budget):
         assert spent <= budget
 
 
+def test_images_go_on_from_the_state_that_rewinding_corrected(bundled):
+    pipe, labels = with_steps(bundled, 24), torch.tensor([1, 8])
+    plain = pipe.sample(1, np.arange(2), labels)
+    error = {}
+    for rewind in (True, False):
+        cached = pipe.sample(1, np.arange(2), labels, practical(budget=4, rewind=rewind))
+        error[rewind] = float((cached - plain).square().mean().sqrt())
+    assert error[True] < 0.7 * error[False]
+
+
 def test_samplers_with_a_history_are_never_rewound(bundled):
     pipe, cache = with_steps(bundled, 12, "dpmsolver++"), practical()
     x = pipe.sample(0, np.arange(2), torch.tensor([0, 5]), cache)
