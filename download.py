@@ -64,9 +64,7 @@ class Checkpoint:
 
 def cache_folder(cache_dir: str | os.PathLike | None = None) -> Path:
     """Where downloads live: `cache_dir`, else $ADACORR_HOME, else ~/.cache/adacorr."""
-    return Path(
-        cache_dir or os.environ.get("ADACORR_HOME") or Path.home() / ".cache" / "adacorr"
-    ).expanduser()
+    return Path(cache_dir or os.environ.get("ADACORR_HOME") or Path.home() / ".cache" / "adacorr").expanduser()
 
 
 def released_name(model: str, image_size: int) -> str:
@@ -95,9 +93,7 @@ def find_checkpoint(
     local = Path(name).expanduser()
     if name == BUNDLED:
         if not BUNDLED_PATH.is_file():
-            raise CheckpointError(
-                f"the bundled model is missing: tried {BUNDLED_PATH}; check the clone is whole"
-            )
+            raise CheckpointError(f"the bundled model is missing: tried {BUNDLED_PATH}; check the clone is whole")
         return BUNDLED_PATH
     if local.exists():
         return local
@@ -202,19 +198,14 @@ def verify_digest(path: Path, *, allow_unverified: bool = False, record: bool = 
             try:
                 _record_digest(path, found)
             except OSError as error:
-                warnings.warn(
-                    f"{path} stays unverified, its digest could not be recorded: {error}", stacklevel=2
-                )
+                warnings.warn(f"{path} stays unverified, its digest could not be recorded: {error}", stacklevel=2)
         return found
     recorded = (sidecar.read_text(encoding="utf-8", errors="replace").split() or ["(empty)"])[0]
     if found != recorded:
-        message = (
-            f"{path} is not the file that was recorded: sha256 is {found}, {sidecar.name} says {recorded}"
-        )
+        message = f"{path} is not the file that was recorded: sha256 is {found}, {sidecar.name} says {recorded}"
         if not allow_unverified:
             raise CheckpointError(
-                f"{message}; delete both and fetch the file again, or go on with --allow-unverified if you "
-                "trust it"
+                f"{message}; delete both and fetch the file again, or go on with --allow-unverified if you trust it"
             )
         warnings.warn(f"{message}; going on unverified as asked", stacklevel=2)
     return found
@@ -229,13 +220,9 @@ def check_first_bytes(path: Path, label: str | None = None) -> bytes:
     if not head:
         raise CheckpointError(f"{label} is empty (0 bytes): corrupt or incomplete, fetch it again")
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        raise CheckpointError(
-            f"{label} is a web page, not weights (a log-in or an error page?); fetch it again"
-        )
+        raise CheckpointError(f"{label} is a web page, not weights (a log-in or an error page?); fetch it again")
     if text.startswith(b"version https://git-lfs"):
-        raise CheckpointError(
-            f"{label} is a Git LFS pointer, not the weights: run `git lfs pull` in its repository"
-        )
+        raise CheckpointError(f"{label} is a Git LFS pointer, not the weights: run `git lfs pull` in its repository")
     return head
 
 
@@ -301,12 +288,8 @@ def _check_extra(extra: dict[str, Any], path: Path) -> tuple[dict[str, Any] | No
             check_config(config)
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: its config cannot be used: {error}") from error
-    if names is not None and (
-        not isinstance(names, list) or (config and len(names) != config["num_classes"])
-    ):
-        raise CheckpointError(
-            f"{path}: its class_names are not a list with one name for each class of its config"
-        )
+    if names is not None and (not isinstance(names, list) or (config and len(names) != config["num_classes"])):
+        raise CheckpointError(f"{path}: its class_names are not a list with one name for each class of its config")
     return config, names
 
 
@@ -314,9 +297,7 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(
-            f"{path} is needed beside diffusers weights and cannot be read: {error}"
-        ) from error
+        raise CheckpointError(f"{path} is needed beside diffusers weights and cannot be read: {error}") from error
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON ({error}); fetch it again") from error
 
@@ -332,9 +313,7 @@ def _open_folder(folder: Path) -> tuple[Path, dict[str, Any], list[str] | None]:
                 labels = _read_json(index).get("id2label") if inner != folder and index.is_file() else None
                 names = [labels[key] for key in sorted(labels, key=int)] if labels else None
                 return inner / name, _read_json(inner / "config.json"), names
-    raise CheckpointError(
-        f"{folder} is a folder without weights: tried {', '.join(tried)}; give a file by its path"
-    )
+    raise CheckpointError(f"{folder} is a folder without weights: tried {', '.join(tried)}; give a file by its path")
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -476,9 +455,7 @@ def convert_diffusers(
         try:
             return source.pop(theirs)
         except KeyError:
-            raise CheckpointError(
-                f"diffusers weights lack {theirs!r}: not a whole DiT, fetch them again"
-            ) from None
+            raise CheckpointError(f"diffusers weights lack {theirs!r}: not a whole DiT, fetch them again") from None
 
     for theirs, name in _OUTER.items():
         for kind in ("weight", "bias"):
@@ -521,16 +498,12 @@ def _convert_config(config: dict[str, Any]) -> dict[str, Any]:
     }
     for key, allowed in wanted.items():
         if config.get(key, allowed[0]) not in allowed:
-            raise CheckpointError(
-                f"diffusers config says {key} {config[key]!r}, a DiT has {' or '.join(allowed)}"
-            )
+            raise CheckpointError(f"diffusers config says {key} {config[key]!r}, a DiT has {' or '.join(allowed)}")
     try:
         channels = config["in_channels"]
         out_channels = config.get("out_channels") or channels
         if out_channels not in (channels, 2 * channels):
-            raise CheckpointError(
-                f"diffusers config says {out_channels} output for {channels} input channels"
-            )
+            raise CheckpointError(f"diffusers config says {out_channels} output for {channels} input channels")
         return {
             "input_size": config["sample_size"],
             "patch_size": config["patch_size"],
@@ -543,9 +516,7 @@ def _convert_config(config: dict[str, Any]) -> dict[str, Any]:
             "learn_sigma": out_channels == 2 * channels,
         }
     except KeyError as error:
-        raise CheckpointError(
-            f"diffusers config.json lacks {error}: not the config of a DiT transformer"
-        ) from error
+        raise CheckpointError(f"diffusers config.json lacks {error}: not the config of a DiT transformer") from error
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -648,9 +619,7 @@ def _check_model_name(model: str, config: dict[str, Any], path: Path) -> None:
         raise CheckpointError(f"no model {model!r}: there are {', '.join(DiT_models)}")
     found = _model_name(config)
     if found != model:
-        raise CheckpointError(
-            f"{path} is {found}, --model {model} was asked; leave --model out or give another --ckpt"
-        )
+        raise CheckpointError(f"{path} is {found}, --model {model} was asked; leave --model out or give another --ckpt")
 
 
 def _check_image_size(image_size: int, config: dict[str, Any], latent: bool, path: Path) -> None:
@@ -678,13 +647,10 @@ def _check_shapes(expected: dict[str, torch.Tensor], checkpoint: Checkpoint) -> 
     faults = [f"lacks {missing[0]!r} and {len(missing) - 1} more"] if missing else []
     faults += [f"has {extra[0]!r} and {len(extra) - 1} more that DiT has not"] if extra else []
     faults += [
-        f"{name!r} has shape {tuple(found[name].shape)}, expected {tuple(expected[name].shape)}"
-        for name in wrong[:1]
+        f"{name!r} has shape {tuple(found[name].shape)}, expected {tuple(expected[name].shape)}" for name in wrong[:1]
     ]
     if faults:
-        raise CheckpointError(
-            f"{checkpoint.path} is not a whole DiT: {'; '.join(faults)}; give another --ckpt"
-        )
+        raise CheckpointError(f"{checkpoint.path} is not a whole DiT: {'; '.join(faults)}; give another --ckpt")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -714,9 +680,7 @@ def load_vae(name_or_path: str | os.PathLike, *, offline: bool = False) -> Any:
         if not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
             options["subfolder"] = "vae"
     else:
-        raise CheckpointError(
-            f"no VAE {name!r}: give ema, mse or a diffusers folder; tried {folder.absolute()}"
-        )
+        raise CheckpointError(f"no VAE {name!r}: give ema, mse or a diffusers folder; tried {folder.absolute()}")
     try:
         vae = AutoencoderKL.from_pretrained(source, local_files_only=local, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

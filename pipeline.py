@@ -1,4 +1,4 @@
-"""What every script shares: flags, loading, noise and labels by image index, the sampling loop, decoding, the run record."""
+"""What every script shares: flags, loading, noise and labels by image index, the sampling loop, decoding, the record."""
 
 from __future__ import annotations
 
@@ -35,28 +35,52 @@ StepNoise = Callable[[int, np.ndarray], Tensor]
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Model, sampler and device. Names are those of the DiT release where it has them."""
     group = parser.add_argument_group("model and sampler")
-    group.add_argument("--model", choices=sorted(DiT_models), help="DiT-XL/2 without --ckpt means the released weights; "
-                       "the default is what the checkpoint holds")
-    group.add_argument("--ckpt", help=".pt, .safetensors or diffusers folder; the default is the bundled "
-                       f"{BUNDLED} (32 px CIFAR-10)")
-    group.add_argument("--image-size", type=int, help="pixels; 256 or 512 for released weights (default 256), else the "
-                       "checkpoint's own size")
+    group.add_argument(
+        "--model",
+        choices=sorted(DiT_models),
+        help="DiT-XL/2 without --ckpt means the released weights; the default is what the checkpoint holds",
+    )
+    group.add_argument(
+        "--ckpt", help=f".pt, .safetensors or diffusers folder; the default is the bundled {BUNDLED} (32 px CIFAR-10)"
+    )
+    group.add_argument(
+        "--image-size",
+        type=int,
+        help="pixels; 256 or 512 for released weights (default 256), else the checkpoint's own size",
+    )
     group.add_argument("--num-classes", type=int, help="checked against the checkpoint")
-    group.add_argument("--vae", help=f"{', '.join(sorted(VAES))}, a local diffusers folder, or none; the default is mse "
-                       "for latent models and none for pixel models")
-    group.add_argument("--cfg-scale", type=float, default=1.5, help="classifier-free guidance; 1 runs one half only "
-                       "(default %(default)s)")
-    group.add_argument("--cfg-channels", choices=["3", "all"], help="guided noise channels: 3 as the release does (default "
-                       "for latent models) or all")
-    group.add_argument("--sampler", default="ddim", metavar="NAME[:key=value,...]",
-                       help=f"{', '.join(names())}, or a diffusers scheduler class (default %(default)s)")
+    group.add_argument(
+        "--vae",
+        help=f"{', '.join(sorted(VAES))}, a local diffusers folder, or none; the default is mse "
+        "for latent models and none for pixel models",
+    )
+    group.add_argument(
+        "--cfg-scale",
+        type=float,
+        default=1.5,
+        help="classifier-free guidance; 1 runs one half only (default %(default)s)",
+    )
+    group.add_argument(
+        "--cfg-channels",
+        choices=["3", "all"],
+        help="guided noise channels: 3 as the release does (default for latent models) or all",
+    )
+    group.add_argument(
+        "--sampler",
+        default="ddim",
+        metavar="NAME[:key=value,...]",
+        help=f"{', '.join(names())}, or a diffusers scheduler class (default %(default)s)",
+    )
     group.add_argument("--num-sampling-steps", type=int, default=50, help="1 to 1000 (default %(default)s)")
-    group.add_argument("--seed", type=int, default=0, help="image i is drawn from (seed, i) alone (default %(default)s)")
+    group.add_argument(
+        "--seed", type=int, default=0, help="image i is drawn from (seed, i) alone (default %(default)s)"
+    )
     group.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="of the model (default %(default)s)")
     group.add_argument("--device", help="default: cuda where there is one, else cpu")
     group.add_argument("--offline", action="store_true", help="never download; say what is missing")
-    group.add_argument("--allow-unverified", action="store_true", help="go on when a checkpoint's digest differs from the "
-                       "recorded one")
+    group.add_argument(
+        "--allow-unverified", action="store_true", help="go on when a checkpoint's digest differs from the recorded one"
+    )
 
 
 def add_cache_flags(parser: argparse.ArgumentParser) -> None:
@@ -64,12 +88,21 @@ def add_cache_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("cache")
     policies = "; ".join(f"{name}: {line}" for name, line in adacorr.available().items()).replace("%", "%%")
     group.add_argument("--cache", metavar="POLICY[:key=value,...]", help=f"when to compute. {policies}")
-    group.add_argument("--adacorr", nargs="?", const="", metavar="key=value,...",
-                       help="AdaCorrection, alone or over --cache: gamma=1 (more corrects more), lambda=1, "
-                       "budget=EVALUATIONS, order=2, ...; or literal[:gamma=1,lambda=1,form=paper|squared] for the "
-                       "paper's Algorithm 1, which saves nothing")
-    group.add_argument("--cache-dtype", choices=sorted(DTYPES), default="fp32", help="of the stored tensors; 16-bit "
-                       "halves the memory and adds noise to the forecast (default %(default)s)")
+    group.add_argument(
+        "--adacorr",
+        nargs="?",
+        const="",
+        metavar="key=value,...",
+        help="AdaCorrection, alone or over --cache: gamma=1 (more corrects more), lambda=1, "
+        "budget=EVALUATIONS, order=2, ...; or literal[:gamma=1,lambda=1,form=paper|squared] for the "
+        "paper's Algorithm 1, which saves nothing",
+    )
+    group.add_argument(
+        "--cache-dtype",
+        choices=sorted(DTYPES),
+        default="fp32",
+        help="of the stored tensors; 16-bit halves the memory and adds noise to the forecast (default %(default)s)",
+    )
 
 
 # ------------------------------------------------------------------------------------------------ loading
@@ -93,8 +126,14 @@ class Pipeline:
         """(C, H, W) of the state."""
         return self.model.in_channels, self.model.input_size, self.model.input_size
 
-    def sample(self, seed: int, indices: np.ndarray, labels: Tensor | None, cache: CacheManager | None = None,
-               progress: Callable[[CacheManager | None], None] | None = None) -> Tensor:
+    def sample(
+        self,
+        seed: int,
+        indices: np.ndarray,
+        labels: Tensor | None,
+        cache: CacheManager | None = None,
+        progress: Callable[[CacheManager | None], None] | None = None,
+    ) -> Tensor:
         """Images `indices` (n,) of `seed` with labels (n,) -> final state (n, C, H, W) float32 on the device."""
         shape = self.noise_shape
 
@@ -103,11 +142,20 @@ class Pipeline:
 
         noise = gaussian(seed, indices, shape).to(self.device)
         labels = None if labels is None else labels.to(self.device)
-        return sample_latents(self.model, self.sampler.fresh(), noise, labels, cfg_scale=self.cfg_scale,
-                              cfg_channels=self.cfg_channels, cache=cache, step_noise=step_noise, progress=progress)
+        return sample_latents(
+            self.model,
+            self.sampler.fresh(),
+            noise,
+            labels,
+            cfg_scale=self.cfg_scale,
+            cfg_channels=self.cfg_channels,
+            cache=cache,
+            step_noise=step_noise,
+            progress=progress,
+        )
 
     def decode(self, x: Tensor) -> Tensor:
-        """Final state -> uint8 images (n, H, W, 3) on the CPU, quantised as the release does: 127.5 x + 128, truncated."""
+        """Final state -> uint8 images (n, H, W, 3) on the CPU, quantised as in the release: 127.5 x + 128, truncated."""
         if self.vae is not None:
             with torch.no_grad():
                 x = torch.cat([self.vae.decode(z[None] / VAE_SCALE).sample for z in x])
@@ -217,18 +265,26 @@ def gaussian(seed: int, indices: np.ndarray, shape: tuple[int, ...], stream: int
     rows = []
     for index in indices:
         # The high half of the seed comes last: SeedSequence splits big numbers into words of 32 bits, and so would draw
-        # the same for (2**32, 0) and (0, 1).
+        # the same for (2**32, 0) and (0, 1). Philox takes all of its key; torch's generator keeps 32 bits of a seed.
         words = [seed & 0xFFFFFFFF, int(index), stream, seed >> 32]
-        state = np.random.SeedSequence(words).generate_state(2, np.uint32)
-        generator = torch.Generator().manual_seed(int(state[0]) << 32 | int(state[1]))
-        rows.append(torch.randn(shape, generator=generator))
+        generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))
+        rows.append(torch.from_numpy(generator.standard_normal(shape, dtype=np.float32)))
     return torch.stack(rows)
 
 
 @torch.no_grad()
-def sample_latents(model: DiT, sampler: Sampler, noise: Tensor, labels: Tensor | None, *, cfg_scale: float = 1.0,
-                   cfg_channels: str = "all", cache: CacheManager | None = None, step_noise: StepNoise | None = None,
-                   progress: Callable[[CacheManager | None], None] | None = None) -> Tensor:
+def sample_latents(
+    model: DiT,
+    sampler: Sampler,
+    noise: Tensor,
+    labels: Tensor | None,
+    *,
+    cfg_scale: float = 1.0,
+    cfg_channels: str = "all",
+    cache: CacheManager | None = None,
+    step_noise: StepNoise | None = None,
+    progress: Callable[[CacheManager | None], None] | None = None,
+) -> Tensor:
     """The sampling loop, cached or not.
 
     noise (n, C, H, W) unit Gaussian; labels (n,) int64 or None; step_noise(step, rows (m,)) -> (m, C, H, W) for
@@ -257,9 +313,19 @@ def sample_latents(model: DiT, sampler: Sampler, noise: Tensor, labels: Tensor |
         return sampler.step(step, x, out, step_noise(step, rows) if wanted else None)
 
     x = sampler.prepare(noise)
-    opened = nullcontext() if cache is None else cache.run(
-        model, labels, sampler.timesteps, alpha_bar(sampler), cfg_scale=cfg_scale, images=n,
-        rewindable=sampler.rewindable)
+    opened = (
+        nullcontext()
+        if cache is None
+        else cache.run(
+            model,
+            labels,
+            sampler.timesteps,
+            alpha_bar(sampler),
+            cfg_scale=cfg_scale,
+            images=n,
+            rewindable=sampler.rewindable,
+        )
+    )
     with opened as run:
         anchor = torch.empty_like(x)  # each image's state where its next rewind starts
         for step in range(sampler.num_steps):
@@ -275,7 +341,8 @@ def sample_latents(model: DiT, sampler: Sampler, noise: Tensor, labels: Tensor |
                     with run.replay(images[rows], past):
                         stale = evaluate(past, z[torch.from_numpy(rows).to(x.device)], images[rows])
                     z[torch.from_numpy(rows).to(x.device)] = advance(
-                        past, z[torch.from_numpy(rows).to(x.device)], stale, images[rows])
+                        past, z[torch.from_numpy(rows).to(x.device)], stale, images[rows]
+                    )
                 with run.replay(images, step):
                     out[where] = evaluate(step, z, images)
                 x = x.index_copy(0, where, z)
@@ -308,10 +375,15 @@ def environment() -> dict[str, Any]:
     except OSError:  # no git on this machine
         commit = ""
     return {
-        "git": commit or None, "python": platform.python_version(), "torch": torch.__version__,
-        "timm": timm.__version__, "diffusers": diffusers.__version__, "numpy": np.__version__,
+        "git": commit or None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "diffusers": diffusers.__version__,
+        "numpy": np.__version__,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
-        "threads": torch.get_num_threads(), "argv": sys.argv,
+        "threads": torch.get_num_threads(),
+        "argv": sys.argv,
     }
 
 

@@ -1,14 +1,14 @@
 """AdaCorrection (arXiv 2602.13357): cached sampling of diffusion transformers that watches its drift and corrects it.
 
-    from adacorr import AdaCorrection, CacheManager, make_policy
+from adacorr import AdaCorrection, CacheManager, make_policy
 
-    manager = CacheManager(correction=AdaCorrection())                      # or policy=make_policy("teacache"), or both
-    with manager.run(model, labels, timesteps, alpha_bar, cfg_scale=1.5) as run:
-        for step in range(len(timesteps)):
-            run.begin_step(step)
-            out = model(x, t, y)
-            ...                                                             # pipeline.sample_latents is the whole loop
-    print(manager.trace.compute, manager.trace.hit_rate)
+manager = CacheManager(correction=AdaCorrection())                      # or policy=make_policy("teacache"), or both
+with manager.run(model, labels, timesteps, alpha_bar, cfg_scale=1.5) as run:
+    for step in range(len(timesteps)):
+        run.begin_step(step)
+        out = model(x, t, y)
+        ...                                                             # pipeline.sample_latents is the whole loop
+print(manager.trace.compute, manager.trace.hit_rate)
 """
 
 from adacorr.correct import AdaCorrection, Literal, blend, correction_weight, parse_correction
@@ -20,7 +20,22 @@ from adacorr.trace import Trace
 from adacorr.types import Policy, View
 
 __all__ = [
-    "AdaCorrection", "CacheManager", "CacheRun", "Literal", "Policy", "Predictor", "Rewind", "Trace", "View",
-    "available", "blend", "correction_weight", "innovation", "make_policy", "offset_score", "parse_correction",
-    "spatial_variation", "temporal_deviation",
+    "AdaCorrection",
+    "CacheManager",
+    "CacheRun",
+    "Literal",
+    "Policy",
+    "Predictor",
+    "Rewind",
+    "Trace",
+    "View",
+    "available",
+    "blend",
+    "correction_weight",
+    "innovation",
+    "make_policy",
+    "offset_score",
+    "parse_correction",
+    "spatial_variation",
+    "temporal_deviation",
 ]

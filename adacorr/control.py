@@ -13,7 +13,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from adacorr.correct import AdaCorrection
+
 Gap = Callable[[float], float]
+
+# A computation that a policy asks for is taken once the weight has come this far; before, the forecast is as good.
+ACCEPT_WEIGHT = 0.25
+
+# Timesteps between refreshes of the guidance difference at guidance 1.5, where its error counts half.
+DIFFERENCE_GAP = 390.0
 
 # Standard deviation of the coarsest structure of an image or latent, against unit noise: see `amplification`.
 COARSE_SCALE = 10.0
@@ -84,12 +92,13 @@ class RefreshClock:
     """Per image: the newest node, and the step at which the next one is due. Steps are indices in sampling order.
 
     The clock counts typical gaps: `gap(t)` timesteps after a node at t, times gamma ** (-1 / POWER), since gamma
-    multiplies the offset. Offsets above the tolerance shrink the gaps to come and offsets below it stretch them, image by
-    image. A `closing` clock ends with a node at the closing step; another one runs out.
+    multiplies the offset. Offsets above the tolerance shrink the gaps to come and offsets below it stretch them, image
+    by image. A `closing` clock ends with a node at the closing step; another one runs out.
     """
 
-    def __init__(self, rule: RefreshRule, timesteps: np.ndarray, gap: Gap, images: int, gamma: float,
-                 closing: bool = True):
+    def __init__(
+        self, rule: RefreshRule, timesteps: np.ndarray, gap: Gap, images: int, gamma: float, closing: bool = True
+    ):
         gamma = max(gamma, 1e-6)
         self._set_up(rule, timesteps, gap, images, gamma ** (-1.0 / POWER), closing)
         self.tolerance = rule.tolerance / gamma
@@ -107,7 +116,7 @@ class RefreshClock:
         self.place = np.zeros(images)  # of the due step on the clock, before it was rounded to a step
 
     def weight(self, step: int) -> np.ndarray:
-        """clip(gamma * S, 0, 1) of every image at `step`, S the offset expected there in tolerances; 1 without a node."""
+        """clip(gamma * S, 0, 1) of every image at `step`, S the offset in tolerances expected there; 1 without node."""
         known, clock = self.node >= 0, self.clock
         end = np.where(self.due < len(clock), clock[np.minimum(self.due, len(clock) - 1)], np.inf)
         way = np.where(known, end - clock[self.node], 1.0)
@@ -153,10 +162,11 @@ class RefreshClock:
 
 
 class BudgetClock(RefreshClock):
-    """A fixed number of nodes at typical gaps, scaled to fill the trajectory; offsets are recorded and change nothing."""
+    """A fixed number of nodes at typical gaps, scaled to fill the trajectory; offsets are recorded, no more."""
 
-    def __init__(self, rule: RefreshRule, timesteps: np.ndarray, gap: Gap, images: int, nodes: int,
-                 closing: bool = True):
+    def __init__(
+        self, rule: RefreshRule, timesteps: np.ndarray, gap: Gap, images: int, nodes: int, closing: bool = True
+    ):
         end = timesteps[closing_step(timesteps)]
         # A clock that need not close leaves half a gap behind its last node.
         strides = max(nodes - (1.0 if closing else 0.5), 0.5)
@@ -176,21 +186,88 @@ class BudgetClock(RefreshClock):
         return np.where((left <= 0) | (due >= steps), steps, due)
 
 
-def split_budget(budget: float, halves: int, guidance_error: float | None) -> tuple[int, int]:
-    """(nodes, nodes that compute both halves) for `budget` full evaluations, never above it.
+def split_budget(budget: float, steps: int, halves: int, guidance_error: float | None) -> tuple[int, int]:
+    """(nodes, nodes that compute both halves) for `budget` full evaluations over `steps`, never above it.
 
     guidance_error is |guidance - 1| when the unconditional half is carried by the guidance difference, else None: every
     node then computes all halves. The share of refreshes of the difference grows with its weight in the output.
     Raises ValueError for a budget under two nodes.
     """
     if halves == 1 or guidance_error is None:
-        nodes = both = int(budget + 1e-9)
+        nodes = both = min(int(budget + 1e-9), steps)
     else:
         evaluations = int(2 * budget + 1e-9)  # of one half
         share = np.clip(0.22 * (2.0 * guidance_error) ** 0.3, 0.1, 0.45)
         both = int(np.clip(round(evaluations * share), 1, max(evaluations // 2, 1)))
-        nodes = evaluations - both
+        nodes = min(evaluations - both, steps)
+        both = min(evaluations - nodes, nodes)
     if nodes < 2:
-        raise ValueError(f"budget={budget:g} leaves {nodes} computed step(s), and a forecast needs 2: give at least "
-                         f"{2 if both == nodes else 1.5:g} full evaluations")
+        raise ValueError(
+            f"the budget leaves {max(nodes, 0)} computed step(s), and a forecast needs 2: give a larger one"
+        )
     return nodes, both
+
+
+def carries_difference(correction: AdaCorrection, halves: int) -> bool:
+    """Whether the unconditional half follows from the conditional one between refreshes of the guidance difference."""
+    return correction.difference and halves == 2
+
+
+class Controller:
+    """The decisions of AdaCorrection in one run: which images compute a step, and which of them both halves."""
+
+    def __init__(
+        self,
+        correction: AdaCorrection,
+        timesteps: np.ndarray,
+        alpha_bar: np.ndarray,
+        images: int,
+        halves: int,
+        cfg_scale: float,
+        spent: float = 0.0,
+    ):
+        """`spent`: full evaluations that the run costs beside its nodes; they count against a budget."""
+        self.carries = carries_difference(correction, halves)
+        self.guidance_error = abs(cfg_scale - 1.0)  # the guided output moves this much with the unconditional half
+        self.amplify = amplification(np.asarray(alpha_bar, dtype=np.float64))
+        start, end = timesteps[0], timesteps[closing_step(timesteps)]
+        # The guidance difference is smooth: far wider gaps, the narrower the more guidance amplifies its error.
+        wide = DIFFERENCE_GAP * min(1.0, (0.5 / max(self.guidance_error, 0.1)) ** (1.0 / 3.0))
+        nodes = RefreshRule(correction.tolerance, warmup=correction.order + 1), lambda t: typical_gap(t, start, end)
+        both = RefreshRule(correction.difference_tolerance, 1, calm=1.0, haste=0.6, narrowest=0.1), lambda t: wide
+        if correction.budget is None:
+            kind, amounts = RefreshClock, (correction.gamma, correction.gamma)
+        else:
+            kind = BudgetClock
+            error = self.guidance_error if self.carries else None
+            amounts = split_budget(correction.budget - spent, len(timesteps), halves, error)
+        self.clock = kind(nodes[0], timesteps, nodes[1], images, amounts[0])
+        self.difference_clock = kind(both[0], timesteps, both[1], images, amounts[1], closing=False)
+
+    def decide(self, step: int, want: np.ndarray, empty: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(weight, conditional half computed, unconditional half computed), each (n,).
+
+        want (n,): a policy asks for the step; empty (n,): there is nothing to forecast from yet.
+        """
+        weight = self.clock.weight(step)
+        cond = (weight >= 1.0) | (want & (weight >= ACCEPT_WEIGHT)) | empty
+        both = self.difference_clock.nears(step, self.clock) | empty if self.carries else True
+        return weight, cond, cond & both
+
+    def learn(
+        self, step: int, cond: np.ndarray, offset: np.ndarray, uncond: np.ndarray, gap_offset: np.ndarray
+    ) -> np.ndarray:
+        """Take in the relative offsets of the images computed in a step; nan where there was no forecast.
+
+        cond, offset (a,) of the stack; uncond, gap_offset (b,) of the unconditional halves that were computed besides.
+        Returns the scores (a,): offsets weighted by how far they reach into the image.
+        """
+        score = offset * self.amplify[step]
+        self.clock.restart(cond, step, score)
+        if self.carries:
+            self.difference_clock.restart(uncond, step, gap_offset * self.amplify[step] * self.guidance_error)
+        return score
+
+    def next_due(self) -> int:
+        """The first step at which any image is due."""
+        return int(self.clock.due.min())

@@ -80,8 +80,10 @@ class AdaCorrection:
             if not 1 <= self.budget <= 1000:
                 raise ValueError(f"adacorr: budget={self.budget} must lie in 1..1000 full evaluations")
             if self.gamma != 1.0:
-                raise ValueError(f"adacorr: budget={self.budget} fixes the compute, so gamma={self.gamma} has no "
-                                 "effect; give one of the two")
+                raise ValueError(
+                    f"adacorr: budget={self.budget} fixes the compute, so gamma={self.gamma} has no "
+                    "effect; give one of the two"
+                )
 
 
 ALIASES = {"lambda": "spatial_weight"}

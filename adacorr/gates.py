@@ -3,8 +3,8 @@
 The residual that a stack of blocks adds is sum_b gate_b(t) * F_b: gate_b(t) depends on timestep and label only, so all
 of its values are known before the run starts; F_b, the branch outputs, are what the cache forecasts. Along the sampling
 trajectory the gates of all branches move together in a few directions: gate_b(t_s) = sum_q phi_q(s) * load_{q,b} holds
-to a chosen relative error with Q far below the number of branches B (6 against 24 on the bundled model at 50 steps), and
-with the same phi for every label. Storing M_q = sum_b load_{q,b} F_b in place of the B branches keeps the gates *fresh*
+to a chosen relative error with Q far below the number of branches B (6 against 24 on the bundled model at 50 steps),
+and with the same phi for every label. Storing M_q = sum_b load_{q,b} F_b in place of the B branches keeps the gates *fresh*
 at every step and makes their cost Q tensors instead of B.
 """
 
@@ -32,13 +32,14 @@ class GateBasis:
         return self.phi.shape[1]
 
 
-def fit_gate_basis(blocks: Sequence[nn.Module], reference: Tensor, conditions: list[Tensor],
-                   tolerance: float) -> GateBasis:
+def fit_gate_basis(
+    blocks: Sequence[nn.Module], reference: Tensor, conditions: list[Tensor], tolerance: float
+) -> GateBasis:
     """Factor the gates of a run.
 
     phi and its rank come from `reference` (S, D), the null label's conditioning where there is one, and not from the
     labels at hand, so that an image's forecast never depends on what else is in the batch. The rank is the smallest at
-    which every step's relative error is at most `tolerance` (0 keeps full rank). `conditions[half]` is c (labels, S, D).
+    which every step's relative error is at most `tolerance` (0 keeps full rank). `conditions[half]` (labels, S, D).
     """
     # Left singular vectors through the small (S, S) Gram matrix: the other side of the gates is tens of thousands wide.
     gram = torch.zeros(len(reference), len(reference), dtype=torch.float64, device=reference.device)

@@ -14,8 +14,8 @@ from torch import Tensor
 def lagrange_weights(nodes: np.ndarray, at: np.ndarray, order: int) -> np.ndarray:
     """Weights of the newest `order + 1` nodes in the polynomial through them, at the positions `at` (s,).
 
-    nodes (n, K), newest first, nan where a row has fewer. Returns (n, s, order + 1); a row with fewer nodes uses a lower
-    order and has zeros after them. Raises ValueError for a row without a node.
+    nodes (n, K), newest first, nan where a row has fewer. Returns (n, s, order + 1); a row with fewer nodes uses a
+    lower order and has zeros after them. Raises ValueError for a row without a node.
     """
     nodes = np.asarray(nodes, dtype=np.float64)[:, : order + 1]
     if np.isnan(nodes[:, 0]).any():

@@ -39,8 +39,12 @@ class LiteralRun:
             if self.previous:
                 h_prev, cached = self.previous[layer]
                 h, before = self._by_image(x), self._by_image(h_prev)
-                score = offset_score(temporal_deviation(h, before), spatial_variation(h),
-                                     self.correction.spatial_weight, self.correction.form)
+                score = offset_score(
+                    temporal_deviation(h, before),
+                    spatial_variation(h),
+                    self.correction.spatial_weight,
+                    self.correction.form,
+                )
                 lam = correction_weight(score, self.correction.gamma)
                 out = blend(cached, fresh, lam.repeat(self.trace.halves))
                 self.trace.score[self.step, layer] = score.cpu().numpy()

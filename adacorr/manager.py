@@ -20,15 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adacorr.control import (
-    BudgetClock,
-    RefreshClock,
-    RefreshRule,
-    amplification,
-    closing_step,
-    split_budget,
-    typical_gap,
-)
+from adacorr.control import Controller, carries_difference
 from adacorr.correct import AdaCorrection, Literal
 from adacorr.gates import fit_gate_basis
 from adacorr.literal import LiteralRun
@@ -37,14 +29,8 @@ from adacorr.predict import Active, Predictor, Segment
 from adacorr.trace import COMPUTE, Trace
 from adacorr.types import Policy, View
 
-# A computation that the base policy asks for is taken once the weight has come this far; before, the forecast is as good.
-ACCEPT_WEIGHT = 0.25
-
 # Most steps that one forecast covers: it holds that many outputs of the stack besides the history.
 LOOK_AHEAD = 8
-
-# Timesteps between refreshes of the guidance difference at guidance 1.5, where its error counts half.
-DIFFERENCE_GAP = 390.0
 
 
 @dataclass(frozen=True)
@@ -63,20 +49,35 @@ class CacheManager:
     dtype       of the stored tensors; float32 by default, since forecasts amplify the rounding of bf16
     """
 
-    def __init__(self, policy: Policy | None = None, correction: AdaCorrection | Literal | None = None,
-                 dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        policy: Policy | None = None,
+        correction: AdaCorrection | Literal | None = None,
+        dtype: torch.dtype = torch.float32,
+    ):
         if policy is None and correction is None:
             raise ValueError("a cache needs a policy, a correction or both: give --cache POLICY or --adacorr")
         if policy is not None and isinstance(correction, Literal):
-            raise ValueError(f"literal AdaCorrection computes every block, so policy {policy.name!r} would never be "
-                             "asked: give one of the two")
+            raise ValueError(
+                f"literal AdaCorrection computes every block, so policy {policy.name!r} would never be "
+                "asked: give one of the two"
+            )
         self.policy, self.correction, self.dtype = policy, correction, dtype
         self.trace: Trace | None = None
         self.bytes = 0
 
     @contextmanager
-    def run(self, model: nn.Module, labels: Tensor | None, timesteps: Tensor, alpha_bar: np.ndarray, *,
-            cfg_scale: float = 1.0, images: int | None = None, rewindable: bool = True) -> Iterator["CacheRun"]:
+    def run(
+        self,
+        model: nn.Module,
+        labels: Tensor | None,
+        timesteps: Tensor,
+        alpha_bar: np.ndarray,
+        *,
+        cfg_scale: float = 1.0,
+        images: int | None = None,
+        rewindable: bool = True,
+    ) -> Iterator["CacheRun"]:
         """Attach to `model` for one sampling run.
 
         labels (n,) on any device, or None with `images` for an unconditional model; timesteps (S,) in sampling order
@@ -104,28 +105,37 @@ class CacheManager:
 class CacheRun:
     """One run's state. The sampling loop calls `begin_step`, then the model; after the model it looks at `rewind`."""
 
-    def __init__(self, manager: CacheManager, model: nn.Module, labels: Tensor | None, timesteps: Tensor,
-                 alpha_bar: np.ndarray, cfg_scale: float, rewindable: bool):
+    def __init__(
+        self,
+        manager: CacheManager,
+        model: nn.Module,
+        labels: Tensor | None,
+        timesteps: Tensor,
+        alpha_bar: np.ndarray,
+        cfg_scale: float,
+        rewindable: bool,
+    ):
         self.trace, self.correction = manager.trace, manager.correction
         self.policy = copy.deepcopy(manager.policy)
         self.images, self.halves = self.trace.images, self.trace.halves
         self.timesteps = timesteps.double().cpu().numpy()
         self.everyone = np.arange(self.images)
         self.rewinds = rewindable and self.correction is not None and self.correction.rewind
-        self.guidance_error = abs(cfg_scale - 1.0)  # the guided output moves this much with the unconditional half
         self.step: int | None = None
         self.rewind: Rewind | None = None
         self._replay: tuple[np.ndarray, int] | None = None
         self._ahead: dict[tuple[int, int], tuple[range, Tensor]] = {}  # forecasts of coming steps, by segment and half
         self._added: Tensor | None = None  # (halves, n, T, D): what the stack added in the current step
         self._last = np.full(self.images, -1)  # newest step that computed the whole stack
-        self._count = np.zeros(self.images, dtype=np.int64)  # steps that did
-        self._anchor = np.full(self.images, -1)  # step from which the next rewind starts
         self._make_segments(model, labels, timesteps, manager.dtype)
         if self.policy is not None:
             self.policy.begin(self.images, len(self.timesteps))
+        self.controller = None
         if self.correction is not None:
-            self._make_clocks(alpha_bar)
+            gates = self.trace.overhead_flops / (self.trace.block_flops * self.trace.layers)
+            self.controller = Controller(
+                self.correction, self.timesteps, alpha_bar, self.images, self.halves, cfg_scale, spent=gates
+            )
 
     # ------------------------------------------------------------------ set-up
 
@@ -137,16 +147,25 @@ class CacheRun:
             predictor = Predictor("branches", self.correction.order, self.correction.gate_error)
         spans = [(0, depth)] if self.policy is None else self.policy.segments(depth)
         if [s for s, _ in spans] + [depth] != [0] + [e for _, e in spans]:
-            raise ValueError(f"policy {self.policy.name!r} splits {depth} blocks into {spans}: segments must follow "
-                             "one another from block 0 to the last")
+            raise ValueError(
+                f"policy {self.policy.name!r} splits {depth} blocks into {spans}: segments must follow "
+                "one another from block 0 to the last"
+            )
         basis, index = None, torch.zeros(self.images, dtype=torch.long)
         if predictor is not None and predictor.kind == "branches":
             basis, index = self._fit_gates(model, labels, timesteps, predictor.gate_error)
-        self.carries = self.correction is not None and self.correction.difference and self.halves == 2
+        self.carries = self.correction is not None and carries_difference(self.correction, self.halves)
         self.spans = spans
-        self.segments = [] if predictor is None else [
-            Segment(start, stop, predictor, basis, index.to(device), self.halves, shape, self.carries, device, dtype)
-            for start, stop in spans]
+        self.segments = (
+            []
+            if predictor is None
+            else [
+                Segment(
+                    start, stop, predictor, basis, index.to(device), self.halves, shape, self.carries, device, dtype
+                )
+                for start, stop in spans
+            ]
+        )
 
     def _fit_gates(self, model, labels, timesteps, gate_error):
         """The gate basis of the run and each image's index into its labels."""
@@ -154,7 +173,9 @@ class CacheRun:
         self.trace.overhead_flops = len(t) * len(model.blocks) * model.gate_flops()
         if labels is None:
             reference = model.condition(t)
-            return fit_gate_basis(model.blocks, reference, [reference[None]], gate_error), torch.zeros(self.images).long()
+            return fit_gate_basis(model.blocks, reference, [reference[None]], gate_error), torch.zeros(
+                self.images
+            ).long()
         unique, index = torch.unique(labels, return_inverse=True)
         steps = t.repeat(len(unique))
         conditions = [model.condition(steps, unique.repeat_interleave(len(t))).view(len(unique), len(t), -1)]
@@ -164,29 +185,6 @@ class CacheRun:
         if self.halves == 2:
             conditions.append(reference[None])
         return fit_gate_basis(model.blocks, reference, conditions, gate_error), index
-
-    def _make_clocks(self, alpha_bar):
-        c, n, t = self.correction, self.images, self.timesteps
-        self.amplify = amplification(np.asarray(alpha_bar, dtype=np.float64))
-        stack = RefreshRule(c.tolerance, warmup=c.order + 1)
-        difference = RefreshRule(c.difference_tolerance, warmup=1, calm=1.0, haste=0.6, narrowest=0.1)
-        start, end = t[0], t[closing_step(t)]
-        # The guidance difference is smooth: far wider gaps, the narrower the more guidance amplifies its error.
-        wide = DIFFERENCE_GAP * min(1.0, (0.5 / max(self.guidance_error, 0.1)) ** (1.0 / 3.0))
-
-        def stack_gap(at: float) -> float:
-            return typical_gap(at, start, end)
-
-        def difference_gap(at: float) -> float:
-            return wide
-
-        if c.budget is None:
-            self.clock = RefreshClock(stack, t, stack_gap, n, c.gamma)
-            self.difference_clock = RefreshClock(difference, t, difference_gap, n, c.gamma, closing=False)
-            return
-        nodes, both = split_budget(c.budget, self.halves, self.guidance_error if self.carries else None)
-        self.clock = BudgetClock(stack, t, stack_gap, n, nodes)
-        self.difference_clock = BudgetClock(difference, t, difference_gap, n, both, closing=False)
 
     # ------------------------------------------------------------------ the sampling loop's side
 
@@ -211,7 +209,7 @@ class CacheRun:
     @property
     def anchored(self) -> np.ndarray:
         """(m,) images whose next rewind starts right after the current step: their state there is to be kept."""
-        return np.flatnonzero(self._anchor == self.step) if self.rewinds else self.everyone[:0]
+        return np.flatnonzero(self._last == self.step) if self.rewinds else self.everyone[:0]
 
     # ------------------------------------------------------------------ the model's side
 
@@ -222,8 +220,10 @@ class CacheRun:
         if self._replay is not None:
             return x + self._replayed().flatten(0, 1).to(x.dtype)
         if len(x) != self.halves * self.images:
-            raise ValueError(f"the run was opened for {self.halves} x {self.images} rows, the model got {len(x)}: "
-                             "call it on [conditional; unconditional] rows of all images")
+            raise ValueError(
+                f"the run was opened for {self.halves} x {self.images} rows, the model got {len(x)}: "
+                "call it on [conditional; unconditional] rows of all images"
+            )
         x_in, collected = x, []
         full = np.ones(self.images, dtype=bool)
         for i, (start, stop) in enumerate(self.spans):
@@ -231,7 +231,7 @@ class CacheRun:
             x, active, fresh = self._run_segment(segment, start, stop, blocks, x, x_in, c)
             full[np.setdiff1d(self.everyone, active.cond)] = False
             collected.append(fresh)
-        if self.correction is not None or len(self.spans) == 1:
+        if self.controller is not None or len(self.spans) == 1:
             keep = [full] * len(collected)  # a node of the stack needs all of its segments from the same state
         else:
             keep = [np.ones(self.images, dtype=bool)] * len(collected)
@@ -244,10 +244,8 @@ class CacheRun:
             self._added = (x - x_in).unflatten(0, (self.halves, -1))
             gap = full & (self._last >= 0) & (self.step - self._last > 1)
             if gap.any():
-                self.rewind = Rewind(np.flatnonzero(gap), self._anchor[gap] + 1)
-            self._anchor[full] = self.step
+                self.rewind = Rewind(np.flatnonzero(gap), self._last[gap] + 1)
         self._last[full] = self.step
-        self._count[full] += 1
         self.trace.done = self.step + 1
         return x
 
@@ -259,8 +257,12 @@ class CacheRun:
         self.trace.rewound += len(images)
         if self._between is None:  # the whole gap in one pass over the stored tensors
             past = np.arange(self.rewind.start.min(), self.step)
-            self._between = torch.stack([sum(s.predict(half, self.rewind.images, past, self.timesteps[past])
-                                             for s in self.segments) for half in range(self.halves)])
+            self._between = torch.stack(
+                [
+                    sum(s.predict(half, self.rewind.images, past, self.timesteps[past]) for s in self.segments)
+                    for half in range(self.halves)
+                ]
+            )
         rows = torch.from_numpy(np.searchsorted(self.rewind.images, images)).to(self._between.device)
         return self._between[:, :, step - self.rewind.start.min()][:, rows]
 
@@ -271,7 +273,7 @@ class CacheRun:
         weight, cond, uncond = self._decide(segment, stop, want)
         active = Active(np.flatnonzero(cond), np.flatnonzero(uncond) if self.halves == 2 else self.everyone[:0])
         everything = bool(cond.all() and uncond.all())
-        corrects = self.correction is not None and stop == len(blocks)
+        corrects = self.controller is not None and stop == len(blocks)
 
         fresh = out = head = rows = None
         if len(active.cond):
@@ -312,11 +314,11 @@ class CacheRun:
         steps, ahead = self._ahead.get((segment.start, half), (range(0), None))
         if self.step not in steps:
             stop = self.step + 1
-            if self.correction is not None and self.policy is None:
-                due = self.clock.due.min() + (half == 0)  # the conditional half is measured at the node itself
+            if self.controller is not None and self.policy is None:
+                due = self.controller.next_due() + (half == 0)  # the conditional half is measured at the node itself
                 stop = int(np.clip(due, stop, min(self.step + LOOK_AHEAD, len(self.timesteps))))
             steps = range(self.step, stop)
-            ahead = segment.predict(half, self.everyone, np.arange(self.step, stop), self.timesteps[self.step:stop])
+            ahead = segment.predict(half, self.everyone, np.arange(self.step, stop), self.timesteps[self.step : stop])
             self._ahead[segment.start, half] = steps, ahead
         return ahead[:, self.step - steps.start]
 
@@ -352,37 +354,33 @@ class CacheRun:
         view = View(self.step, len(self.timesteps), start, blocks, *by_half, age)
         want = np.asarray(self.policy.decide(view), dtype=bool)
         if want.shape != (self.images,):
-            raise ValueError(f"policy {self.policy.name!r} decided with shape {want.shape}; one truth value for each "
-                             f"of {self.images} images is needed")
+            raise ValueError(
+                f"policy {self.policy.name!r} decided with shape {want.shape}; one truth value for each "
+                f"of {self.images} images is needed"
+            )
         return want, view
 
     def _decide(self, segment, stop, want):
         """(weight, conditional half computed, unconditional half computed), each (n,)."""
         empty = segment.empty if segment is not None else np.ones(self.images, dtype=bool)
-        if self.correction is None or stop < self.trace.layers:
+        if self.controller is None or stop < self.trace.layers:
             cond = want | empty
             return cond.astype(np.float64), cond, cond
-        weight = self.clock.weight(self.step)
-        cond = (weight >= 1.0) | (want & (weight >= ACCEPT_WEIGHT)) | empty
-        if not self.carries:
-            return weight, cond, cond
-        return weight, cond, cond & (self.difference_clock.nears(self.step, self.clock) | empty)
+        return self.controller.decide(self.step, want | empty, empty)
 
     def _measure(self, guess, carried, added, active):
-        """Offsets (n,) of what was just computed against its forecast, and the restart of the clocks."""
-        score, gap_score = np.full(self.images, np.nan), np.full(len(active.uncond), np.nan)
-        lam, loud, a = self.correction.spatial_weight, self.amplify[self.step], len(active.cond)
+        """Offsets (n,) of what was just computed against its forecast; the controller learns them."""
+        offset, gap_offset = np.full(len(active.cond), np.nan), np.full(len(active.uncond), np.nan)
+        lam, a = self.correction.spatial_weight, len(active.cond)
         index = torch.from_numpy(active.cond).to(added.device)
         if guess[0] is not None and not self.carries:
             fresh = added.unflatten(0, (self.halves, -1)).transpose(0, 1).flatten(1, 2)
-            known = torch.cat([g[index] for g in guess], dim=1)
-            score[active.cond] = innovation(fresh, known, lam).cpu().numpy() * loud
+            offset = innovation(fresh, torch.cat([g[index] for g in guess], dim=1), lam).cpu().numpy()
         elif guess[0] is not None:
-            score[active.cond] = innovation(added[:a], guess[0][index], lam).cpu().numpy() * loud
+            offset = innovation(added[:a], guess[0][index], lam).cpu().numpy()
             if len(active.uncond):
                 known = carried[torch.from_numpy(active.shared).to(added.device)]
-                gap_score = innovation(added[a:], known, lam).cpu().numpy() * loud * self.guidance_error
-        self.clock.restart(active.cond, self.step, score[active.cond])
-        if self.carries:
-            self.difference_clock.restart(active.uncond, self.step, gap_score)
+                gap_offset = innovation(added[a:], known, lam).cpu().numpy()
+        score = np.full(self.images, np.nan)
+        score[active.cond] = self.controller.learn(self.step, active.cond, offset, active.uncond, gap_offset)
         return score

@@ -68,8 +68,19 @@ class Segment:
     computed both halves. Its prediction is the first minus the second.
     """
 
-    def __init__(self, start: int, stop: int, predictor: Predictor, basis: GateBasis | None, labels: Tensor,
-                 halves: int, shape: tuple[int, int], difference: bool, device, dtype):
+    def __init__(
+        self,
+        start: int,
+        stop: int,
+        predictor: Predictor,
+        basis: GateBasis | None,
+        labels: Tensor,
+        halves: int,
+        shape: tuple[int, int],
+        difference: bool,
+        device,
+        dtype,
+    ):
         self.start, self.stop, self.predictor, self.basis, self.labels = start, stop, predictor, basis, labels
         self.halves, self.difference = halves, difference and halves == 2
         self.entries = basis.rank if predictor.kind == "branches" else 1
@@ -81,7 +92,7 @@ class Segment:
         self.gap = history() if self.difference else None
         if predictor.kind == "branches":
             # (labels, D, E, B) for each half, the layout of the sums in `Collected`.
-            own = [load[2 * start:2 * stop].permute(1, 3, 2, 0).to(device, dtype) for load in basis.load]
+            own = [load[2 * start : 2 * stop].permute(1, 3, 2, 0).to(device, dtype) for load in basis.load]
             if self.difference:  # the conditional branches under the null label's gates besides
                 own[0] = torch.cat([own[0], own[1].expand(len(own[0]), -1, -1, -1)], dim=2)
             self.loads = [load.contiguous() for load in own]
@@ -106,7 +117,7 @@ class Segment:
 
     def carry(self, images: np.ndarray, fresh: "Collected", step: int, timestep: float) -> Tensor:
         """The unconditional half of `images` (m,), those of `fresh`, from their fresh conditional half: (m, T, D)."""
-        under_null = torch.einsum("q,mqtd->mtd", self.phi[step], fresh.values[0][:, self.entries:])
+        under_null = torch.einsum("q,mqtd->mtd", self.phi[step], fresh.values[0][:, self.entries :])
         return under_null - self._read(self.gap, images, np.array([step]), np.array([timestep]))[:, 0]
 
     def collect(self, active: Active) -> "Collected":
@@ -116,8 +127,10 @@ class Segment:
         """Make the collected step a node of the images for which `keep` (n,) is True."""
         cond, uncond = keep[fresh.active.cond], keep[fresh.active.uncond]
         images, both = fresh.active.cond[cond], fresh.active.uncond[uncond]
-        values, q = [v[torch.from_numpy(k)] if not k.all() else v
-                     for v, k in zip(fresh.values, (cond, uncond), strict=False)], self.entries
+        values, q = (
+            [v[torch.from_numpy(k)] if not k.all() else v for v, k in zip(fresh.values, (cond, uncond), strict=False)],
+            self.entries,
+        )
         self.base[0].push(images, timestep, values[0][:, :q])
         if self.gap is not None:
             self.base[1].push(images, timestep, values[0][:, q:])
@@ -125,7 +138,6 @@ class Segment:
             self.gap.push(both, timestep, under_null - values[1])
         elif self.halves == 2:
             self.base[1].push(both, timestep, values[1])
-
 
     def _read(self, history: History, images: np.ndarray, steps: np.ndarray, timesteps: np.ndarray) -> Tensor:
         """(m, s, T, D): forecast weight of each node times the gates' phi of each entry, in one pass."""
@@ -160,7 +172,7 @@ class Collected:
         return self._add if self.segment.predictor.kind == "branches" else None
 
     def _add(self, attn: Tensor, mlp: Tensor) -> None:
-        """Take one block's branches; sums run over several blocks at once, as a batched matrix product over channels."""
+        """Take one block's branches; sums run over several blocks at once, as a batched product over channels."""
         self._pending += [attn, mlp]
         if len(self._pending) == BRANCHES_AT_ONCE:
             self._flush()
@@ -173,7 +185,7 @@ class Collected:
         rows = 0
         for half, load in enumerate(self._loads):
             count = len(load)
-            own = [out[rows:rows + count] for out in self._pending]
+            own = [out[rows : rows + count] for out in self._pending]
             rows += count
             if count == 0:
                 continue
@@ -181,7 +193,7 @@ class Collected:
             stacked = torch.empty(count, len(own), *own[0].shape[:0:-1], device=load.device, dtype=load.dtype)
             for i, out in enumerate(own):
                 stacked[:, i] = out.transpose(1, 2)
-            part = torch.matmul(load[..., first:self._branch], stacked.transpose(1, 2))
+            part = torch.matmul(load[..., first : self._branch], stacked.transpose(1, 2))
             self._sums[half] = part if self._sums[half] is None else self._sums[half].add_(part)
         self._pending.clear()
 

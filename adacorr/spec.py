@@ -82,8 +82,10 @@ def _typed(name: str, key: str, value: Value, field: Any) -> Value:
             return value
     elif isinstance(default, float) and type(value) is int:
         return float(value)
-    wanted = " or ".join({int: "a whole number", float: "a number", bool: "true or false", str: "a word"}.get(
-        t, "none") for t in _types(field))
+    wanted = " or ".join(
+        {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}.get(t, "none")
+        for t in _types(field)
+    )
     raise ValueError(f"{name}: {key}={value!r} must be {wanted}")
 
 

@@ -66,14 +66,20 @@ class Trace:
         """Plain numbers for JSON. Score and weight are means over images by step and layer, None where undefined."""
         count = np.count_nonzero(self.action[: self.done], axis=(1, 2, 3))
         return {
-            "steps": self.steps, "layers": self.layers, "images": self.images, "halves": self.halves,
-            "compute": self.compute, "hit_rate": self.hit_rate, "block_flops": self.flops,
-            "block_flops_uncached": self.uncached_flops, "rewound_image_steps": self.rewound,
+            "steps": self.steps,
+            "layers": self.layers,
+            "images": self.images,
+            "halves": self.halves,
+            "compute": self.compute,
+            "hit_rate": self.hit_rate,
+            "block_flops": self.flops,
+            "block_flops_uncached": self.uncached_flops,
+            "rewound_image_steps": self.rewound,
             "evaluations": self.flops / max(self.block_flops * self.layers * self.images * self.halves, 1),
             "executed_per_step": (count / self.action[0].size).tolist(),
-            "score": _mean_over_images(self.score), "weight": _mean_over_images(self.weight),
-            "computed_steps": [[self.computed_steps(i, h) for h in range(self.halves)]
-                               for i in range(self.images)],
+            "score": _mean_over_images(self.score),
+            "weight": _mean_over_images(self.weight),
+            "computed_steps": [[self.computed_steps(i, h) for h in range(self.halves)] for i in range(self.images)],
         }
 
 
@@ -81,5 +87,4 @@ def _mean_over_images(values: np.ndarray) -> list[list[float | None]]:
     known = ~np.isnan(values)
     total = np.where(known, values, 0.0).sum(axis=2, dtype=np.float64)
     count = known.sum(axis=2)
-    return [[float(t / c) if c else None for t, c in zip(*row, strict=True)]
-            for row in zip(total, count, strict=True)]
+    return [[float(t / c) if c else None for t, c in zip(*row, strict=True)] for row in zip(total, count, strict=True)]

@@ -57,8 +57,8 @@ def relative_change(now: Tensor, before: Tensor, scope: str = "image") -> np.nda
 
 
 class Policy:
-    """A caching method's rule for *when*; every method of this class may be overridden. Subclasses are dataclasses whose
-    fields are their options, and keep their state in attributes made by `begin`. A run works on a copy.
+    """A caching method's rule for *when*; every method of this class may be overridden. Subclasses are dataclasses
+    whose fields are their options, and keep their state in attributes made by `begin`. A run works on a copy.
     """
 
     name: str

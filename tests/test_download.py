@@ -118,9 +118,7 @@ def test_half_precision_weights_become_float32(tmp_path, tiny):
     assert checkpoint.state_dict["pos_embed"].dtype == torch.float16
     model = build_model(checkpoint)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert torch.equal(
-        model.blocks[0].mlp.fc1.weight, tiny.state_dict()["blocks.0.mlp.fc1.weight"].half().float()
-    )
+    assert torch.equal(model.blocks[0].mlp.fc1.weight, tiny.state_dict()["blocks.0.mlp.fc1.weight"].half().float())
 
 
 @pytest.mark.parametrize(
@@ -175,9 +173,7 @@ def test_mlp_ratio_survives_truncation():
 
 
 def test_unpublished_width_without_config_is_refused():
-    with pytest.raises(
-        CheckpointError, match="width 64 is not a published one .* number of heads is unknown"
-    ):
+    with pytest.raises(CheckpointError, match="width 64 is not a published one .* number of heads is unknown"):
         download.infer_config(DiT(8, 2, 4, 64, 1, 4).state_dict())
 
 
@@ -218,9 +214,7 @@ def test_512_px_asked_of_the_256_px_release_names_the_other_file(tmp_path):
     with torch.device("meta"):
         state_dict = DiT_models["DiT-XL/2"]().state_dict()
     checkpoint = download.Checkpoint(state_dict, None, tmp_path / NAME, "", "flat", None)
-    with pytest.raises(
-        CheckpointError, match=r"is for 256 px .* 512 was asked; use --ckpt DiT-XL-2-512x512.pt"
-    ):
+    with pytest.raises(CheckpointError, match=r"is for 256 px .* 512 was asked; use --ckpt DiT-XL-2-512x512.pt"):
         build_model(checkpoint, model="DiT-XL/2", image_size=512)
 
 
@@ -274,9 +268,7 @@ def test_missing_bundled_file_says_so(tmp_path, monkeypatch):
 
 
 def test_missing_file_lists_what_was_tried(tmp_path):
-    with pytest.raises(
-        CheckpointError, match="no checkpoint .*tried .*nothing.pt; .*dit-ti-4-cifar10, DiT-XL-2"
-    ):
+    with pytest.raises(CheckpointError, match="no checkpoint .*tried .*nothing.pt; .*dit-ti-4-cifar10, DiT-XL-2"):
         load_checkpoint(tmp_path / "nothing.pt")
 
 
@@ -340,9 +332,7 @@ class Payload:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize(
-    ("function", "name"), [(os.mkdir, "mkdir"), (pathlib.Path.touch, "getattr"), (exec, "exec")]
-)
+@pytest.mark.parametrize(("function", "name"), [(os.mkdir, "mkdir"), (pathlib.Path.touch, "getattr"), (exec, "exec")])
 def test_malicious_pickle_is_refused_and_not_run(tmp_path, zipped, function, name):
     sentinel = tmp_path / "owned"
     argument = f"open({str(sentinel)!r}, 'w')" if function is exec else str(sentinel)
@@ -467,9 +457,7 @@ def test_download_once_then_check_at_every_load(server, tiny):
 def test_truncated_transfer_leaves_nothing(server):
     server.cut = 1000
     total = len(server.body)
-    with pytest.raises(
-        CheckpointError, match=rf"stopped at {total - 1000} of {total} bytes.*same command again"
-    ):
+    with pytest.raises(CheckpointError, match=rf"stopped at {total - 1000} of {total} bytes.*same command again"):
         load_checkpoint(NAME)
     assert list(server.home.iterdir()) == []
     server.cut = 0
@@ -597,9 +585,7 @@ def test_diffusers_bin_file_with_stored_positions(hf, tmp_path):
     theirs, folder = hf
     state_dict = {**theirs.state_dict(), "pos_embed.pos_embed": torch.full((1, 16, 24), 0.5)}
     torch.save(state_dict, tmp_path / "diffusion_pytorch_model.bin")
-    (tmp_path / "config.json").write_text(
-        (folder / "transformer" / "config.json").read_text(encoding="utf-8")
-    )
+    (tmp_path / "config.json").write_text((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
     checkpoint = load_checkpoint(tmp_path)
     assert checkpoint.state_dict["pos_embed"].eq(0.5).all()
     assert set(checkpoint.state_dict) == set(load_checkpoint(folder).state_dict)
@@ -670,8 +656,6 @@ def test_vae_that_cannot_be_had(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(diffusers.AutoencoderKL, "from_pretrained", unreachable)
     for name, offline in (("ema", True), ("mse", False)):
-        with pytest.raises(
-            CheckpointError, match=rf"sd-vae-ft-{name} cannot be had.*\(no connection\); .*--vae"
-        ):
+        with pytest.raises(CheckpointError, match=rf"sd-vae-ft-{name} cannot be had.*\(no connection\); .*--vae"):
             load_vae(name, offline=offline)
     assert asked == [("stabilityai/sd-vae-ft-ema", True), ("stabilityai/sd-vae-ft-mse", False)]

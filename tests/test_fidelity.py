@@ -110,9 +110,7 @@ def test_ssim_against_scikit_image():
     a, b = blurred_pair()
     options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
     options |= {"data_range": 255, "channel_axis": -1}
-    expected = [
-        metrics.structural_similarity(x.numpy(), y.numpy(), **options) for x, y in zip(a, b, strict=True)
-    ]
+    expected = [metrics.structural_similarity(x.numpy(), y.numpy(), **options) for x, y in zip(a, b, strict=True)]
     assert ssim(a, b).tolist() == pytest.approx(expected, abs=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""The compressed gates: what they reproduce, what they report, and that labels at hand play no part in their basis."""
+"""The compressed gates: what they reproduce and report; labels at hand play no part in their basis."""
 
 import pytest
 import torch

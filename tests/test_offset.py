@@ -12,13 +12,13 @@ BEFORE = torch.tensor([[[0.0, 0.0], [0.0, 1.0]], [[1.0, 1.0], [5.0, 3.0]]])
 
 
 def test_temporal_deviation_is_the_mean_token_norm_of_the_change():
-    # Norms of the change: 5 and 1, then 0 and 2. The norm of the whole change would be sqrt(26), its mean square 6.5.
+    # Norms of the change: 5 and 1, then 0 and 2. The norm of the whole would be sqrt(26).
     assert_close(temporal_deviation(NOW, BEFORE), torch.tensor([3.0, 1.0]))
 
 
 def test_spatial_variation_is_the_population_deviation_over_channels():
-    # Deviations of (3, 4), (0, 2): 1/2 and 1, where the sample's would be 0.71 and 1.41; (1, 1), (5, 5): none, although
-    # the two tokens differ.
+    # Deviations of (3, 4), (0, 2): 1/2 and 1, where the sample's would be 0.71 and 1.41; of (1, 1), (5, 5):
+    # none, although the two tokens differ.
     assert_close(spatial_variation(NOW), torch.tensor([0.75, 0.0]))
 
 
@@ -55,7 +55,7 @@ def test_temporal_deviation_sees_any_move_in_any_token_and_channel(dtype):
 
 def test_innovation_by_hand():
     fresh, predicted = NOW[:1], torch.tensor([[[3.0, 4.0], [0.0, 1.0]]])
-    # Changes 0 and 1 over norms 5 and 2: r = 0.5 / 3.5. Dispersion 0.75 against 0.5: q = 1/3 (of the fresh one).
+    # Changes 0 and 1 over norms 5 and 2: r = 0.5 / 3.5. Dispersion 0.75 against 0.5: q = 1/3.
     for spatial_weight in (0.0, 1.0, 2.0):
         expected = torch.tensor([1 / 7 + spatial_weight / 3])
         assert_close(innovation(fresh, predicted, spatial_weight), expected)

@@ -64,12 +64,7 @@ def test_noise_of_an_image_is_the_same_in_every_batch():
 
 
 def test_noise_differs_with_seed_index_and_stream():
-    drawn = [
-        gaussian(seed, np.array([i]), SHAPE, s)
-        for seed in (0, 1, 2**32, 2**40)
-        for i in (0, 1)
-        for s in (0, 1)
-    ]
+    drawn = [gaussian(seed, np.array([i]), SHAPE, s) for seed in (0, 1, 2**32, 2**40) for i in (0, 1) for s in (0, 1)]
     for i, one in enumerate(drawn):
         assert not any(torch.equal(one, other) for other in drawn[:i])
 
@@ -131,9 +126,7 @@ def test_unconditional_model_with_a_cache():
     assert cache.trace.hit_rate > 0
 
 
-@pytest.mark.parametrize(
-    "cache", [practical(), CacheManager(make_policy("interval:every=3"))], ids=["own", "policy"]
-)
+@pytest.mark.parametrize("cache", [practical(), CacheManager(make_policy("interval:every=3"))], ids=["own", "policy"])
 def test_cache_is_detached_after_a_run_and_after_an_exception(cache):
     model, noise, labels = tiny(), gaussian(0, np.arange(2), SHAPE), torch.tensor([0, 1])
 

@@ -104,9 +104,7 @@ def test_build_fills_in_what_is_given():
 
 
 def test_build_understands_quoted_types():
-    assert build(Quoted, "x", {"whole": 4, "number": 2, "word": "b", "perhaps": 0.5}) == Quoted(
-        4, 2.0, "b", 0.5
-    )
+    assert build(Quoted, "x", {"whole": 4, "number": 2, "word": "b", "perhaps": 0.5}) == Quoted(4, 2.0, "b", 0.5)
     with pytest.raises(ValueError, match="whole='four' must be a whole number"):
         build(Quoted, "x", {"whole": "four"})
 

@@ -73,13 +73,11 @@ class TimedDiT(DiT):
 
     def condition(self, t, y=None):
         c = super().condition(t, y)
-        return torch.cat([t.view(-1, 1) / 1000, y.view(-1, 1) / self.num_classes, c[:, 2:]], dim=1).to(
-            c.dtype
-        )
+        return torch.cat([t.view(-1, 1) / 1000, y.view(-1, 1) / self.num_classes, c[:, 2:]], dim=1).to(c.dtype)
 
 
 def timed_dit(degree, depth=2, seed=2, bend=0.0):
-    """A DiT whose branch outputs are polynomials of `degree` in t, with a guidance difference that never changes."""
+    """A DiT whose branches are polynomials in t plus a wave; its guidance difference never changes."""
     model = redraw(TimedDiT(**{**TINY, "depth": depth}), 0.1, seed)
     generator = torch.Generator().manual_seed(seed + 1)
     for block in model.blocks:
@@ -112,7 +110,7 @@ def rows_at(model, sampler, step, x, labels, halves):
 
 @torch.no_grad()
 def forced(model, manager, steps=10, labels=(3, 0, 3), cfg_scale=1.5, seed=0):
-    """(outputs, uncached outputs), each (steps, rows, C, H, W), of all rows on the states of the uncached run."""
+    """(outputs, uncached outputs), each (steps, rows, C, H, W), both on the states of the uncached run."""
     sampler, labels = make_sampler("ddim", steps), torch.tensor(labels)
     halves = 1 if cfg_scale == 1.0 else 2
     x = gaussian(seed, np.arange(len(labels)), (model.in_channels, model.input_size, model.input_size))
@@ -160,7 +158,7 @@ class Scheduled(Policy):
 
 
 def newton_weights(nodes, at):
-    """Lagrange weights of a list of positions, newest last, by solving for them: powers 0..K-1 must come out right."""
+    """Lagrange weights of a list of positions, by solving for them: powers 0..K-1 must come out right."""
     scale = 1000.0
     powers = np.stack([(np.array(nodes) / scale) ** p for p in range(len(nodes))])
     return np.linalg.solve(powers, np.array([(at / scale) ** p for p in range(len(nodes))]))
@@ -191,9 +189,9 @@ def apply_gates(blocks, x, c, branches):
 
 
 class Twin:
-    """Stands in for the cache of a model: computes at `steps`, else does what `kind` says. One schedule for all rows.
+    """Stands in for the cache of a model: computes all rows at `steps`, else does what `kind` says.
 
-    branches   every pre-gate output forecast, fresh gates (order 0 is FORA, 2 is TaylorSeer with exact differences)
+    branches   every pre-gate output forecast, fresh gates: order 0 is FORA, order 2 what TaylorSeer means
     residual   the stack's residual of the last computed step
     output     the stack's output of the last computed step
     tail       block 0 always fresh, the residual of the rest from the last computed step (first-block cache)
@@ -230,12 +228,12 @@ def sample_with(twin, model, **arguments):
 def practical_reference(model, noise, label, cfg_scale, sampler, nodes, both, order, rewind):
     """The practical AdaCorrection for one image, given its decisions, branch by branch and with exact gates.
 
-    noise (1, C, H, W); nodes, both: steps that compute the conditional half, and both. With guidance and fewer steps in
-    `both` than in `nodes` the unconditional branches are F_c minus the forecast guidance difference.
+    noise (1, C, H, W); nodes, both: steps that compute the conditional half, and both. Elsewhere
+    the unconditional branches are the conditional ones minus the forecast guidance difference.
     """
     halves = 1 if cfg_scale == 1.0 else 2
     labels, times = torch.tensor([label]), sampler.timesteps.tolist()
-    history, gaps, last, x = [], [], None, noise
+    history, gaps, last, anchor, x = [], [], None, noise, noise
 
     def unconditional(cond, t):
         return cond - forecast(gaps, t, order)
@@ -251,7 +249,7 @@ def practical_reference(model, noise, label, cfg_scale, sampler, nodes, both, or
     def skipped(step, x):
         tokens, c = begin(step, x)
         cond = forecast(history, times[step], order)
-        rows = [cond, unconditional(cond, times[step])][:halves]
+        rows = [cond] if halves == 1 else [cond, unconditional(cond, times[step])]
         return guided(step, x, c, apply_gates(model.blocks, tokens, c, torch.cat(rows, dim=1)))
 
     for step in range(len(times)):
@@ -269,7 +267,7 @@ def practical_reference(model, noise, label, cfg_scale, sampler, nodes, both, or
             out = torch.cat([out, null_out])
         history.append((times[step], cond))
         if rewind and last is not None and step - last > 1:
-            x = anchor  # noqa: F821 - set at the node before
+            x = anchor
             for past in range(last + 1, step):
                 x = sampler.step(past, x, skipped(past, x))
             added, (tokens, c) = out - tokens, begin(step, x)

@@ -20,8 +20,10 @@ def register(policy: type[Policy]) -> type[Policy]:
     """Make a policy known under the name of its file. ValueError for a name that is taken by another class."""
     name = policy.__module__.rpartition(".")[2]
     if not is_dataclass(policy):
-        raise ValueError(f"policy {policy.__name__} must be a dataclass, since its fields are its options: put @dataclass "
-                         "under @register")
+        raise ValueError(
+            f"policy {policy.__name__} must be a dataclass, since its fields are its options: put @dataclass "
+            "under @register"
+        )
     if name in _POLICIES:
         raise ValueError(f"policy {name!r} is registered already; one file holds one method")
     policy.name = name
@@ -45,8 +47,9 @@ def make_policy(spec: str) -> Policy:
     """The policy of a spec NAME[:key=value,...]; ValueError lists the valid names or keys."""
     name, options = parse_spec(spec)
     if name not in _POLICIES:
-        raise ValueError(f"cache policy {name!r} is unknown; choose one of {', '.join(sorted(_POLICIES))}"
-                         f"{hint(name, _POLICIES)}")
+        raise ValueError(
+            f"cache policy {name!r} is unknown; choose one of {', '.join(sorted(_POLICIES))}{hint(name, _POLICIES)}"
+        )
     return build(_POLICIES[name], name, options)
 
 

@@ -75,6 +75,8 @@ def read_profile(path: str) -> dict:
         fit = json.loads(Path(path).read_text())["teacache"]
         np.polyval(fit["coefficients"], np.clip(0.0, *fit["range"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"teacache: profile={path!r} has no usable polynomial ({type(error).__name__}: {error}); make "
-                         "one with python -m adacorr.calibrate --cache teacache") from None
+        raise ValueError(
+            f"teacache: profile={path!r} has no usable polynomial ({type(error).__name__}: {error}); make "
+            "one with python -m adacorr.calibrate --cache teacache"
+        ) from None
     return fit
