@@ -239,7 +239,7 @@ def test_samplers_with_a_history_are_never_rewound(model):
 
 
 def test_a_constant_guidance_difference_is_carried_exactly():
-    """Branches that no polynomial fits, in both halves alike: where one half is computed the other is exact."""
+    """Branches that no polynomial fits, in both halves alike: the half not computed is exact."""
     model = timed_dit(degree=1, bend=1.0)
     manager = CacheManager(correction=AdaCorrection(gate_error=0, difference_tolerance=1e6))
     cached, plain = forced(model, manager, steps=24)
