@@ -121,27 +121,30 @@ def test_a_node_that_comes_early_starts_a_new_gap():
 
 
 @pytest.mark.parametrize(
-    ("budget", "halves", "guidance_error", "expected"),
+    ("budget", "steps", "halves", "guidance_error", "expected"),
     [
-        (8, 1, None, (8, 8)),
-        (8.9, 1, None, (8, 8)),
-        (8, 2, None, (8, 8)),
-        (8, 2, 0.5, (12, 4)),  # 16 halves, 22 % of them: 3.52
-        (8, 2, 3.0, (10, 6)),  # 0.22 * 6 ** 0.3 = 0.377: 6.03
-        (8, 2, 1e-6, (14, 2)),  # at least 10 %: 1.6
-        (8, 2, 99.0, (9, 7)),  # at most 45 %: 7.2
-        (1.5, 2, 0.5, (2, 1)),
-        (2, 1, None, (2, 2)),
+        (8, 50, 1, None, (8, 8)),
+        (8.9, 50, 1, None, (8, 8)),
+        (8, 50, 2, None, (8, 8)),
+        (8, 50, 2, 0.5, (12, 4)),  # 16 halves, 22 % of them: 3.52
+        (8, 50, 2, 3.0, (10, 6)),  # 0.22 * 6 ** 0.3 = 0.377: 6.03
+        (8, 50, 2, 1e-6, (14, 2)),  # at least 10 %: 1.6
+        (8, 50, 2, 99.0, (9, 7)),  # at most 45 %: 7.2
+        (1.5, 50, 2, 0.5, (2, 1)),
+        (2, 50, 1, None, (2, 2)),
+        (8, 6, 1, None, (6, 6)),  # no more nodes than steps
+        (8, 10, 2, 0.5, (10, 6)),  # what the nodes leave goes to their other halves
+        (8, 7, 2, 0.5, (7, 7)),
     ],
 )
-def test_budgets_are_split_between_the_halves(budget, halves, guidance_error, expected):
-    assert split_budget(budget, halves, guidance_error) == expected
+def test_budgets_are_split_between_the_halves(budget, steps, halves, guidance_error, expected):
+    assert split_budget(budget, steps, halves, guidance_error) == expected
 
 
 def test_budgets_are_used_up_and_never_exceeded():
     for budget in np.arange(1.5, 40, 0.25):
         for guidance_error in (0.01, 0.5, 3.0, 20.0):
-            nodes, both = split_budget(budget, 2, guidance_error)
+            nodes, both = split_budget(budget, 1000, 2, guidance_error)
             assert 1 <= both <= nodes
             assert nodes + both == int(2 * budget)
 
@@ -149,7 +152,7 @@ def test_budgets_are_used_up_and_never_exceeded():
 @pytest.mark.parametrize(("budget", "halves", "guidance_error"), [(1, 1, None), (1.9, 2, None), (1.4, 2, 0.5)])
 def test_a_budget_without_two_nodes_raises(budget, halves, guidance_error):
     with pytest.raises(ValueError, match="leaves . computed step"):
-        split_budget(budget, halves, guidance_error)
+        split_budget(budget, 50, halves, guidance_error)
 
 
 @pytest.mark.parametrize("steps", [10, 20, 50, 100, 250])

@@ -327,14 +327,14 @@ def test_policies_with_image_scope_decide_image_by_image(bundled, spec):
 @pytest.mark.parametrize("cfg_scale", [1.0, 1.5, 4.0])
 def test_a_budget_is_used_up_and_never_exceeded(model, steps, cfg_scale):
     """In full evaluations, the gates included: every image gets as many nodes as fit, all of them alike."""
-    for budget in (2.5, 3.5, 5, 8 if steps > 10 else 4):
+    for budget in (2.5, 3.5, 5, 8):
         for difference in (True, False):
             manager = CacheManager(correction=AdaCorrection(budget=budget, difference=difference))
             sample(model, steps=steps, cfg_scale=cfg_scale, cache=manager)
             gates = steps * model.gate_flops() / model.block_flops()
             halves = manager.trace.halves
             carries = difference and halves == 2
-            nodes, both = split_budget(budget - gates, halves, cfg_scale - 1 if carries else None)
+            nodes, both = split_budget(budget - gates, steps, halves, cfg_scale - 1 if carries else None)
             assert [len(s) for s in computed(manager)] == [nodes] * 3
             assert halves == 1 or [len(s) for s in computed(manager, 1)] == [both] * 3
             used = manager.trace.summary()["evaluations"]
@@ -349,11 +349,17 @@ def test_a_budget_that_is_too_small_raises_before_any_work(model):
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
 def test_very_few_steps(model, steps):
-    for correction in (AdaCorrection(), AdaCorrection(budget=2), AdaCorrection(gamma=1e6), Literal()):
+    corrections = [AdaCorrection(), AdaCorrection(gamma=1e6), Literal()]
+    for correction in corrections + [AdaCorrection(budget=8)] * (steps > 1):
         manager = CacheManager(correction=correction)
         out = sample(model, steps=steps, cache=manager)
         assert bool(torch.isfinite(out).all())
         assert manager.trace.done == steps
+
+
+def test_a_budget_of_several_evaluations_is_no_error_for_a_single_step(model):
+    manager = CacheManager(correction=AdaCorrection(budget=8))
+    near(sample(model, steps=1, cache=manager), sample(model, steps=1))
 
 
 @pytest.mark.parametrize(
