@@ -273,7 +273,8 @@ def test_first_block_compares_with_the_last_computed_step():
 def test_first_block_measures_the_residual_and_not_the_stream():
     policy = make_policy("first_block:threshold=0.1")
     views = [view(step, one(1.0, 1.0), block=1) for step in range(2)]
-    views[1].x, views[1].x_in = views[1].x + 7, views[1].x_in + 7
+    for seen, stream in zip(views, (3.0, 7.0), strict=True):
+        seen.x, seen.x_in = seen.x + stream, seen.x_in + stream
     assert decisions(policy, views) == [[True], [False]]
 
 
@@ -300,13 +301,13 @@ def test_scope_is_the_image_with_its_halves_or_the_batch(name):
 
 
 def test_first_block_keeps_a_reference_for_each_image():
-    steps = [[1.0, 1.0], [1.3, 1.0], [1.3, 1.1], [1.4, 1.15]]  # image by image
+    steps = [[1.0, 1.0], [1.3, 1.1], [1.3, 1.2], [1.4, 1.25]]  # image by image
     views = [view(i, torch.tensor(s).view(1, 2, 1, 1), block=1) for i, s in enumerate(steps)]
     assert decisions(make_policy("first_block:threshold=0.12"), views) == [
         [True, True],
         [True, False],
-        [False, False],  # 0 to 1.3, 0.1 to 1.0
-        [False, True],  # 0.08 to 1.3, 0.15 to 1.0
+        [False, True],  # 0 to 1.3, 0.2 to 1.0
+        [False, False],  # 0.08 to 1.3, 0.04 to 1.2
     ]
 
 
