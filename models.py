@@ -218,7 +218,7 @@ class DiT(nn.Module):
         return tokens.contiguous() + self.pos_embed               # a transposed stream would slow every block
 
     def condition(self, t, y=None):
-        """t (N,), y (N,) int64 or None for an unconditional model -> c (N, D).
+        """t (N,) or (1,) for all rows, y (N,) int64 or None for an unconditional model -> c (N, D).
 
         Raises ValueError if labels are missing or superfluous. Their range is the caller's to check, on the
         CPU: looking at the values here would stall the device at every step.
@@ -238,9 +238,14 @@ class DiT(nn.Module):
         return x.reshape(-1, channels, grid * p, grid * p)        # (N, out_channels, H, W)
 
     def forward(self, x, t, y=None):
-        """x (N, C, H, W), t (N,), y (N,) or None -> (N, out_channels, H, W): noise, then sigma if learnt."""
+        """x (N, C, H, W), t (N,), y (N,) or None -> (N, out_channels, H, W): noise, then sigma if learnt.
+
+        x may have N / 2 rows, which then stand for both guidance halves and are embedded once.
+        """
         c = self.condition(t, y)                                  # (N, D)
         x = self.embed(x)                                         # (N, T, D)
+        if 2 * len(x) == len(c):
+            x = torch.cat([x, x])                                 # (N, T, D)
         if self.cache is None:
             for block in self.blocks:
                 x = block(x, c)                                   # (N, T, D)
@@ -255,8 +260,7 @@ class DiT(nn.Module):
         half of x is read and stands for both. `cfg_channels` and errors are those of `guide`.
         """
         guided_channels(cfg_channels, self.in_channels, len(x))   # complain before the work, not after it
-        half = x[: len(x) // 2]                                   # (N, C, H, W)
-        out = self(torch.cat([half, half]), t, y)                 # (2N, out_channels, H, W)
+        out = self(x[: len(x) // 2], t, y)                        # (2N, out_channels, H, W)
         return guide(out, cfg_scale, self.in_channels, cfg_channels)
 
     def block_flops(self):

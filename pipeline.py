@@ -1,4 +1,4 @@
-"""What every script shares: flags, loading, noise and labels by image index, the sampling loop, decoding, the record."""
+"""What every script shares: flags, loading, noise and labels by image index, the sampling loop, decoding, record."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import adacorr
 from adacorr import CacheManager, make_policy, parse_correction
 from diffusion import Sampler, linear_betas, make_sampler, names
 from download import BUNDLED, VAES, Checkpoint, build_model, load_checkpoint, load_vae, released_name
-from models import DiT, DiT_models, guided_channels
+from models import DiT, DiT_models, guide, guided_channels
 
 VAE_SCALE = 0.18215  # latents of the stable-diffusion VAE that DiT was trained on have unit variance after this factor
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -155,7 +155,7 @@ class Pipeline:
         )
 
     def decode(self, x: Tensor) -> Tensor:
-        """Final state -> uint8 images (n, H, W, 3) on the CPU, quantised as in the release: 127.5 x + 128, truncated."""
+        """Final state -> uint8 images (n, H, W, 3) on the CPU, quantised like the release: 127.5 x + 128, floored."""
         if self.vae is not None:
             with torch.no_grad():
                 x = torch.cat([self.vae.decode(z[None] / VAE_SCALE).sample for z in x])
@@ -272,7 +272,7 @@ def gaussian(seed: int, indices: np.ndarray, shape: tuple[int, ...], stream: int
     return torch.stack(rows)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def sample_latents(
     model: DiT,
     sampler: Sampler,
@@ -301,16 +301,28 @@ def sample_latents(
 
     def evaluate(step: int, x: Tensor, rows: np.ndarray) -> Tensor:
         z = sampler.model_input(step, x).to(dtype)
-        y = None if labels is None else labels if len(rows) == n else labels[torch.from_numpy(rows).to(labels.device)]
-        t = sampler.timesteps[step].to(z.device).expand(len(z) * (2 if guided else 1))
+        t = sampler.timesteps[step].to(z.device).expand(1 if labels is not None else len(z))
         if not guided:
-            return model(z, t, y).float()
-        y = torch.cat([y, null[: len(y)]])
-        return model.forward_with_cfg(torch.cat([z, z]), t, y, cfg_scale, cfg_channels)[: len(z)].float()
+            return model(z, t, pick(labels, rows)).float()
+        y = torch.cat([pick(labels, rows), null[: len(rows)]])
+        # As `forward_with_cfg`, which wants both halves of x only to drop one.
+        return guide(model(z, t, y), cfg_scale, model.in_channels, cfg_channels)[: len(z)].float()
 
     def advance(step: int, x: Tensor, out: Tensor, rows: np.ndarray) -> Tensor:
         wanted = sampler.stochastic and step_noise is not None
         return sampler.step(step, x, out, step_noise(step, rows) if wanted else None)
+
+    def pick(values: Tensor | None, rows: np.ndarray) -> Tensor | None:
+        """values[rows], without a copy where that is all of them."""
+        if values is None or len(rows) == len(values):
+            return values
+        return values[torch.from_numpy(rows).to(values.device)]
+
+    def put(values: Tensor, rows: np.ndarray, new: Tensor) -> Tensor:
+        """`values` with the rows replaced, a new tensor."""
+        if len(rows) == len(values):
+            return new
+        return values.index_copy(0, torch.from_numpy(rows).to(values.device), new)
 
     x = sampler.prepare(noise)
     opened = (
@@ -327,29 +339,26 @@ def sample_latents(
         )
     )
     with opened as run:
-        anchor = torch.empty_like(x)  # each image's state where its next rewind starts
+        anchor = x  # each image's state where its next rewind starts
         for step in range(sampler.num_steps):
             if run is not None:
                 run.begin_step(step)
             out = evaluate(step, x, everyone)
             if run is not None and run.rewind is not None:
                 images, start = run.rewind.images, run.rewind.start
-                where = torch.from_numpy(images).to(x.device)
-                z = anchor[where]
+                z = pick(anchor, images)
                 for past in range(start.min(), step):
                     rows = np.flatnonzero(start <= past)
+                    state = pick(z, rows)
                     with run.replay(images[rows], past):
-                        stale = evaluate(past, z[torch.from_numpy(rows).to(x.device)], images[rows])
-                    z[torch.from_numpy(rows).to(x.device)] = advance(
-                        past, z[torch.from_numpy(rows).to(x.device)], stale, images[rows]
-                    )
+                        again = evaluate(past, state, images[rows])
+                    z = put(z, rows, advance(past, state, again, images[rows]))
                 with run.replay(images, step):
-                    out[where] = evaluate(step, z, images)
-                x = x.index_copy(0, where, z)
+                    out = put(out, images, evaluate(step, z, images))
+                x = put(x, images, z)
             x = advance(step, x, out, everyone)
             if run is not None and len(run.anchored):
-                kept = torch.from_numpy(run.anchored).to(x.device)
-                anchor[kept] = x[kept]
+                anchor = put(anchor, run.anchored, pick(x, run.anchored))
             if progress is not None:
                 progress(cache)
     return x

@@ -2,8 +2,8 @@
 
 The weight of Eq. 6 is read as urgency: 0 right after a computed step, 1 where the forecast is expected to be off by the
 tolerance, and a step whose weight reaches 1 is computed (a *node*). The offset measured at a node says whether the gap
-that ended there was too long or too short; the next gaps are stretched accordingly, by the step-size rule of adaptive
-ODE solvers (Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, section II.4).
+that ended there was too long; the next gaps shrink accordingly, by the step-size rule of adaptive ODE solvers (Hairer,
+Norsett and Wanner, Solving Ordinary Differential Equations I, section II.4).
 
 Distances are in training timesteps (0 to 1000), so that the rules mean the same at any number of sampling steps.
 """
@@ -26,7 +26,7 @@ DIFFERENCE_GAP = 390.0
 # Standard deviation of the coarsest structure of an image or latent, against unit noise: see `amplification`.
 COARSE_SCALE = 10.0
 
-# Gaps are stretched in notches of this share of the typical gap. Images decide alone, yet those of like difficulty keep
+# Gaps shrink in notches of this share of the typical gap. Images decide alone, yet those of like difficulty keep
 # computing in the same steps, and a batch runs in a few large calls instead of many small ones.
 NOTCH = 0.5
 
@@ -78,22 +78,21 @@ def scale_to_count(gap: Gap, start: float, end: float, strides: float) -> float:
 
 @dataclass(frozen=True)
 class RefreshRule:
-    """How offsets stretch the gaps of one kind of node."""
+    """How offsets shrink the gaps of one kind of node."""
 
     tolerance: float  # offset at which a gap was right
     warmup: int  # nodes before offsets count: they are measured on forecasts of lower order
-    calm: float = 1.2  # a gap is stretched by at most this factor at a node
-    haste: float = 0.8  # and shrunk by at most this one
-    narrowest: float = 0.5  # the stretch stays above this share of its start
-    widest: float = 1.5  # and below this multiple of it
+    calm: float = 1.2  # a node lets gaps grow back by at most this factor
+    haste: float = 0.7  # and shrinks them by at most this one
+    narrowest: float = 0.5  # no gap is under this share of the typical one; none is over it
 
 
 class RefreshClock:
     """Per image: the newest node, and the step at which the next one is due. Steps are indices in sampling order.
 
     The clock counts typical gaps: `gap(t)` timesteps after a node at t, times gamma ** (-1 / POWER), since gamma
-    multiplies the offset. Offsets above the tolerance shrink the gaps to come and offsets below it stretch them, image
-    by image. A `closing` clock ends with a node at the closing step; another one runs out.
+    multiplies the offset. Offsets above the tolerance shrink the gaps to come, down to half, and offsets below it let
+    them grow back, image by image. A `closing` clock ends with a node at the closing step; another one runs out.
     """
 
     def __init__(
@@ -117,10 +116,10 @@ class RefreshClock:
 
     def weight(self, step: int) -> np.ndarray:
         """clip(gamma * S, 0, 1) of every image at `step`, S the offset in tolerances expected there; 1 without node."""
-        known, clock = self.node >= 0, self.clock
+        clock, waits = self.clock, (self.node >= 0) & (self.due > step)
         end = np.where(self.due < len(clock), clock[np.minimum(self.due, len(clock) - 1)], np.inf)
-        way = np.where(known, end - clock[self.node], 1.0)
-        return np.where(known, np.clip((clock[step] - clock[self.node]) / way, 0.0, 1.0) ** POWER, 1.0)
+        way = np.where(waits, end - clock[self.node], 1.0)
+        return np.where(waits, np.clip((clock[step] - clock[self.node]) / way, 0.0, 1.0 - 1e-9) ** POWER, 1.0)
 
     def nears(self, step: int, nodes: "RefreshClock") -> np.ndarray:
         """Whether the due step is nearer to this step than to where the next of `nodes` would be."""
@@ -138,11 +137,11 @@ class RefreshClock:
         self.node[images] = step
 
     def _learn(self, images: np.ndarray, score: np.ndarray) -> None:
-        """Stretch or shrink the gaps to come by the offsets at the end of the last one."""
+        """Shrink the gaps to come, or let them grow back, by the offsets at the end of the last one."""
         rule, counts = self.rule, (self.count[images] >= self.rule.warmup) & ~np.isnan(score)
         factor = (self.tolerance / np.maximum(np.where(counts, score, self.tolerance), 1e-12)) ** (1.0 / POWER)
         stretch = self.stretch[images] * np.clip(factor, rule.haste, rule.calm)
-        self.stretch[images] = np.clip(stretch, rule.narrowest, rule.widest)
+        self.stretch[images] = np.clip(stretch, rule.narrowest, 1.0)
 
     def _stride(self, images: np.ndarray, step: int) -> np.ndarray:
         """(m,): typical gaps from a node at `step` to the next."""
@@ -151,14 +150,16 @@ class RefreshClock:
     def _due(self, images: np.ndarray, step: int) -> np.ndarray:
         """(m,): the step nearest to the next place, and after this one; len(timesteps) for never."""
         steps, stride = len(self.clock), self._stride(images, step)
-        self.place[images] += stride
-        due = np.abs(self.clock - self.place[images, None]).argmin(axis=1).clip(min=step + 1)
-        over = self.place[images] > self.clock[-1]
+        place = self.place[images] + stride
+        due = np.abs(self.clock - place[:, None]).argmin(axis=1)
+        # Gaps under a step: the very next one, and the clock goes on from there.
+        self.place[images] = np.where((due <= step) & (step + 1 < steps), self.clock[min(step + 1, steps - 1)], place)
+        due = np.where(place > self.clock[-1], steps, due.clip(min=step + 1))
         if self.closing and step < self.last:
             # The closing node is taken in one longer stride rather than right after another node.
             close = self.clock[self.last] - self.clock[step] <= 1.35 * stride
-            return np.where(close | over | (due > self.last), self.last, due)
-        return np.where(over | (due > self.last), steps, due)
+            due = np.where(close | (due > self.last), self.last, due)
+        return due
 
 
 class BudgetClock(RefreshClock):
@@ -201,7 +202,7 @@ def split_budget(budget: float, steps: int, halves: int, guidance_error: float |
         both = int(np.clip(round(evaluations * share), 1, max(evaluations // 2, 1)))
         nodes = min(evaluations - both, steps)
         both = min(evaluations - nodes, nodes)
-    if nodes < 2:
+    if nodes < min(2, steps):
         raise ValueError(
             f"the budget leaves {max(nodes, 0)} computed step(s), and a forecast needs 2: give a larger one"
         )

@@ -4,8 +4,8 @@ The residual that a stack of blocks adds is sum_b gate_b(t) * F_b: gate_b(t) dep
 of its values are known before the run starts; F_b, the branch outputs, are what the cache forecasts. Along the sampling
 trajectory the gates of all branches move together in a few directions: gate_b(t_s) = sum_q phi_q(s) * load_{q,b} holds
 to a chosen relative error with Q far below the number of branches B (6 against 24 on the bundled model at 50 steps),
-and with the same phi for every label. Storing M_q = sum_b load_{q,b} F_b in place of the B branches keeps the gates *fresh*
-at every step and makes their cost Q tensors instead of B.
+and with the same phi for every label. Storing M_q = sum_b load_{q,b} F_b in place of the B branches keeps the gates
+*fresh* at every step and makes their cost Q tensors instead of B.
 """
 
 from collections.abc import Sequence

@@ -22,6 +22,9 @@ def lagrange_weights(nodes: np.ndarray, at: np.ndarray, order: int) -> np.ndarra
         raise ValueError("forecast from an empty history: compute the first step of every image before reusing")
     at = np.asarray(at, dtype=np.float64)
     valid = ~np.isnan(nodes)
+    # Two nodes at one timestep (fine log-SNR grids round so) say the same; the newer one counts.
+    for j in range(1, nodes.shape[1]):
+        valid[:, j] &= (nodes[:, j, None] != nodes[:, :j]).all(axis=1)
     used = np.where(valid, nodes, 0.0)
     count = nodes.shape[1]
     weights = np.repeat(valid[:, None].astype(np.float64), len(at), axis=1)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from adacorr.correct import Literal, blend, correction_weight
 from adacorr.offset import offset_score, spatial_variation, temporal_deviation
-from adacorr.trace import BLEND, COMPUTE, Trace
+from adacorr.trace import BLEND, COMPUTE, Trace, check_call
 
 
 class LiteralRun:
@@ -32,6 +32,7 @@ class LiteralRun:
         self.step = step
 
     def run_blocks(self, blocks: Sequence[nn.Module], x: Tensor, c: Tensor) -> Tensor:
+        check_call(self.trace, self.step, x)
         current = []
         for layer, block in enumerate(blocks):
             fresh = out = block(x, c)

@@ -26,7 +26,7 @@ from adacorr.gates import fit_gate_basis
 from adacorr.literal import LiteralRun
 from adacorr.offset import innovation
 from adacorr.predict import Active, Predictor, Segment
-from adacorr.trace import COMPUTE, Trace
+from adacorr.trace import COMPUTE, Trace, check_call
 from adacorr.types import Policy, View
 
 # Most steps that one forecast covers: it holds that many outputs of the stack besides the history.
@@ -124,7 +124,7 @@ class CacheRun:
         self.step: int | None = None
         self.rewind: Rewind | None = None
         self._replay: tuple[np.ndarray, int] | None = None
-        self._ahead: dict[tuple[int, int], tuple[range, Tensor]] = {}  # forecasts of coming steps, by segment and half
+        self._ahead: dict[int, tuple[range, list[Tensor]]] = {}  # forecasts of coming steps, by segment
         self._added: Tensor | None = None  # (halves, n, T, D): what the stack added in the current step
         self._last = np.full(self.images, -1)  # newest step that computed the whole stack
         self._make_segments(model, labels, timesteps, manager.dtype)
@@ -156,6 +156,8 @@ class CacheRun:
             basis, index = self._fit_gates(model, labels, timesteps, predictor.gate_error)
         self.carries = self.correction is not None and carries_difference(self.correction, self.halves)
         self.spans = spans
+        # Newest step that computed each segment, by its first block.
+        self._ran = {start: np.full(self.images, -1) for start, _ in spans}
         self.segments = (
             []
             if predictor is None
@@ -215,15 +217,9 @@ class CacheRun:
 
     def run_blocks(self, blocks: Sequence[nn.Module], x: Tensor, c: Tensor) -> Tensor:
         """The stack of blocks through the cache: x (halves * n, T, D), c (halves * n, D) -> (halves * n, T, D)."""
-        if self.step is None:
-            raise RuntimeError("no step is open: call run.begin_step(i) before the model")
         if self._replay is not None:
             return x + self._replayed().flatten(0, 1).to(x.dtype)
-        if len(x) != self.halves * self.images:
-            raise ValueError(
-                f"the run was opened for {self.halves} x {self.images} rows, the model got {len(x)}: "
-                "call it on [conditional; unconditional] rows of all images"
-            )
+        check_call(self.trace, self.step, x)
         x_in, collected = x, []
         full = np.ones(self.images, dtype=bool)
         for i, (start, stop) in enumerate(self.spans):
@@ -257,12 +253,8 @@ class CacheRun:
         self.trace.rewound += len(images)
         if self._between is None:  # the whole gap in one pass over the stored tensors
             past = np.arange(self.rewind.start.min(), self.step)
-            self._between = torch.stack(
-                [
-                    sum(s.predict(half, self.rewind.images, past, self.timesteps[past]) for s in self.segments)
-                    for half in range(self.halves)
-                ]
-            )
+            parts = [s.predict(self.rewind.images, past, self.timesteps[past]) for s in self.segments]
+            self._between = torch.stack([sum(part[half] for part in parts) for half in range(self.halves)])
         rows = torch.from_numpy(np.searchsorted(self.rewind.images, images)).to(self._between.device)
         return self._between[:, :, step - self.rewind.start.min()][:, rows]
 
@@ -286,16 +278,14 @@ class CacheRun:
             if fresh is not None:
                 fresh.finish(head, out)
 
-        # Read what is needed of the forecast, and no more: the conditional half to measure the offset against, both
-        # halves of images that skip, and the carried half of those that computed the conditional one only.
+        # Read what is needed of the forecast, and no more: everything for images that skip, the conditional half to
+        # measure the offset against, the guidance difference for the half that is carried.
         known = segment is not None and not segment.empty.any()
-        guess = [None] * self.halves
         measures = corrects and fresh is not None
-        if known and (not cond.all() or measures):
-            guess[0] = self._forecast(segment, 0)
-        if known and self.halves == 2 and (not cond.all() or (measures and not self.carries)):
-            guess[1] = self._forecast(segment, 1)
-        carried = segment.carry(active.cond, fresh, step, t) if known and corrects and fresh and self.carries else None
+        guess = self._forecast(segment) if known and (not cond.all() or measures) else None
+        carried = None
+        if known and measures and self.carries:
+            carried = segment.carry(active.cond, (out - head)[: len(active.cond)], step, t)
 
         result = out if everything else self._merge(segment, x, guess, carried, out, rows, active)
         score = np.full(n, np.nan)
@@ -303,33 +293,33 @@ class CacheRun:
             score = self._measure(guess, carried, out - head, active)
         if view is not None:
             self.policy.computed(view, cond)
+        self._ran[start][active.cond] = step
         self._record(start, stop, active, score, weight)
         return result, active, fresh
 
-    def _forecast(self, segment: Segment, half: int) -> Tensor:
-        """The segment's forecast for one half of all images at this step: (n, T, D).
+    def _forecast(self, segment: Segment) -> list[Tensor]:
+        """The segment's forecast for all images at this step: (n, T, D) for each half.
 
         Where the steps up to the next node are known, one pass over the stored tensors serves them all.
         """
-        steps, ahead = self._ahead.get((segment.start, half), (range(0), None))
+        steps, ahead = self._ahead.get(segment.start, (range(0), []))
         if self.step not in steps:
             stop = self.step + 1
             if self.controller is not None and self.policy is None:
-                due = self.controller.next_due() + (half == 0)  # the conditional half is measured at the node itself
+                due = self.controller.next_due() + 1  # the offset is measured at the node itself
                 stop = int(np.clip(due, stop, min(self.step + LOOK_AHEAD, len(self.timesteps))))
             steps = range(self.step, stop)
-            ahead = segment.predict(half, self.everyone, np.arange(self.step, stop), self.timesteps[self.step : stop])
-            self._ahead[segment.start, half] = steps, ahead
-        return ahead[:, self.step - steps.start]
+            ahead = segment.predict(self.everyone, np.arange(self.step, stop), self.timesteps[self.step : stop])
+            self._ahead[segment.start] = steps, ahead
+        return [half[:, self.step - steps.start] for half in ahead]
 
     def _merge(self, segment, x, guess, carried, out, rows, active):
         """Output of a segment for all rows from its forecast, the carried halves and the computed rows."""
         n, adds = self.images, segment.predictor.kind != "output"
         result = torch.empty_like(x)
-        for half, value in enumerate(guess):
-            if value is not None:
-                own = slice(half * n, (half + 1) * n)
-                result[own] = x[own] + value.to(x.dtype) if adds else value.to(x.dtype)
+        for half, value in enumerate(guess or ()):
+            own = slice(half * n, (half + 1) * n)
+            result[own] = x[own] + value.to(x.dtype) if adds else value.to(x.dtype)
         if carried is not None:
             null_rows = torch.from_numpy(active.cond + n).to(x.device)
             result[null_rows] = x[null_rows] + carried.to(x.dtype)
@@ -350,7 +340,7 @@ class CacheRun:
         if self.policy is None:
             return np.zeros(self.images, dtype=bool), None
         by_half = (v.unflatten(0, (self.halves, -1)) for v in (x, x_in, c))
-        age = np.where(self._last < 0, 0, self.step - self._last)
+        age = np.where(self._ran[start] < 0, 0, self.step - self._ran[start])
         view = View(self.step, len(self.timesteps), start, blocks, *by_half, age)
         want = np.asarray(self.policy.decide(view), dtype=bool)
         if want.shape != (self.images,):
@@ -373,10 +363,10 @@ class CacheRun:
         offset, gap_offset = np.full(len(active.cond), np.nan), np.full(len(active.uncond), np.nan)
         lam, a = self.correction.spatial_weight, len(active.cond)
         index = torch.from_numpy(active.cond).to(added.device)
-        if guess[0] is not None and not self.carries:
+        if guess is not None and not self.carries:
             fresh = added.unflatten(0, (self.halves, -1)).transpose(0, 1).flatten(1, 2)
             offset = innovation(fresh, torch.cat([g[index] for g in guess], dim=1), lam).cpu().numpy()
-        elif guess[0] is not None:
+        elif guess is not None:
             offset = innovation(added[:a], guess[0][index], lam).cpu().numpy()
             if len(active.uncond):
                 known = carried[torch.from_numpy(active.shared).to(added.device)]

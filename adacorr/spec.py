@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable
 from dataclasses import MISSING, fields
-from typing import Any
+from typing import Any, get_type_hints
 
 Value = int | float | bool | str | None
 
@@ -59,6 +59,7 @@ def build(kind: type, name: str, options: dict[str, Value], aliases: dict[str, s
     """
     aliases = aliases or {}
     known = {f.name: f for f in fields(kind) if f.init}
+    hints = get_type_hints(kind)  # resolves quoted types, too
     shown = sorted({next((a for a, n in aliases.items() if n == field), field) for field in known})
     arguments = {}
     for key, value in options.items():
@@ -66,29 +67,19 @@ def build(kind: type, name: str, options: dict[str, Value], aliases: dict[str, s
         if field not in known or (field in aliases.values() and key not in aliases):
             choices = ", ".join(shown) or "none"
             raise ValueError(f"{name} has no option {key!r}; it has: {choices}{hint(key, shown)}")
-        arguments[field] = _typed(name, key, value, known[field])
+        arguments[field] = _typed(name, key, value, known[field].default, hints[field])
     missing = [n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
     if missing := [n for n in missing if n not in arguments]:
         raise ValueError(f"{name} needs {', '.join(missing)}; give it as {name}:{missing[0]}=...")
     return kind(**arguments)
 
 
-def _typed(name: str, key: str, value: Value, field: Any) -> Value:
-    default = field.default
-    if isinstance(value, str) and str in _types(field):
+def _typed(name: str, key: str, value: Value, default: Any, hint: Any) -> Value:
+    types = getattr(hint, "__args__", None) or (hint,)
+    if type(value) in types:
         return value
-    if default is None or default is MISSING or type(value) is type(default):
-        if type(value) in _types(field) or (float in _types(field) and type(value) is int):
-            return value
-    elif isinstance(default, float) and type(value) is int:
+    if type(value) is int and float in types:
         return float(value)
-    wanted = " or ".join(
-        {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}.get(t, "none")
-        for t in _types(field)
-    )
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
+    wanted = " or ".join(words.get(t, "none") for t in types)
     raise ValueError(f"{name}: {key}={value!r} must be {wanted}")
-
-
-def _types(field: Any) -> tuple[type, ...]:
-    kind = field.type
-    return getattr(kind, "__args__", None) or (kind,)

@@ -73,7 +73,8 @@ class TimedDiT(DiT):
 
     def condition(self, t, y=None):
         c = super().condition(t, y)
-        return torch.cat([t.view(-1, 1) / 1000, y.view(-1, 1) / self.num_classes, c[:, 2:]], dim=1).to(c.dtype)
+        t = t.view(-1, 1).expand(len(c), 1) / 1000
+        return torch.cat([t, y.view(-1, 1) / self.num_classes, c[:, 2:]], dim=1).to(c.dtype)
 
 
 def timed_dit(degree, depth=2, seed=2, bend=0.0):
@@ -228,15 +229,18 @@ def sample_with(twin, model, **arguments):
 def practical_reference(model, noise, label, cfg_scale, sampler, nodes, both, order, rewind):
     """The practical AdaCorrection for one image, given its decisions, branch by branch and with exact gates.
 
-    noise (1, C, H, W); nodes, both: steps that compute the conditional half, and both. Elsewhere
-    the unconditional branches are the conditional ones minus the forecast guidance difference.
+    noise (1, C, H, W); nodes, both: steps that compute the conditional half, and both. Elsewhere the unconditional half
+    adds what the conditional one does, minus the difference of the two at the steps of `both`, forecast under fresh gates.
     """
     halves = 1 if cfg_scale == 1.0 else 2
     labels, times = torch.tensor([label]), sampler.timesteps.tolist()
-    history, gaps, last, anchor, x = [], [], None, noise, noise
+    history, gaps, last, anchor, x = [], ([], []), None, noise, noise
 
-    def unconditional(cond, t):
-        return cond - forecast(gaps, t, order)
+    def carried(step, tokens, c, added):
+        """The null half of tokens (2, T, D), c (2, D): what the other half added, less the forecast difference."""
+        own, null = (forecast(nodes, times[step], order) for nodes in gaps)
+        own, null = (apply_gates(model.blocks, tokens[:1], c[i : i + 1], f) for i, f in enumerate((own, null)))
+        return tokens[1:] + added - (own - null)
 
     def guided(step, x, c, tokens):
         out = model.decode(tokens, c)
@@ -248,9 +252,10 @@ def practical_reference(model, noise, label, cfg_scale, sampler, nodes, both, or
 
     def skipped(step, x):
         tokens, c = begin(step, x)
-        cond = forecast(history, times[step], order)
-        rows = [cond] if halves == 1 else [cond, unconditional(cond, times[step])]
-        return guided(step, x, c, apply_gates(model.blocks, tokens, c, torch.cat(rows, dim=1)))
+        out = apply_gates(model.blocks, tokens[:1], c[:1], forecast(history, times[step], order))
+        if halves == 2:
+            out = torch.cat([out, carried(step, tokens, c, out - tokens[:1])])
+        return guided(step, x, c, out)
 
     for step in range(len(times)):
         if step not in nodes:
@@ -261,9 +266,10 @@ def practical_reference(model, noise, label, cfg_scale, sampler, nodes, both, or
         if halves == 2:
             if step in both:
                 null_out, null = run_all(model.blocks, tokens[1:], c[1:])
-                gaps.append((times[step], cond - null))
+                for nodes_of_half, branches in zip(gaps, (cond, null), strict=True):
+                    nodes_of_half.append((times[step], branches))
             else:
-                null_out = apply_gates(model.blocks, tokens[1:], c[1:], unconditional(cond, times[step]))
+                null_out = carried(step, tokens, c, out - tokens[:1])
             out = torch.cat([out, null_out])
         history.append((times[step], cond))
         if rewind and last is not None and step - last > 1:

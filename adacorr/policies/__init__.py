@@ -7,6 +7,7 @@ contract tests, with no other edit.
 import importlib
 import importlib.util
 import pkgutil
+import sys
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
@@ -35,12 +36,13 @@ def load_file(path: str | Path) -> None:
     """Import one policy file from elsewhere and so register it."""
     path = Path(path)
     spec = importlib.util.spec_from_file_location(f"adacorr.policies.{path.stem}", path)
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
+    spec.loader.exec_module(module)
 
 
 def available() -> dict[str, str]:
     """Name -> first line of the docstring, with the options and their defaults."""
-    return {name: f"{_first_line(kind)} {_options(kind)}".strip() for name, kind in sorted(_POLICIES.items())}
+    return {name: f"{_first_line(kind)}{_options(kind)}".strip() for name, kind in sorted(_POLICIES.items())}
 
 
 def make_policy(spec: str) -> Policy:
