@@ -213,9 +213,16 @@ class DiT(nn.Module):
         return self.num_classes
 
     def embed(self, x):
-        """x (N, C, H, W) -> tokens with positions (N, T, D)."""
-        tokens = self.x_embedder(x)                               # (N, T, D), a transposed view of (N, D, T)
-        return tokens.contiguous() + self.pos_embed               # a transposed stream would slow every block
+        """x (N, C, H, W) -> tokens with positions (N, T, D). Raises ValueError for another number or size of channels."""
+        p, size, projection = self.patch_size, self.input_size, self.x_embedder.proj
+        if x.shape[1:] != (self.in_channels, size, size):
+            raise ValueError(f"input {tuple(x.shape)} does not fit the model, which takes "
+                             f"(N, {self.in_channels}, {size}, {size})")
+        # x_embedder as one matrix product over flat patches: its strided convolution is several times slower on a
+        # CPU and leaves the tokens transposed in memory, which would slow every block.
+        x = x.unflatten(2, (-1, p)).unflatten(4, (-1, p))         # (N, C, H/p, p, W/p, p)
+        x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (N, T, C * p * p)
+        return nn.functional.linear(x, projection.weight.flatten(1), projection.bias) + self.pos_embed
 
     def condition(self, t, y=None):
         """t (N,) or (1,) for all rows, y (N,) int64 or None for an unconditional model -> c (N, D).
@@ -299,10 +306,18 @@ def guide(out, cfg_scale, num_noise_channels, cfg_channels=3):
     model guides 3 of its 4 noise channels, and its published scores were computed so. Raises ValueError for
     another `cfg_channels` and for an odd batch. Source: arXiv 2207.12598, eq. 6 with w = cfg_scale - 1.
     """
+    guided = guide_first(out, cfg_scale, num_noise_channels, cfg_channels)  # (N, C, H, W)
     channels = guided_channels(cfg_channels, num_noise_channels, len(out))
-    cond, uncond = out[:, :channels].chunk(2)                     # 2 x (N, channels, H, W)
-    guided = uncond + cfg_scale * (cond - uncond)                 # (N, channels, H, W)
-    return torch.cat([torch.cat([guided, guided]), out[:, channels:]], dim=1)
+    second = torch.cat([guided[:, :channels], out[len(guided):, channels:]], dim=1)
+    return torch.cat([guided, second])
+
+
+def guide_first(out, cfg_scale, num_noise_channels, cfg_channels=3):
+    """The conditional half of `guide`, all that a sampler goes on with: (2N, C, H, W) -> (N, C, H, W)."""
+    channels = guided_channels(cfg_channels, num_noise_channels, len(out))
+    cond, uncond = out.chunk(2)                                   # 2 x (N, C, H, W)
+    guided = uncond[:, :channels] + cfg_scale * (cond[:, :channels] - uncond[:, :channels])
+    return torch.cat([guided, cond[:, channels:]], dim=1) if channels < out.shape[1] else guided
 
 
 #################################################################################

@@ -22,7 +22,7 @@ import adacorr
 from adacorr import CacheManager, make_policy, parse_correction
 from diffusion import Sampler, linear_betas, make_sampler, names
 from download import BUNDLED, VAES, Checkpoint, build_model, load_checkpoint, load_vae, released_name
-from models import DiT, DiT_models, guide, guided_channels
+from models import DiT, DiT_models, guide_first, guided_channels
 
 VAE_SCALE = 0.18215  # latents of the stable-diffusion VAE that DiT was trained on have unit variance after this factor
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -305,8 +305,7 @@ def sample_latents(
         if not guided:
             return model(z, t, pick(labels, rows)).float()
         y = torch.cat([pick(labels, rows), null[: len(rows)]])
-        # As `forward_with_cfg`, which wants both halves of x only to drop one.
-        return guide(model(z, t, y), cfg_scale, model.in_channels, cfg_channels)[: len(z)].float()
+        return guide_first(model(z, t, y), cfg_scale, model.in_channels, cfg_channels).float()
 
     def advance(step: int, x: Tensor, out: Tensor, rows: np.ndarray) -> Tensor:
         wanted = sampler.stochastic and step_noise is not None

@@ -125,7 +125,7 @@ class CacheRun:
         self.rewind: Rewind | None = None
         self._replay: tuple[np.ndarray, int] | None = None
         self._ahead: dict[int, tuple[range, list[Tensor]]] = {}  # forecasts of coming steps, by segment
-        self._added: Tensor | None = None  # (halves, n, T, D): what the stack added in the current step
+        self._added: Tensor | None = None  # (halves * n, T, D): what the stack added in the current step
         self._last = np.full(self.images, -1)  # newest step that computed the whole stack
         self._make_segments(model, labels, timesteps, manager.dtype)
         if self.policy is not None:
@@ -218,7 +218,7 @@ class CacheRun:
     def run_blocks(self, blocks: Sequence[nn.Module], x: Tensor, c: Tensor) -> Tensor:
         """The stack of blocks through the cache: x (halves * n, T, D), c (halves * n, D) -> (halves * n, T, D)."""
         if self._replay is not None:
-            return x + self._replayed().flatten(0, 1).to(x.dtype)
+            return x + self._replayed().to(x.dtype)
         check_call(self.trace, self.step, x)
         x_in, collected = x, []
         full = np.ones(self.images, dtype=bool)
@@ -237,7 +237,7 @@ class CacheRun:
                 segment.store(fresh, kept, t)
                 self._ahead.clear()
         if self.rewinds:
-            self._added = (x - x_in).unflatten(0, (self.halves, -1))
+            self._added = x - x_in
             gap = full & (self._last >= 0) & (self.step - self._last > 1)
             if gap.any():
                 self.rewind = Rewind(np.flatnonzero(gap), self._last[gap] + 1)
@@ -246,17 +246,21 @@ class CacheRun:
         return x
 
     def _replayed(self) -> Tensor:
-        """What the stack adds to the images of the replay at its step: (halves, m, T, D)."""
+        """What the stack adds to the images of the replay at its step: (halves * m, T, D)."""
         images, step = self._replay
         if step == self.step:
-            return self._added[:, torch.from_numpy(images).to(self._added.device)]
+            added = self._added.unflatten(0, (self.halves, -1))
+            return (added if len(images) == self.images else added[:, torch.from_numpy(images)]).flatten(0, 1)
         self.trace.rewound += len(images)
         if self._between is None:  # the whole gap in one pass over the stored tensors
             past = np.arange(self.rewind.start.min(), self.step)
             parts = [s.predict(self.rewind.images, past, self.timesteps[past]) for s in self.segments]
-            self._between = torch.stack([sum(part[half] for part in parts) for half in range(self.halves)])
-        rows = torch.from_numpy(np.searchsorted(self.rewind.images, images)).to(self._between.device)
-        return self._between[:, :, step - self.rewind.start.min()][:, rows]
+            self._between = [sum(halves[1:], halves[0]) for halves in zip(*parts, strict=True)]
+        added = [half[:, step - self.rewind.start.min()] for half in self._between]
+        if len(images) < len(self.rewind.images):
+            rows = torch.from_numpy(np.searchsorted(self.rewind.images, images))
+            added = [half[rows] for half in added]
+        return torch.cat(added)
 
     def _run_segment(self, segment: Segment | None, start, stop, blocks, x, x_in, c):
         """One segment -> (its output for all rows, what was computed, what is to be stored)."""
@@ -319,7 +323,10 @@ class CacheRun:
         result = torch.empty_like(x)
         for half, value in enumerate(guess or ()):
             own = slice(half * n, (half + 1) * n)
-            result[own] = x[own] + value.to(x.dtype) if adds else value.to(x.dtype)
+            if adds:
+                torch.add(x[own], value.to(x.dtype), out=result[own])
+            else:
+                result[own] = value
         if carried is not None:
             null_rows = torch.from_numpy(active.cond + n).to(x.device)
             result[null_rows] = x[null_rows] + carried.to(x.dtype)

@@ -230,7 +230,7 @@ def practical_reference(model, noise, label, cfg_scale, sampler, nodes, both, or
     """The practical AdaCorrection for one image, given its decisions, branch by branch and with exact gates.
 
     noise (1, C, H, W); nodes, both: steps that compute the conditional half, and both. Elsewhere the unconditional half
-    adds what the conditional one does, minus the difference of the two at the steps of `both`, forecast under fresh gates.
+    adds what the conditional one does, less the difference of the two at the steps of `both`, under fresh gates.
     """
     halves = 1 if cfg_scale == 1.0 else 2
     labels, times = torch.tensor([label]), sampler.timesteps.tolist()
