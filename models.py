@@ -213,7 +213,7 @@ class DiT(nn.Module):
         return self.num_classes
 
     def embed(self, x):
-        """x (N, C, H, W) -> tokens with positions (N, T, D). Raises ValueError for another number or size of channels."""
+        """x (N, C, H, W) -> tokens with positions (N, T, D). Raises ValueError for another shape of input."""
         p, size, projection = self.patch_size, self.input_size, self.x_embedder.proj
         if x.shape[1:] != (self.in_channels, size, size):
             raise ValueError(f"input {tuple(x.shape)} does not fit the model, which takes "
