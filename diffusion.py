@@ -16,7 +16,6 @@ Implicit Models. Nichol & Dhariwal 2021, Improved Denoising Diffusion Probabilis
 from __future__ import annotations
 
 import copy
-import difflib
 import inspect
 import operator
 import typing
@@ -26,10 +25,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adacorr.spec import Value, hint, parse_spec
+
 NUM_TRAIN = 1000  # timesteps the network was trained on
 BETA_START, BETA_END = 1e-4, 2e-2
-
-Value = int | float | bool | str | None  # what an option in a spec can be
 
 
 # ---------------------------------------------------------------------------------------------- schedule
@@ -446,14 +445,9 @@ def names() -> list[str]:
     return [*_CLOSED_FORMS, *SCHEDULERS]
 
 
-def _hint(word: str, among: Iterable[str]) -> str:
-    match = difflib.get_close_matches(word, among, n=1)
-    return f" (did you mean {match[0]}?)" if match else ""
-
-
 def _unknown(name: str, classes: Iterable[str] = ()) -> ValueError:
     valid = f"valid: {', '.join(names())}, or the class name of a diffusers scheduler"
-    return ValueError(f"no sampler is called {name!r}{_hint(name, [*names(), *classes])}; {valid}")
+    return ValueError(f"no sampler is called {name!r}{hint(name, [*names(), *classes])}; {valid}")
 
 
 def _check_options(
@@ -466,7 +460,7 @@ def _check_options(
     valid = [key for key in parameters if key not in {"self", "num_steps", *closed}]
     for key, value in options.items():
         if key not in valid:
-            raise ValueError(f"{name} has no option {key!r}{_hint(key, valid)}; valid: {', '.join(valid)}")
+            raise ValueError(f"{name} has no option {key!r}{hint(key, valid)}; valid: {', '.join(valid)}")
         default, annotation = parameters[key].default, parameters[key].annotation
         choices = typing.get_args(annotation) if typing.get_origin(annotation) is typing.Literal else ()
         # An option without a default value, such as sigma_min, is a number.
@@ -475,38 +469,6 @@ def _check_options(
         if type(value) not in kinds or (choices and value not in choices):
             wanted = f"one of {', '.join(choices)}" if choices else f"of type {kinds[0].__name__}"
             raise ValueError(f"{name}: {key}={value!r} must be {wanted}; the default is {default!r}")
-
-
-def _parse_value(text: str) -> Value:
-    words = {"true": True, "false": False, "none": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
-def parse_spec(text: str) -> tuple[str, dict[str, Value]]:
-    """(name, options) of a text NAME[:key=value,...]: 'ddim:eta=0.5' gives ('ddim', {'eta': 0.5}).
-
-    A value becomes int, float, bool (true, false) or None (none) where it reads as one, else it stays a
-    string. ValueError for text of another form, or a key given twice.
-    """
-    name, colon, rest = (part.strip() for part in text.partition(":"))
-    options: dict[str, Value] = {}
-    for item in rest.split(",") if colon else ():
-        key, _, value = (part.strip() for part in item.partition("="))
-        if not key or not value:
-            raise ValueError(f"{item!r} in {text!r} is not key=value; the form is NAME[:key=value,...]")
-        if key in options:
-            raise ValueError(f"{text!r} gives {key} twice; keep one")
-        options[key] = _parse_value(value)
-    if not name or "=" in name:
-        raise ValueError(f"{text!r} does not begin with a name; the form is NAME[:key=value,...]")
-    return name, options
 
 
 def make_sampler(spec: str, num_steps: int) -> Sampler:

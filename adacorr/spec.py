@@ -46,9 +46,9 @@ def parse_spec(text: str) -> tuple[str, dict[str, Value]]:
 
 
 def hint(word: str, among: Iterable[str]) -> str:
-    """'; did you mean ...?' when something close exists, else an empty text."""
+    """' (did you mean ...?)' when something close exists, else an empty text."""
     close = difflib.get_close_matches(word, list(among), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def build(kind: type, name: str, options: dict[str, Value], aliases: dict[str, str] | None = None) -> Any:

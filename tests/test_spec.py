@@ -62,7 +62,7 @@ def test_specs_of_another_form_raise(text):
 
 
 def test_hint_only_for_something_close():
-    assert hint("treshold", ["scope", "threshold"]) == "; did you mean threshold?"
+    assert hint("treshold", ["scope", "threshold"]) == " (did you mean threshold?)"
     assert hint("zzz", ["scope", "threshold"]) == ""
 
 
