@@ -10,7 +10,6 @@ The exit code is 0, 2 after an error (one line on stderr) and 130 after Ctrl-C.
 
 import argparse
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -232,14 +231,9 @@ def side_by_side(left: Image.Image, right: Image.Image, captions: Sequence[str])
 
 
 def save_png(path: Path, picture: Image.Image) -> None:
-    """Through a temporary file in the same folder, so that a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    """A PNG, whole or not at all."""
+    with pipeline.written_whole(path) as temporary:
         picture.save(temporary, format="PNG")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # --------------------------------------------------------------------------------------------- what is said

@@ -143,13 +143,13 @@ class RefreshClock:
         stretch = self.stretch[images] * np.clip(factor, rule.haste, rule.calm)
         self.stretch[images] = np.clip(stretch, rule.narrowest, 1.0)
 
-    def _stride(self, images: np.ndarray, step: int) -> np.ndarray:
-        """(m,): typical gaps from a node at `step` to the next."""
+    def _stride(self, images: np.ndarray) -> np.ndarray:
+        """(m,): typical gaps from a node to the next."""
         return NOTCH * np.maximum(np.round(self.stretch[images] / NOTCH), 1.0)
 
     def _due(self, images: np.ndarray, step: int) -> np.ndarray:
         """(m,): the step nearest to the next place, and after this one; len(timesteps) for never."""
-        steps, stride = len(self.clock), self._stride(images, step)
+        steps, stride = len(self.clock), self._stride(images)
         place = self.place[images] + stride
         due = np.abs(self.clock - place[:, None]).argmin(axis=1)
         # Gaps under a step: the very next one, and the clock goes on from there.

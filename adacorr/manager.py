@@ -175,9 +175,8 @@ class CacheRun:
         self.trace.overhead_flops = len(t) * len(model.blocks) * model.gate_flops()
         if labels is None:
             reference = model.condition(t)
-            return fit_gate_basis(model.blocks, reference, [reference[None]], gate_error), torch.zeros(
-                self.images
-            ).long()
+            basis = fit_gate_basis(model.blocks, reference, [reference[None]], gate_error)
+            return basis, torch.zeros(self.images, dtype=torch.long)
         unique, index = torch.unique(labels, return_inverse=True)
         steps = t.repeat(len(unique))
         conditions = [model.condition(steps, unique.repeat_interleave(len(t))).view(len(unique), len(t), -1)]
@@ -227,14 +226,11 @@ class CacheRun:
             x, active, fresh = self._run_segment(segment, start, stop, blocks, x, x_in, c)
             full[np.setdiff1d(self.everyone, active.cond)] = False
             collected.append(fresh)
-        if self.controller is not None or len(self.spans) == 1:
-            keep = [full] * len(collected)  # a node of the stack needs all of its segments from the same state
-        else:
-            keep = [np.ones(self.images, dtype=bool)] * len(collected)
-        t = self.timesteps[self.step]
-        for segment, fresh, kept in zip(self.segments, collected, keep, strict=True) if self.segments else ():
-            if fresh is not None and kept.any():
-                segment.store(fresh, kept, t)
+        # Corrected, a node needs all segments of the stack from the same state; alone, each segment has its own nodes.
+        keep = full if self.controller is not None else np.ones_like(full)
+        for segment, fresh in zip(self.segments, collected, strict=False):
+            if fresh is not None and keep.any():
+                segment.store(fresh, keep, self.timesteps[self.step])
                 self._ahead.clear()
         if self.rewinds:
             self._added = x - x_in
@@ -264,7 +260,7 @@ class CacheRun:
 
     def _run_segment(self, segment: Segment | None, start, stop, blocks, x, x_in, c):
         """One segment -> (its output for all rows, what was computed, what is to be stored)."""
-        step, t, n = self.step, self.timesteps[self.step], self.images
+        step, n = self.step, self.images
         want, view = self._ask_policy(start, blocks, x, x_in, c)
         weight, cond, uncond = self._decide(segment, stop, want)
         active = Active(np.flatnonzero(cond), np.flatnonzero(uncond) if self.halves == 2 else self.everyone[:0])
@@ -282,19 +278,21 @@ class CacheRun:
             if fresh is not None:
                 fresh.finish(head, out)
 
-        # Read what is needed of the forecast, and no more: everything for images that skip, the conditional half to
-        # measure the offset against, the guidance difference for the half that is carried.
+        # The forecast is for images that skip, to measure offsets against, and for the half that is carried: that one
+        # adds what the computed half did, less the forecast difference of the two.
         known = segment is not None and not segment.empty.any()
         measures = corrects and fresh is not None
         guess = self._forecast(segment) if known and (not cond.all() or measures) else None
+        added = out - head if measures else None
         carried = None
-        if known and measures and self.carries:
-            carried = segment.carry(active.cond, (out - head)[: len(active.cond)], step, t)
+        if guess is not None and measures and self.carries:
+            own = torch.from_numpy(active.cond).to(x.device)
+            carried = added[: len(active.cond)] + (guess[1] - guess[0])[own]
 
         result = out if everything else self._merge(segment, x, guess, carried, out, rows, active)
         score = np.full(n, np.nan)
-        if corrects and fresh is not None:
-            score = self._measure(guess, carried, out - head, active)
+        if measures:
+            score = self._measure(guess, carried, added, active)
         if view is not None:
             self.policy.computed(view, cond)
         self._ran[start][active.cond] = step

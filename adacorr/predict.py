@@ -81,15 +81,14 @@ class Segment:
         device,
         dtype,
     ):
-        self.start, self.stop, self.predictor, self.basis, self.labels = start, stop, predictor, basis, labels
-        self.halves, self.difference = halves, difference and halves == 2
+        self.start, self.predictor, self.labels, self.halves = start, predictor, labels, halves
         self.entries = basis.rank if predictor.kind == "branches" else 1
 
         def history():
             return History(len(labels), predictor.order + 1, self.entries, *shape, device, dtype)
 
-        self.base = [history() for _ in range(1 if self.difference else halves)]
-        self.gap = history() if self.difference else None
+        self.base = [history() for _ in range(1 if difference else halves)]
+        self.gap = history() if difference else None
         if predictor.kind == "branches":
             # (B, labels, E, D) for each half
             self.loads = [load[2 * start : 2 * stop].to(device, dtype) for load in basis.load]
@@ -110,10 +109,6 @@ class Segment:
         if self.gap is not None:
             values.append(values[0] - self._read(self.gap, images, steps, timesteps))
         return values
-
-    def carry(self, images: np.ndarray, added: Tensor, step: int, timestep: float) -> Tensor:
-        """What the blocks add to the null half of `images` (m,), from what they added to the other: (m, T, D) both."""
-        return added - self._read(self.gap, images, np.array([step]), np.array([timestep]))[:, 0]
 
     def collect(self, active: Active) -> "Collected":
         return Collected(self, active)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from adacorr.policies import register
-from adacorr.types import SCOPES, Policy, View, relative_change
+from adacorr.types import Policy, View, check_adaptive, relative_change
 
 
 @register
@@ -23,10 +23,7 @@ class FirstBlock(Policy):
     scope: str = "image"
 
     def __post_init__(self):
-        if not self.threshold >= 0:
-            raise ValueError(f"first_block: threshold={self.threshold} must be at least 0")
-        if self.scope not in SCOPES:
-            raise ValueError(f"first_block: scope={self.scope!r} is unknown; choose one of {', '.join(SCOPES)}")
+        check_adaptive("first_block", self.threshold, self.scope)
 
     def segments(self, depth):
         return [(0, 1), (1, depth)] if depth > 1 else [(0, depth)]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from adacorr.policies import register
-from adacorr.types import SCOPES, Policy, View, relative_change
+from adacorr.types import Policy, View, check_adaptive, relative_change
 
 
 @register
@@ -29,10 +29,7 @@ class TeaCache(Policy):
     scope: str = "image"
 
     def __post_init__(self):
-        if not self.threshold >= 0:
-            raise ValueError(f"teacache: threshold={self.threshold} must be at least 0")
-        if self.scope not in SCOPES:
-            raise ValueError(f"teacache: scope={self.scope!r} is unknown; choose one of {', '.join(SCOPES)}")
+        check_adaptive("teacache", self.threshold, self.scope)
         self._fit = None if self.profile is None else read_profile(self.profile)
 
     def begin(self, images, num_steps):
