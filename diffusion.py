@@ -76,6 +76,7 @@ class Sampler:
     """What a sampling loop sees.
 
     name         the sampler's name in a spec
+    spec         the whole spec that made it, None where it was built by hand
     timesteps    (S,) on the CPU, in sampling order, noisiest first: what the network is fed. int64, or
                  float32 for schedulers that step between training timesteps.
                  A log-SNR or similar grid of many steps may round two of them to one timestep
@@ -84,6 +85,7 @@ class Sampler:
     """
 
     name: str
+    spec: str | None = None
     timesteps: Tensor
     stochastic: bool
     rewindable: bool
@@ -481,7 +483,10 @@ def make_sampler(spec: str, num_steps: int) -> Sampler:
     if name in _CLOSED_FORMS:
         form = _CLOSED_FORMS[name]
         _check_options(name, inspect.signature(form.__init__).parameters, options, ())
-        return form(num_steps, **options)
-    if name not in SCHEDULERS and not name.endswith("Scheduler"):
+        sampler = form(num_steps, **options)
+    elif name in SCHEDULERS or name.endswith("Scheduler"):
+        sampler = SchedulerSampler(name, num_steps, **options)
+    else:
         raise _unknown(name)
-    return SchedulerSampler(name, num_steps, **options)
+    sampler.spec = spec
+    return sampler

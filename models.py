@@ -270,12 +270,20 @@ class DiT(nn.Module):
         out = self(x[: len(x) // 2], t, y)                        # (2N, out_channels, H, W)
         return guide(out, cfg_scale, self.in_channels, cfg_channels)
 
-    def block_flops(self):
-        """FLOPs (2 per multiply-add) of one block for one row: matrix products, nothing pointwise."""
+    def branch_flops(self):
+        """FLOPs (2 per multiply-add) of one block's attention and MLP for one row: (int, int).
+
+        Matrix products, nothing pointwise; each branch has half of adaLN, which runs once a row.
+        """
         tokens, width, hidden = self.pos_embed.shape[1], self.hidden_size, self.blocks[0].mlp.fc1.out_features
-        linears = tokens * (3 * width * width + width * width + 2 * width * hidden)  # qkv, proj, fc1 + fc2
-        attention = 2 * tokens * tokens * width                                      # scores, weighted values
-        return 2 * (linears + attention + 6 * width * width)                         # adaLN: once a row
+        modulation = 2 * 3 * width * width
+        attn = 2 * (4 * tokens * width * width + 2 * tokens * tokens * width)  # qkv + proj; scores, weighted values
+        mlp = 2 * 2 * tokens * width * hidden                                  # fc1 + fc2
+        return attn + modulation, mlp + modulation
+
+    def block_flops(self):
+        """FLOPs of one block for one row."""
+        return sum(self.branch_flops())
 
     def gate_flops(self):
         """FLOPs per row of only the two gates of one block, two of the six outputs of its adaLN linear."""

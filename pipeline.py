@@ -152,6 +152,7 @@ class Pipeline:
             cache=cache,
             step_noise=step_noise,
             progress=progress,
+            model_id=self.checkpoint.sha256,
         )
 
     def decode(self, x: Tensor) -> Tensor:
@@ -284,11 +285,13 @@ def sample_latents(
     cache: CacheManager | None = None,
     step_noise: StepNoise | None = None,
     progress: Callable[[CacheManager | None], None] | None = None,
+    model_id: str | None = None,
 ) -> Tensor:
     """The sampling loop, cached or not.
 
     noise (n, C, H, W) unit Gaussian; labels (n,) int64 or None; step_noise(step, rows (m,)) -> (m, C, H, W) for
-    stochastic samplers; progress is called after each step. Returns the final state (n, C, H, W) float32.
+    stochastic samplers; progress is called after each step; model_id, the
+    checkpoint's sha256, is what profiles of caching methods are held to. Returns the final state (n, C, H, W) float32.
 
     After an image was computed again, the steps since its last computation are taken once more with activations that
     are interpolated instead of extrapolated (`CacheRun.rewind`). They cost no block, and the state that the image goes
@@ -335,6 +338,8 @@ def sample_latents(
             cfg_scale=cfg_scale,
             images=n,
             rewindable=sampler.rewindable,
+            model_id=model_id,
+            sampler=sampler.spec,
         )
     )
     with opened as run:

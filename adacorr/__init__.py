@@ -12,25 +12,32 @@ print(manager.trace.compute, manager.trace.hit_rate)
 """
 
 from adacorr.correct import AdaCorrection, Literal, blend, correction_weight, parse_correction
-from adacorr.manager import CacheManager, CacheRun, Rewind
+from adacorr.corrected_run import Rewind
+from adacorr.manager import CacheManager, CacheRun
 from adacorr.offset import innovation, offset_score, spatial_variation, temporal_deviation
 from adacorr.policies import available, make_policy
 from adacorr.predict import Predictor
 from adacorr.trace import Trace
-from adacorr.types import Policy, View
+from adacorr.types import Cached, Policy, Ran, Run, View
+from adacorr.unit import Unit, by_branch
 
 __all__ = [
     "AdaCorrection",
     "CacheManager",
     "CacheRun",
+    "Cached",
     "Literal",
     "Policy",
     "Predictor",
+    "Ran",
     "Rewind",
+    "Run",
     "Trace",
+    "Unit",
     "View",
     "available",
     "blend",
+    "by_branch",
     "correction_weight",
     "innovation",
     "make_policy",

@@ -38,6 +38,33 @@ def lagrange_weights(nodes: np.ndarray, at: np.ndarray, order: int) -> np.ndarra
     return weights
 
 
+def taylor_weights(nodes: np.ndarray, at: np.ndarray, order: int) -> np.ndarray:
+    """The same from TaylorSeer's difference quotients (arXiv 2503.06923): shapes and errors of `lagrange_weights`.
+
+    Each computed step makes the derivative of order j + 1 from the derivatives of order j of itself and the one before,
+    over the newest gap, and the forecast sums derivative * k ** j / j!. Equal to the polynomial at order 1; from order 2
+    on it extrapolates less, and it is no polynomial through the nodes where gaps differ.
+    """
+    nodes = np.asarray(nodes, dtype=np.float64)[:, : order + 1]
+    if np.isnan(nodes[:, 0]).any():
+        raise ValueError("forecast from an empty history: compute the first step of every image before reusing")
+    (n, count), at = nodes.shape, np.asarray(at, dtype=np.float64)
+    way = at - nodes[:, :1]  # (n, s)
+    # Derivatives as weights of the nodes: derivative[i, j] is that made at node j, in terms of all nodes.
+    derivative = np.broadcast_to(np.eye(count), (n, count, count))
+    known = ~np.isnan(nodes)
+    weights, factor = np.zeros((n, len(at), count)), np.ones_like(way)
+    for j in range(count):
+        weights += factor[:, :, None] * np.where(known[:, j, None], derivative[:, 0], 0.0)[:, None]
+        gap = np.where(known[:, j + 1 :], nodes[:, : count - j - 1] - nodes[:, 1 : count - j], 1.0)
+        derivative = (derivative[:, :-1] - derivative[:, 1:]) / np.where(gap == 0, 1.0, gap)[:, :, None]
+        factor = factor * way / (j + 1)
+    return weights
+
+
+WEIGHTS = {"lagrange": lagrange_weights, "taylor": taylor_weights}
+
+
 class History:
     """Ring of the newest K nodes for each image: E entries of a (T, D) tensor at each node.
 
@@ -47,7 +74,7 @@ class History:
     def __init__(self, images: int, nodes: int, entries: int, tokens: int, width: int, device, dtype):
         self.shape = (tokens, width)
         self.values = torch.zeros(images, nodes, entries, tokens * width, device=device, dtype=dtype)
-        self.position = np.full((images, nodes), np.nan)  # timestep of each slot
+        self.position = np.full((images, nodes), np.nan)  # of each slot in time
         self.count = np.zeros(images, dtype=np.int64)  # nodes pushed so far
 
     @property
@@ -55,7 +82,7 @@ class History:
         return self.values.numel() * self.values.element_size()
 
     def push(self, images: np.ndarray, position: float, values: Tensor) -> None:
-        """Store a node for `images` (n,), at a timestep, over their oldest. values (n, E, T, D)."""
+        """Store a node for `images` (n,), at a position in time, over their oldest. values (n, E, T, D)."""
         if len(images) == 0:
             return
         slots = self.count[images] % self.position.shape[1]
@@ -68,11 +95,15 @@ class History:
         self.position[images, slots] = position
         self.count[images] += 1
 
-    def weights(self, images: np.ndarray, at: np.ndarray, order: int) -> np.ndarray:
-        """Lagrange weights (m, s, K) in slot order for `images` (m,) at timesteps `at` (s,)."""
-        slots = (self.count[images, None] - 1 - np.arange(self.position.shape[1])) % self.position.shape[1]
+    def slot(self, images: np.ndarray, k: int | np.ndarray) -> np.ndarray:
+        """(m,) or (m, K): where the k-th newest node of `images` (m,) lies."""
+        return (self.count[images, None] - 1 - np.atleast_1d(k)) % self.position.shape[1]
+
+    def weights(self, images: np.ndarray, at: np.ndarray, order: int, rule: str = "lagrange") -> np.ndarray:
+        """Forecast weights (m, s, K) in slot order for `images` (m,) at positions `at` (s,)."""
+        slots = self.slot(images, np.arange(self.position.shape[1]))
         newest_first = np.take_along_axis(self.position[images], slots, axis=1)
-        used = lagrange_weights(newest_first, at, order)
+        used = WEIGHTS[rule](newest_first, at, order)
         weights = np.zeros((len(images), len(at), self.position.shape[1]))
         np.put_along_axis(weights, slots[:, None, : used.shape[2]], used, axis=2)
         return weights

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from adacorr.correct import Literal, blend, correction_weight
 from adacorr.offset import offset_score, spatial_variation, temporal_deviation
-from adacorr.trace import BLEND, COMPUTE, Trace, check_call
+from adacorr.trace import Trace, check_call
 
 
 class LiteralRun:
@@ -51,7 +51,7 @@ class LiteralRun:
                 self.trace.score[self.step, layer] = score.cpu().numpy()
                 weight = lam.cpu().numpy()
             self.trace.weight[self.step, layer] = weight
-            self.trace.action[self.step, layer] = BLEND if self.previous else COMPUTE
+            self.trace.executed[self.step, layer] = 1  # a blended block costs as much as a fresh one
             current.append((x, out))  # step 2c of Algorithm 1 stores the blend, not the fresh output
             x = out
         self.previous = current

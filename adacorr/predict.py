@@ -1,4 +1,4 @@
-"""The cached path: what a segment of blocks would have given, from what it gave at earlier steps.
+"""The cached path: what a unit of the stack would have given, from what it gave at earlier steps.
 
 A predictor is a frozen description; `Segment` holds its state for one run. All of them forecast with polynomials
 through the newest nodes (order 0 holds the newest value); they differ in what is stored.
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from adacorr.gates import GateBasis
-from adacorr.history import History
+from adacorr.history import WEIGHTS, History
+from adacorr.unit import Unit
 
-KINDS = ("output", "residual", "branches")
+KINDS = ("residual", "branches")
 
 # Branch outputs that a GPU holds until they are summed up: more of them make the sums cheaper and take more memory.
 BRANCHES_AT_ONCE = 24
@@ -24,25 +25,28 @@ BRANCHES_AT_ONCE = 24
 class Predictor:
     """What the cached path stores, and the order of its forecast.
 
-    output    the segment's output; a hit returns it as it was
     residual  output minus input, gates included; a hit adds it to the current input (TeaCache, first-block cache)
     branches  the pre-gate attention and MLP outputs; a hit adds them under the *current* adaLN gates
+    weights   lagrange: exact for polynomials in the timestep; taylor: TaylorSeer's, in step indices
     """
 
     kind: str = "branches"
     order: int = 2
     gate_error: float = 0.03
+    weights: str = "lagrange"
 
     def __post_init__(self):
         if self.kind not in KINDS:
             raise ValueError(f"predictor {self.kind!r} is unknown; choose one of {', '.join(KINDS)}")
         if not 0 <= self.order <= 4:
             raise ValueError(f"forecast order={self.order} must lie in 0..4")
+        if self.weights not in WEIGHTS:
+            raise ValueError(f"forecast weights={self.weights!r} are unknown; choose one of {', '.join(WEIGHTS)}")
 
 
 @dataclass(frozen=True)
 class Active:
-    """The images that a segment computes in a step: conditional halves, and those with the other half too.
+    """The images that a unit computes in a step: conditional halves, and those with the other half too.
 
     cond (a,) image indices; uncond (b,) image indices, all of them in cond.
     """
@@ -61,7 +65,10 @@ class Active:
 
 
 class Segment:
-    """Blocks start..stop of the stack, with their history for every image and guidance half.
+    """What is remembered of one unit, for every image and guidance half, under one predictor.
+
+    `basis` holds the gates of all blocks where the unit is a range of blocks and the kind "branches": the history then
+    has one entry for each direction of the gates. A branch unit stores its pre-gate output and takes its gate later.
 
     With `difference` the unconditional half has no history of its own: it is the conditional half minus the guidance
     difference, whose history has nodes only where both halves were computed. Storing carried halves as if they had
@@ -70,28 +77,31 @@ class Segment:
 
     def __init__(
         self,
-        start: int,
-        stop: int,
+        unit: Unit,
         predictor: Predictor,
         basis: GateBasis | None,
         labels: Tensor,
         halves: int,
         shape: tuple[int, int],
-        difference: bool,
+        timesteps: np.ndarray,
         device,
         dtype,
+        difference: bool = False,
     ):
-        self.start, self.predictor, self.labels, self.halves = start, predictor, labels, halves
-        self.entries = basis.rank if predictor.kind == "branches" else 1
+        self.unit, self.predictor, self.labels, self.halves = unit, predictor, labels, halves
+        self.sums = predictor.kind == "branches" and unit.branch is None
+        self.entries = basis.rank if self.sums else 1
+        self.place = timesteps if predictor.weights == "lagrange" else np.arange(len(timesteps), dtype=np.float64)
+        self.step = np.full((len(labels), predictor.order + 1), -1)  # of each slot of the first history
 
         def history():
             return History(len(labels), predictor.order + 1, self.entries, *shape, device, dtype)
 
         self.base = [history() for _ in range(1 if difference else halves)]
         self.gap = history() if difference else None
-        if predictor.kind == "branches":
+        if self.sums:
             # (B, labels, E, D) for each half
-            self.loads = [load[2 * start : 2 * stop].to(device, dtype) for load in basis.load]
+            self.loads = [load[2 * unit.start : 2 * unit.stop].to(device, dtype) for load in basis.load]
             self.phi = basis.phi.to(device, dtype)
 
     @property
@@ -99,45 +109,65 @@ class Segment:
         return sum(h.bytes for h in (*self.base, self.gap) if h is not None)
 
     @property
+    def count(self) -> np.ndarray:
+        """(n,) nodes so far."""
+        return self.base[0].count
+
+    @property
     def empty(self) -> np.ndarray:
         """(n,) True for images without a node."""
-        return self.base[0].count == 0
+        return self.count == 0
 
-    def predict(self, images: np.ndarray, steps: np.ndarray, timesteps: np.ndarray) -> list[Tensor]:
-        """What the blocks add (kind "output": give) to `images` (m,) at some steps (s,): (m, s, T, D) for each half."""
-        values = [self._read(history, images, steps, timesteps) for history in self.base]
+    def predict(self, images: np.ndarray, steps: np.ndarray) -> list[Tensor]:
+        """What the unit adds to `images` (m,) at some steps (s,): (m, s, T, D) for each half; pre-gate for a branch."""
+        values = [self._read(history, images, steps) for history in self.base]
         if self.gap is not None:
-            values.append(values[0] - self._read(self.gap, images, steps, timesteps))
+            values.append(values[0] - self._read(self.gap, images, steps))
         return values
+
+    def node(self, images: np.ndarray, k: int) -> Tensor:
+        """(halves, m, T, D) as stored at the k-th newest node of `images` (m,), zeros where there is none.
+
+        ValueError where sums of branches are stored, or fewer nodes than k + 1 are kept.
+        """
+        if self.sums or k >= self.step.shape[1]:
+            raise ValueError(
+                f"node {k} of unit {self.unit} is not kept: the predictor stores "
+                f"{'sums of branches' if self.sums else f'{self.step.shape[1]} node(s)'}"
+            )
+        slots = torch.from_numpy(self.base[0].slot(images, k)[:, 0])
+        rows = torch.from_numpy(images)
+        return torch.stack([h.values[rows, slots, 0].unflatten(-1, h.shape) for h in self.base])
+
+    def node_steps(self, images: np.ndarray, k: int) -> np.ndarray:
+        """(m,) the steps of those nodes, -1 where there is none."""
+        return np.where(self.count[images] > k, self.step[images, self.base[0].slot(images, k)[:, 0]], -1)
 
     def collect(self, active: Active) -> "Collected":
         return Collected(self, active)
 
-    def store(self, fresh: "Collected", keep: np.ndarray, timestep: float) -> None:
-        """Make the collected step a node of the images for which `keep` (n,) is True."""
-        cond, uncond = keep[fresh.active.cond], keep[fresh.active.uncond]
-        images, both = fresh.active.cond[cond], fresh.active.uncond[uncond]
-        values = [
-            value if kept.all() else value[torch.from_numpy(kept)]
-            for value, kept in zip(fresh.values, (cond, uncond), strict=False)
-        ]
-        self.base[0].push(images, timestep, values[0])
+    def store(self, fresh: "Collected", step: int) -> None:
+        """Make the collected step a node of the images it was computed for."""
+        images, both, values, place = fresh.active.cond, fresh.active.uncond, fresh.values, self.place[step]
+        self.step[images, self.count[images] % self.step.shape[1]] = step
+        self.base[0].push(images, place, values[0])
         if self.gap is not None:
-            self.gap.push(both, timestep, values[0][np.searchsorted(images, both)] - values[1])
+            self.gap.push(both, place, values[0][fresh.active.shared] - values[1])
         elif self.halves == 2:
-            self.base[1].push(both, timestep, values[1])
+            self.base[1].push(both, place, values[1])
 
-    def _read(self, history: History, images: np.ndarray, steps: np.ndarray, timesteps: np.ndarray) -> Tensor:
+    def _read(self, history: History, images: np.ndarray, steps: np.ndarray) -> Tensor:
         """(m, s, T, D): forecast weight of each node times the gates' phi of each entry, in one pass."""
-        weights = torch.from_numpy(history.weights(images, timesteps, self.predictor.order))
+        predictor = self.predictor
+        weights = torch.from_numpy(history.weights(images, self.place[steps], predictor.order, predictor.weights))
         weights = weights.to(history.values.device, history.values.dtype)[..., None]  # (m, s, K, 1)
-        if self.predictor.kind == "branches":
+        if self.sums:
             weights = weights * self.phi[torch.from_numpy(steps)][:, None, :]
         return history.read(images, weights)
 
 
 class Collected:
-    """What one computed step of a segment leaves to be stored, gathered while its blocks run.
+    """What one computed step of a unit leaves to be stored, gathered while it runs.
 
     `values[half]` (rows, E, T, D).
     """
@@ -148,18 +178,18 @@ class Collected:
         self._loads: list[Tensor] = []  # for each half (B, rows, E, D)
         self._pending: list[Tensor] = []
         self._branch = 0
-        if segment.predictor.kind == "branches":
+        if segment.sums:
             self._loads = [segment.loads[0][:, segment.labels[torch.from_numpy(active.cond)]]]
             if segment.halves == 2:
                 self._loads.append(segment.loads[1].expand(-1, len(active.uncond), -1, -1))
 
-    def tap(self) -> Callable[[Tensor, Tensor], None] | None:
+    def tap(self) -> Callable[..., None] | None:
         """To be passed to each block in turn; None where the branches are not wanted."""
-        return self._add if self.segment.predictor.kind == "branches" else None
+        return self._add if self.segment.sums else None
 
-    def _add(self, attn: Tensor, mlp: Tensor) -> None:
-        self._pending += [attn, mlp]
-        if attn.device.type == "cpu" or len(self._pending) == BRANCHES_AT_ONCE:
+    def _add(self, *branches: Tensor) -> None:
+        self._pending += branches
+        if branches[0].device.type == "cpu" or len(self._pending) >= BRANCHES_AT_ONCE:
             self._sum_up()
 
     def _sum_up(self) -> None:
@@ -179,12 +209,11 @@ class Collected:
         self._branch = stop
         self._pending.clear()
 
-    def finish(self, x_in: Tensor, x_out: Tensor) -> None:
-        """After the last block of the segment: the rows' input and output, (rows, T, D)."""
-        if self.segment.predictor.kind == "branches":
+    def finish(self, value: Tensor | None = None) -> None:
+        """After the unit ran: `value` (rows, T, D) is what is stored where it is not sums of branches."""
+        if self.segment.sums:
             self._sum_up()
         else:
-            value = x_out if self.segment.predictor.kind == "output" else x_out - x_in
             rows = [len(self.active.cond), len(self.active.uncond)][: self.segment.halves]
             self.values = list(value.unsqueeze(1).split(rows))
 

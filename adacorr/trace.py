@@ -1,6 +1,7 @@
-"""What happened, for every image, step, layer and guidance half: the source of every number that a run reports.
+"""What happened, for every image, step, layer, branch and guidance half: the source of every number that a run reports.
 
-A *hit* is an evaluation of a block that was not executed. Compute is the executed share of block FLOPs.
+A *hit* is an evaluation of a branch (attention or MLP of one block) of which nothing was executed. Compute is the
+executed share of block FLOPs, with whatever else the cache spent on top.
 """
 
 from dataclasses import dataclass, field
@@ -8,64 +9,72 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-REUSE, COMPUTE, BLEND = 0, 1, 2
-
 
 @dataclass
 class Trace:
-    """Arrays over (steps, layers, images); actions also over guidance halves, (steps, layers, images, halves).
+    """Arrays over (steps, layers, images); `executed` over (steps, layers, 2, images, halves).
 
-    score   offset measured at the step, nan where none was
-    weight  correction weight of Eq. 6 (in the practical form: the urgency with which the step was asked for)
-    action  REUSE, COMPUTE or BLEND; BLEND costs a full block and is no hit
+    score     offset measured at the step, nan where none was
+    weight    correction weight of Eq. 6 (in the practical form: the urgency with which the step was asked for)
+    executed  share of the branch's FLOPs that ran: 0 for a hit, 1 for a full evaluation; branches attention, MLP
     """
 
     steps: int
     layers: int
     images: int
     halves: int
-    block_flops: int
-    overhead_flops: int = 0  # FLOPs beside the blocks that the cache itself runs per image and half (gates)
+    branch_flops: tuple[int, int]  # of one block and row: attention, MLP
+    extra_flops: int = 0  # what the cache ran beside the blocks (gates, fitted maps), over all images and halves
     rewound: int = 0  # image-steps taken again with interpolated activations
     score: np.ndarray = field(init=False)
     weight: np.ndarray = field(init=False)
-    action: np.ndarray = field(init=False)
+    executed: np.ndarray = field(init=False)
     done: int = field(init=False, default=0)  # steps finished
 
     def __post_init__(self):
         shape = (self.steps, self.layers, self.images)
         self.score = np.full(shape, np.nan, dtype=np.float32)
         self.weight = np.full(shape, np.nan, dtype=np.float32)
-        self.action = np.zeros((*shape, self.halves), dtype=np.uint8)
+        self.executed = np.zeros((self.steps, self.layers, 2, self.images, self.halves), dtype=np.float32)
+
+    @property
+    def block_flops(self) -> int:
+        """FLOPs of one block for one row."""
+        return sum(self.branch_flops)
+
+    @property
+    def evaluation_flops(self) -> int:
+        """FLOPs of the stack for all images and halves: one full evaluation of the network's blocks."""
+        return self.block_flops * self.layers * self.images * self.halves
 
     @property
     def hit_rate(self) -> float:
         """Hits over all evaluations so far, first step included."""
-        seen = self.action[: self.done]
-        return float((seen == REUSE).mean()) if seen.size else 0.0
+        seen = self.executed[: self.done]
+        return float((seen == 0).mean()) if seen.size else 0.0
 
     @property
     def flops(self) -> int:
-        """Executed block FLOPs so far, the cache's own gates included."""
-        executed = int(np.count_nonzero(self.action[: self.done])) * self.block_flops
-        return executed + self.overhead_flops * self.images * self.halves
+        """Executed FLOPs so far, the cache's own included."""
+        shares = self.executed[: self.done].sum(axis=(0, 1, 3, 4), dtype=np.float64)
+        return round(float(shares @ np.array(self.branch_flops))) + self.extra_flops
 
     @property
     def uncached_flops(self) -> int:
-        return self.block_flops * self.action[: self.done].size
+        return self.evaluation_flops * self.done
 
     @property
     def compute(self) -> float:
-        """Executed block FLOPs over those of the uncached run."""
+        """Executed FLOPs over the block FLOPs of the uncached run."""
         return self.flops / max(self.uncached_flops, 1)
 
     def computed_steps(self, image: int, half: int = 0) -> list[int]:
         """Steps at which the whole stack ran for one image and half."""
-        return np.flatnonzero((self.action[: self.done, :, image, half] != REUSE).all(axis=1)).tolist()
+        return np.flatnonzero((self.executed[: self.done, :, :, image, half] == 1).all(axis=(1, 2))).tolist()
 
     def summary(self) -> dict:
         """Plain numbers for JSON. Score and weight are means over images by step and layer, None where undefined."""
-        count = np.count_nonzero(self.action[: self.done], axis=(1, 2, 3))
+        by_step = self.executed[: self.done].sum(axis=(1, 3, 4), dtype=np.float64) @ np.array(self.branch_flops)
         return {
             "steps": self.steps,
             "layers": self.layers,
@@ -76,8 +85,8 @@ class Trace:
             "block_flops": self.flops,
             "block_flops_uncached": self.uncached_flops,
             "rewound_image_steps": self.rewound,
-            "evaluations": self.flops / max(self.block_flops * self.layers * self.images * self.halves, 1),
-            "executed_per_step": (count / self.action[0].size).tolist(),
+            "evaluations": self.flops / max(self.evaluation_flops, 1),
+            "executed_per_step": (by_step / max(self.evaluation_flops, 1)).tolist(),
             "score": _mean_over_images(self.score),
             "weight": _mean_over_images(self.weight),
             "computed_steps": [[self.computed_steps(i, h) for h in range(self.halves)] for i in range(self.images)],

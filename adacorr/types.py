@@ -1,45 +1,242 @@
-"""What a policy sees, and what it is: a rule that says, image by image, which segments of blocks to compute."""
+"""What a caching method is, and what it sees: views of units, and the policy that decides about them.
+
+A *unit* is what a policy decides about at once: a range of blocks, or one branch of one block. A policy says for each
+image whether a unit runs (`decide`), learns what it gave (`computed`), and may shape what stands in for it (`reuse`).
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adacorr.predict import Predictor
+from adacorr.predict import Predictor, Segment
+from adacorr.trace import Trace
+from adacorr.unit import BRANCHES, Conditioning, Unit, by_branch, check_units
+
+__all__ = [
+    "Cached",
+    "Conditioning",
+    "Policy",
+    "Ran",
+    "Run",
+    "Unit",
+    "View",
+    "by_branch",
+    "check_adaptive",
+    "check_units",
+    "put",
+    "relative_change",
+]
 
 SCOPES = ("image", "batch")
 
 
-@dataclass
-class View:
-    """What a policy may look at when it decides about one segment of one step.
+@dataclass(frozen=True)
+class Run:
+    """What is fixed for one sampling run; a policy gets it in `begin`.
 
-    x, x_in (halves, n, T, D): the segment's input and the stack's input; c (halves, n, D) conditioning. The halves are
-    those of guidance, conditional first; there is one without guidance. age (n,): steps since the segment was last
-    computed for the image, 1 for the step after, 0 before any computation.
+    images n; halves: guidance halves that views show, conditional first (1 without guidance, and under AdaCorrection
+    where the unconditional half is carried by the guidance difference); timesteps (S,) in sampling order; tokens T and
+    width D of the stream. model_id is the checkpoint's sha256 and sampler its spec, None where the caller gave none:
+    profiles are held to them.
     """
 
-    step: int
-    num_steps: int
-    block: int
+    images: int
+    halves: int
+    timesteps: np.ndarray
     blocks: Sequence[nn.Module]
+    tokens: int
+    width: int
+    device: torch.device
+    cfg_scale: float = 1.0
+    model_id: str | None = None
+    sampler: str | None = None
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.timesteps)
+
+    @property
+    def depth(self) -> int:
+        return len(self.blocks)
+
+
+@dataclass
+class View:
+    """One unit of one step, before it is decided.
+
+    x, x_in (halves, n, T, D): the unit's input and the stack's input. age (n,): steps since the unit was last computed
+    for the image, 1 for the step after, 0 before any computation.
+    """
+
+    run: Run
+    step: int
+    unit: Unit
     x: Tensor
     x_in: Tensor
-    c: Tensor
     age: np.ndarray
+    conditioning: Conditioning
+    trace: Trace
 
     @property
     def images(self) -> int:
         return self.x.shape[1]
 
+    @property
+    def num_steps(self) -> int:
+        return self.run.num_steps
+
+    @property
+    def block(self) -> nn.Module:
+        """The unit's first block."""
+        return self.run.blocks[self.unit.start]
+
+    @cached_property
+    def modulation(self) -> tuple[Tensor, Tensor, Tensor]:
+        """shift, scale and gate, (halves, n, 1, D) each, of the unit's branch (of its first one, if it has several)."""
+        six = self.conditioning(self.unit.start)
+        three = six[3:] if self.unit.branch == "mlp" else six[:3]
+        return tuple(v.unflatten(0, (self.x.shape[0], -1)).unsqueeze(2) for v in three)
+
     def modulated(self) -> Tensor:
-        """The modulated input of the attention branch of block `block`: (halves, n, T, D)."""
-        block = self.blocks[self.block]
-        shift, scale, *_ = block.modulation(self.c.flatten(0, 1))
-        x = block.norm1(self.x.flatten(0, 1))
-        return (x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)).view_as(self.x)
+        """What the unit's (first) branch is computed from, the modulated norm of x: (halves, n, T, D)."""
+        shift, scale, _ = self.modulation
+        norm = self.block.norm2 if self.unit.branch == "mlp" else self.block.norm1
+        return norm(self.x) * (1 + scale) + shift
+
+    def spend(self, layer: int, branch: str, images: np.ndarray, share: float | np.ndarray) -> None:
+        """Account for a branch of block `layer` that `reuse` ran itself, in part or whole, for images (m,), all halves.
+
+        share of the branch's FLOPs, one for all or (m,).
+        """
+        share = np.broadcast_to(np.asarray(share, dtype=np.float32), images.shape)
+        self.trace.executed[self.step, layer, BRANCHES.index(branch), images] = share[:, None]
+
+    def spend_flops(self, flops: int) -> None:
+        """Account for work beside the blocks' own, in FLOPs over all images and halves."""
+        self.trace.extra_flops += int(flops)
+
+
+@dataclass
+class Ran:
+    """What a unit gave for the images (m,) that it ran for.
+
+    x, out (halves, m, T, D): its input and output. `value` (halves, m, T, D): what a hit would have to stand in for,
+    the pre-gate output of a branch unit and out - x of a range of blocks.
+    """
+
+    images: np.ndarray
+    x: Tensor
+    out: Tensor
+    branch_output: Tensor | None = None  # (halves, m, T, D) of a branch unit
+
+    @cached_property
+    def value(self) -> Tensor:
+        return self.out - self.x if self.branch_output is None else self.branch_output
+
+
+@dataclass
+class Cached:
+    """What the cache holds for the images (m,) of a unit that does not run.
+
+    x (halves, m, T, D): the unit's input. `forecast` is the predictor's own answer; `node(k)` the k-th newest stored
+    tensor with `count` (m,) nodes so far, and `node_steps(k)` (m,) the steps they came from. Both are of the kind that
+    `Ran.value` is: the pre-gate output of a branch unit, else what the blocks add. For a range of blocks under a
+    predictor of kind "branches" only the forecast exists, since it stores sums of branches.
+    """
+
+    images: np.ndarray
+    x: Tensor
+    step: int
+    segment: Segment | None  # None for a method that keeps its own
+
+    @cached_property
+    def forecast(self) -> Tensor:
+        return torch.stack([half[:, 0] for half in self._kept.predict(self.images, np.array([self.step]))])
+
+    @property
+    def _kept(self) -> Segment:
+        if self.segment is None:
+            raise ValueError("a policy without a predictor must override `reuse`: nothing was stored for it")
+        return self.segment
+
+    def node(self, k: int) -> Tensor:
+        """(halves, m, T, D) stored at the k-th newest computed step, 0 the newest; zeros where there is none."""
+        return self._kept.node(self.images, k)
+
+    def node_steps(self, k: int) -> np.ndarray:
+        """(m,) int: the step of that node; -1 where there is none."""
+        return self._kept.node_steps(self.images, k)
+
+    @property
+    def count(self) -> np.ndarray:
+        """(m,) nodes computed so far."""
+        return self._kept.count[self.images]
+
+
+class Policy:
+    """A caching method; every method of this class may be overridden.
+
+    Subclasses are dataclasses whose fields are their options; they keep their state in attributes made by `begin`. A
+    run works on a copy. The class attributes describe the method in `python -m adacorr methods`.
+    """
+
+    name: str
+    granularity: str = "step"  # what one decision covers: step, branch, token, ...
+    profile: str | None = None  # methods with a calibration have an option of this name
+    calibration: type["Policy"] | None = None  # see adacorr.profile.Calibration
+
+    @property
+    def predictor(self) -> Predictor | None:
+        """What the method itself stores and reuses; None if the manager is to keep nothing for it."""
+        return Predictor("residual", order=0)
+
+    def units(self, depth: int) -> list[Unit]:
+        """What is decided about, in the order of the stack and without gaps."""
+        return [Unit(0, depth)]
+
+    def probe(self, depth: int) -> int:
+        """Leading blocks that run in every step, because the rule looks at what they give; `units` starts with them."""
+        return 0
+
+    def begin(self, run: Run) -> None:
+        """Make the state of one run. ValueError for a run that the options or the profile do not fit."""
+
+    def decide(self, view: View) -> np.ndarray:
+        """(n,) bool: True where the unit is to run. A unit without a past runs whatever this says."""
+        raise NotImplementedError
+
+    def propose(self, view: View) -> np.ndarray:
+        """(n,) bool: True where the method would compute the whole step. Asked once a step under AdaCorrection, where
+        steps are computed as a whole, at the first unit after the probe."""
+        return self.decide(view)
+
+    def computed(self, view: View, ran: Ran) -> None:
+        """Called after a unit ran for some images, which may be others than `decide` asked for (never for none)."""
+
+    def reuse(self, view: View, cached: Cached) -> Tensor:
+        """(halves, m, T, D): what stands in for the unit's `Ran.value` where it does not run; the forecast itself."""
+        return cached.forecast
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of tensors that the method holds itself during a run: the tensors among its attributes."""
+        return _tensor_bytes(vars(self).values())
+
+
+def _tensor_bytes(values) -> int:
+    total = 0
+    for value in values:
+        if isinstance(value, Tensor):
+            total += value.numel() * value.element_size()
+        elif isinstance(value, dict):
+            total += _tensor_bytes(value.values())
+        elif isinstance(value, (list, tuple)):
+            total += _tensor_bytes(value)
+    return total
 
 
 def check_adaptive(name: str, threshold: float, scope: str) -> None:
@@ -64,28 +261,13 @@ def relative_change(now: Tensor, before: Tensor, scope: str = "image") -> np.nda
     return (change / size.clamp_min(torch.finfo(torch.float32).tiny)).double().cpu().numpy()
 
 
-class Policy:
-    """A caching method's rule for *when*; every method of this class may be overridden. Subclasses are dataclasses
-    whose fields are their options, and keep their state in attributes made by `begin`. A run works on a copy.
+def put(state: Tensor | None, images: np.ndarray, values: Tensor, total: int) -> Tensor:
+    """A policy's per-image state with `values` (halves, m, ...) put in for images (m,), as a new tensor.
+
+    state (halves, n, ...), or None before the first time, which makes zeros of `total` images.
     """
-
-    name: str
-
-    @property
-    def predictor(self) -> Predictor | None:
-        """What the method itself reuses; None if it never does."""
-        return Predictor("residual", order=0)
-
-    def segments(self, depth: int) -> list[tuple[int, int]]:
-        """Ranges (start, stop) of blocks, in order and without gaps; `decide` is asked at the head of each."""
-        return [(0, depth)]
-
-    def begin(self, images: int, num_steps: int) -> None:
-        """Make the state of one run."""
-
-    def decide(self, view: View) -> np.ndarray:
-        """(n,) bool: True where the segment is to be computed. The first step is computed whatever it says."""
-        raise NotImplementedError
-
-    def computed(self, view: View, images: np.ndarray) -> None:
-        """Called after the segment ran for some images: (n,) bool, which may differ from what `decide` asked."""
+    if len(images) == total:
+        return values
+    if state is None:
+        state = values.new_zeros(values.shape[0], total, *values.shape[2:])
+    return state.index_copy(1, torch.from_numpy(images).to(values.device), values)

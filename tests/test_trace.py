@@ -1,4 +1,4 @@
-"""The accounting: hits, FLOPs and summaries, from actions set by hand."""
+"""The accounting: hits, FLOPs and summaries, from what ran, set by hand."""
 
 import json
 
@@ -6,18 +6,17 @@ import numpy as np
 import pytest
 
 from adacorr import Trace
-from adacorr.trace import BLEND, COMPUTE, REUSE
 
 
 def trace(**options):
-    """4 steps, 2 layers, 3 images, both halves: 12 evaluations a step, a block costs 100."""
-    return Trace(4, 2, 3, 2, block_flops=100, **options)
+    """4 steps, 2 layers, 3 images, both halves: 12 evaluations a step, a block costs 40 + 60."""
+    return Trace(4, 2, 3, 2, branch_flops=(40, 60), **options)
 
 
 def test_a_hit_is_an_evaluation_that_was_not_executed():
     record = trace()
-    record.action[0] = COMPUTE
-    record.action[1, 1] = BLEND  # one layer of all: 6 of 12
+    record.executed[0] = 1
+    record.executed[1, 1] = 1  # one layer of all: 6 of 12
     record.done = 2
     assert record.hit_rate == pytest.approx(6 / 24)
     assert record.flops == 18 * 100
@@ -25,18 +24,22 @@ def test_a_hit_is_an_evaluation_that_was_not_executed():
     assert record.compute == pytest.approx(0.75)
 
 
-def test_blended_blocks_cost_as_much_as_computed_ones():
+def test_branches_are_counted_by_their_flops():
     record = trace()
-    record.action[:] = BLEND
+    record.executed[:, :, 1] = 1  # every MLP
+    record.executed[0, 0, 0] = 0.25  # a quarter of the tokens of one attention
     record.done = 4
-    assert (record.hit_rate, record.compute) == (0.0, 1.0)
+    assert record.flops == 4 * 2 * 6 * 60 + 6 * 10
+    assert record.hit_rate == pytest.approx((48 - 6) / 96)
+    assert record.summary()["executed_per_step"] == pytest.approx([(12 * 60 + 60) / 1200, 0.6, 0.6, 0.6])
+    assert record.computed_steps(0) == []
 
 
-def test_the_caches_own_gates_are_counted_for_every_image_and_half():
-    record = trace(overhead_flops=40)
-    record.action[0] = COMPUTE
+def test_what_the_cache_runs_itself_is_counted():
+    record = trace(extra_flops=240)
+    record.executed[0] = 1
     record.done = 4
-    assert record.flops == 12 * 100 + 40 * 3 * 2
+    assert record.flops == 12 * 100 + 240
     assert record.compute == pytest.approx((1200 + 240) / 4800)
     assert record.hit_rate == pytest.approx(0.75)
 
@@ -44,17 +47,17 @@ def test_the_caches_own_gates_are_counted_for_every_image_and_half():
 def test_steps_that_are_still_to_come_do_not_count():
     record = trace()
     assert (record.hit_rate, record.flops, record.compute) == (0.0, 0, 0.0)
-    record.action[0] = COMPUTE
+    record.executed[0] = 1
     record.done = 1
     assert (record.hit_rate, record.compute) == (0.0, 1.0)
 
 
 def test_computed_steps_are_those_of_the_whole_stack():
     record = trace()
-    record.action[0] = COMPUTE
-    record.action[1, 0] = COMPUTE  # the first layer alone
-    record.action[2, :, 1, 0] = COMPUTE  # image 1, conditional half
-    record.action[3, :, 1] = BLEND
+    record.executed[0] = 1
+    record.executed[1, 0] = 1  # the first layer alone
+    record.executed[2, :, :, 1, 0] = 1  # image 1, conditional half
+    record.executed[3, :, :, 1] = 1
     record.done = 4
     assert record.computed_steps(0) == [0]
     assert record.computed_steps(1) == [0, 2, 3]
@@ -63,9 +66,9 @@ def test_computed_steps_are_those_of_the_whole_stack():
 
 
 def test_summary_is_plain_and_agrees_with_the_arrays():
-    record = trace(overhead_flops=40, rewound=5)
-    record.action[0] = COMPUTE
-    record.action[2, :, 1, 0] = COMPUTE
+    record = trace(extra_flops=240, rewound=5)
+    record.executed[0] = 1
+    record.executed[2, :, :, 1, 0] = 1
     record.score[0, 0] = [np.nan, 1.0, 3.0]
     record.weight[:] = 0.5
     record.done = 4
@@ -87,6 +90,6 @@ def test_summary_is_plain_and_agrees_with_the_arrays():
 def test_arrays_begin_as_reuse_without_scores():
     record = trace()
     assert record.score.shape == record.weight.shape == (4, 2, 3)
-    assert record.action.shape == (4, 2, 3, 2)
+    assert record.executed.shape == (4, 2, 2, 3, 2)
     assert np.isnan(record.score).all()
-    assert (record.action == REUSE).all()
+    assert (record.executed == 0).all()

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from adacorr import Policy, Predictor
+from adacorr import Policy, Predictor, Trace
+from adacorr.types import Conditioning, Run, Unit, View
 from diffusion import make_sampler
 from models import DiT, DiTBlock, guide
 from pipeline import gaussian, sample_latents
@@ -147,8 +148,8 @@ class Scheduled(Policy):
     def predictor(self):
         return self.stored
 
-    def segments(self, depth):
-        return list(self.spans) or [(0, depth)]
+    def units(self, depth):
+        return [Unit(*span) for span in self.spans] or [Unit(0, depth)]
 
     def decide(self, view):
         own = self.steps if len(self.steps) == view.images else self.steps * view.images
@@ -281,3 +282,19 @@ def practical_reference(model, noise, label, cfg_scale, sampler, nodes, both, or
         x = sampler.step(step, x, guided(step, x, c, out))
         anchor, last = x, step
     return x
+
+
+def make_run(model, images=1, halves=1, steps=10, **fields):
+    """A `Run` as a cache manager would make it."""
+    timesteps = make_sampler("ddim", steps).timesteps.double().numpy()
+    tokens, width = model.pos_embed.shape[1:]
+    return Run(images, halves, timesteps, model.blocks, tokens, width, model.pos_embed.device, **fields)
+
+
+def make_view(run, step, x, unit=None, x_in=None, age=None, c=None):
+    """A `View` of x (halves, n, T, D); conditioning c (halves * n, D) is zero unless given."""
+    unit = unit or Unit(0, run.depth)
+    c = torch.zeros(x.shape[0] * x.shape[1], run.width) if c is None else c
+    age = np.full(x.shape[1], 1) if age is None else np.asarray(age)
+    trace = Trace(run.num_steps, run.depth, run.images, run.halves, (400, 600))
+    return View(run, step, unit, x, x if x_in is None else x_in, age, Conditioning(run.blocks, c), trace)

@@ -45,6 +45,11 @@ def available() -> dict[str, str]:
     return {name: f"{_first_line(kind)}{_options(kind)}".strip() for name, kind in sorted(_POLICIES.items())}
 
 
+def calibrated() -> dict[str, type[Policy]]:
+    """The methods that are measured on a model before they run, by name: see `python -m adacorr.calibrate`."""
+    return {name: kind for name, kind in sorted(_POLICIES.items()) if kind.calibration is not None}
+
+
 def make_policy(spec: str) -> Policy:
     """The policy of a spec NAME[:key=value,...]; ValueError lists the valid names or keys."""
     name, options = parse_spec(spec)

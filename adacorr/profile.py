@@ -1,0 +1,142 @@
+"""Profiles: what a caching method knows about one model under one sampler, measured beforehand on uncached runs.
+
+A profile is one file, `.json` or `.safetensors`, that carries the checkpoint's sha256, the sampler, the number of steps
+and the guidance it was made with, and is refused elsewhere. `python -m adacorr.calibrate` makes them. Those of the
+bundled checkpoint ship in adacorr/profiles/ and are what `profile=auto` finds.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from adacorr.types import Policy, Run
+
+FOLDER = Path(__file__).parent / "profiles"
+SUFFIXES = (".json", ".safetensors")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Arrays of one method, and what they were measured on. `made_with` is the command line, `notes` plain facts."""
+
+    method: str
+    arrays: dict[str, np.ndarray]
+    model_id: str
+    sampler: str
+    num_sampling_steps: int
+    cfg_scale: float
+    notes: dict = field(default_factory=dict)
+
+    @property
+    def header(self) -> dict:
+        names = ("method", "model_id", "sampler", "num_sampling_steps", "cfg_scale", "notes")
+        return {name: getattr(self, name) for name in names}
+
+
+def save_profile(path: str | Path, profile: Profile) -> None:
+    """Write a profile; the suffix picks the format. JSON holds float64 in full; safetensors keeps the arrays' types.
+
+    ValueError for another suffix.
+    """
+    path = Path(path)
+    check_suffix(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.part")
+    if path.suffix == ".json":
+        arrays = {name: np.asarray(value).tolist() for name, value in profile.arrays.items()}
+        beside.write_text(json.dumps({**profile.header, "arrays": arrays}) + "\n")
+    else:
+        from safetensors.numpy import save_file
+
+        arrays = {name: np.ascontiguousarray(value) for name, value in profile.arrays.items()}
+        save_file(arrays, beside, metadata={"profile": json.dumps(profile.header)})
+    beside.replace(path)
+
+
+def load_profile(path: str | Path) -> Profile:
+    """Read a profile. ValueError, with the way out, for a file that is none."""
+    path = Path(path)
+    check_suffix(path)
+    try:
+        if path.suffix == ".json":
+            content = json.loads(path.read_text())
+            arrays = {name: np.asarray(value, dtype=np.float64) for name, value in content.pop("arrays").items()}
+        else:
+            from safetensors import safe_open
+
+            with safe_open(path, framework="numpy") as file:
+                content = json.loads((file.metadata() or {})["profile"])
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no iterable
+        return Profile(arrays=arrays, **content)
+    except Exception as error:  # safetensors has error types of its own
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"profile {path} cannot be read ({reason}): make one with python -m adacorr.calibrate"
+        ) from None
+
+
+def check_suffix(path: Path) -> None:
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"profile {path}: the name must end in {' or '.join(SUFFIXES)}")
+
+
+def find_profile(method: str, name: str, run: Run) -> Profile:
+    """The profile that the option profile=`name` of a method means for a run: a file, or `auto` for the shipped one.
+
+    ValueError if there is none, or if it was made for another method, model, sampler, number of steps or guidance.
+    """
+    command = f"python -m adacorr.calibrate --cache {method} --out FILE"
+    if name != "auto":
+        if not Path(name).is_file():
+            raise ValueError(f"{method}: profile={name} does not exist; make one with {command}")
+        profile = load_profile(name)
+        if wrong := mismatch(profile, method, run):
+            raise ValueError(f"{method}: profile={name} does not fit this run ({wrong}); make one with {command}")
+        return profile
+    reasons = []
+    for path in sorted(p for p in FOLDER.glob(f"{method}*") if p.suffix in SUFFIXES):
+        profile = load_profile(path)
+        wrong = mismatch(profile, method, run)
+        if not wrong:
+            return profile
+        reasons.append(f"{path.name}: {wrong}")
+    found = "; ".join(reasons) or "none is shipped"
+    raise ValueError(f"{method} has no profile for this run ({found}); make one with {command} and give profile=FILE")
+
+
+def mismatch(profile: Profile, method: str, run: Run) -> str:
+    """What keeps a profile from serving a run, field by field; empty if nothing does."""
+    pairs = {
+        "method": (profile.method, method),
+        "checkpoint": (profile.model_id[:12], (run.model_id or "unknown")[:12]),
+        "sampler": (profile.sampler, run.sampler or "unknown"),
+        "steps": (profile.num_sampling_steps, run.num_steps),
+        "guidance": (profile.cfg_scale, run.cfg_scale),
+    }
+    return ", ".join(f"{name} {made} there, {here} here" for name, (made, here) in pairs.items() if made != here)
+
+
+class Calibration(Policy):
+    """Observes uncached runs for a method: a policy that computes everything, and sums up what it saw in `fit`.
+
+    A method names its subclass in `calibration`; `computed` sees every unit of `units`, in every step of every batch,
+    and `begin` is called once a batch, so that state over batches belongs in __init__.
+    """
+
+    name = "calibration"
+
+    @property
+    def predictor(self):
+        return None
+
+    def __deepcopy__(self, memo):
+        return self  # it collects over runs
+
+    def decide(self, view) -> np.ndarray:
+        return np.ones(view.images, dtype=bool)
+
+    def fit(self) -> tuple[dict[str, np.ndarray], dict]:
+        """(arrays of the profile, notes: plain numbers on how well they fit). ValueError for too little data."""
+        raise NotImplementedError

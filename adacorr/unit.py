@@ -1,0 +1,79 @@
+"""Units of work: ranges of blocks or single branches, how they are run, and the conditioning they share."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+BRANCHES = ("attn", "mlp")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Blocks start..stop - 1 of the stack, or one branch, "attn" or "mlp", of the single block `start`."""
+
+    start: int
+    stop: int
+    branch: str | None = None
+
+    @property
+    def branches(self) -> slice:
+        """Which of a block's two branches the unit holds, as an index."""
+        return slice(0, 2) if self.branch is None else slice(*[(0, 1), (1, 2)][BRANCHES.index(self.branch)])
+
+
+def by_branch(depth: int) -> list[Unit]:
+    """Every branch of every block as a unit of its own."""
+    return [Unit(layer, layer + 1, branch) for layer in range(depth) for branch in BRANCHES]
+
+
+def check_units(name: str, units: Sequence[Unit], depth: int) -> None:
+    """ValueError unless the units cover the stack once, in order."""
+    found = [(layer, branch) for u in units for layer in range(u.start, u.stop) for branch in BRANCHES[u.branches]]
+    expected = [(layer, branch) for layer in range(depth) for branch in BRANCHES]
+    if found != expected or any(u.branch and u.stop != u.start + 1 for u in units):
+        raise ValueError(
+            f"policy {name!r} splits {depth} blocks into {[(u.start, u.stop, u.branch) for u in units]}: units must "
+            "follow one another from block 0 to the last; a branch unit spans one block, attn before mlp"
+        )
+
+
+class Conditioning:
+    """The conditioning of one model call, c (rows, D), and the modulations made from it, each block's once."""
+
+    def __init__(self, blocks: Sequence[nn.Module], c: Tensor):
+        self.blocks, self.c = blocks, c
+        self.made: dict[int, tuple[Tensor, ...]] = {}
+
+    def __call__(self, layer: int) -> tuple[Tensor, ...]:
+        """Six (rows, D): shift, scale and gate of the attention, then of the MLP branch."""
+        if layer not in self.made:
+            self.made[layer] = self.blocks[layer].modulation(self.c)
+        return self.made[layer]
+
+    def of(self, rows: Tensor) -> "Conditioning":
+        """The same for some of the rows."""
+        part = Conditioning(self.blocks, self.c[rows])
+        part.made = {layer: tuple(v[rows] for v in six) for layer, six in self.made.items()}
+        return part
+
+
+def run_unit(
+    unit: Unit, x: Tensor, conditioning: Conditioning, tap: Callable[..., None] | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """x (rows, T, D) -> the unit's output and, for a branch unit, its pre-gate output (else None).
+
+    The same operations in the same order as in the plain block, so that the results are equal to the bit. `tap` gets
+    all pre-gate outputs in order.
+    """
+    if unit.branch is None:
+        for block in conditioning.blocks[unit.start : unit.stop]:
+            x = block(x, conditioning.c, tap)
+        return x, None
+    block, first = conditioning.blocks[unit.start], unit.branch == "attn"
+    six = conditioning(unit.start)
+    shift, scale, gate = six[:3] if first else six[3:]
+    value = (block.attn_branch if first else block.mlp_branch)(x, shift, scale)
+    if tap is not None:
+        tap(value)
+    return x + gate.unsqueeze(1) * value, value
