@@ -133,8 +133,12 @@ class Pipeline:
         labels: Tensor | None,
         cache: CacheManager | None = None,
         progress: Callable[[CacheManager | None], None] | None = None,
+        stop: int | None = None,
     ) -> Tensor:
-        """Images `indices` (n,) of `seed` with labels (n,) -> final state (n, C, H, W) float32 on the device."""
+        """Images `indices` (n,) of `seed` with labels (n,) -> state (n, C, H, W) float32 on the device.
+
+        The final state, or with `stop` the one after that many steps, to warm up with.
+        """
         shape = self.noise_shape
 
         def step_noise(step: int, rows: np.ndarray) -> Tensor:
@@ -153,6 +157,7 @@ class Pipeline:
             step_noise=step_noise,
             progress=progress,
             model_id=self.checkpoint.sha256,
+            stop=stop,
         )
 
     def decode(self, x: Tensor) -> Tensor:
@@ -286,12 +291,14 @@ def sample_latents(
     step_noise: StepNoise | None = None,
     progress: Callable[[CacheManager | None], None] | None = None,
     model_id: str | None = None,
+    stop: int | None = None,
 ) -> Tensor:
     """The sampling loop, cached or not.
 
     noise (n, C, H, W) unit Gaussian; labels (n,) int64 or None; step_noise(step, rows (m,)) -> (m, C, H, W) for
     stochastic samplers; progress is called after each step; model_id, the
-    checkpoint's sha256, is what profiles of caching methods are held to. Returns the final state (n, C, H, W) float32.
+    checkpoint's sha256, is what profiles of caching methods are held to; `stop` ends the run
+    after that many steps. Returns the final state (n, C, H, W) float32.
 
     After an image was computed again, the steps since its last computation are taken once more with activations that
     are interpolated instead of extrapolated (`CacheRun.rewind`). They cost no block, and the state that the image goes
@@ -344,7 +351,7 @@ def sample_latents(
     )
     with opened as run:
         anchor = x  # each image's state where its next rewind starts
-        for step in range(sampler.num_steps):
+        for step in range(sampler.num_steps)[:stop]:
             if run is not None:
                 run.begin_step(step)
             out = evaluate(step, x, everyone)

@@ -19,6 +19,7 @@ from adacorr.unit import BRANCHES, Conditioning, Unit, by_branch, check_units
 __all__ = [
     "Cached",
     "Conditioning",
+    "Knob",
     "Policy",
     "Ran",
     "Run",
@@ -32,6 +33,20 @@ __all__ = [
 ]
 
 SCOPES = ("image", "batch")
+
+
+@dataclass(frozen=True)
+class Knob:
+    """The option that trades a method's compute for fidelity, for sweeps: compute falls from `low` to `high`.
+
+    Whole numbers make it an option of whole numbers. `variants` are settings of other options (key=value,...) worth
+    trying beside the defaults: a comparison keeps the best of them at each compute.
+    """
+
+    option: str
+    low: float
+    high: float
+    variants: tuple[str, ...] = ("",)
 
 
 @dataclass(frozen=True)
@@ -186,7 +201,7 @@ class Policy:
 
     name: str
     granularity: str = "step"  # what one decision covers: step, branch, token, ...
-    profile: str | None = None  # methods with a calibration have an option of this name
+    knob: Knob | None = None  # None for a method without one
     calibration: type["Policy"] | None = None  # see adacorr.profile.Calibration
 
     @property

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from adacorr.history import History, lagrange_weights
+from adacorr.history import History, lagrange_weights, taylor_weights
 
 UNEVEN = np.array([611.0, 660.0, 775.0, 790.0, 999.0])  # newest first, as timesteps fall
 AT = np.array([600.0, 520.5, 0.0, 640.0, 700.0, 780.0, 980.0, 999.0])  # beyond the newest node, between, and on one
@@ -138,3 +138,39 @@ def test_a_push_for_nobody_changes_nothing():
 
 def test_bytes_are_those_of_the_stored_tensors():
     assert History(3, 2, 5, 4, 6, "cpu", torch.bfloat16).bytes == 3 * 2 * 5 * 4 * 6 * 2
+
+
+def test_taylor_weights_are_difference_quotients_over_the_newest_gap():
+    """Nodes at 10, 6 and 3, forecast at 12: derivatives by hand, each over its own newest gap."""
+    f0, f1, f2 = 5.0, 2.0, 7.0
+    first, before = (f0 - f1) / 4, (f1 - f2) / 3
+    second = (first - before) / 4
+    expected = [f0, f0 + 2 * first, f0 + 2 * first + 2 * second]
+    for order in range(3):
+        weights = taylor_weights(np.array([[10.0, 6.0, 3.0]]), np.array([12.0]), order)
+        assert weights.shape == (1, 1, order + 1)
+        assert weights[0, 0] @ [f0, f1, f2][: order + 1] == pytest.approx(expected[order])
+
+
+def test_taylor_weights_use_the_orders_that_there_are():
+    nodes = np.array([[10.0, 6.0, np.nan], [10.0, np.nan, np.nan], [10.0, 6.0, 3.0]])
+    weights = taylor_weights(nodes, np.array([12.0, 11.0]), 2)
+    assert weights[0, 0] == pytest.approx([1.5, -0.5, 0.0])
+    assert weights[1] == pytest.approx(np.array([[1.0, 0.0, 0.0]] * 2))
+    assert weights.sum(axis=2) == pytest.approx(np.ones((3, 2)))
+
+
+@pytest.mark.parametrize("order", [0, 1, 2, 3])
+def test_taylor_is_the_polynomial_at_order_1_and_at_equal_gaps_falls_short_by_known_terms(order):
+    nodes, at = np.array([[30.0, 20.0, 10.0, 0.0]]), np.array([33.0])
+    taylor, exact = (rule(nodes, at, order)[0, 0] for rule in (taylor_weights, lagrange_weights))
+    square = ((nodes / 10) ** 2)[0, : order + 1]
+    if order < 2:
+        assert taylor == pytest.approx(exact)
+    elif order == 2:  # k g / 2 * D2 with k = 3, g = 10 and D2 = 2 / 100 of (t / 10)^2
+        assert exact @ square - taylor @ square == pytest.approx(3 * 10 / 2 * 0.02)
+
+
+def test_taylor_needs_a_node():
+    with pytest.raises(ValueError, match="empty history"):
+        taylor_weights(np.array([[np.nan, np.nan]]), np.array([1.0]), 1)

@@ -22,9 +22,8 @@ from toy import (
 )
 
 import adacorr
-from adacorr import AdaCorrection, CacheManager, Literal, Predictor, make_policy, parse_correction
+from adacorr import AdaCorrection, CacheManager, Literal, Predictor, Unit, by_branch, make_policy, parse_correction
 from adacorr.control import split_budget
-
 from diffusion import make_sampler
 from download import BUNDLED, build_model, load_checkpoint
 from pipeline import gaussian
@@ -164,7 +163,7 @@ def test_first_block_keeps_one_residual_of_the_rest(model):
     apart(out, sample(model))
 
 
-def test_several_segments_forecast_like_one(model):
+def test_several_units_forecast_like_one(model):
     """The same steps in two ranges of blocks: every branch is its own forecast, so nothing may change."""
     steps = (0, 2, 5)
     parts = Scheduled((steps,), branches(2), spans=((0, 1), (1, 3)))
@@ -300,7 +299,9 @@ def test_more_gamma_never_computes_less(model, bundled, sampler):
         assert error[-1] < 0.3 * error[2] < 0.3 * error[0]
 
 
-@pytest.mark.parametrize("policy", [None, "teacache:threshold=0.3,profile=none", "first_block:threshold=0.2", "interval:every=4"])
+@pytest.mark.parametrize(
+    "policy", [None, "teacache:threshold=0.3,profile=none", "first_block:threshold=0.2", "interval:every=4"]
+)
 def test_an_image_does_not_depend_on_its_batch(bundled, policy):
     labels, steps = (1, 7, 7), 16
     spec = policy and make_policy(policy)
@@ -398,13 +399,62 @@ def test_the_policy_proposes_and_the_correction_may_veto(model):
     alone = CacheManager(correction=AdaCorrection(gamma=0.3))
     sample(model, steps=20, cache=alone)
     assert len(computed(alone)[0]) <= len(computed(eager)[0]) < 20
-    lazy = CacheManager(make_policy("teacache:threshold=inf"), AdaCorrection(gamma=0.3))
+    lazy = CacheManager(make_policy("teacache:threshold=inf,profile=none"), AdaCorrection(gamma=0.3))
     sample(model, steps=20, cache=lazy)
     assert computed(lazy)[0][0] == 0
     assert len(computed(lazy)[0]) >= len(computed(alone)[0])  # the correction still sees to it
 
 
-@pytest.mark.parametrize("spec", ["first_block:threshold=0.2", "interval:every=5", "teacache:threshold=0.2,profile=none", "never"])
+@pytest.mark.parametrize("correction", [{}, {"difference": False}, {"rewind": False}], ids=str)
+@pytest.mark.parametrize("cfg_scale", [1.0, 1.5])
+@pytest.mark.parametrize("policy", ["probe", "by branch", "ranges"])
+def test_a_policy_that_never_proposes_changes_nothing(model, policy, cfg_scale, correction):
+    """A probe is resumed where a step is computed, and units are walked for the policy: the numbers stay the same."""
+    units = {"by branch": by_branch(3), "ranges": [Unit(0, 1), Unit(1, 2, "attn"), Unit(1, 2, "mlp"), Unit(2, 3)]}
+    if policy == "probe":
+        made = make_policy("first_block:threshold=inf,front=2")
+    else:
+        made = Scheduled(spans=tuple((u.start, u.stop, u.branch) for u in units[policy]))
+    correction = AdaCorrection(gamma=0.3, gate_error=0, **correction)
+    with_policy, alone = CacheManager(made, correction), CacheManager(correction=correction)
+    out = sample(model, steps=20, cfg_scale=cfg_scale, cache=with_policy)
+    near(out, sample(model, steps=20, cfg_scale=cfg_scale, cache=alone))
+    probed = 2 if policy == "probe" else 0
+    seen = 2 if cfg_scale != 1.0 and not correction.difference else 1  # halves that the policy looks at
+    assert (with_policy.trace.executed[:, :probed, :, :, :seen] == 1).all()
+    assert np.array_equal(with_policy.trace.executed[:, probed:], alone.trace.executed[:, probed:])
+    assert computed(with_policy) == computed(alone)
+
+
+def test_policies_are_told_what_ran_in_corrected_steps(model):
+    spans, told = ((0, 1), (1, 2, "attn"), (1, 2, "mlp"), (2, 3)), []
+
+    class Listening(Scheduled):
+        def computed(self, view, ran):
+            told.append((view.step, view.unit, ran))
+            assert view.x.shape == (1, 3, 16, 32)  # the conditional half: the other one is carried
+            assert torch.equal(view.x[:, ran.images], ran.x)
+            if view.unit.branch is not None:
+                gate = view.modulation[2][:, ran.images]
+                near(ran.out, ran.x + gate * ran.value)
+                branch = view.block.attn_branch if view.unit.branch == "attn" else view.block.mlp_branch
+                shift, scale = (v[0, ran.images, 0] for v in view.modulation[:2])
+                near(ran.value[0], branch(ran.x[0], shift, scale))
+
+    manager = CacheManager(Listening(spans=spans), AdaCorrection(gamma=0.3))
+    sample(model, steps=20, cache=manager)
+    for at in range(0, len(told), 4):
+        steps, units, ran = zip(*told[at : at + 4], strict=True)
+        assert len(set(steps)) == 1
+        assert units == tuple(Unit(*span) for span in spans)
+        assert all(torch.equal(a.out, b.x) for a, b in zip(ran, ran[1:], strict=False))
+    for image, nodes in enumerate(computed(manager)):
+        assert nodes == [step for step, unit, ran in told if unit.start == 0 and image in ran.images]
+
+
+@pytest.mark.parametrize(
+    "spec", ["first_block:threshold=0.2", "interval:every=5", "teacache:threshold=0.2,profile=none", "never"]
+)
 def test_every_policy_composes_with_the_correction(model, spec):
     manager = CacheManager(make_policy(spec), AdaCorrection(gamma=0.3, gate_error=0))
     out = sample(model, steps=20, cache=manager)
@@ -412,7 +462,7 @@ def test_every_policy_composes_with_the_correction(model, spec):
     plain = sample(model, steps=20)
     assert float((out - plain).norm() / plain.norm()) < 0.2
     if spec.startswith("first_block"):
-        assert manager.trace.executed[:, 0].all()  # its probe is fresh in every step
+        assert manager.trace.executed[:, 0, :, :, 0].all()  # its probe is fresh in every step, in the half it sees
     assert torch.equal(sample(model, steps=20, cache=manager), out)
 
 

@@ -2,22 +2,23 @@
 
 import json
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
-from toy import Scheduled, alphas, forced, sample, tiny_dit
+from toy import Scheduled, alphas, fitted, forced, sample, sample_with, tiny_dit
 
 import adacorr
-from adacorr import AdaCorrection, CacheManager, Predictor, make_policy
-from adacorr.policies import load_file, register
-from adacorr.policies.teacache import fit_polynomial, read_profile, rescale
+from adacorr import AdaCorrection, CacheManager, Predictor, Unit, by_branch, make_policy
+from adacorr.policies import calibrated, load_file, register
 from diffusion import make_sampler
 
-BUILT_IN = {"never", "interval", "first_block", "teacache"}
-SPECS = sorted(adacorr.available())  # a new file in the folder comes under the contract by itself
+BUILT_IN = {
+    "adacache", "dicache", "ertacache", "fastcache", "first_block", "interval", "lazydit", "magcache", "never", "rfc",
+    "smoothcache", "taylorseer", "teacache",
+}  # fmt: skip
+NAMES = sorted(adacorr.available())  # a new file in the folder comes under the contract by itself
 
 
 @pytest.fixture(autouse=True)
@@ -49,31 +50,35 @@ def run(model, spec, **arguments):
 # ------------------------------------------------------------------------------------------------ contract
 
 
-def keeps_the_contract(policy, model, device="cpu"):
-    """What must hold for any policy, whatever it decides."""
+def keeps_the_contract(make, model, device="cpu"):
+    """What must hold for any policy, whatever it decides; make(model, steps=, cfg_scale=) gives the policy."""
     model = model.to(device)
     for cfg_scale in (1.0, 1.5):
+        policy = make(model, cfg_scale=cfg_scale)
         before = repr(policy), dict(vars(policy))
-        manager = CacheManager(policy)
-        first = sample(model, cfg_scale=cfg_scale, cache=manager)
-        assert (first.shape, first.dtype, first.device.type) == ((3, 3, 8, 8), torch.float32, device)
-        assert bool(torch.isfinite(first).all())
-        assert model.cache is None
-        assert (repr(policy), vars(policy)) == before  # a run works on a copy
-        halves = 1 if cfg_scale == 1.0 else 2
-        trace = manager.trace
-        assert trace.action.shape == (10, 3, 3, halves)
-        assert trace.score.shape == trace.weight.shape == (10, 3, 3)
-        assert trace.done == 10
-        assert trace.action[0].all()  # nothing to reuse in the first step
-        assert 0 <= trace.hit_rate < 1
-        json.dumps(trace.summary(), allow_nan=False)
-        # The second run of the same manager does not see the first.
-        assert torch.equal(sample(model, cfg_scale=cfg_scale, cache=manager), first)
+        for correction in (None, AdaCorrection()):
+            manager = CacheManager(policy, correction)
+            first = sample(model, cfg_scale=cfg_scale, cache=manager)
+            assert (first.shape, first.dtype, first.device.type) == ((3, 3, 8, 8), torch.float32, device)
+            assert bool(torch.isfinite(first).all())
+            assert model.cache is None
+            assert (repr(policy), vars(policy)) == before  # a run works on a copy
+            halves = 1 if cfg_scale == 1.0 else 2
+            trace = manager.trace
+            assert trace.executed.shape == (10, 3, 2, 3, halves)
+            assert trace.score.shape == trace.weight.shape == (10, 3, 3)
+            assert trace.done == 10
+            assert (trace.executed[0] == 1).all()  # nothing to reuse in the first step
+            assert ((trace.executed >= 0) & (trace.executed <= 1)).all()
+            assert 0 <= trace.hit_rate < 1
+            assert manager.bytes >= 0
+            json.dumps(trace.summary(), allow_nan=False)
+            # The second run of the same manager does not see the first.
+            assert torch.equal(sample(model, cfg_scale=cfg_scale, cache=manager), first)
         if device == "cpu":
             cached, plain = forced(model, CacheManager(policy), cfg_scale=cfg_scale)
             assert torch.equal(cached[0], plain[0])
-    leaves_its_input_alone(policy, model)
+    leaves_its_input_alone(make(model, steps=4, cfg_scale=1.0), model)
 
 
 @torch.no_grad()
@@ -81,7 +86,8 @@ def leaves_its_input_alone(policy, model):
     sampler, device = make_sampler("ddim", 4), model.pos_embed.device
     labels = torch.tensor([1, 2], device=device)
     generator = torch.Generator().manual_seed(3)
-    with CacheManager(policy).run(model, labels, sampler.timesteps, alphas(sampler)) as opened:
+    identity = {"model_id": "toy", "sampler": "ddim"}
+    with CacheManager(policy).run(model, labels, sampler.timesteps, alphas(sampler), **identity) as opened:
         for step in range(4):
             opened.begin_step(step)
             x = torch.randn(2, 16, 32, generator=generator).to(device)
@@ -93,22 +99,53 @@ def leaves_its_input_alone(policy, model):
             assert out.data_ptr() != x.data_ptr()
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where profiles of the toy model are kept for all tests."""
+    return tmp_path_factory.mktemp("profiles")
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("spec", SPECS)
-def test_contract(spec, device):
-    keeps_the_contract(make_policy(spec), tiny_dit(), device)
+@pytest.mark.parametrize("name", NAMES)
+def test_contract(name, device, folder):
+    keeps_the_contract(lambda model, **run: fitted(name, model, folder, **run), tiny_dit(), device)
 
 
-@pytest.mark.parametrize("spec", SPECS)
-def test_a_half_precision_model_runs_and_stays_finite(spec):
+@pytest.mark.parametrize("name", NAMES)
+def test_a_half_precision_model_runs_and_stays_finite(name, folder):
+    policy = fitted(name, tiny_dit(), folder)
     model = tiny_dit().to(torch.bfloat16)
     for correction in (None, AdaCorrection()):
-        out = sample(model, cache=CacheManager(make_policy(spec), correction))
+        out = sample(model, cache=CacheManager(policy, correction))
         assert out.dtype == torch.float32
         assert bool(torch.isfinite(out).all())
 
 
-# ------------------------------------------------------------------------------------------------ registry
+@pytest.mark.parametrize("corrected", [False, True], ids=["alone", "corrected"])
+@pytest.mark.parametrize("name", NAMES)
+def test_an_image_is_the_same_alone_and_in_any_batch(name, corrected, folder, model):
+    manager = CacheManager(fitted(name, model, folder, steps=20), AdaCorrection(gamma=0.3) if corrected else None)
+    labels = (3, 0, 1, 4)
+    together = sample(model, 20, labels, cache=manager)
+    ran = manager.trace.executed
+    for image in (0, 3):
+        alone = sample(model, 20, labels[image : image + 1], cache=manager, first=image)
+        assert np.array_equal(ran[:, :, :, image], manager.trace.executed[:, :, :, 0])
+        assert_close(together[image], alone[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(calibrated()))
+def test_profiles_are_refused_elsewhere(name, folder, model):
+    policy = fitted(name, model, folder)
+    with pytest.raises(ValueError, match=f"{name}: profile=.*does not fit this run.*steps 10 there, 12 here"):
+        sample(model, 12, cache=CacheManager(policy))
+    with pytest.raises(ValueError, match="guidance 1.5 there, 4.0 here"):
+        sample(model, cfg_scale=4.0, cache=CacheManager(policy))
+    with pytest.raises(ValueError, match="sampler ddim there, ddpm here"):
+        sample(model, sampler="ddpm", cache=CacheManager(policy))
+    with pytest.raises(ValueError, match=f"{name} has no profile for this run.*python -m adacorr.calibrate"):
+        sample(model, cache=CacheManager(make_policy(name)))  # the shipped ones are for another model
+    assert model.cache is None
 
 
 def test_available_describes_every_policy():
@@ -141,7 +178,7 @@ def test_an_unknown_policy_lists_every_name():
         ("teacache:threshold=-0.1", "threshold=-0.1"),
         ("teacache:threshold=low", "threshold='low' must be a number"),
         ("teacache:scope=row", "scope='row'"),
-        ("teacache:profile=/nowhere/at/all.json", "profile='/nowhere/at/all.json'"),
+        ("teacache:profile=/nowhere/at/all.json", "profile=/nowhere/at/all.json does not exist"),
     ],
 )
 def test_a_wrong_option_raises_and_names_it(spec, message):
@@ -172,7 +209,7 @@ import numpy as np
 
 from adacorr.policies import register
 from adacorr.predict import Predictor
-from adacorr.types import Policy, View
+from adacorr.types import Policy, Ran, Run, View
 
 
 @register
@@ -187,15 +224,15 @@ class Growing(Policy):
     def predictor(self):
         return Predictor("branches", order=1)
 
-    def begin(self, images, num_steps):
-        self._due, self._gap = np.zeros(images), np.full(images, float(self.first))
+    def begin(self, run: Run) -> None:
+        self._due, self._gap = np.zeros(run.images), np.full(run.images, float(self.first))
 
     def decide(self, view: View) -> np.ndarray:
         return view.step >= self._due
 
-    def computed(self, view: View, images: np.ndarray) -> None:
-        self._due = np.where(images, view.step + self._gap, self._due)
-        self._gap = np.where(images, self._gap * self.factor, self._gap)
+    def computed(self, view: View, ran: Ran) -> None:
+        self._due[ran.images] = view.step + self._gap[ran.images]
+        self._gap[ran.images] *= self.factor
 '''
 
 
@@ -209,225 +246,116 @@ def test_a_new_policy_is_one_short_file(registry, tmp_path, model, imports):
     assert " ".join(adacorr.available()["growing"].split()) == "Gaps that grow by a factor. [factor=1.5] [first=1]"
     manager, _ = run(model, "growing:factor=2,first=1", steps=16)
     assert computed(manager) == [[0, 1, 3, 7, 15]] * 3
-    keeps_the_contract(make_policy("growing"), model)
+    keeps_the_contract(lambda model, **run: make_policy("growing"), model)
     with pytest.raises(ValueError, match="growing has no option 'facto'.*did you mean factor"):
         make_policy("growing:facto=2")
     with pytest.raises(ValueError, match="registered already"):
         load_file(path)
 
 
-# ------------------------------------------------------------------------------------------------ schedules
+# ---------------------------------------------------------------------------------------------------- views
 
 
-@pytest.mark.parametrize(("every", "warm", "cold"), [(2, 26, 25), (3, 18, 17), (4, 14, 13), (5, 11, 10), (6, 10, 9)])
-def test_interval_computes_the_published_number_of_steps(every, warm, cold):
-    """TaylorSeer is full at 0, 1, 1 + N, 1 + 2N, ...; FORA, counted from the first step, at 0, N, 2N, ..."""
-    small = tiny_dit(depth=1)
-    for warmup, start, count in ((1, 1, warm), (0, 0, cold)):
-        manager, _ = run(small, f"interval:every={every},warmup={warmup}", steps=50, labels=(1,), cfg_scale=1.0)
-        expected = sorted({0, *range(start, 50, every)})
-        assert computed(manager) == [expected]
-        assert len(expected) == count
-    manager, _ = run(small, "interval:every=1", steps=10, labels=(1,), cfg_scale=1.0)
-    assert computed(manager) == [list(range(10))]
-
-
-# ---------------------------------------------------------------------------------------------- first block
-
-
-def view(step, tokens, num_steps=10, block=0, **fields):
-    """A view of one segment; tokens (halves, n, T, D) are the modulated input, or x with x_in zero."""
-    tokens = torch.as_tensor(tokens, dtype=torch.float32)
-    return SimpleNamespace(
-        step=step, num_steps=num_steps, block=block, x=tokens, x_in=torch.zeros_like(tokens),
-        images=tokens.shape[1], modulated=lambda: tokens, **fields,
-    )  # fmt: skip
-
-
-def one(*channels):
-    """One half, one image, one token."""
-    return [[[list(channels)]]]
-
-
-def decisions(policy, views):
-    """What a policy decides when it is always obeyed."""
-    policy.begin(views[0].images, views[0].num_steps)
-    decided = []
-    for seen in views:
-        decided.append(policy.decide(seen).tolist())
-        policy.computed(seen, np.array(decided[-1]))
-    return decided
-
-
-def test_first_block_compares_with_the_last_computed_step():
-    residuals = [one(1.0, 1.0), one(1.1, 0.9), one(1.2, 0.9), one(1.3, 1.0), one(1.4, 1.0)]
-    views = [view(step, r, block=1) for step, r in enumerate(residuals)]
-    decided = decisions(make_policy("first_block:threshold=0.12"), views)
-    # 0.2 / 2, 0.3 / 2 to the first; 0.2 / 2.1, 0.3 / 2.1 to the third.
-    assert decided == [[True], [False], [True], [False], [True]]
-    decided = decisions(make_policy("first_block:threshold=0.099"), views)
-    # 0.2 / 2 to the first; 0.1 / 2, 0.3 / 2 to the second; 0.1 / 2.3 to the fourth.
-    assert decided == [[True], [True], [False], [True], [False]]
-
-
-def test_first_block_measures_the_residual_and_not_the_stream():
-    policy = make_policy("first_block:threshold=0.1")
-    views = [view(step, one(1.0, 1.0), block=1) for step in range(2)]
-    for seen, stream in zip(views, (3.0, 7.0), strict=True):
-        seen.x, seen.x_in = seen.x + stream, seen.x_in + stream
-    assert decisions(policy, views) == [[True], [False]]
-
-
-def test_first_block_always_computes_the_first_block():
-    policy = make_policy("first_block:threshold=1e9")
-    policy.begin(1, 10)
-    for step in range(3):
-        assert policy.decide(view(step, one(1.0, 1.0), block=0)).all()
-
-
-@pytest.mark.parametrize("name", ["first_block", "teacache"])
-def test_scope_is_the_image_with_its_halves_or_the_batch(name):
-    # Image 0 moves in its unconditional half only, image 1 does not move.
-    before, now = torch.ones(2, 2, 1, 2), torch.ones(2, 2, 1, 2)
-    now[1, 0] = 1.4  # 0.2 over both halves of image 0, 0.1 over the batch
-    views = [view(0, before, block=1), view(1, now, block=1)]
-    for threshold, image, batch in (
-        (0.15, [True, False], [False, False]),
-        (0.05, [True, False], [True, True]),
-    ):
-        assert decisions(make_policy(f"{name}:threshold={threshold}"), views)[1] == image
-        assert decisions(make_policy(f"{name}:threshold={threshold},scope=image"), views)[1] == image
-        assert decisions(make_policy(f"{name}:threshold={threshold},scope=batch"), views)[1] == batch
-
-
-def test_first_block_keeps_a_reference_for_each_image():
-    steps = [[1.0, 1.0], [1.3, 1.1], [1.3, 1.2], [1.4, 1.25]]  # image by image
-    views = [view(i, torch.tensor(s).view(1, 2, 1, 1), block=1) for i, s in enumerate(steps)]
-    assert decisions(make_policy("first_block:threshold=0.12"), views) == [
-        [True, True],
-        [True, False],
-        [False, True],  # 0 to 1.3, 0.2 to 1.0
-        [False, False],  # 0.08 to 1.3, 0.04 to 1.2
-    ]
-
-
-def test_first_block_thresholds_0_and_infinity(model):
-    manager, out = run(model, "first_block:threshold=0")
-    assert computed(manager) == [list(range(10))] * 3
-    assert torch.equal(out, sample(model))
-    manager, _ = run(model, "first_block:threshold=inf")
-    assert computed(manager) == [[0]] * 3
-    assert manager.trace.action[:, 0].all()  # the probe itself
-    assert not manager.trace.action[1:, 1:].any()
-    assert manager.trace.compute == pytest.approx((3 + 9) / 30)
-
-
-# ------------------------------------------------------------------------------------------------- teacache
-
-
-def test_teacache_by_hand():
-    inputs = [one(1.0, 1.0), one(1.1, 0.9), one(1.3, 0.9), one(1.3, 1.12), one(1.41, 1.23), one(1.41, 1.23)]
-    # Changes: 0.1, 0.2 / 2, 0.22 / 2.2, 0.22 / 2.42, 0. Each is measured to the step before, computed or not.
-    views = [view(step, m, num_steps=6) for step, m in enumerate(inputs)]
-    policy = make_policy("teacache:threshold=0.25")
-    assert decisions(policy, views) == [[True], [False], [False], [True], [False], [True]]
-    assert policy._sum == pytest.approx(0.0)  # the last step is computed and resets, as every other
-    policy = make_policy("teacache:threshold=0.15")
-    assert decisions(policy, views) == [[True], [False], [True], [False], [True], [True]]
-
-
-def test_teacache_sums_up_for_each_image():
-    steps = [[1.0, 1.0], [1.1, 1.0], [1.21, 1.1], [1.21, 1.21], [1.21, 1.21], [1.21, 1.21]]
-    views = [view(i, torch.tensor(s).view(1, 2, 1, 1), num_steps=9) for i, s in enumerate(steps)]
-    decided = decisions(make_policy("teacache:threshold=0.15"), views)
-    assert decided == [
-        [True, True],
-        [False, False],
-        [True, False],
-        [False, True],
-        [False, False],
-        [False, False],
-    ]
-
-
-def test_teacache_thresholds_0_and_infinity(model):
-    manager, out = run(model, "teacache:threshold=0")
-    assert computed(manager) == [list(range(10))] * 3
-    assert torch.equal(out, sample(model))
-    manager, _ = run(model, "teacache:threshold=inf")
-    assert computed(manager) == [[0, 9]] * 3
-    assert manager.trace.compute == pytest.approx(0.2)
-
-
-def test_the_polynomial_is_held_in_its_range_and_above_0():
-    fit = {"coefficients": [1.0, 0.0, -0.01], "range": [0.05, 0.5]}
-    assert_close(
-        torch.from_numpy(rescale(np.array([0.2, 0.5, 3.0, 0.05, 0.0]), fit)),
-        torch.tensor([0.03, 0.24, 0.24, 0.0, 0.0], dtype=torch.float64),
-    )
-
-
-def test_a_profile_is_used(tmp_path):
-    path = tmp_path / "profile.json"
-    path.write_text(json.dumps({"teacache": {"coefficients": [2.0, 0.0], "range": [0.0, 1.0]}}))
-    views = [view(step, one(1.1**step), num_steps=9) for step in range(4)]
-    assert decisions(make_policy("teacache:threshold=0.35"), views) == [[True], [False], [False], [False]]
-    doubled = make_policy(f"teacache:threshold=0.35,profile={path}")
-    assert decisions(doubled, views) == [[True], [False], [True], [False]]
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"teacache": 3}', '{"teacache": {"coefficients": [1]}}'])
-def test_a_broken_profile_raises_and_says_how_to_make_one(tmp_path, text):
-    path = tmp_path / "profile.json"
-    path.write_text(text)
-    with pytest.raises(ValueError, match="adacorr.calibrate"):
-        read_profile(str(path))
-
-
-def test_the_fit_finds_the_polynomial():
-    change = np.linspace(0.1, 0.9, 12)
-    wanted = [3.0, -2.0, 0.5, 1.0, 0.1]
-    fit = fit_polynomial(change, np.polyval(wanted, change))
-    np.testing.assert_allclose(fit["coefficients"], wanted, atol=1e-8)
-    assert fit["range"] == [0.1, 0.9]
-    with pytest.raises(ValueError, match="4 pairs cannot fit degree 4"):
-        fit_polynomial(change[:4], change[:4])
-
-
-# ------------------------------------------------------------------------------------------- what they see
-
-
-def test_a_view_shows_the_stream_halves_first_and_the_age_of_the_segment(model):
+def test_a_view_shows_the_stream_halves_first_and_the_age_of_the_unit(model):
     seen = []
 
     class Watching(Scheduled):
         def decide(self, view):
-            modulated = view.modulated()
-            seen.append((view.step, view.block, view.x.shape, view.age.tolist()))
-            shift, scale = view.blocks[view.block].modulation(view.c[0])[:2]
-            normal = torch.nn.functional.layer_norm(view.x[0], (32,), eps=1e-6)
-            expected = normal * (1 + scale[:, None]) + shift[:, None]
-            assert_close(modulated[0], expected, rtol=1e-4, atol=1e-5)
-            assert (view.x_in == view.x).all() == (view.block == 0)
+            modulated, (shift, scale, gate) = view.modulated(), view.modulation
+            seen.append((view.step, view.unit, view.x.shape, view.age.tolist()))
+            six = view.block.modulation(view.conditioning.c)
+            first = 3 if view.unit.branch == "mlp" else 0
+            own = [v.view(2, 2, 1, 32) for v in six[first : first + 3]]
+            assert_close((shift, scale, gate), tuple(own))
+            normal = torch.nn.functional.layer_norm(view.x, (32,), eps=1e-6)
+            assert_close(modulated, normal * (1 + own[1]) + own[0], rtol=1e-4, atol=1e-5)
+            assert (view.x_in == view.x).all() == (view.unit.start == 0)
             return super().decide(view)
 
-    policy = Watching(steps=((0, 3), (0, 2, 3)), stored=Predictor("residual", 0), spans=((0, 2), (2, 3)))
+    spans = ((0, 2), (2, 3, "attn"), (2, 3, "mlp"))
+    policy = Watching(steps=((0, 3), (0, 2, 3)), stored=Predictor("residual", 0), spans=spans)
     run(model, policy, steps=5, labels=(1, 4))
-    assert [s[:2] for s in seen] == [(step, block) for step in range(5) for block in (0, 2)]
+    assert [s[:2] for s in seen] == [(step, Unit(*span)) for step in range(5) for span in spans]
     assert {tuple(s[2]) for s in seen} == {(2, 2, 16, 32)}
-    assert [s[3] for s in seen if s[1] == 0] == [[0, 0], [1, 1], [2, 2], [3, 1], [1, 1]]
+    assert [s[3] for s in seen if s[1].start == 0] == [[0, 0], [1, 1], [2, 2], [3, 1], [1, 1]]
 
 
-def test_the_age_is_that_of_the_segment_and_not_of_the_stack(model):
+def test_the_age_is_that_of_the_unit_and_not_of_the_stack(model):
     ages = {0: [], 1: []}
 
     class Watching(type(make_policy("first_block"))):
         def decide(self, view):
-            ages[view.block].append(view.age.tolist())
+            ages[view.unit.start].append(view.age.tolist())
             return super().decide(view)
 
     run(model, Watching(threshold=math.inf), steps=4, labels=(1,))
     assert ages == {0: [[0], [1], [1], [1]], 1: [[0], [1], [2], [3]]}
+
+
+@pytest.mark.parametrize("kind", ["branches", "residual"])
+def test_branches_as_units_equal_the_stack_as_one(kind, model):
+    """The same schedule over single branches, whole blocks and the stack: held branch outputs, or held residuals."""
+    outs = []
+    for spans in (((0, 3),), ((0, 1), (1, 3)), tuple((u.start, u.stop, u.branch) for u in by_branch(3))):
+        policy = Scheduled(steps=((0, 2, 5), (0, 3)), stored=Predictor(kind, 0, gate_error=0), spans=spans)
+        manager, out = run(model, policy, labels=(1, 4))
+        assert computed(manager) == [[0, 2, 5], [0, 3]]
+        outs.append(out)
+    for out in outs[1:]:
+        assert_close(out, outs[0], rtol=1e-3, atol=2e-4)
+
+
+def test_single_branches_are_reused_alone(model):
+    """Attention held from the first step, MLPs fresh, against the plain blocks with the held outputs put in."""
+
+    class Attention(Scheduled):
+        def decide(self, view):
+            return np.full(view.images, view.unit.branch == "mlp" or view.step == 0)
+
+    spans = tuple((u.start, u.stop, u.branch) for u in by_branch(3))
+    manager, out = run(model, Attention(stored=Predictor("branches", 0), spans=spans), labels=(1, 4))
+
+    class HeldAttention:
+        held = None
+
+        def run_blocks(self, blocks, x, c):
+            first, self.held = self.held is None, self.held or []
+            for i, block in enumerate(blocks):
+                shift, scale, gate, *rest = block.modulation(c)
+                if first:
+                    self.held.append(block.attn_branch(x, shift, scale))
+                x = x + gate.unsqueeze(1) * self.held[i]
+                x = x + rest[2].unsqueeze(1) * block.mlp_branch(x, rest[0], rest[1])
+            return x
+
+    assert_close(out, sample_with(HeldAttention(), model, labels=(1, 4)), rtol=1e-4, atol=1e-5)
+    attn, mlp = model.branch_flops()
+    modulations = 9 * 6 * 32 * 32 / (10 / 3)  # fresh gates: nine of ten steps, half of adaLN
+    assert manager.trace.compute == pytest.approx((attn / 10 + mlp + modulations / 3) / (attn + mlp))
+    assert manager.trace.hit_rate == pytest.approx(0.45)
+
+
+def test_what_reuse_gives_is_added_and_what_it_ran_is_counted(model):
+    """A policy that stores nothing and runs half of the tokens of one block itself."""
+
+    class Half(Scheduled):
+        def reuse(self, view, cached):
+            assert cached.images.tolist() == [1]
+            view.spend(1, "mlp", cached.images, 0.5)
+            view.spend_flops(7)
+            return torch.full_like(cached.x, 0.25)
+
+    manager, _ = run(model, Half(steps=(tuple(range(10)), (0, 1))), labels=(1, 4))
+    executed = manager.trace.executed
+    assert (executed[:, :, :, 0] == 1).all()
+    assert (executed[2:, 1, 1, 1] == 0.5).all()
+    assert executed[2:, :, :, 1].sum() == 8 * 2 * 0.5
+    assert manager.trace.extra_flops == 8 * 7
+
+
+def test_a_policy_that_stores_nothing_must_say_what_to_reuse(model):
+    with pytest.raises(ValueError, match="without a predictor must override"):
+        run(model, Scheduled(), labels=(1,))
 
 
 @pytest.mark.parametrize("decided", [np.ones(3, dtype=bool), np.ones((2, 1), dtype=bool), True])
@@ -441,8 +369,11 @@ def test_decisions_of_another_shape_raise(model, decided):
     assert model.cache is None
 
 
-@pytest.mark.parametrize("spans", [((0, 2),), ((0, 1), (2, 3)), ((1, 3),), ((0, 2), (1, 3))])
-def test_segments_that_do_not_follow_one_another_raise(model, spans):
-    with pytest.raises(ValueError, match="segments must follow"):
+@pytest.mark.parametrize(
+    "spans",
+    [((0, 2),), ((0, 1), (2, 3)), ((1, 3),), ((0, 2), (1, 3)), ((0, 2, "attn"), (0, 3)), ((0, 3), (2, 3, "mlp"))],
+)
+def test_units_that_do_not_follow_one_another_raise(model, spans):
+    with pytest.raises(ValueError, match="units must follow"):
         run(model, Scheduled(spans=spans))
     assert model.cache is None

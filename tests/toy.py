@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from adacorr import Policy, Predictor, Trace
+from adacorr import CacheManager, Policy, Predictor, Trace, make_policy
+from adacorr.policies import calibrated
+from adacorr.profile import Profile, save_profile
 from adacorr.types import Conditioning, Run, Unit, View
 from diffusion import make_sampler
 from models import DiT, DiTBlock, guide
@@ -100,7 +102,21 @@ def sample(model, steps=10, labels=(3, 0, 3), cfg_scale=1.5, cache=None, sampler
         cfg_scale=cfg_scale,
         cache=cache,
         step_noise=lambda step, rows: gaussian(seed, indices[rows], shape, stream=step + 1).to(device),
+        model_id="toy",
     )
+
+
+def fitted(name, model, folder, steps=10, cfg_scale=1.5, options=""):
+    """A policy by name; one that needs a profile gets it from runs of this model, kept in `folder`."""
+    if name in calibrated():
+        path = folder / f"{name}-{steps}-{cfg_scale:g}.safetensors"
+        if not path.exists():
+            calibration = calibrated()[name].calibration()
+            sample(model, steps, (0, 1, 2, 4), cfg_scale, CacheManager(calibration), seed=2**31)
+            arrays, notes = calibration.fit()
+            save_profile(path, Profile(name, arrays, "toy", "ddim", steps, cfg_scale, notes))
+        options = ",".join(filter(None, [f"profile={path}", options]))
+    return make_policy(f"{name}:{options}" if options else name)
 
 
 def rows_at(model, sampler, step, x, labels, halves):
@@ -123,7 +139,8 @@ def forced(model, manager, steps=10, labels=(3, 0, 3), cfg_scale=1.5, seed=0):
         plain.append(out)
         x = sampler.step(step, x, out[: len(x)] if halves == 1 else guide(out, cfg_scale, 3, "all")[: len(x)])
     cached = []
-    with manager.run(model, labels, sampler.timesteps, alphas(sampler), cfg_scale=cfg_scale) as run:
+    identity = {"model_id": "toy", "sampler": sampler.spec}
+    with manager.run(model, labels, sampler.timesteps, alphas(sampler), cfg_scale=cfg_scale, **identity) as run:
         for step, x in enumerate(states):
             run.begin_step(step)
             cached.append(model(*rows_at(model, sampler, step, x, labels, halves)))

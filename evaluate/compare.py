@@ -1,0 +1,430 @@
+"""Every caching method on one model, alone and under AdaCorrection, swept to the same compute.
+
+    python -m evaluate compare --out docs/compare          # docs/compare.json, .md and .png
+    python -m evaluate compare --methods teacache,rfc --levels 0.35,0.15
+
+All runs share the model, the noise and the labels. A method's own knob (`Policy.knob`) is moved until it spends each
+compute level; where it has variants, the best at that level is kept. Its corrected form keeps that setting, and gamma
+is moved until it spends what the method spent, or less. PSNR and SSIM are per image against the uncached run; `to
+solution` is PSNR against DDIM of 1000 steps from the same noise, where fewer steps of DDIM, DPM-Solver++ and UniPC
+compete, too. Seconds are medians of --repeats runs after a warm-up, the uncached run taken anew beside each method.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import pipeline
+from adacorr import CacheManager, Literal, available, make_policy, parse_correction
+from adacorr.spec import hint
+from adacorr.types import Knob
+from diffusion import make_sampler
+from evaluate.fidelity import fidelity
+
+LEVELS = (0.5, 0.35, 0.25, 0.15)
+SOLVERS = ("ddim", "dpmsolver++", "dpmsolver++:use_lu_lambdas=true", "unipc")
+NEAR = 0.03  # a compute within this share of the one asked for is close enough to stop a search
+REACHED = 0.2  # and one that is further off than this does not stand for the level
+TRIES = 10  # runs of one search
+GAMMA = Knob("gamma", 1e4, 1e-3)  # more gamma is more compute
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to sample: the specs of --cache and --adacorr, or a sampler with its steps."""
+
+    cache: str | None = None
+    adacorr: str | None = None
+    sampler: str | None = None
+    steps: int | None = None
+
+    def manager(self) -> CacheManager | None:
+        if self.cache is None and self.adacorr is None:
+            return None
+        policy = None if self.cache is None else make_policy(self.cache)
+        correction = None if self.adacorr is None else parse_correction(self.adacorr)
+        return CacheManager(policy, correction)
+
+    def __str__(self) -> str:
+        if self.sampler is not None:
+            return f"--sampler {self.sampler} --num-sampling-steps {self.steps}"
+        parts = [f"--cache {self.cache}"] if self.cache else []
+        parts += [f"--adacorr {self.adacorr}".strip()] if self.adacorr is not None else []
+        return " ".join(parts)
+
+
+@dataclass
+class Row:
+    """One line of the tables: what ran, what it spent, how close it came. PSNR and SSIM hold mean, p5 and min."""
+
+    method: str
+    form: str  # alone, adacorr or fewer steps
+    level: float | None
+    setting: Setting
+    compute: float
+    hit_rate: float
+    psnr: dict[str, Any]
+    ssim: dict[str, Any]
+    solution_psnr: dict[str, Any] | None
+    bytes_per_image: int
+    weights_at_1: float | None = None  # literal form: share of its weights that are 1
+    speedup: float | None = None
+
+    @property
+    def score(self) -> float:
+        return float(self.psnr["mean"])
+
+    def plain(self) -> dict[str, Any]:
+        return {**vars(self), "setting": {k: v for k, v in vars(self.setting).items() if v is not None}}
+
+
+@dataclass
+class Bench:
+    """The model, the noise and both references; runs settings and remembers them."""
+
+    pipe: pipeline.Pipeline
+    seed: int
+    labels: Tensor | None
+    count: int
+    solution_steps: int
+    rows: dict[Setting, Row] = field(default_factory=dict)
+    reference: Tensor | None = None
+    solution: Tensor | None = None
+
+    def prepare(self) -> None:
+        """Sample what everything is compared with."""
+        self.reference = self.pipe.decode(self.states(Setting()))
+        if self.solution_steps:
+            self.solution = self.pipe.decode(self.states(Setting(sampler="ddim", steps=self.solution_steps)))
+
+    def states(self, setting: Setting, manager: CacheManager | None = None) -> Tensor:
+        pipe = self.pipe
+        if setting.sampler is not None:
+            pipe = replace(pipe, sampler=make_sampler(setting.sampler, setting.steps))
+        return pipe.sample(self.seed, np.arange(self.count), self.labels, manager)
+
+    def run(self, method: str, form: str, setting: Setting) -> Row:
+        """The row of a setting; a setting that ran before is not run again."""
+        if setting not in self.rows:
+            manager = setting.manager()
+            images = self.pipe.decode(self.states(setting, manager))
+            near = fidelity(self.reference, images)
+            exact = None if self.solution is None else fidelity(self.solution, images)["psnr"]
+            steps = self.pipe.sampler.num_steps
+            row = Row(
+                method,
+                form,
+                None,
+                setting,
+                compute=setting.steps / steps if manager is None else manager.trace.compute,
+                hit_rate=0.0 if manager is None else manager.trace.hit_rate,
+                psnr=_summary(near["psnr"]),
+                ssim=_summary(near["ssim"]),
+                solution_psnr=None if exact is None else _summary(exact),
+                bytes_per_image=0 if manager is None else manager.bytes // self.count,
+            )
+            if manager is not None and isinstance(manager.correction, Literal):
+                row.weights_at_1 = float((manager.trace.weight[1:] == 1).mean())
+            self.rows[setting] = row
+        return self.rows[setting]
+
+    def seconds(self, setting: Setting) -> float:
+        """Wall-clock of one run, decoding left out."""
+        wait = torch.cuda.synchronize if self.pipe.device.type == "cuda" else lambda: None
+        manager = setting.manager()
+        wait()
+        start = time.perf_counter()
+        self.states(setting, manager)
+        wait()
+        return time.perf_counter() - start
+
+
+def _summary(scores: dict[str, Any]) -> dict[str, Any]:
+    return {key: scores[key] for key in ("mean", "p5", "min")}
+
+
+# ------------------------------------------------------------------------------------------------- search
+
+
+def search(run: Callable[[float], Row], knob: Knob, target: float, most: float = math.inf) -> Row:
+    """The row whose compute is nearest to `target`, and not above `most` if there is one; compute falls along the knob.
+
+    Bisection, on a logarithmic scale or over whole numbers.
+    """
+    whole = isinstance(knob.low, int) and isinstance(knob.high, int)
+    low, high = knob.low, knob.high
+    rows = []
+    for _ in range(TRIES):
+        value = (low + high) // 2 if whole else float(f"{math.sqrt(low * high):.4g}")
+        rows.append(run(value))
+        found = rows[-1].compute
+        if target * (1 - NEAR) <= found <= min(target * (1 + NEAR), most):
+            break
+        if whole and abs(high - low) <= 1:
+            break
+        low, high = (value, high) if found > min(target, most) else (low, value)
+    if whole:
+        rows += [run(value) for value in (low, high)]
+    allowed = [row for row in rows if row.compute <= most] or rows
+    return min(allowed, key=lambda row: abs(math.log(row.compute / target)))
+
+
+def with_option(spec: str, *options: str) -> str:
+    """A spec with more options: NAME[:key=value,...]."""
+    given = ",".join(filter(None, options))
+    return f"{spec}{',' if ':' in spec else ':'}{given}" if given else spec
+
+
+def sweep(bench: Bench, method: str, level: float) -> tuple[Row, Row] | None:
+    """(alone, corrected) at a compute level, or None where the method cannot spend that little or that much."""
+    knob = make_policy(method).knob
+    found = []
+    for variant in knob.variants:
+
+        def alone(value: float, variant: str = variant) -> Row:
+            number = f"{value}" if isinstance(value, int) else f"{value:g}"
+            return bench.run(method, "alone", Setting(with_option(method, f"{knob.option}={number}", variant)))
+
+        row = search(alone, knob, level)
+        if abs(row.compute / level - 1) <= REACHED:
+            found.append(row)
+    if not found:
+        return None
+    best = max(found, key=lambda row: row.score)
+
+    def corrected(gamma: float) -> Row:
+        return bench.run(method, "adacorr", Setting(best.setting.cache, f"gamma={gamma:g}"))
+
+    return best, search(corrected, GAMMA, best.compute, most=best.compute * (1 + NEAR))
+
+
+def compare(bench: Bench, methods: list[str], levels: list[float], say: Callable[[str], None]) -> Iterator[Row]:
+    """All rows, in the order of the table."""
+    for method in methods:
+        for level in levels:
+            pair = sweep(bench, method, level)
+            if pair is None:
+                say(f"{method} at {level}: out of reach")
+                continue
+            for row in pair:
+                yield replace(row, level=level)
+            say(f"{method} at {level}: {pair[0].setting.cache}: {pair[0].score:.1f} -> {pair[1].score:.1f} dB")
+    for level in levels:
+        row = search(lambda gamma: bench.run("adacorr", "adacorr", Setting(None, f"gamma={gamma:g}")), GAMMA, level)
+        yield replace(row, level=level)
+        say(f"--adacorr at {level}: {row.score:.1f} dB")
+    yield bench.run("literal", "adacorr", Setting(None, "literal"))
+    for level in levels:
+        for sampler in SOLVERS:
+            steps = max(1, round(level * bench.pipe.sampler.num_steps))
+            name = sampler.replace(":use_lu_lambdas=true", " (log-SNR)")
+            yield replace(bench.run(name, "fewer steps", Setting(sampler=sampler, steps=steps)), level=level)
+    say("fewer steps: done")
+
+
+def time_rows(bench: Bench, rows: list[Row], repeats: int, say: Callable[[str], None]) -> None:
+    """Fill in the speed-up of each row, method by method with the uncached run beside it."""
+    bench.pipe.sample(bench.seed, np.arange(bench.count), bench.labels, stop=4)
+    for method in dict.fromkeys(row.method for row in rows):
+        own = [row for row in rows if row.method == method]
+        spent: dict[str, list[float]] = {}
+        for _ in range(repeats):
+            for name, setting in [("", Setting()), *((str(row.setting), row.setting) for row in own)]:
+                spent.setdefault(name, []).append(bench.seconds(setting))
+        for row in own:
+            row.speedup = statistics.median(spent[""]) / statistics.median(spent[str(row.setting)])
+        say(f"timed {method}")
+
+
+# ------------------------------------------------------------------------------------------------- output
+
+
+def summary_table(rows: list[Row], levels: list[float]) -> str:
+    """PSNR of each method at each level, alone and corrected."""
+    lines = [
+        "| PSNR (dB) at compute | " + " | ".join(f"{level:g}" for level in levels) + " |",
+        "|---" * (len(levels) + 1) + "|",
+    ]
+    for method in dict.fromkeys(row.method for row in rows if row.level is not None):
+        cells = []
+        for level in levels:
+            own = {row.form: row.score for row in rows if row.method == method and row.level == level}
+            if "alone" in own:
+                cells.append(f"{own['alone']:.1f} → {own['adacorr']:.1f}")
+            else:
+                cells.append(f"{next(iter(own.values())):.1f}" if own else "out of reach")
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def level_table(rows: list[Row]) -> str:
+    """Every measure of the rows of one level."""
+    lines = [
+        "| | compute | hit rate | PSNR mean / p5 / min (dB) | to solution (dB) | SSIM | speed-up | MB per image |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        psnr = " / ".join(f"{float(row.psnr[key]):.1f}" for key in ("mean", "p5", "min"))
+        exact = "" if row.solution_psnr is None else f"{float(row.solution_psnr['mean']):.1f}"
+        speed = "" if row.speedup is None else f"{row.speedup:.2f}x"
+        lines.append(
+            f"| `{row.setting}` | {row.compute:.3f} | {row.hit_rate:.3f} | {psnr} | {exact} | "
+            f"{float(row.ssim['mean']):.4f} | {speed} | {row.bytes_per_image / 1e6:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def markdown(rows: list[Row], levels: list[float], intro: str) -> str:
+    """The whole page."""
+    parts = ["# Every method at equal compute", intro, summary_table(rows, levels)]
+    for level in levels:
+        own = [row for row in rows if row.level == level]
+        parts += [f"## Compute {level:g}", level_table(own)]
+    literal = [row for row in rows if row.method == "literal"]
+    if literal:
+        share = literal[0].weights_at_1
+        parts += [
+            "## Algorithm 1 to the letter",
+            f"Every block is computed, then blended; {share:.1%} of the correction weights after the first step are 1.",
+            level_table(literal),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """PSNR against compute, an arrow from each method to its corrected form (Figure 3 of the paper)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.add_subplot(xscale="log", xlabel="compute (executed share of block FLOPs)")
+    axes.set_ylabel("PSNR to the uncached run (dB)")
+    colours = [f"C{i}" for i in range(10)] + ["black", "gold", "navy", "tomato"]
+    methods = list(dict.fromkeys(row.method for row in rows if row.form == "alone"))
+    for method, colour in zip(methods, colours, strict=False):
+        pairs = [[r for r in rows if r.method == method and r.form == form] for form in ("alone", "adacorr")]
+        for before, after in zip(*pairs, strict=True):
+            ends = {"xytext": (before.compute, before.score), "xy": (after.compute, after.score)}
+            axes.annotate("", **ends, arrowprops={"arrowstyle": "->", "color": colour, "alpha": 0.5})
+        x, y = [r.compute for r in pairs[0]], [r.score for r in pairs[0]]
+        axes.plot(x, y, "o", color=colour, markerfacecolor="white", label=method)
+        axes.plot([r.compute for r in pairs[1]], [r.score for r in pairs[1]], "o", color=colour, markersize=4)
+    for name, style in (("adacorr", "k*-"), ("ddim", "--"), ("dpmsolver++ (log-SNR)", "-."), ("unipc", ":")):
+        own = sorted((r.compute, r.score) for r in rows if r.method == name and r.level is not None)
+        if own:
+            style_options = {} if name == "adacorr" else {"color": "grey"}
+            label = "--adacorr alone" if name == "adacorr" else f"fewer steps: {name}"
+            axes.plot(*zip(*own, strict=True), style, label=label, **style_options)
+    axes.set_xticks(LEVELS, [f"{level:g}" for level in LEVELS])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize="small", title="hollow: alone, filled: corrected")
+    with pipeline.written_whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+# ------------------------------------------------------------------------------------------- command line
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser(
+        "compare",
+        help="every caching method, alone and under AdaCorrection, at equal compute",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    pipeline.add_model_flags(parser)
+    parser.set_defaults(seed=4242, run=run)
+    group = parser.add_argument_group("comparison")
+    add = group.add_argument
+    add("--methods", default="all", metavar="NAME,...", help="default: all that have a knob to sweep")
+    add("--levels", default=",".join(f"{x:g}" for x in LEVELS), help="compute levels in 0..1 (default %(default)s)")
+    add("--num-images", type=int, default=20, help="labels in turn (default %(default)s)")
+    add("--solution-steps", type=int, default=1000, help="DDIM steps of the solution; 0 leaves it out (default 1000)")
+    add("--repeats", type=int, default=3, help="timed runs of each row; 0 leaves times out (default %(default)s)")
+    add("--out", type=Path, required=True, metavar="STEM", help="writes STEM.json and STEM.md, STEM.png with --plot")
+    add("--plot", action="store_true", help="needs matplotlib")
+
+
+def parse_methods(text: str) -> list[str]:
+    """Names of a list, or all methods that have a knob; ValueError names the first unknown one."""
+    known = [name for name in available() if make_policy(name).knob is not None]
+    if text == "all":
+        return known
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"--methods: {name!r} is none of {', '.join(known)}{hint(name, known)}")
+    return names
+
+
+def parse_levels(text: str) -> list[float]:
+    """Numbers in 0..1, most compute first; ValueError names the first that is none."""
+    levels = []
+    for item in text.split(","):
+        try:
+            level = float(item)
+        except ValueError:
+            level = math.nan
+        if not 0 < level < 1:
+            raise ValueError(f"--levels: {item.strip()!r} is no number between 0 and 1; give e.g. 0.5,0.25")
+        levels.append(level)
+    return sorted(levels, reverse=True)
+
+
+def run(args: argparse.Namespace) -> None:
+    """The whole job. ValueError or OSError for a mistake, before anything is sampled."""
+    methods, levels = parse_methods(args.methods), parse_levels(args.levels)
+    pipeline.check_range("--num-images", args.num_images, 1, 10_000)
+    pipeline.check_range("--solution-steps", args.solution_steps, 0, 1000)
+    pipeline.check_range("--repeats", args.repeats, 0, 1000)
+    files = {kind: args.out.with_name(f"{args.out.name}.{kind}") for kind in ("json", "md", "png")}
+    for file in files.values():
+        pipeline.check_writable("--out", file)
+    if args.plot:
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            raise ValueError("--plot needs matplotlib: pip install matplotlib, or leave --plot out") from None
+    pipe, _ = pipeline.load(argparse.Namespace(**vars(args), cache=None, adacorr=None, cache_dtype="fp32"))
+    labels = torch.arange(args.num_images) % pipe.model.num_classes if pipe.model.num_classes else None
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+
+    bench = Bench(pipe, args.seed, labels, args.num_images, args.solution_steps)
+    bench.prepare()
+    rows = list(compare(bench, methods, levels, say))
+    if args.repeats:
+        time_rows(bench, rows, args.repeats, say)
+    settings = {key: str(value) for key, value in vars(args).items() if key not in ("run", "made_with", "command")}
+    content = {
+        "arguments": settings,
+        "made_with": args.made_with,
+        "environment": pipeline.environment(),
+        "checkpoint_sha256": pipe.checkpoint.sha256,
+        "rows": [row.plain() for row in rows],
+        "tried": [row.plain() for row in bench.rows.values()],
+    }
+    pipeline.write_json(files["json"], json.loads(json.dumps(content)))
+    intro = (
+        f"`{' '.join(args.made_with)}`: {pipe.checkpoint.path.name}, {args.sampler} of {args.num_sampling_steps} "
+        f"steps, guidance {args.cfg_scale:g}, {args.num_images} images of seed {args.seed}, {args.dtype} on "
+        f"{content['environment']['device']}, {time.strftime('%Y-%m-%d')}. Alone → under AdaCorrection at no more "
+        "compute."
+    )
+    with pipeline.written_whole(files["md"]) as temporary:
+        temporary.write_text(markdown(rows, levels, intro))
+    if args.plot:
+        plot(rows, files["png"])
+    say(summary_table(rows, levels))
+    say(", ".join(str(file) for kind, file in files.items() if kind != "png" or args.plot))
