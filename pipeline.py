@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -386,9 +387,6 @@ def alpha_bar(sampler: Sampler) -> np.ndarray:
 
 def environment() -> dict[str, Any]:
     """Versions and machine of a run record."""
-    import diffusers
-    import timm
-
     command = ["git", "rev-parse", "HEAD"]
     try:
         commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
@@ -398,13 +396,19 @@ def environment() -> dict[str, Any]:
         "git": commit or None,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "timm": timm.__version__,
-        "diffusers": diffusers.__version__,
-        "numpy": np.__version__,
+        **{name: installed(name) for name in ("timm", "diffusers", "numpy")},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         "threads": torch.get_num_threads(),
         "argv": sys.argv,
     }
+
+
+def installed(package: str) -> str | None:
+    """The version of a package, None where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def write_json(path: str | Path, content: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
     python -m adacorr methods                    # on the bundled checkpoint
     python -m adacorr methods --ckpt FILE        # what a cache holds depends on the model and the steps
 
-Bytes are measured on one image: the method runs a few steps, and what it stores is counted. Runs from the root of a clone.
+Bytes are measured on one image: the method runs once, and what it stores is counted. Runs from the root of a clone.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from adacorr.calibrate import Parser
 from adacorr.correct import AdaCorrection, Literal
 from adacorr.manager import CacheManager
 from adacorr.policies import available, make_policy
@@ -81,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write("adacorr: error: pipeline.py is not here: run from the root of a clone\n")
         return 2
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("adacorr", description=__doc__, formatter_class=raw)
+    parser = Parser("adacorr", description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser("methods", help="every caching method: granularity, calibration, bytes per image")
     pipeline.add_model_flags(listing)
@@ -89,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         pipe, _ = pipeline.load(argparse.Namespace(**vars(args), cache=None, adacorr=None, cache_dtype="fp32"))
         sys.stdout.write(show(methods(pipe)) + "\n")
+    except KeyboardInterrupt:
+        return 130
     except (ValueError, OSError) as error:
         sys.stderr.write(f"adacorr: error: {' '.join(str(error).split())}\n")
         return 2

@@ -3,9 +3,9 @@
     python -m adacorr.calibrate --cache teacache --out teacache.json
     python sample.py --cache teacache:threshold=0.1,profile=teacache.json --compare
 
-A profile holds for the checkpoint, sampler, steps and guidance that it was made with, and is refused elsewhere. The suffix
-of --out picks the format: .json, or .safetensors for methods with large arrays. Profiles of the bundled checkpoint at the
-default settings ship with the package and are what profile=auto finds.
+A profile holds for the checkpoint, sampler, steps and guidance that it was made with, and is refused elsewhere. The
+suffix of --out picks the format: .json, or .safetensors for methods with large arrays. Profiles of the bundled
+checkpoint at the default settings ship with the package and are what profile=auto finds.
 
 The noise is that of seed 2147483648 + --seed, which is no seed to evaluate on: nothing is fitted to images that are
 judged later. Labels are spread evenly over the classes. Runs from the root of a clone.
@@ -22,9 +22,17 @@ import torch
 from adacorr.manager import CacheManager
 from adacorr.policies import calibrated
 from adacorr.profile import Calibration, Profile, check_suffix, save_profile
+from adacorr.spec import hint
 
 # Calibration noise is that of --seed plus this, so that no seed anybody evaluates on is ever fitted.
 SEED_OFFSET = 2**31
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but an error is one line without the usage text."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def observe(calibration: Calibration, pipe, seed: int, images: int, batch_size: int) -> None:
@@ -39,6 +47,9 @@ def observe(calibration: Calibration, pipe, seed: int, images: int, batch_size: 
 
 def run(args: argparse.Namespace, pipeline) -> None:
     """Load, observe, fit and write. ValueError or OSError for a mistake."""
+    if args.cache not in calibrated():
+        close = hint(args.cache.partition(":")[0], calibrated())
+        raise ValueError(f"--cache {args.cache}: only {', '.join(calibrated())} are measured on a model{close}")
     pipeline.check_range("--num-images", args.num_images, 1, 10_000)
     pipeline.check_range("--batch-size", args.batch_size, 1, 10_000)
     pipeline.check_range("--seed", args.seed, 0, SEED_OFFSET - 1)
@@ -75,8 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     argv = list(sys.argv[1:] if argv is None else argv)
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("adacorr.calibrate", description=__doc__, formatter_class=raw)
-    parser.add_argument("--cache", choices=sorted(calibrated()), required=True, help="the method to measure for")
+    parser = Parser("adacorr.calibrate", description=__doc__, formatter_class=raw)
+    parser.add_argument(
+        "--cache", required=True, metavar="METHOD", help=f"the method to measure for: {', '.join(calibrated())}"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the profile, .json or .safetensors")
     parser.add_argument(
         "--num-images",
@@ -91,6 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.cache_dtype = "fp32"
     try:
         run(args, pipeline)
+    except KeyboardInterrupt:
+        return 130
     except (ValueError, OSError) as error:
         sys.stderr.write(f"adacorr.calibrate: error: {' '.join(str(error).split())}\n")
         return 2

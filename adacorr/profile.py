@@ -15,11 +15,19 @@ from adacorr.types import Policy, Run
 
 FOLDER = Path(__file__).parent / "profiles"
 SUFFIXES = (".json", ".safetensors")
+KINDS = {
+    "method": str,
+    "model_id": str,
+    "sampler": str,
+    "num_sampling_steps": int,
+    "cfg_scale": (int, float),
+    "notes": dict,
+}  # of a profile's header
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Arrays of one method, and what they were measured on. `made_with` is the command line, `notes` plain facts."""
+    """Arrays of one method, and what they were measured on. `notes` are plain facts, the command line among them."""
 
     method: str
     arrays: dict[str, np.ndarray]
@@ -31,28 +39,31 @@ class Profile:
 
     @property
     def header(self) -> dict:
-        names = ("method", "model_id", "sampler", "num_sampling_steps", "cfg_scale", "notes")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in KINDS}
 
 
 def save_profile(path: str | Path, profile: Profile) -> None:
     """Write a profile; the suffix picks the format. JSON holds float64 in full; safetensors keeps the arrays' types.
 
-    ValueError for another suffix.
+    The file appears whole or not at all. ValueError for another suffix.
     """
     path = Path(path)
     check_suffix(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.part")
-    if path.suffix == ".json":
-        arrays = {name: np.asarray(value).tolist() for name, value in profile.arrays.items()}
-        beside.write_text(json.dumps({**profile.header, "arrays": arrays}) + "\n")
-    else:
-        from safetensors.numpy import save_file
+    try:
+        if path.suffix == ".json":
+            arrays = {name: np.asarray(value).tolist() for name, value in profile.arrays.items()}
+            beside.write_text(json.dumps({**profile.header, "arrays": arrays}) + "\n")
+        else:
+            from safetensors.numpy import save_file
 
-        arrays = {name: np.ascontiguousarray(value) for name, value in profile.arrays.items()}
-        save_file(arrays, beside, metadata={"profile": json.dumps(profile.header)})
-    beside.replace(path)
+            arrays = {name: np.asarray(value, order="C") for name, value in profile.arrays.items()}
+            save_file(arrays, beside, metadata={"profile": json.dumps(profile.header)})
+            beside.chmod(0o644)  # safetensors writes private files
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def load_profile(path: str | Path) -> Profile:
@@ -69,12 +80,24 @@ def load_profile(path: str | Path) -> Profile:
             with safe_open(path, framework="numpy") as file:
                 content = json.loads((file.metadata() or {})["profile"])
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no iterable
-        return Profile(arrays=arrays, **content)
+        return Profile(arrays=arrays, **checked_header(content))
     except Exception as error:  # safetensors has error types of its own
-        reason = f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"  # one line, whatever the file holds
         raise ValueError(
             f"profile {path} cannot be read ({reason}): make one with python -m adacorr.calibrate"
         ) from None
+
+
+def checked_header(content: dict) -> dict:
+    """A header from a file. ValueError for other fields or types, or text that would garble a message."""
+    header = {"notes": {}, **content}
+    if odd := sorted(set(header) ^ set(KINDS)):
+        raise ValueError(f"its fields and those of a profile differ in {odd}")
+    for name, kind in KINDS.items():
+        value = header[name]
+        if not isinstance(value, kind) or (kind is str and not value.isprintable()):
+            raise ValueError(f"its {name} is {value!r}")
+    return header
 
 
 def check_suffix(path: Path) -> None:

@@ -7,6 +7,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from adacorr.calibrate import Parser
 from evaluate import compare
 
 
@@ -14,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("evaluate", description=__doc__, formatter_class=raw)
+    parser = Parser("evaluate", description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True)
     compare.add_parser(commands)
     args = parser.parse_args(argv)

@@ -179,6 +179,11 @@ def search(run: Callable[[float], Row], knob: Knob, target: float, most: float =
     return min(allowed, key=lambda row: abs(math.log(row.compute / target)))
 
 
+def reached(row: Row, level: float) -> bool:
+    """Whether a row stands for a compute level."""
+    return abs(row.compute / level - 1) <= REACHED
+
+
 def with_option(spec: str, *options: str) -> str:
     """A spec with more options: NAME[:key=value,...]."""
     given = ",".join(filter(None, options))
@@ -196,7 +201,7 @@ def sweep(bench: Bench, method: str, level: float) -> tuple[Row, Row] | None:
             return bench.run(method, "alone", Setting(with_option(method, f"{knob.option}={number}", variant)))
 
         row = search(alone, knob, level)
-        if abs(row.compute / level - 1) <= REACHED:
+        if reached(row, level):
             found.append(row)
     if not found:
         return None
@@ -221,6 +226,9 @@ def compare(bench: Bench, methods: list[str], levels: list[float], say: Callable
             say(f"{method} at {level}: {pair[0].setting.cache}: {pair[0].score:.1f} -> {pair[1].score:.1f} dB")
     for level in levels:
         row = search(lambda gamma: bench.run("adacorr", "adacorr", Setting(None, f"gamma={gamma:g}")), GAMMA, level)
+        if not reached(row, level):
+            say(f"--adacorr at {level}: out of reach")
+            continue
         yield replace(row, level=level)
         say(f"--adacorr at {level}: {row.score:.1f} dB")
     yield bench.run("literal", "adacorr", Setting(None, "literal"))
@@ -364,7 +372,7 @@ def parse_methods(text: str) -> list[str]:
     for name in names:
         if name not in known:
             raise ValueError(f"--methods: {name!r} is none of {', '.join(known)}{hint(name, known)}")
-    return names
+    return list(dict.fromkeys(names))
 
 
 def parse_levels(text: str) -> list[float]:
@@ -378,12 +386,13 @@ def parse_levels(text: str) -> list[float]:
         if not 0 < level < 1:
             raise ValueError(f"--levels: {item.strip()!r} is no number between 0 and 1; give e.g. 0.5,0.25")
         levels.append(level)
-    return sorted(levels, reverse=True)
+    return sorted(set(levels), reverse=True)
 
 
 def run(args: argparse.Namespace) -> None:
     """The whole job. ValueError or OSError for a mistake, before anything is sampled."""
     methods, levels = parse_methods(args.methods), parse_levels(args.levels)
+    pipeline.check_range("--num-sampling-steps", args.num_sampling_steps, 2, 1000)  # one step leaves nothing to reuse
     pipeline.check_range("--num-images", args.num_images, 1, 10_000)
     pipeline.check_range("--solution-steps", args.solution_steps, 0, 1000)
     pipeline.check_range("--repeats", args.repeats, 0, 1000)
@@ -401,6 +410,9 @@ def run(args: argparse.Namespace) -> None:
     def say(text: str) -> None:
         print(text, flush=True)
 
+    for method in methods:  # one that refuses the model or has no profile for it says so now, not after hours
+        first = None if labels is None else labels[:1]
+        pipe.sample(args.seed, np.arange(1), first, CacheManager(make_policy(method)), stop=1)
     bench = Bench(pipe, args.seed, labels, args.num_images, args.solution_steps)
     bench.prepare()
     rows = list(compare(bench, methods, levels, say))

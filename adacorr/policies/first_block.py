@@ -1,45 +1,89 @@
-"""First-block cache (ParaAttention's FBCache, the first-block hook of diffusers): block 0 as the probe."""
+"""First-block cache (ParaAttention's FBCache, the first-block hook of diffusers) and DBCache (vipshop/cache-dit)."""
 
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from adacorr.policies import register
-from adacorr.types import Policy, View, check_adaptive, relative_change
+from adacorr.predict import Predictor
+from adacorr.types import Policy, Ran, Unit, View, check_adaptive, put, relative_change
 
 
 @register
 @dataclass
 class FirstBlock(Policy):
-    """Skip the other blocks while the first one's residual stays near that of the last computed step.
+    """Skip the other blocks while the first ones' residual stays near that of the last computed step.
 
-    threshold  relative L1 change of block 0's residual below which the rest is reused; 0 never reuses
-    scope      image: each image decides with both its guidance halves; batch: one decision for all, as released
-    The rest's residual is reused as it was (no fresh gates), as in the release.
+    threshold       relative L1 change of the front blocks' residual below which the middle is reused; 0 never reuses.
+                    It has to grow with `front`; cache-dit's default for front=8 is 0.08
+    front           Fn: first blocks, always computed, whose residual is the probe (1: FBCache; cache-dit's default 8
+                    is meant for 57 blocks)
+    back            Bn: last blocks, always computed, on what the reused middle gives
+    warmup          leading steps that are all computed (cache-dit: 8)
+    max_continuous  reused steps in a row after which one is computed; -1: no limit
+    max_cached      reused steps of a run after which all are computed; -1: no limit
+    order           0 reuses the middle's residual as it was; 1 and up forecasts it by TaylorSeer's difference
+                    quotients (cache-dit's calibrator, which ships with order 1)
+    scope           image: each image decides and counts with both its guidance halves; batch: one decision for all,
+                    as released
+    Measured against the last computed step, not accumulated, and no fresh gates for the residual, as in the releases.
+    cache-dit takes a threshold of 1 or more as "always reuse"; here it is compared like any other.
+
+    Stored for each image and half: order + 1 residuals of each unit, and the probe's residual of the last computed
+    step (one more tensor).
     """
 
     threshold: float = 0.05
+    front: int = 1
+    back: int = 0
+    warmup: int = 0
+    max_continuous: int = -1
+    max_cached: int = -1
+    order: int = 0
     scope: str = "image"
 
     def __post_init__(self):
         check_adaptive("first_block", self.threshold, self.scope)
+        for option, least in (("front", 1), ("back", 0), ("warmup", 0), ("max_continuous", -1), ("max_cached", -1)):
+            if getattr(self, option) < least:
+                raise ValueError(f"first_block: {option}={getattr(self, option)} must be at least {least}")
+        if not 0 <= self.order <= 4:
+            raise ValueError(f"first_block: order={self.order} must lie in 0..4")
 
-    def segments(self, depth):
-        return [(0, 1), (1, depth)] if depth > 1 else [(0, depth)]
+    @property
+    def predictor(self):
+        return Predictor("residual", order=self.order, weights="taylor")
 
-    def begin(self, images, num_steps):
-        self._reference = None  # (halves, n, T, D): block 0's residual at each image's last computed step
+    def units(self, depth: int) -> list[Unit]:
+        end = depth - self.back
+        if self.front >= end:
+            raise ValueError(
+                f"first_block: front={self.front} and back={self.back} must leave a block to reuse, and the model "
+                f"has {depth}"
+            )
+        back = [Unit(end, depth)] if self.back else []
+        return [Unit(0, self.front), Unit(self.front, end), *back]
+
+    def probe(self, depth: int) -> int:
+        return self.front
+
+    def begin(self, run):
+        self._reference = None  # (halves, n, T, D): the front's residual at each image's last computed step
+        self._computed = np.zeros(run.images, dtype=int)  # steps
 
     def decide(self, view: View) -> np.ndarray:
-        if view.block == 0 or self._reference is None:
+        if view.unit.start != self.front or view.step < self.warmup or self._reference is None:
             return np.ones(view.images, dtype=bool)
         change = relative_change(view.x - view.x_in, self._reference, self.scope)
-        return ~(change < self.threshold)
+        due = ~(change < self.threshold)
+        if self.max_continuous >= 0:
+            due |= view.age - 1 >= self.max_continuous
+        if self.max_cached >= 0:
+            due |= view.step - self._computed >= self.max_cached
+        return due
 
-    def computed(self, view: View, images: np.ndarray) -> None:
-        if view.block == 0 or not images.any():
-            return
-        residual = view.x - view.x_in
-        fresh = torch.from_numpy(images).to(residual.device).view(1, -1, 1, 1)
-        self._reference = residual if self._reference is None else torch.where(fresh, residual, self._reference)
+    def computed(self, view: View, ran: Ran) -> None:
+        if view.unit.start == self.front:
+            residual = ran.x - view.x_in[:, ran.images]
+            self._reference = put(self._reference, ran.images, residual, view.images)
+            self._computed[ran.images] += 1

@@ -1,0 +1,118 @@
+"""AdaCache (arXiv 2411.02397): how much the middle block's attention changed says how many steps to wait."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from adacorr.policies import register
+from adacorr.predict import Predictor
+from adacorr.types import Policy, Ran, Run, Unit, View, check_adaptive, put, relative_change
+
+# Key:rate pairs. `dit` is ours; the other two are the release's for Open-Sora in 30 steps.
+CODEBOOKS = {
+    "dit": "0.062:6/0.081:5/0.098:4/0.113:3/0.137:2/1:1",
+    "fast": "0.08:6/0.16:5/0.24:4/0.32:3/0.40:2/1:1",
+    "slow": "0.08:3/0.16:2/1:1",
+}
+GATES = ("fresh", "frozen")
+FORCED_AT_END = 2  # steps, as released
+
+
+@register
+@dataclass
+class AdaCache(Policy):
+    """Wait 1 to 6 steps for the next computed one, by how fast the middle block's attention changes.
+
+    scale     multiplies the keys of the codebook; 0 computes every step, larger skips more
+    codebook  KEY:RATE/KEY:RATE/..., or dit, fast or slow; keys rise and rates fall
+    gates     fresh: branch outputs under the gates of now; frozen: what the blocks added, as released
+    scope     image: each image waits by itself, with both its guidance halves; batch: all together, as released
+    Source: `opensora/models/stdit/stdit3.py` of the release. At a computed step, with c what the attention of block
+    L // 2 adds now, r what it added at the last computed step and k the steps between, d = mean|c - r| / mean|r| / k,
+    and the next computed step is as many steps away as the smallest key above d says. The first two steps (nothing can
+    be compared at the first) and the last two are computed.
+    Stored: one prediction for each unit, and r. Keys of `dit` are the sextiles of d in uncached runs of the
+    bundled checkpoint (DDIM-50, guidance 1.5, 8 images of noise that nothing is judged on).
+
+    Where this departs from the release:
+    - k is the number of steps that passed; the release divides by the rate that it chose, which is another number
+      where the end forces a step.
+    - d above all keys gives rate 1; the release gives the last rate, and its last key is so large that this never
+      happens, until `scale` shrinks it.
+    - Gates are fresh by default, since a DiT's gates follow the timestep.
+    - The motion term is for video and left out.
+    """
+
+    scale: float = 1.0
+    codebook: str = "dit"
+    gates: str = "fresh"
+    scope: str = "image"
+
+    def __post_init__(self):
+        if not self.scale >= 0:
+            raise ValueError(f"adacache: scale={self.scale} must be at least 0")
+        if self.gates not in GATES:
+            raise ValueError(f"adacache: gates={self.gates!r} must be one of {', '.join(GATES)}")
+        check_adaptive("adacache", 0.0, self.scope)
+        read_codebook(self.codebook)
+
+    @property
+    def predictor(self) -> Predictor:
+        return Predictor("branches" if self.gates == "fresh" else "residual", order=0)
+
+    def units(self, depth: int) -> list[Unit]:
+        middle = depth // 2
+        around = [Unit(0, middle), Unit(middle, middle + 1, "attn"), Unit(middle, middle + 1, "mlp")]
+        return [u for u in (*around, Unit(middle + 1, depth)) if u.stop > u.start]
+
+    def begin(self, run: Run) -> None:
+        self._keys, self._rates = read_codebook(self.codebook)
+        self._next = np.zeros(run.images, dtype=np.int64)  # the step that is to be computed
+        self._last = np.full(run.images, -1)  # newest step that was
+        self._reference = None  # (halves, n, T, D): what the middle attention added at that step
+
+    def decide(self, view: View) -> np.ndarray:
+        # A step is computed whole, though the middle of it has moved `_next` on.
+        due = (view.step >= self._next) | (self._last == view.step)
+        return due | (view.step >= view.num_steps - FORCED_AT_END)
+
+    def computed(self, view: View, ran: Ran) -> None:
+        if view.unit.branch != "attn":
+            return
+        added, images = ran.out - ran.x, ran.images
+        rates = np.ones(len(images), dtype=np.int64)
+        seen = np.flatnonzero(self._last[images] >= 0)
+        if len(seen):
+            before = self._reference[:, torch.from_numpy(images[seen]).to(added.device)]
+            change = relative_change(added[:, seen], before, self.scope) / (view.step - self._last[images[seen]])
+            rates[seen] = self.rate(change)
+        self._next[images] = view.step + rates
+        self._last[images] = view.step
+        self._reference = put(self._reference, images, added, view.images)
+
+    def rate(self, change: np.ndarray) -> np.ndarray:
+        """Steps to the next computed one, for changes (m,): the rate of the smallest scaled key above each."""
+        index = np.searchsorted(self._keys * self.scale, change, side="right")
+        return self._rates[index]
+
+
+def read_codebook(text: str) -> tuple[np.ndarray, np.ndarray]:
+    """(keys (K,), rates (K + 1,)) of a name or KEY:RATE/...; the last rate, 1, is for changes above all keys.
+
+    ValueError for anything but rising keys above 0 with whole rates that do not rise.
+    """
+    try:
+        pairs = [pair.split(":") for pair in CODEBOOKS.get(text, text).split("/")]
+        keys, rates = [float(key) for key, _ in pairs], [int(rate) for _, rate in pairs]
+    except (ValueError, AttributeError):
+        keys, rates = [], []
+    falling = all(a >= b for a, b in zip(rates, rates[1:], strict=False))
+    rising = all(a < b for a, b in zip([0.0, *keys], keys, strict=False))
+    if not keys or not rising or not math.isfinite(keys[-1]) or not falling or rates[-1] < 1:
+        raise ValueError(
+            f"adacache: codebook={text!r} must be one of {', '.join(CODEBOOKS)}, or KEY:RATE/KEY:RATE/... with keys "
+            "that rise from above 0 and whole rates of at least 1 that do not rise, such as 0.1:3/0.2:2"
+        )
+    return np.array(keys), np.array([*rates, 1])

@@ -1,0 +1,107 @@
+"""DiCache (arXiv 2508.17356; release: Bujiazi/DiCache, FLUX/run_flux_dicache.py): a shallow probe times and aligns."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adacorr.policies import register
+from adacorr.predict import Predictor
+from adacorr.types import Cached, Policy, Ran, Unit, View, check_adaptive, put, relative_change
+
+ERRORS = ("feature", "difference")
+
+
+@register
+@dataclass
+class DiCache(Policy):
+    """Skip while the first blocks' changes add up to little, and scale the last residuals by how the probe moved.
+
+    threshold  sum of errors at which a step is computed; 0 computes every step. Released: 0.4 with error=feature and
+               retention=0.2, 0.08 with error=difference and retention=0
+    error      of a step, relative L1 to the step before, computed or not. feature: of the probe's output; difference:
+               |that of its output - that of its input|
+    depth      m: blocks of the probe, run in every step (1 to 5 in the paper)
+    retention  share of the steps that are all computed at the start: the first int(retention * steps) + 1. The last
+               step is computed, too
+    g_max      most that the newest change of the residual is extrapolated by (1.5 in the release for FLUX, up to 2 for
+               Wan)
+    scope      image: each image decides, and has its g, with both its guidance halves; batch: one for all, as released
+    With p the probe's residual now, p2 and p1 those of the last and the last but one computed step, and R2, R1 the
+    residuals of the whole stack there, a skipped step gives x_in + R1 + g (R2 - R1),
+    g = clip(mean|p - p1| / mean|p2 - p1|, 1, g_max); R2 as it was until there are two computed steps. So the probe's
+    fresh output only sets g, as released; a computed step goes on from it.
+
+    Stored for each image and half: two residuals of each of the two units, two of the probe (here: the release holds
+    all of the run's), and the probe's last output (with error=difference its input, too).
+    """
+
+    threshold: float = 0.4
+    error: str = "feature"
+    depth: int = 1
+    retention: float = 0.2
+    g_max: float = 1.5
+    scope: str = "image"
+
+    def __post_init__(self):
+        check_adaptive("dicache", self.threshold, self.scope)
+        if self.error not in ERRORS:
+            raise ValueError(f"dicache: error={self.error!r} must be one of {', '.join(ERRORS)}")
+        if self.depth < 1:
+            raise ValueError(f"dicache: depth={self.depth} must be at least 1")
+        if not 0 <= self.retention <= 1:
+            raise ValueError(f"dicache: retention={self.retention} must lie in 0..1")
+        if not self.g_max >= 1:
+            raise ValueError(f"dicache: g_max={self.g_max} must be at least 1 (1 reuses the newest residual)")
+
+    @property
+    def predictor(self):
+        return Predictor("residual", order=1)  # for its two nodes: `reuse` combines them itself
+
+    def units(self, depth: int) -> list[Unit]:
+        if self.depth >= depth:
+            raise ValueError(f"dicache: depth={self.depth} must leave a block to skip, and the model has {depth}")
+        return [Unit(0, self.depth), Unit(self.depth, depth)]
+
+    def probe(self, depth: int) -> int:
+        return self.depth
+
+    def begin(self, run):
+        self._sum = np.zeros(run.images)
+        self._before = ()  # the probe's output, and its input where the error needs it, at the step before
+        self._probes = (None, None)  # (halves, n, T, D): its residual at the newest two computed steps
+
+    def decide(self, view: View) -> np.ndarray:
+        if view.unit.start != self.depth:
+            return np.ones(view.images, dtype=bool)
+        seen = (view.x,) if self.error == "feature" else (view.x, view.x_in)
+        before, self._before = self._before, seen
+        last = view.num_steps - 1
+        if not before or view.step <= int(self.retention * view.num_steps) or view.step == last:
+            return np.ones(view.images, dtype=bool)
+        changes = [relative_change(now, past, self.scope) for now, past in zip(seen, before, strict=True)]
+        self._sum = self._sum + (changes[0] if len(changes) == 1 else np.abs(changes[0] - changes[1]))
+        return ~(self._sum < self.threshold)
+
+    def computed(self, view: View, ran: Ran) -> None:
+        if view.unit.start != self.depth:
+            return
+        self._sum[ran.images] = 0.0
+        images = torch.from_numpy(ran.images).to(ran.x.device)
+        newest = put(self._probes[0], ran.images, ran.x - view.x_in[:, images], view.images)
+        past = newest if self._probes[0] is None else self._probes[0]
+        self._probes = newest, put(self._probes[1], ran.images, past[:, images], view.images)
+
+    def reuse(self, view: View, cached: Cached) -> Tensor:
+        images = torch.from_numpy(cached.images).to(cached.x.device)
+        probe = cached.x - view.x_in[:, images]
+        newest, older = (p[:, images] for p in self._probes)
+        change = cached.node(0) + newest - cached.node(1) - older  # R2 - R1, the two units' residuals together
+        way, gap = ((v.float() - older.float()).abs().mean(dim=(0, 2, 3)) for v in (probe, newest))
+        if self.scope == "batch":
+            way, gap = (v.mean().expand_as(v) for v in (way, gap))
+        g = (way / gap.clamp_min(torch.finfo(torch.float32).tiny)).clamp(1.0, self.g_max)
+        g[torch.from_numpy(cached.count < 2).to(g.device)] = 1.0
+        # R1 + g (R2 - R1), written from R2, less the probe, which is in the unit's input already.
+        return cached.node(0) + newest + (g - 1.0).view(1, -1, 1, 1) * change - probe

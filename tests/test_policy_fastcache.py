@@ -1,0 +1,333 @@
+"""FastCache: tokens and blocks by hand, the maps and their fit, what partial steps cost, and whole runs."""
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+from toy import make_run, make_view, sample, tiny_dit
+
+from adacorr import AdaCorrection, CacheManager, make_policy
+from adacorr.policies.fastcache import FastCacheCalibration, make_groups, moved, shares
+from adacorr.profile import Profile, save_profile
+from adacorr.types import Cached, Ran, Unit
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_dit()
+
+
+def save_maps(path, steps=10, maps=4, width=32, made_for=("unknown", "unknown"), cfg_scale=1.0, **arrays):
+    """A profile of maps that do nothing but what `arrays` say."""
+    zero = {"weight": np.zeros((maps, width, width), np.float16), "bias": np.zeros((steps, maps, width), np.float16)}
+    made = {f"{form}_{name}": value for form in ("increment", "residual") for name, value in zero.items()}
+    save_profile(path, Profile("fastcache", made | arrays, *made_for, steps, cfg_scale))
+    return path
+
+
+class Walk:
+    """Drives a policy over steps of given stack inputs, as the cache does without AdaCorrection."""
+
+    def __init__(self, model, spec, images=1, halves=1):
+        self.policy, self.run = make_policy(spec), make_run(model, images, halves)
+        self.policy.begin(self.run)
+        self.everyone, self.step = np.arange(images), 0
+
+    def __call__(self, x):
+        """The stack's output, and the executed shares (layers, 2, images)."""
+        x_in, executed = x, []
+        for layer in range(self.run.depth):
+            view = make_view(self.run, self.step, x, Unit(layer, layer + 1), x_in)
+            if self.policy.decide(view).any():
+                out = view.block(x.flatten(0, 1), view.conditioning.c).view_as(x)
+                self.policy.computed(view, Ran(self.everyone, x, out))
+                view.trace.executed[self.step, layer] = 1
+            else:
+                out = x + self.policy.reuse(view, Cached(self.everyone, x, self.step, None))
+            executed.append(view.trace.executed[self.step, layer, :, :, 0])
+            x, self.flops = out, view.trace.extra_flops
+        self.step += 1
+        return x, np.stack(executed)
+
+
+def stream(images=1, halves=1, seed=0):
+    return torch.randn(halves, images, 16, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def nudged(x, tokens, by=0.3):
+    x = x.clone()
+    x[:, :, tokens] += by
+    return x
+
+
+# ------------------------------------------------------------------------------------------------ tokens
+
+
+def test_saliency_is_the_larger_of_both_halves_over_the_largest_of_the_image():
+    before = torch.zeros(2, 2, 3, 1)
+    now = torch.tensor([[[1.0, 2, 0], [0, 0, 0]], [[3.0, 1, 0], [0, 10, 5]]]).unsqueeze(-1)
+    assert_close(moved(now, before), torch.tensor([[1.0, 4 / 9, 0], [0, 1, 0.25]]))
+    assert moved(before, before).tolist() == [[0, 0, 0]] * 2
+
+
+def test_groups_take_the_next_most_salient_up_to_a_multiple_of_8():
+    saliency = torch.zeros(3, 20)
+    saliency[0, [3, 5]], saliency[0, [0, 1, 2, 7, 9, 11]] = 1.0, 0.05  # 2 move, 8 are taken
+    saliency[1] = 1.0  # 20 of 20, not 24
+    none, eight, all_of_them = make_groups(saliency, 0.1)
+    assert (none.positions.tolist(), none.moving.shape[1], none.still.shape[1]) == ([2], 0, 20)
+    assert eight.moving.tolist() == [[0, 1, 2, 3, 5, 7, 9, 11]]
+    assert sorted(eight.still[0].tolist()) == [4, 6, 8, 10, *range(12, 20)]
+    assert all_of_them.moving.tolist() == [list(range(20))]
+    assert len(make_groups(saliency, 0.0)) == 1  # tau 0: tokens that did not change move, too
+
+
+def test_moving_tokens_attend_to_each_other_and_still_ones_pass_by(model):
+    walk = Walk(model, "fastcache:threshold=0,profile=none")
+    x = stream()
+    first, _ = walk(x)
+    moving = [0, 1, 2, 3, 8, 9, 10, 11]
+    y = nudged(x, moving)
+    out, executed = walk(y)
+    alone = y[0][:, moving]
+    for block in model.blocks:
+        alone = block(alone, torch.zeros(1, 32))
+    assert_close(out[0][:, moving], alone)
+    still = [i for i in range(16) if i not in moving]
+    assert_close(out[:, :, still], first[:, :, still])  # what the stack added last
+    # 8 of 16 tokens, width 32, hidden 128; adaLN runs once a row whatever the tokens.
+    attn = (4 * 8 * 32 + 2 * 64 + 96) / (4 * 16 * 32 + 2 * 256 + 96)
+    mlp = (2 * 8 * 128 + 96) / (2 * 16 * 128 + 96)
+    assert_close(executed[:, :, 0], np.tile(np.float32([attn, mlp]), (3, 1)))
+
+
+def test_shares_are_those_of_the_models_own_flops():
+    model = tiny_dit()
+    half = tiny_dit(input_size=4)  # 4 of 16 tokens
+    view = make_view(make_run(model), 0, stream())
+    whole = np.array(model.branch_flops())
+    assert_close(np.array(shares(view, 4)) * whole, np.array(half.branch_flops(), dtype=float))
+
+
+# ------------------------------------------------------------------------------------------------ blocks
+
+
+def test_a_block_is_skipped_below_the_threshold_only(model):
+    x = stream()
+    change = float(0.1 * x.norm() / x.norm())
+    for threshold, runs in ((0.0999, True), (0.1001, False)):
+        walk = Walk(model, f"fastcache:tau=0,threshold={threshold},profile=none")
+        walk(x)
+        _, executed = walk(x * (1 + change))
+        assert bool(executed[0].any()) is runs
+
+
+def test_reference_is_the_last_computed_input_or_the_last_one(model):
+    x = stream()
+    found = {}
+    for reference in ("computed", "seen"):
+        walk = Walk(model, f"fastcache:tau=0,threshold=0.1,reference={reference},profile=none")
+        # 0.06, then 0.057 more: 0.12 since the computed one.
+        found[reference] = [bool(walk(x * scale)[1][0].any()) for scale in (1.0, 1.06, 1.12, 1.18)]
+    assert found == {"computed": [True, False, True, False], "seen": [True, False, False, False]}
+
+
+@pytest.mark.parametrize("scope", ["image", "batch"])
+def test_images_are_tested_alone_or_together(model, scope):
+    walk = Walk(model, f"fastcache:tau=0,threshold=0.1,scope={scope},profile=none", images=2)
+    x = stream(images=2)
+    walk(x)
+    _, executed = walk(x * torch.tensor([1.01, 1.5]).view(1, 2, 1, 1))
+    assert executed[0, 0].tolist() == ([0, 1] if scope == "image" else [1, 1])
+
+
+def test_both_halves_share_tokens_and_tests(model):
+    walk = Walk(model, "fastcache:threshold=0,profile=none", halves=2)
+    x = stream(halves=2)
+    walk(x)
+    y = x.clone()
+    y[1, 0, :8] += 1.0  # only the second half moves
+    out, executed = walk(y)
+    assert 0 < executed[0, 1, 0] < 1
+    for half in (0, 1):
+        alone = y[half][:, :8]
+        for block in model.blocks:
+            alone = block(alone, torch.zeros(1, 32))
+        assert_close(out[half][:, :8], alone)
+
+
+# ------------------------------------------------------------------------------------------------ maps
+
+
+def test_increments_correct_the_last_computed_pair(model, tmp_path):
+    weight, bias = np.zeros((4, 32, 32), np.float16), np.zeros((10, 4, 32), np.float16)
+    weight[0], weight[3] = np.eye(32) * 0.5, np.eye(32) * 2
+    bias[:, 0] = np.arange(10)[:, None]
+    path = save_maps(tmp_path / "p.safetensors", increment_weight=weight, increment_bias=bias)
+    x = stream()
+    walk = Walk(model, f"fastcache:threshold=inf,tau=0,profile={path}")
+    first, _ = walk(x)
+    added = [block_out - block_in for block_in, block_out in blocks_of(model, x)]
+    y = x + 0.1
+    out, executed = walk(y)
+    assert_close(out - y, added[0] + 0.05 + 1 + added[1] + added[2])
+    assert not executed.any()
+    assert walk.flops == 2 * 16 * 32 * 32  # of the last block's map
+    walk = Walk(model, f"fastcache:threshold=inf,tau=inf,profile={path}")
+    walk(x)
+    assert_close(walk(y)[0] - y, (first - x) + 0.2)
+
+
+def blocks_of(model, x):
+    pairs = []
+    for block in model.blocks:
+        out = block(x.flatten(0, 1), torch.zeros(x.shape[0] * x.shape[1], 32)).view_as(x)
+        pairs.append((x, out))
+        x = out
+    return pairs
+
+
+def test_residual_maps_stand_alone(model, tmp_path):
+    weight, bias = np.zeros((4, 32, 32), np.float16), np.zeros((10, 4, 32), np.float16)
+    weight[3], bias[1, 3] = np.eye(32) * 0.5, 0.25
+    path = save_maps(tmp_path / "p.safetensors", residual_weight=weight, residual_bias=bias)
+    walk = Walk(model, f"fastcache:form=residual,tau=inf,profile={path}")
+    x = stream()
+    walk(x)
+    assert_close(walk(x)[0], 1.5 * x + 0.25)
+
+
+def test_a_profile_of_another_model_is_refused(model, tmp_path):
+    path = save_maps(tmp_path / "p.safetensors", width=16)
+    with pytest.raises(ValueError, match=r"increment_weight must have shape \(4, 32, 32\)"):
+        make_policy(f"fastcache:profile={path}").begin(make_run(model))
+    with pytest.raises(ValueError, match="fastcache has no profile for this run"):
+        make_policy("fastcache").begin(make_run(model))
+
+
+def test_calibration_finds_the_maps_that_were_put_in(model):
+    calibration, generator = FastCacheCalibration(), torch.Generator().manual_seed(0)
+    run = make_run(model, 8, 2)
+    weight = torch.randn(3, 32, 32, generator=generator) * 0.2
+    bias = torch.randn(10, 3, 32, generator=generator)
+    for _ in range(2):
+        calibration.begin(run)
+        drift = torch.randn(2, 8, 16, 32, generator=generator)
+        for step in range(10):
+            x = x_in = drift * (1 + step / 3) + torch.randn(2, 8, 16, 32, generator=generator)
+            for unit in calibration.units(3):
+                view = make_view(run, step, x, unit, x_in)
+                out = x + x @ weight[unit.start] + bias[step, unit.start]
+                calibration.computed(view, Ran(np.arange(8), x, out))
+                x = out
+    arrays, notes = calibration.fit()
+    assert {name: (a.shape, a.dtype) for name, a in arrays.items()} == {
+        f"{form}_{name}": (shape, np.float16)
+        for form in ("increment", "residual")
+        for name, shape in (("weight", (4, 32, 32)), ("bias", (10, 4, 32)))
+    }
+    assert (notes["images"], notes["held_out"]) == (16, 4)
+    for form in ("increment", "residual"):
+        assert min(notes[f"{form}_r2_blocks"]) > 0.97  # less than 1 by the ridge
+        relative = np.linalg.norm(arrays[f"{form}_weight"][0] - weight[0].numpy()) / np.linalg.norm(weight[0])
+        assert relative < 0.15
+    steps = bias[:, 0] - bias[:, 0].mean(0)
+    assert np.abs(arrays["increment_bias"][:, 0] - steps.numpy()).max() < 0.2
+    assert np.abs(arrays["increment_bias"].astype(float).mean(0)).max() < 1e-2
+    assert np.abs(arrays["residual_bias"][:, 0] - bias[:, 0].numpy()).max() < 0.2
+
+
+def test_calibration_needs_an_image_to_hold_out(model):
+    calibration = FastCacheCalibration()
+    calibration.begin(make_run(model, 3))
+    with pytest.raises(ValueError, match="fastcache: 3 images are too few"):
+        calibration.fit()
+
+
+# ------------------------------------------------------------------------------------------------ AdaCorrection
+
+
+def test_proposals(model):
+    policy, run = make_policy("fastcache:threshold=0.1,profile=none"), make_run(model, 1, 1)
+    policy.begin(run)
+    x, unit = stream(), Unit(0, 1)
+
+    def proposed(step, now):
+        return bool(policy.propose(make_view(run, step, now, unit))[0])
+
+    assert proposed(0, x)
+    policy.computed(make_view(run, 0, x, unit), Ran(np.array([0]), x, x))
+    assert policy.bytes == 2 * 16 * 32 * 4  # block 0's input and the stack's
+    assert not proposed(1, nudged(x, slice(0, 8), 0.01))  # 8 of 16 are not more than half
+    assert proposed(2, nudged(x, slice(0, 9), 0.02))  # against step 1, where 9 tokens differ now
+    assert not proposed(3, nudged(x, slice(0, 9), 0.02))  # nothing moved
+    assert proposed(4, nudged(x, slice(0, 2), 3.0))  # two tokens, far away
+
+
+# ------------------------------------------------------------------------------------------------ options, runs
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ("threshold=-0.1", "threshold"),
+        ("tau=-1", "tau"),
+        ("tau=nan", "tau"),
+        ("form=linear", "form"),
+        ("reference=first", "reference"),
+        ("scope=row", "scope"),
+        ("profile=none,form=residual", "profile"),
+    ],
+)
+def test_options_are_refused(options, name):
+    with pytest.raises(ValueError, match=f"fastcache: {name}="):
+        make_policy(f"fastcache:{options}")
+
+
+def run(model, options, **arguments):
+    manager = CacheManager(make_policy(f"fastcache:{options}"))
+    return sample(model, cache=manager, **arguments), manager.trace
+
+
+def test_whole_runs(model):
+    plain = sample(model)
+    everything, trace = run(model, "threshold=0,tau=0,profile=none")
+    assert_close(everything, plain)
+    assert (trace.compute, trace.hit_rate) == (1.0, 0.0)
+    for tau in ("0", "inf"):
+        least, trace = run(model, f"threshold=inf,tau={tau},profile=none")
+        assert bool(torch.isfinite(least).all())
+        assert trace.compute == pytest.approx(0.1)
+        assert [trace.computed_steps(i) for i in range(3)] == [[0]] * 3
+    costs = [run(model, f"threshold={t},profile=none")[1].compute for t in (0, 0.02, 0.1, 0.3, "inf")]
+    assert costs == sorted(costs, reverse=True)
+    assert len(set(costs)) > 2
+
+
+def test_calibrated_maps_in_a_whole_run(model, tmp_path):
+    calibration = FastCacheCalibration()
+    sample(model, labels=(0, 1, 2, 3), seed=5, cache=CacheManager(calibration))
+    arrays, notes = calibration.fit()
+    assert notes["images"] == 4
+    path = save_maps(tmp_path / "p.safetensors", made_for=("toy", "ddim"), cfg_scale=1.5, **arrays)
+    for form in ("increment", "residual"):
+        out, trace = run(model, f"threshold=inf,form={form},profile={path}")
+        assert bool(torch.isfinite(out).all())
+        assert 0.1 < trace.compute < 0.3  # the first step and the maps
+        assert trace.hit_rate == pytest.approx(0.9)
+
+
+def test_an_image_does_not_depend_on_its_batch(model):
+    together, _ = run(model, "threshold=0.1,tau=0.3,profile=none")
+    alone, _ = run(model, "threshold=0.1,tau=0.3,profile=none", labels=(0,), first=1)
+    assert_close(together[1:2], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_under_adacorrection(model):
+    manager = CacheManager(make_policy("fastcache:profile=none"), AdaCorrection())
+    assert bool(torch.isfinite(sample(model, cache=manager)).all())

@@ -1,0 +1,451 @@
+"""LazyDiT: trained gates and the stand-in's by hand, loading and fitting them, and whole runs."""
+
+import argparse
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+from toy import Twin, make_run, make_view, sample, sample_with, tiny_dit
+
+from adacorr import AdaCorrection, CacheManager, make_policy
+from adacorr.policies.lazydit import LazyDiT, LazyDiTCalibration
+from adacorr.profile import Profile, save_profile
+from adacorr.types import Ran, by_branch
+from diffusion import make_sampler
+
+TOKENS, WIDTH = 16, 32
+PATTERN = torch.tensor([1.0, -1.0]).repeat(WIDTH // 2)  # equal to its own layer norm
+KNOWN = {"cfg_scale": 1.5, "model_id": "toy", "sampler": "ddim"}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_dit()
+
+
+@pytest.fixture
+def plain():
+    """Two blocks whose adaLN gives zero for everything, so that Z is the normalised input."""
+    made = tiny_dit(depth=2)
+    for block in made.blocks:
+        for parameter in block.adaLN_modulation.parameters():
+            parameter.zero_()
+    return made
+
+
+def stream(means):
+    """(halves, n, 16, 32) whose normalised tokens have the mean m * PATTERN: means (halves, n) in eighths."""
+    up = (torch.tensor(means) * 8 + 8).long()[..., None]  # tokens that are +PATTERN; the others are -PATTERN
+    return torch.where(torch.arange(TOKENS) < up, 1.0, -1.0)[..., None] * PATTERN
+
+
+def fitted(path, weight, change, steps=10, units=4, cfg_scale=1.5):
+    """The stand-in's profile: a branch's input m * PATTERN multiplies the change (its units, steps) by e^(weight m)."""
+    arrays = {
+        "weight": np.outer(np.broadcast_to(weight, units), PATTERN.numpy() / WIDTH).astype(np.float32),
+        "offset": np.log(np.broadcast_to(change, (units, steps))).astype(np.float32),
+    }
+    save_profile(path, Profile("lazydit", arrays, "toy", "ddim", steps, cfg_scale))
+    return str(path)
+
+
+def trained(path, logits, depth=2, steps=4, width=WIDTH, edit=None):
+    """A file as the authors' trainer writes it: logits(layer, branch, i) for the input 1 * PATTERN."""
+    gates = {
+        f"block_{layer}_{branch}_lazy_learning_weight_{i}": logits(layer, branch, i)
+        * torch.tensor([1.0, -1.0]).repeat(width // 2)[None]
+        / (width * TOKENS)
+        for layer in range(depth)
+        for branch in ("attn", "mlp")
+        for i in range(steps)
+    }
+    if edit:
+        edit(gates)
+    layer = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-4)
+    layer(torch.ones(2)).backward()
+    optimizer.step()
+    args = argparse.Namespace(model="DiT-XL/2", rho=1e-7)
+    torch.save({"model": gates, "opt": optimizer.state_dict(), "args": args, "epoch": 0, "step": 500}, path)
+    return str(path)
+
+
+def begun(plain, spec, images=1, halves=1, steps=10):
+    run, policy = make_run(plain, images, halves, steps, **KNOWN), make_policy(spec)
+    policy.begin(run)
+    return policy, run
+
+
+def ask(policy, run, step, x, unit=None, age=1, question="decide"):
+    return getattr(policy, question)(make_view(run, step, x, unit, age=[age] * run.images)).tolist()
+
+
+def tell(policy, run, step, x, images=None, units=None):
+    """Units ran on x for some images."""
+    images = np.arange(run.images) if images is None else np.array(images)
+    for unit in by_branch(run.depth) if units is None else units:
+        own = x[:, images]
+        policy.computed(make_view(run, step, x, unit), Ran(images, own, own, own))
+
+
+ATTN, MLP = by_branch(1)
+
+
+# --------------------------------------------------------------------------------------------- the stand-in's rule
+
+
+def test_predicted_errors_add_up_until_the_threshold(plain, tmp_path):
+    # Image 0 changes by 0.1 a step, image 1 by 0.1 e^(ln 4 * 0.5) = 0.2, image 2 by 0.1 e^(ln 4) = 0.4.
+    profile = fitted(tmp_path / "p.safetensors", math.log(4), 0.1)
+    policy, run = begun(plain, f"lazydit:threshold=0.35,profile={profile}", images=3)
+    x = stream([[0.0, 0.5, 1.0]])
+    found = []
+    for step in range(1, 9):
+        want = ask(policy, run, step, x, ATTN)
+        found.append(want)
+        if any(want):
+            tell(policy, run, step, x, np.flatnonzero(want), [ATTN])
+    # Errors 0.1, 0.2, 0.3 sum up to 0.1, 0.3, 0.6; 0.2 and 0.4 to 0.2, 0.6; 0.4 is too much at once.
+    assert [[s for s, w in enumerate(found, 1) if w[i]] for i in range(3)] == [[3, 6], [2, 4, 6, 8], list(range(1, 9))]
+
+
+def test_each_branch_and_step_has_its_own_change(plain, tmp_path):
+    change = np.full((4, 10), 0.1)
+    change[1, 3] = 0.9  # MLP of block 0 at step 3
+    profile = fitted(tmp_path / "p.safetensors", 0.0, change)
+    policy, run = begun(plain, f"lazydit:threshold=0.8,profile={profile}")
+    for step in (2, 3):
+        found = [ask(policy, run, step, stream([[0.0]]), unit)[0] for unit in by_branch(2)]
+        assert found == [False, step == 3, False, False]
+
+
+def test_a_decision_that_was_not_obeyed_is_asked_for_again(plain, tmp_path):
+    profile = fitted(tmp_path / "p.safetensors", 0.0, 0.3)
+    policy, run = begun(plain, f"lazydit:threshold=0.5,profile={profile}")
+    assert [ask(policy, run, step, stream([[0.0]]), ATTN)[0] for step in range(1, 5)] == [False, True, True, True]
+
+
+def test_the_half_that_changes_more_decides(plain, tmp_path):
+    profile = fitted(tmp_path / "p.safetensors", math.log(4), 0.1)
+    policy, run = begun(plain, f"lazydit:threshold=0.35,profile={profile}", images=3, halves=2)
+    assert ask(policy, run, 1, stream([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]), ATTN) == [False, True, True]
+
+
+def test_scope_batch_is_one_decision(plain, tmp_path):
+    profile = fitted(tmp_path / "p.safetensors", math.log(4), 0.1)
+    policy, run = begun(plain, f"lazydit:threshold=0.35,scope=batch,profile={profile}", images=2, halves=2)
+    tell(policy, run, 0, x := stream([[0.0, 0.0], [0.0, 1.0]]))
+    assert ask(policy, run, 1, x, ATTN) == [True, True]
+    assert ask(policy, run, 1, x, question="propose") == [True, True]
+
+
+@pytest.mark.parametrize("question", ["decide", "propose"])
+def test_extremes_of_the_threshold(plain, tmp_path, question):
+    profile = fitted(tmp_path / "p.safetensors", 0.0, [[0.0001]])
+    for threshold, expected in (("0", [True, True]), ("inf", [False, False])):
+        policy, run = begun(plain, f"lazydit:threshold={threshold},profile={profile}", images=2)
+        x = stream([[0.0, 1.0]])
+        assert ask(policy, run, 0, x, ATTN, age=0, question=question) == [True, True]
+        tell(policy, run, 0, x)
+        for step in range(1, 10):
+            assert ask(policy, run, step, x, ATTN, age=step, question=question) == expected
+
+
+def test_a_wild_prediction_counts_as_a_change_of_one(plain, tmp_path):
+    profile = fitted(tmp_path / "p.safetensors", 5000.0, 0.1)
+    policy, run = begun(plain, f"lazydit:threshold=1.5,profile={profile}", images=2)
+    x = stream([[1.0, 0.0]])
+    assert [ask(policy, run, step, x, ATTN) for step in (1, 2)] == [[False, False], [True, False]]
+
+
+def test_max_lag_limits_reuse_in_a_row(plain, tmp_path):
+    profile = fitted(tmp_path / "p.safetensors", 0.0, 0.1)
+    policy, run = begun(plain, f"lazydit:threshold=inf,max_lag=2,profile={profile}")
+    assert [ask(policy, run, age, stream([[0.0]]), ATTN, age=age)[0] for age in (1, 2, 3)] == [False, False, True]
+
+
+def test_types_may_have_thresholds_of_their_own(plain, tmp_path):
+    profile = fitted(tmp_path / "p.safetensors", 0.0, 0.1)
+    policy, run = begun(plain, f"lazydit:threshold=inf,attn_threshold=0,profile={profile}")
+    assert [ask(policy, run, 1, stream([[0.0]]), unit)[0] for unit in (ATTN, MLP)] == [True, False]
+    policy, run = begun(plain, f"lazydit:threshold=inf,mlp_threshold=0,profile={profile}")
+    assert [ask(policy, run, 1, stream([[0.0]]), unit)[0] for unit in (ATTN, MLP)] == [False, True]
+
+
+# ------------------------------------------------------------------------------------------------ trained gates
+
+
+def test_trained_gates_sum_over_tokens_and_skip_below_the_threshold(plain, tmp_path):
+    # Logits -2 m: sigmoid 0.119 for m = 1, 0.269 for 0.5, 0.5 for 0, 0.881 for -1. Means would all be near 0.5.
+    path = trained(tmp_path / "gates.pt", lambda *_: -2.0)
+    x = stream([[1.0, 0.5, 0.0, -1.0]])
+    for threshold, expected in (
+        (0.0, [True, True, True, True]),
+        (0.2, [False, True, True, True]),
+        (0.5, [False, False, True, True]),  # weights of zero compute, as they start
+        (0.6, [False, False, False, True]),
+        (math.inf, [False] * 4),
+    ):
+        policy, run = begun(plain, f"lazydit:threshold={threshold},gates={path}", images=4, steps=4)
+        assert ask(policy, run, 1, x, ATTN) == expected
+        assert ask(policy, run, 2, x, ATTN) == expected  # nothing adds up
+
+
+def test_entry_zero_is_the_last_step(plain, tmp_path):
+    path = trained(tmp_path / "gates.pt", lambda layer, branch, i: -9.0 if (layer, branch, i) == (1, "mlp", 0) else 0.0)
+    policy, run = begun(plain, f"lazydit:gates={path}", steps=4)
+    found = [[ask(policy, run, step, stream([[1.0]]), unit)[0] for unit in by_branch(2)] for step in range(4)]
+    assert found == [[True] * 4, [True] * 4, [True] * 4, [True, True, True, False]]
+
+
+def test_trained_gates_see_the_modulated_input(plain, tmp_path):
+    path = trained(tmp_path / "gates.pt", lambda *_: -2.0)
+    policy, run = begun(plain, f"lazydit:gates={path}", steps=4)
+    bias = plain.blocks[0].adaLN_modulation[1].bias.view(6, WIDTH)  # shift, scale, gate of attention, then of the MLP
+    for row, value, expected in ((0, -2 * PATTERN, True), (1, -3.0, True), (2, 9.0, False), (3, -2 * PATTERN, False)):
+        bias.zero_()
+        bias[row] = value
+        assert ask(policy, run, 1, stream([[1.0]]), ATTN) == [expected]
+    assert ask(policy, run, 1, stream([[1.0]]), MLP) == [True]
+
+
+def test_halves_of_an_image_skip_only_together(plain, tmp_path):
+    path = trained(tmp_path / "gates.pt", lambda *_: -2.0)
+    policy, run = begun(plain, f"lazydit:gates={path}", images=3, halves=2, steps=4)
+    assert ask(policy, run, 1, stream([[1.0, 1.0, -1.0], [1.0, -1.0, 1.0]]), ATTN) == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"depth": 3}, "must be for 2 blocks, as this run; it is for 3"),
+        ({"steps": 5}, "must be for 4 steps, as this run; it is for 5"),
+        ({"width": 64}, r"must have width 32; .* has shape \(1, 64\)"),
+        (
+            {"edit": lambda g: g.pop("block_1_mlp_lazy_learning_weight_2")},
+            "block_1_mlp_lazy_learning_weight_2; it is miss",
+        ),
+        ({"edit": dict.clear}, "must have entries block_0_attn"),
+    ],
+)
+def test_gates_of_another_model_are_refused(plain, tmp_path, change, words):
+    path = trained(tmp_path / "gates.pt", lambda *_: 0.0, **change)
+    with pytest.raises(ValueError, match=f"lazydit: gates=.*{words}") as caught:
+        begun(plain, f"lazydit:gates={path}", steps=4)
+    assert "\n" not in str(caught.value)
+
+
+class Trap:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["TRAP"],)
+
+
+def test_files_that_are_no_gates_are_refused_unexecuted(plain, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRAP", str(tmp_path / "sprung"))
+    torch.save({"model": {}, "args": Trap()}, tmp_path / "trap.pt")
+    torch.save({"weights": {}}, tmp_path / "other.pt")
+    (tmp_path / "text.pt").write_text("no gates")
+    for name, words in (
+        ("trap.pt", "must be a torch file with the key 'model'"),
+        ("other.pt", "must be a torch file with the key 'model'"),
+        ("text.pt", "must be a torch file with the key 'model'"),
+        ("none.pt", "there is no such file"),
+    ):
+        with pytest.raises(ValueError, match=f"lazydit: gates=.*{words}") as caught:
+            begun(plain, f"lazydit:gates={tmp_path / name}", steps=4)
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "sprung").exists()
+
+
+# ----------------------------------------------------------------------------------------- under AdaCorrection
+
+
+def test_a_step_is_proposed_for_half_of_the_flops(plain, tmp_path):
+    # Attention has 0.4 of the FLOPs: 0.2 in each of two blocks, the MLPs 0.3 each.
+    for wanting, expected in (([0], False), ([0, 2], False), ([0, 1], True), ([1, 3], True), ([2, 1], True)):
+        change = np.full((4, 10), 0.1)
+        change[wanting] = 0.9
+        profile = fitted(tmp_path / "p.safetensors", 0.0, change)
+        policy, run = begun(plain, f"lazydit:threshold=0.5,profile={profile}")
+        x = stream([[0.0]])
+        assert ask(policy, run, 0, x, age=0, question="propose") == [True]
+        tell(policy, run, 0, x)
+        assert ask(policy, run, 1, x, question="propose") == [expected]
+
+
+def test_proposals_add_up_and_start_anew_where_a_step_was_computed(plain, tmp_path):
+    profile = fitted(tmp_path / "p.safetensors", 0.0, 0.3)
+    policy, run = begun(plain, f"lazydit:threshold=0.5,profile={profile}", images=2)
+    x = stream([[0.0, 0.0]])
+    tell(policy, run, 0, x)
+    assert ask(policy, run, 1, x, question="propose") == [False, False]
+    tell(policy, run, 1, x, [1])  # image 1 was computed though nobody asked
+    assert ask(policy, run, 2, x, question="propose") == [True, False]
+
+
+@pytest.mark.parametrize("halves", [1, 2])
+def test_proposals_see_the_newest_computed_input_under_the_modulation_of_now(plain, tmp_path, halves):
+    path = trained(tmp_path / "gates.pt", lambda *_: -2.0)
+    policy, run = begun(plain, f"lazydit:gates={path}", images=2, halves=halves, steps=4)
+    seen, other = (stream([[m, m]] * halves) for m in (1.0, -1.0))
+    tell(policy, run, 0, other)
+    tell(policy, run, 1, seen, [0])
+    assert ask(policy, run, 2, other, question="propose") == [False, True]  # what the view shows does not matter
+    for block in plain.blocks:
+        block.adaLN_modulation[1].bias.view(6, WIDTH)[[0, 3]] = -2 * PATTERN
+    assert ask(policy, run, 2, other, question="propose") == [True, True]
+
+
+def test_modulations_for_a_proposal_are_left_for_the_run_to_count(plain, tmp_path):
+    profile = fitted(tmp_path / "p.safetensors", 0.0, 0.1)
+    policy, run = begun(plain, f"lazydit:profile={profile}")
+    tell(policy, run, 0, stream([[0.0]]))
+    view = make_view(run, 1, stream([[0.0]]))
+    policy.propose(view)
+    assert set(view.conditioning.made) == {0, 1}
+    assert view.trace.extra_flops == 0
+    assert policy.bytes >= 4 * WIDTH * 4  # the means that proposals go by
+
+
+# ------------------------------------------------------------------------------------------------- the options
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("threshold=-1", "threshold=-1.0 must"),
+        ("threshold=nan", "threshold=nan must"),
+        ("attn_threshold=-1", "attn_threshold=-1.0 must"),
+        ("mlp_threshold=-1", "mlp_threshold=-1.0 must"),
+        ("max_lag=0", "max_lag=0 must"),
+        ("scope=half", "scope='half' is unknown"),
+        ("profile=none", "profile=None must"),
+    ],
+)
+def test_options_are_checked(options, words):
+    with pytest.raises(ValueError, match=f"lazydit: {words}"):
+        make_policy(f"lazydit:{options}")
+
+
+# ---------------------------------------------------------------------------------------------- the calibration
+
+
+def observe(model, images, steps, log_change, batches=1):
+    """A calibration that saw runs in which each branch's log change is log_change(unit, step, z (halves, n, D))."""
+    calibration, generator = LazyDiTCalibration(), torch.Generator().manual_seed(0)
+    for _ in range(batches):
+        run = make_run(model, images, 2, steps, cfg_scale=1.5)
+        calibration.begin(run)
+        sizes = {}
+        for step in range(steps):
+            c = torch.randn(2 * images, WIDTH, generator=generator)
+            for i, unit in enumerate(by_branch(run.depth)):
+                x = torch.randn(2, images, TOKENS, WIDTH, generator=generator)
+                view = make_view(run, step, x, unit, c=c)
+                z = view.modulated().mean(dim=2)
+                # |F - F_before| / |F| for a constant tensor that grows: 1 - before / now.
+                change = log_change(i, step, z).exp().clamp_max(0.9)
+                sizes[i] = sizes[i] / (1 - change) if step else torch.ones(2, images)
+                value = sizes[i].double()[..., None, None].expand(2, images, 2, 2)
+                calibration.computed(view, Ran(np.arange(images), x, x, value))
+    return calibration
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_calibration_finds_the_gates_that_were_put_in(batches):
+    model = tiny_dit(depth=1)
+    weights = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(3)) * 0.3
+    offsets = -3 + 0.2 * torch.arange(6.0)
+    calibration = observe(model, 24 // batches, 6, lambda i, s, z: z @ weights[i] + offsets[s] - i, batches)
+    arrays, notes = calibration.fit()
+    assert arrays["weight"].shape == (2, WIDTH)
+    assert arrays["offset"].shape == (2, 6)
+    assert {a.dtype for a in arrays.values()} == {np.dtype(np.float32)}
+    for i in range(2):
+        assert_close(arrays["weight"][i], weights[i].numpy(), atol=0.06, rtol=0)
+        assert_close(arrays["offset"][i, 1:], offsets[1:].numpy() - i, atol=0.06, rtol=0)
+    assert notes["images"] == 24
+    assert notes["held_out_share_explained_within_steps"] > 0.97
+    assert notes["held_out_rms_log_error"] < 0.1
+
+
+def test_calibration_does_not_take_chance_for_a_gate():
+    generator = torch.Generator().manual_seed(5)
+    noise = lambda i, s, z: -2 - 0.1 * s + 0.3 * torch.randn(z.shape[:2], generator=generator)  # noqa: E731
+    arrays, notes = observe(tiny_dit(depth=1), 8, 6, noise).fit()
+    assert notes["held_out_share_explained_within_steps"] < 0.1  # the trend over the steps is the offsets'
+    assert notes["held_out_rms_log_error"] == pytest.approx(0.3, abs=0.05)
+    assert np.abs(arrays["weight"]).max() < 0.05
+    assert_close(arrays["offset"][0, 1:], np.float32(-2 - 0.1 * np.arange(1, 6)), atol=0.3, rtol=0)
+
+
+def test_calibration_refuses_too_little_data():
+    model = tiny_dit(depth=1)
+    with pytest.raises(ValueError, match="lazydit: nothing was observed"):
+        LazyDiTCalibration().fit()
+    with pytest.raises(ValueError, match="lazydit: nothing was observed"):
+        observe(model, 2, 1, lambda i, s, z: z[..., 0] * 0).fit()
+    with pytest.raises(ValueError, match="lazydit: one image is too few"):
+        observe(model, 1, 3, lambda i, s, z: z[..., 0] * 0 - 2).fit()
+
+
+# --------------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 1.5])
+@pytest.mark.parametrize(
+    ("threshold", "steps"), [("0", list(range(10))), ("0.35", [0, 3, 6, 9]), ("inf", [0])], ids=["0", "0.35", "inf"]
+)
+def test_equal_changes_hold_the_branches_under_fresh_gates(model, tmp_path, threshold, steps, cfg_scale):
+    profile = fitted(tmp_path / "p.safetensors", 0.0, 0.1, units=6, cfg_scale=cfg_scale)
+    manager = CacheManager(make_policy(f"lazydit:threshold={threshold},profile={profile}"))
+    found = sample(model, cache=manager, cfg_scale=cfg_scale)
+    twin = Twin("branches", steps, make_sampler("ddim", 10).timesteps)
+    expected = sample(model, cfg_scale=cfg_scale) if threshold == "0" else sample_with(twin, model, cfg_scale=cfg_scale)
+    assert_close(found, expected)
+    assert [manager.trace.computed_steps(i) for i in range(3)] == [steps] * 3
+
+
+def test_an_image_does_not_depend_on_its_neighbours(model, tmp_path):
+    change = 0.15 + 0.1 * np.random.default_rng(0).random((6, 10))
+    profile = fitted(tmp_path / "p.safetensors", 3.0, change, units=6)
+    spec = f"lazydit:threshold=0.6,profile={profile}"
+    together, alone = CacheManager(make_policy(spec)), CacheManager(make_policy(spec))
+    images = sample(model, cache=together)
+    assert_close(sample(model, cache=alone, labels=(0,), first=1), images[1:2], atol=1e-3, rtol=1e-4)
+    executed = together.trace.executed
+    assert (alone.trace.executed[:, :, :, 0] == executed[:, :, :, 1]).all()
+    assert (executed[:, :, :, 0] != executed[:, :, :, 1]).any()  # the gates look at the input
+
+
+def test_trained_gates_run(model, tmp_path):
+    wave = lambda layer, branch, i: 20.0 * math.cos(layer + i)  # noqa: E731
+    path = trained(tmp_path / "gates.pt", wave, depth=3, steps=10)
+    manager = CacheManager(make_policy(f"lazydit:gates={path}"))
+    assert bool(torch.isfinite(sample(model, cache=manager)).all())
+    assert 0.1 < manager.trace.hit_rate < 0.9
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 1.5])
+@pytest.mark.parametrize(("threshold", "proposed"), [(0, range(20)), (math.inf, [0])])
+def test_adacorrection_asks_for_proposals(model, tmp_path, monkeypatch, cfg_scale, threshold, proposed):
+    answers = []
+
+    def propose(policy, view, real=LazyDiT.propose):
+        answers.append(real(policy, view))
+        return answers[-1]
+
+    monkeypatch.setattr(LazyDiT, "propose", propose)
+    profile = fitted(tmp_path / "p.safetensors", 3.0, 0.1, steps=20, units=6, cfg_scale=cfg_scale)
+    manager = CacheManager(make_policy(f"lazydit:threshold={threshold},profile={profile}"), AdaCorrection())
+    assert bool(torch.isfinite(sample(model, steps=20, cache=manager, cfg_scale=cfg_scale)).all())
+    assert (np.array(answers) == np.isin(np.arange(20), proposed)[:, None]).all()
+    assert 0 < manager.trace.hit_rate < 1

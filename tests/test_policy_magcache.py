@@ -1,0 +1,239 @@
+"""MagCache: its table by hand and as released, its calibration, and whole runs."""
+
+import numpy as np
+import pytest
+import torch
+from toy import Twin, make_run, make_view, sample, sample_with, tiny_dit
+
+import adacorr.policies.magcache as magcache
+from adacorr import CacheManager, make_policy
+from adacorr.policies.magcache import MagCacheCalibration, skippable
+from adacorr.profile import Profile, save_profile
+from adacorr.types import Ran
+from diffusion import make_sampler
+
+KNOWN = {"model_id": "m", "sampler": "ddim", "cfg_scale": 1.5}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_dit()
+
+
+@pytest.fixture
+def use_table(monkeypatch):
+    """Make a table of ratios what profile=auto finds."""
+
+    def use(ratio):
+        made = Profile("magcache", {"ratio": np.asarray(ratio)}, "m", "ddim", len(ratio), 1.5)
+        monkeypatch.setattr(magcache, "find_profile", lambda *_: made)
+
+    return use
+
+
+def begun(model, spec, steps=10, images=1, halves=1):
+    """A policy in a run, and the views of its steps."""
+    run = make_run(model, images, halves, steps)
+    policy = make_policy(spec)
+    policy.begin(run)
+    return policy, [make_view(run, step, torch.zeros(halves, images, 2, 3)) for step in range(steps)]
+
+
+def ran(view, images):
+    x = view.x[:, images]
+    return Ran(np.array(images), x, x)
+
+
+def obeyed(policy, views):
+    """The steps that each image computes when the policy is always obeyed."""
+    computed = [[] for _ in range(views[0].images)]
+    for view in views:
+        wanted = np.flatnonzero(policy.decide(view))
+        for image in wanted:
+            computed[image].append(view.step)
+        if len(wanted):
+            policy.computed(view, ran(view, wanted))
+    return computed
+
+
+def as_released(ratio, threshold, max_skip, retention):
+    """The steps computed by the walk of the release, one accumulator after the other."""
+    computed, p, n, error = [], 1.0, 0, 0.0
+    for step, gamma in enumerate(ratio):
+        skip = False
+        if step >= int(retention * len(ratio) + 0.5):
+            p, n = p * gamma, n + 1
+            error += abs(1 - p)
+            skip = bool(computed) and error <= threshold and n <= max_skip
+        if not skip:
+            computed.append(step)
+            p, n, error = 1.0, 0, 0.0
+    return computed
+
+
+def test_the_error_adds_up_until_a_computed_step(model, use_table):
+    # After a computed step p is 0.9, 0.81, 0.729 and the sum 0.1, 0.29, 0.561.
+    use_table([1.0] + [0.9] * 9)
+    policy, views = begun(model, "magcache:threshold=0.3")
+    assert obeyed(policy, views) == [[0, 1, 4, 7]]
+    policy, views = begun(model, "magcache:threshold=0.28")
+    assert obeyed(policy, views) == [[0, 1, 3, 5, 7, 9]]
+    policy, views = begun(model, "magcache:threshold=0.09")
+    assert obeyed(policy, views) == [list(range(10))]
+
+
+def test_growth_and_decay_cancel_in_the_product(model, use_table):
+    # From 0: p is 0.5, 1, 0.5, 1, 0.5 and the sum 0.5, 0.5, 1, 1, 1.5. From 5: p is 2, 1, 2 and the sum 1, 1, 2.
+    use_table([1.0] + [0.5, 2.0] * 5)
+    policy, views = begun(model, "magcache:threshold=1,max_skip=9,retention=0", steps=11)
+    assert obeyed(policy, views) == [[0, 5, 8]]
+
+
+def test_every_table_gives_the_walk_of_the_release(model, use_table):
+    rng = np.random.default_rng(5)
+    for _ in range(40):
+        ratio = np.concatenate([[1.0], np.exp(rng.normal(0, 0.1, 29))])
+        threshold, max_skip, retention = rng.uniform(0, 0.6), int(rng.integers(0, 7)), rng.uniform(0, 0.4)
+        use_table(ratio)
+        spec = f"magcache:threshold={threshold},max_skip={max_skip},retention={retention}"
+        assert obeyed(*begun(model, spec, steps=30)) == [as_released(ratio, threshold, max_skip, retention)]
+
+
+def test_retention_and_max_skip(model, use_table):
+    use_table([1.0] + [0.9] * 9)
+    assert obeyed(*begun(model, "magcache:threshold=inf")) == [[0, 1, 5, 9]]
+    assert obeyed(*begun(model, "magcache:threshold=inf,retention=0.25,max_skip=99")) == [[0, 1, 2]]  # 2.5 rounds up
+    assert obeyed(*begun(model, "magcache:threshold=inf,retention=0,max_skip=99")) == [[0]]
+    assert obeyed(*begun(model, "magcache:threshold=inf,max_skip=0")) == [list(range(10))]
+    assert obeyed(*begun(model, "magcache:threshold=inf,retention=1")) == [list(range(10))]
+    assert obeyed(*begun(model, "magcache:threshold=0")) == [list(range(10))]
+
+
+def test_what_was_really_computed_starts_the_sum_anew_image_by_image(model, use_table):
+    use_table([1.0] + [0.9] * 9)
+    policy, views = begun(model, "magcache:threshold=0.3", images=2)
+    for step in (0, 1):
+        assert policy.propose(views[step]).tolist() == [True, True]
+        policy.computed(views[step], ran(views[step], [0, 1]))
+    assert policy.propose(views[2]).tolist() == [False, False]
+    assert policy.propose(views[3]).tolist() == [False, False]
+    policy.computed(views[3], ran(views[3], [1]))  # unasked
+    assert policy.propose(views[4]).tolist() == [True, False]  # not obeyed
+    assert policy.propose(views[5]).tolist() == [True, False]
+    assert policy.propose(views[5]).tolist() == [True, False]  # being asked changes nothing
+    assert policy.propose(views[6]).tolist() == [True, True]
+    policy.computed(views[6], ran(views[6], [0]))
+    assert policy.propose(views[7]).tolist() == [False, True]
+
+
+def test_a_run_begins_anew(model, use_table):
+    use_table([1.0] + [0.9] * 9)
+    policy, views = begun(model, "magcache:threshold=0.3", halves=2)
+    first = obeyed(policy, views)
+    policy.begin(views[0].run)
+    assert obeyed(policy, views) == first
+
+
+def test_the_table_has_no_past_and_no_first_step():
+    table = skippable(np.ones(6), threshold=0.0, max_skip=9, retention=0.0)
+    assert np.array_equal(table, np.triu(np.ones((6, 6), dtype=bool), k=1))
+
+
+# ------------------------------------------------------------------------------------------------- profiles
+
+
+def calibrate(calibration, model, residuals):
+    """Show a batch of residuals, each (halves, n, T, D), step by step."""
+    halves, images = residuals[0].shape[:2]
+    run = make_run(model, images, halves, len(residuals))
+    calibration.begin(run)
+    for step, value in enumerate(residuals):
+        x = torch.zeros_like(value)
+        view = make_view(run, step, x)
+        assert calibration.decide(view).all()
+        calibration.computed(view, Ran(np.arange(images), x, value))
+
+
+def test_the_calibration_means_the_ratios_of_tokens_images_and_halves(model):
+    calibration = MagCacheCalibration()
+    # One image of two tokens: norms 5 and 1 become 10 (doubled, turned) and 3, then 10 and 3 again.
+    tokens = [[[3.0, 4.0], [1.0, 0.0]], [[-10.0, 0.0], [0.0, 3.0]], [[0.0, 10.0], [3.0, 0.0]]]
+    calibrate(calibration, model, [torch.tensor(t).view(1, 1, 2, 2) for t in tokens])
+    arrays, notes = calibration.fit()
+    np.testing.assert_allclose(arrays["ratio"], [1.0, 2.5, 1.0], rtol=1e-6)  # a ratio of means would be 13 / 6
+    assert notes["images"] == 1
+    np.testing.assert_allclose(notes["spread_over_tokens"], [0.5, 0.0], atol=1e-6)
+    # Another batch: three images with both halves, ratios 0.5 and 1.5 in the halves, then 3.
+    first = torch.full((2, 3, 2, 2), 7.0)
+    second = first * torch.tensor([0.5, 1.5]).view(2, 1, 1, 1)
+    calibrate(calibration, model, [first, second, 3 * second])
+    arrays, notes = calibration.fit()
+    np.testing.assert_allclose(arrays["ratio"], [1.0, (2.5 + 3 * 1) / 4, (1 + 3 * 3) / 4], rtol=1e-6)
+    assert notes["images"] == 4
+    np.testing.assert_allclose(notes["spread_over_images"], [0.649519, 0.866025], atol=1e-6)
+
+
+def test_calibration_needs_two_steps(model):
+    calibration = MagCacheCalibration()
+    with pytest.raises(ValueError, match="at least 2 steps"):
+        calibration.fit()
+    calibrate(calibration, model, [torch.ones(1, 1, 2, 2)])
+    with pytest.raises(ValueError, match="at least 2 steps"):
+        calibration.fit()
+
+
+def test_a_profile_is_read_and_held_to_its_run(model, tmp_path):
+    path = tmp_path / "table.json"
+    save_profile(path, Profile("magcache", {"ratio": np.array([1.0] + [0.9] * 9)}, "m", "ddim", 10, 1.5))
+    policy = make_policy(f"magcache:threshold=0.3,profile={path}")
+    run = make_run(model, **KNOWN)
+    policy.begin(run)
+    assert obeyed(policy, [make_view(run, step, torch.zeros(1, 1, 2, 2)) for step in range(10)]) == [[0, 1, 4, 7]]
+    with pytest.raises(ValueError, match="does not fit this run"):
+        policy.begin(make_run(model, steps=20, **KNOWN))
+    with pytest.raises(ValueError, match="magcache has no profile for this run"):
+        make_policy("magcache").begin(run)
+    save_profile(path, Profile("magcache", {"ratio": np.ones(9)}, "m", "ddim", 10, 1.5))
+    with pytest.raises(ValueError, match=r"shape \(9,\) and not \(10,\)"):
+        policy.begin(run)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("magcache:threshold=-1", "threshold=-1"),
+        ("magcache:threshold=nan", "threshold=nan"),
+        ("magcache:max_skip=-1", "max_skip=-1"),
+        ("magcache:retention=1.5", "retention=1.5"),
+        ("magcache:profile=none", "profile=None must be"),
+    ],
+)
+def test_a_wrong_option_raises(spec, message):
+    with pytest.raises(ValueError, match=message):
+        make_policy(spec)
+
+
+# ------------------------------------------------------------------------------------------------ whole runs
+
+
+def test_thresholds_0_and_infinity(model, use_table):
+    use_table([1.0] + [0.9] * 9)
+    assert torch.equal(sample(model, cache=CacheManager(make_policy("magcache:threshold=0"))), sample(model))
+    manager = CacheManager(make_policy("magcache:threshold=inf"))
+    out = sample(model, cache=manager)
+    assert bool(torch.isfinite(out).all())
+    computed = [0, 1, 5, 9]
+    assert bool((manager.trace.executed[computed] == 1).all())
+    assert not np.delete(manager.trace.executed, computed, axis=0).any()
+
+
+def test_a_skipped_step_adds_the_last_residual(model, use_table):
+    use_table([1.0] + [0.9] * 9)
+    twin = Twin("residual", [0, 1, 5, 9], make_sampler("ddim", 10).timesteps)
+    out = sample(model, cache=CacheManager(make_policy("magcache:threshold=inf")))
+    torch.testing.assert_close(out, sample_with(twin, model), rtol=1e-4, atol=1e-4)

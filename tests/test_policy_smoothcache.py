@@ -1,0 +1,228 @@
+"""SmoothCache: its scan and its calibration by hand, and whole runs against a reference."""
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+from toy import Twin, make_run, make_view, sample, sample_with, tiny_dit
+
+from adacorr import AdaCorrection, CacheManager, Trace, make_policy
+from adacorr.policies.smoothcache import SmoothCacheCalibration, scan
+from adacorr.profile import Profile, save_profile
+from adacorr.types import Ran, Unit, by_branch
+from diffusion import make_sampler
+
+KNOWN = {"cfg_scale": 1.5, "model_id": "toy", "sampler": "ddim"}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_dit()
+
+
+@pytest.fixture
+def shelf(tmp_path):
+    """Write a profile of errors (2, S, K) and give the options that name it."""
+
+    def write(error, cfg_scale=1.5, **options):
+        path = tmp_path / "smoothcache.json"
+        save_profile(path, Profile("smoothcache", {"error": error}, "toy", "ddim", error.shape[1], cfg_scale))
+        listed = "".join(f",{key}={value}" for key, value in options.items())
+        return f"smoothcache:profile={path}{listed}"
+
+    return write
+
+
+def growing(steps=8, lags=3):
+    """Errors of 0.1 for lag 1, 0.2 for lag 2, 0.3 for lag 3, at every step."""
+    return np.tile(0.1 * np.arange(1, lags + 1), (steps, 1))
+
+
+def steps_of(table):
+    return np.flatnonzero(table).tolist()
+
+
+# ---------------------------------------------------------------------------------------------------- the scan
+
+
+@pytest.mark.parametrize(
+    ("threshold", "expected"),
+    [
+        (0.0, [0, 1, 2, 3, 4, 5, 6, 7]),
+        (0.1, [0, 2, 4, 6, 7]),  # an error of just the threshold is reused; the last step is computed
+        (0.25, [0, 3, 6, 7]),
+        (np.inf, [0, 4, 7]),
+    ],
+)
+def test_scan_skips_as_long_as_the_error_allows(threshold, expected):
+    assert steps_of(scan(growing(), threshold, 3)) == expected
+
+
+def test_scan_asks_for_the_error_of_the_skipped_step_at_its_lag():
+    error = np.zeros((8, 2))
+    assert steps_of(scan(error, 0.5, 2)) == [0, 3, 6, 7]
+    error[4, 0] = 1.0  # step 4 cannot stand on step 3
+    assert steps_of(scan(error, 0.5, 2)) == [0, 3, 4, 7]
+    error[4, 0], error[5, 1] = 0.0, 1.0  # step 5 cannot stand on step 3, but on 4 it could
+    assert steps_of(scan(error, 0.5, 2)) == [0, 3, 5, 7]
+
+
+def test_scan_does_not_jump_over_a_lag_that_is_too_large():
+    error = np.zeros((6, 3))
+    error[1, 0] = 1.0  # lags 2 and 3 to step 0 are fine
+    assert steps_of(scan(error, 0.5, 3)) == [0, 1, 5]
+
+
+def test_scan_holds_to_max_lag_and_ends_of_short_runs():
+    assert steps_of(scan(np.zeros((9, 8)), 1.0, 1)) == [0, 2, 4, 6, 8]
+    assert steps_of(scan(np.zeros((9, 8)), 1.0, 8)) == [0, 8]
+    assert steps_of(scan(np.zeros((1, 8)), 1.0, 8)) == [0]
+    assert steps_of(scan(np.zeros((2, 8)), 1.0, 8)) == [0, 1]
+
+
+# --------------------------------------------------------------------------------------------------- the policy
+
+
+def two_tables(steps=8):
+    """With threshold 0.25: attention computes 0, 3, 6, 7, the MLP 0, 2, 4, 6, 7."""
+    return np.stack([growing(steps), 2 * growing(steps)])
+
+
+def test_types_have_tables_of_their_own_for_all_blocks_and_images(model, shelf):
+    policy, run = (
+        make_policy(shelf(two_tables(), threshold=0.25)),
+        make_run(model, 2, 2, 8, **KNOWN),
+    )
+    policy.begin(run)
+    x = torch.zeros(2, 2, run.tokens, run.width)
+    for unit in policy.units(run.depth):
+        found = np.stack([policy.decide(make_view(run, step, x, unit)) for step in range(8)])
+        expected = [0, 3, 6, 7] if unit.branch == "attn" else [0, 2, 4, 6, 7]
+        assert [steps_of(column) for column in found.T] == [expected, expected]
+
+
+@pytest.mark.parametrize("halves", [1, 2])
+def test_a_whole_step_is_proposed_for_half_of_the_flops(model, shelf, halves):
+    policy = make_policy(shelf(two_tables(), threshold=0.25))
+    run = make_run(model, 2, halves, 8, **KNOWN)
+    policy.begin(run)
+    views = [make_view(run, step, torch.zeros(halves, 2, run.tokens, run.width)) for step in range(8)]
+    found = np.stack([policy.propose(view) for view in views])  # attention has 0.4 of the FLOPs, the MLP 0.6
+    assert [steps_of(column) for column in found.T] == [[0, 2, 4, 6, 7]] * 2
+    for view in views:
+        view.trace = Trace(8, run.depth, 2, halves, (500, 500))
+    found = np.stack([policy.propose(view) for view in views])
+    assert [steps_of(column) for column in found.T] == [[0, 2, 3, 4, 6, 7]] * 2
+
+
+def test_options_are_checked(model, shelf):
+    for options, words in (
+        ("threshold=-0.1", "threshold=-0.1 must"),
+        ("max_lag=0", "max_lag=0 must"),
+        ("profile=none", "profile=None must"),
+    ):
+        with pytest.raises(ValueError, match=f"smoothcache: {words}"):
+            make_policy(f"smoothcache:{options}")
+    run = make_run(model, 1, 2, 8, **KNOWN)
+    with pytest.raises(ValueError, match="smoothcache: max_lag=4 must be at most 3"):
+        make_policy(shelf(two_tables(), max_lag=4)).begin(run)
+    with pytest.raises(ValueError, match="steps 9 there, 8 here"):
+        make_policy(shelf(two_tables(9))).begin(run)
+
+
+# ---------------------------------------------------------------------------------------------- the calibration
+
+
+def observe(calibration, model, values, images=1):
+    """One batch in which unit (layer, branch) gives a constant for each image: values[layer, branch][step] (n,)."""
+    run = make_run(model, images, 2, len(values[0, "attn"]), cfg_scale=1.5)
+    calibration.begin(run)
+    for step in range(run.num_steps):
+        for unit in calibration.units(run.depth):
+            by_image = torch.tensor(values[unit.start, unit.branch][step], dtype=torch.float32)
+            value = by_image.view(1, -1, 1, 1).expand(2, images, 4, 3)
+            view = make_view(run, step, torch.zeros_like(value), unit)
+            calibration.computed(view, Ran(np.arange(images), view.x, view.x, value))
+
+
+def test_calibration_averages_changes_over_blocks_and_images():
+    model, calibration = tiny_dit(depth=2), SmoothCacheCalibration()
+    values = {
+        (0, "attn"): [[1, 100], [2, 100], [4, 100]],  # image 1 is large and never changes
+        (1, "attn"): [[1, 1], [1, 1], [1, 1]],
+        (0, "mlp"): [[4, 4], [3, 3], [6, 6]],
+        (1, "mlp"): [[4, 4], [3, 3], [6, 6]],
+    }
+    observe(calibration, model, values, images=2)
+    arrays, notes = calibration.fit()
+    error = arrays["error"]
+    assert error.shape == (2, 3, 8)
+    assert_close(error[0, 1:, 0], np.array([0.5 / 4, 0.5 / 4]))  # |1 - 2| / 2 and |2 - 4| / 4 in one of four
+    assert_close(error[0, 2, 1], np.float64(0.75 / 4))
+    assert_close(error[1, 1:, 0], np.array([1 / 3, 1 / 2]), rtol=1e-6, atol=0)
+    assert_close(error[1, 2, 1], np.float64(1 / 3), rtol=1e-6, atol=0)  # |4 - 6| / 6
+    assert not error[:, 0].any()
+    assert not error[:, 1, 1:].any()
+    assert notes["mean_mlp_lag_1"] == pytest.approx((1 / 3 + 1 / 2) / 2)
+
+
+def test_calibration_counts_batches_alike_and_never_compares_across_them():
+    model, calibration = tiny_dit(depth=1), SmoothCacheCalibration()
+    for scale in (1, 1000):
+        observe(calibration, model, {(0, "attn"): [[scale], [2 * scale]], (0, "mlp"): [[scale], [scale]]})
+    error = calibration.fit()[0]["error"]
+    assert_close(error[0, 1], np.array([0.5, 0, 0, 0, 0, 0, 0, 0]))
+    assert not error[0, 0].any()
+    assert not error[1].any()
+
+
+def test_calibration_needs_two_steps():
+    calibration = SmoothCacheCalibration()
+    with pytest.raises(ValueError, match="smoothcache: nothing was observed"):
+        calibration.fit()
+    observe(calibration, tiny_dit(depth=1), {(0, "attn"): [[1]], (0, "mlp"): [[1]]})
+    with pytest.raises(ValueError, match="smoothcache: nothing was observed"):
+        calibration.fit()
+
+
+# --------------------------------------------------------------------------------------------------- whole runs
+
+
+def test_a_threshold_below_all_errors_leaves_the_samples_alone(model, shelf):
+    manager = CacheManager(make_policy(shelf(two_tables(10), threshold=0.05)))
+    assert_close(sample(model, cache=manager), sample(model))
+    assert manager.trace.executed.min() == 1
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 1.5])
+def test_both_types_on_one_table_are_held_branches_under_fresh_gates(model, shelf, cfg_scale):
+    error = np.stack([growing(10)] * 2)
+    manager = CacheManager(make_policy(shelf(error, cfg_scale, threshold=np.inf)))
+    found = sample(model, cache=manager, cfg_scale=cfg_scale)
+    twin = Twin("branches", [0, 4, 8, 9], make_sampler("ddim", 10).timesteps)
+    assert_close(found, sample_with(twin, model, cfg_scale=cfg_scale))
+    assert manager.trace.computed_steps(2) == [0, 4, 8, 9]
+
+
+def test_types_run_at_steps_of_their_own(model, shelf):
+    manager = CacheManager(make_policy(shelf(two_tables(10), threshold=0.25)))
+    assert bool(torch.isfinite(sample(model, cache=manager)).all())
+    executed = manager.trace.executed
+    for branch, steps in enumerate([[0, 3, 6, 9], [0, 2, 4, 6, 8, 9]]):
+        assert (executed[:, :, branch] == np.isin(np.arange(10), steps)[:, None, None, None]).all()
+
+
+def test_adacorrection_takes_its_proposals(model, shelf):
+    manager = CacheManager(make_policy(shelf(two_tables(10), threshold=0.25)), AdaCorrection())
+    assert bool(torch.isfinite(sample(model, cache=manager)).all())
+    assert 0 < manager.trace.hit_rate < 1
+
+
+def test_units_are_single_branches(shelf):
+    assert make_policy("smoothcache").units(2) == by_branch(2)
+    assert by_branch(1) == [Unit(0, 1, "attn"), Unit(0, 1, "mlp")]

@@ -1,0 +1,121 @@
+"""TaylorSeer: the published schedules, and a run against the release's recursion kept branch by branch."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from toy import Twin, apply_gates, make_run, make_view, run_all, sample, sample_with, tiny_dit
+
+from adacorr import AdaCorrection, CacheManager, make_policy
+from adacorr.policies.taylorseer import TaylorSeer
+from diffusion import make_sampler
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_dit()
+
+
+def schedule(spec, steps=50, images=2):
+    policy, run = make_policy(spec), make_run(tiny_dit(depth=1), images, 1, steps)
+    policy.begin(run)
+    decided = [policy.decide(make_view(run, step, torch.zeros(1, images, 16, 32))) for step in range(steps)]
+    assert all(d.shape == (images,) and d.all() == d.any() for d in decided)
+    return [step for step, d in enumerate(decided) if d.any()]
+
+
+@pytest.mark.parametrize(("every", "count"), [(2, 26), (3, 18), (4, 14), (5, 11), (6, 10)])
+def test_the_published_number_of_full_steps(every, count):
+    steps = schedule(f"taylorseer:every={every}")
+    assert steps == sorted({0, *range(1, 50, every)})
+    assert len(steps) == count
+
+
+def test_first_steps_and_the_last():
+    assert schedule("taylorseer:every=4,first_enhance=1", 12) == [0, 4, 8]  # the last step is not forced
+    assert schedule("taylorseer:every=4,first_enhance=3", 12) == [0, 1, 2, 6, 10]
+    assert schedule("taylorseer:every=1", 5) == [0, 1, 2, 3, 4]
+
+
+def test_the_defaults_are_the_sampling_scripts():
+    policy = make_policy("taylorseer")
+    assert (policy.every, policy.order, policy.first_enhance, policy.weights) == (4, 4, 2, "taylor")
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("every=0", "every=0"),
+        ("order=5", "order=5 must lie in 0..4"),
+        ("order=-1", "order=-1"),
+        ("first_enhance=0", "first_enhance=0"),
+        ("weights=lagrange", "weights='lagrange' must be one of taylor, exact"),
+    ],
+)
+def test_wrong_options_are_refused(option, message):
+    with pytest.raises(ValueError, match=f"taylorseer: .*{message}"):
+        make_policy(f"taylorseer:{option}")
+
+
+class Recursion:
+    """The release's rule for every branch: derivatives from the newest gap, summed with k ** j / j!."""
+
+    def __init__(self, every, order):
+        self.every, self.order, self.step, self.counter = every, order, -1, 0
+        self.last, self.derivatives = None, []
+
+    def run_blocks(self, blocks, x, c):
+        self.step += 1
+        if self.step >= 2 and self.counter < self.every - 1:
+            self.counter += 1
+            k = self.step - self.last
+            branches = sum(d * k**j / math.factorial(j) for j, d in enumerate(self.derivatives))
+            return apply_gates(blocks, x, c, branches)
+        self.counter = 0
+        out, branches = run_all(blocks, x, c)
+        fresh = [branches]
+        for old in self.derivatives[: self.order]:
+            fresh.append((fresh[-1] - old) / (self.step - self.last))
+        self.last, self.derivatives = self.step, fresh
+        return out
+
+
+class Exact(TaylorSeer):
+    """Without the gates' basis rounding the sums."""
+
+    @property
+    def predictor(self):
+        return replace(super().predictor, gate_error=0.0)
+
+
+@pytest.mark.parametrize("order", [0, 1, 2, 4])
+def test_a_run_is_the_releases_recursion(model, order):
+    out = sample(model, steps=14, cache=CacheManager(Exact(every=3, order=order)))
+    torch.testing.assert_close(out, sample_with(Recursion(3, order), model, steps=14), rtol=1e-3, atol=1e-4)
+
+
+def test_exact_weights_are_the_polynomial_and_differ_from_order_2_on(model):
+    steps, times = [0, 1, 4, 7, 10, 13], make_sampler("ddim", 14).timesteps
+    for order, apart in ((1, False), (2, True)):
+        taylor, exact = (
+            sample(model, steps=14, cache=CacheManager(Exact(every=3, order=order, weights=weights)))
+            for weights in ("taylor", "exact")
+        )
+        twin = sample_with(Twin("branches", steps, times, order), model, steps=14)
+        torch.testing.assert_close(exact, twin, rtol=1e-3, atol=1e-4)
+        assert (float((taylor - exact).abs().max()) > 2e-3) == apart
+
+
+def test_every_step_computed_is_the_plain_model(model):
+    manager = CacheManager(make_policy("taylorseer:every=1"))
+    assert torch.equal(sample(model, cache=manager), sample(model))
+
+
+def test_under_adacorrection(model):
+    assert torch.isfinite(sample(model, cache=CacheManager(make_policy("taylorseer"), AdaCorrection()))).all()

@@ -1,0 +1,334 @@
+"""Profiles: round trips of both formats, files that cannot be read, and which profile serves which run."""
+
+import copy
+import json
+import math
+import stat
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+
+from adacorr import profile as profiles
+from adacorr.profile import Calibration, Profile, find_profile, load_profile, mismatch, save_profile
+from adacorr.types import Run
+
+SHA = "0123456789abcdef" * 4
+OTHER = "fedcba9876543210" * 4
+AWKWARD = [0.1 + 0.2, 1 / 3, math.pi * 1e-300, 5e-324, -0.0, float(np.nextafter(1.0, 2.0)), 1.7976931348623157e308]
+SUFFIXES = ["json", "safetensors"]
+
+
+def make(method="rule", arrays=None, **fields):
+    arrays = {"table": np.arange(3.0)} if arrays is None else arrays
+    made = {"model_id": SHA, "sampler": "ddim", "num_sampling_steps": 10, "cfg_scale": 1.5, **fields}
+    return Profile(method, arrays, **made)
+
+
+def make_run(**fields):
+    steps = fields.pop("steps", 10)
+    made = {"cfg_scale": 1.5, "model_id": SHA, "sampler": "ddim", **fields}
+    return Run(1, 2, np.arange(steps)[::-1], [], 16, 32, torch.device("cpu"), **made)
+
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    """An empty folder in place of the one of shipped profiles."""
+    folder = tmp_path / "shipped"
+    folder.mkdir()
+    monkeypatch.setattr(profiles, "FOLDER", folder)
+    return folder
+
+
+# --------------------------------------------------------------------------------------------------- formats
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_round_trip(tmp_path, suffix):
+    path = tmp_path / "new" / "folder" / f"p.{suffix}"
+    arrays = {
+        "awkward": np.array(AWKWARD),
+        "turned": np.arange(6.0).reshape(2, 3).T,  # not contiguous
+        "one": np.array(2.5),
+        "deep": np.arange(24.0).reshape(2, 3, 4),
+        "none": np.zeros((0, 3)),
+    }
+    notes = {"text": "ä → b", "list": [1, 2.5, None], "inner": {"a": True}}
+    before = make(arrays=arrays, sampler="ddim:eta=0.5", notes=notes)
+    save_profile(path, before)
+    after = load_profile(path)
+    assert after.header == before.header
+    assert type(after.num_sampling_steps) is int
+    assert sorted(after.arrays) == sorted(arrays)
+    for name in set(arrays) - ({"none"} if suffix == "json" else set()):
+        assert after.arrays[name].dtype == np.float64
+        assert after.arrays[name].shape == arrays[name].shape
+        assert after.arrays[name].tobytes() == arrays[name].tobytes()  # every bit, the sign of -0.0 included
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_json_gives_float64_whatever_went_in(tmp_path):
+    arrays = {"half": np.array([0.1], np.float16), "whole": np.array([[1, 2]]), "flag": np.array([True]), "list": [1]}
+    save_profile(tmp_path / "p.json", make(arrays=arrays))
+    after = load_profile(str(tmp_path / "p.json")).arrays
+    assert {a.dtype for a in after.values()} == {np.dtype(np.float64)}
+    assert after["half"][0] == np.float16(0.1)
+    assert after["whole"].tolist() == [[1.0, 2.0]]
+    json.loads((tmp_path / "p.json").read_text(), parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int64, np.bool_])
+def test_safetensors_keeps_types(tmp_path, dtype):
+    array = np.array([[0, 1], [3, 2]]).astype(dtype)
+    save_profile(tmp_path / "p.safetensors", make(arrays={"a": array}))
+    after = load_profile(tmp_path / "p.safetensors").arrays["a"]
+    assert after.dtype == dtype
+    assert np.array_equal(after, array)
+
+
+def test_safetensors_can_be_read_by_others(tmp_path):
+    save_profile(tmp_path / "p.safetensors", make())
+    assert stat.S_IMODE((tmp_path / "p.safetensors").stat().st_mode) & 0o044 == 0o044
+
+
+@pytest.mark.parametrize("name", ["p", "p.npz", "p.JSON", "json"])
+def test_other_suffixes_are_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=r"must end in \.json or \.safetensors"):
+        save_profile(tmp_path / name, make())
+    with pytest.raises(ValueError, match=r"must end in \.json or \.safetensors"):
+        load_profile(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, suffix):
+    path = tmp_path / f"p.{suffix}"
+    save_profile(path, make())
+
+    def disk_full(*arguments, **_):
+        target = next(a for a in arguments if isinstance(a, Path))
+        target.write_bytes(b'{"half')
+        raise OSError("disk full")
+
+    if suffix == "json":
+        monkeypatch.setattr(Path, "write_text", disk_full)
+    else:
+        monkeypatch.setattr(safetensors.numpy, "save_file", disk_full)
+    with pytest.raises(OSError, match="disk full"):
+        save_profile(path, make(sampler="ddpm"))
+    assert load_profile(path).sampler == "ddim"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_the_new_file_takes_the_place_of_the_old_one_at_once(tmp_path, monkeypatch, suffix):
+    path, complete = tmp_path / f"p.{suffix}", []
+    save_profile(path, make())
+
+    def stopped(self, target):
+        complete.append(self.read_bytes())
+        raise OSError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", stopped)
+        with pytest.raises(OSError, match="stopped"):
+            save_profile(path, make(sampler="ddpm"))
+    assert load_profile(path).sampler == "ddim"
+    assert list(tmp_path.iterdir()) == [path]
+    path.write_bytes(complete[0])
+    assert load_profile(path).sampler == "ddpm"
+
+
+# ------------------------------------------------------------------------------------------- unreadable files
+
+
+def good(**changes):
+    header = {**make().header, "arrays": {"table": [0.0]}, **changes}
+    return json.dumps({key: value for key, value in header.items() if value != "left out"})
+
+
+def is_one_clear_line(path, *words):
+    with pytest.raises(ValueError, match="cannot be read") as caught:
+        load_profile(path)
+    text = str(caught.value)
+    assert text.isprintable()  # so it is one line
+    assert len(text) < 600 + len(str(path))
+    assert all(word in text for word in (str(path), "python -m adacorr.calibrate", *words)), text
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        ("", "JSON"),
+        ("{", "JSON"),
+        (b"\x80\x04\x95\x00", "decode"),  # a pickle is not even text
+        ("[]", ""),
+        ("null", ""),
+        ('"text"', ""),
+        ("{}", "arrays"),
+        ("[" * 100_000, ""),
+        (good(arrays=[1, 2]), ""),
+        (good(arrays={"table": "abc"}), "abc"),
+        (good(arrays={"table": [[1], [2, 3]]}), ""),
+        (good(arrays={"table": {"a": 1}}), ""),
+        (good(arrays={"table": [10**400]}), ""),
+        (good(extra=1), "extra"),
+        (good(**{"two\nlines \x1b[2J" + "x" * 10_000: 1}), ""),
+        (good(method="left out"), "method"),
+        (good(sampler="left out"), "sampler"),
+        (good(method=5), "method is 5"),
+        (good(model_id=None), "model_id is None"),
+        (good(sampler="ddim\nrm -rf"), "sampler"),
+        (good(num_sampling_steps="10"), "num_sampling_steps is '10'"),
+        (good(cfg_scale=[1.5]), "cfg_scale"),
+        (good(notes="text"), "notes"),
+    ],
+)
+def test_unreadable_json_is_one_line(tmp_path, content, word):
+    path = tmp_path / "bad.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    is_one_clear_line(path, word)
+    with pytest.raises(ValueError, match="cannot be read"):
+        find_profile("rule", str(path), make_run())
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff" * 64, (10**9).to_bytes(8, "little") + b"{}"])
+def test_unreadable_safetensors_is_one_line(tmp_path, content):
+    (tmp_path / "bad.safetensors").write_bytes(content)
+    is_one_clear_line(tmp_path / "bad.safetensors")
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        None,
+        {"other": "x"},
+        {"profile": "{"},
+        {"profile": "[1]"},
+        {"profile": good()},  # arrays twice
+        {"profile": json.dumps({**make().header, "model_id": 7})},
+    ],
+)
+def test_safetensors_without_a_good_header_is_one_line(tmp_path, metadata):
+    path = tmp_path / "bad.safetensors"
+    safetensors.numpy.save_file({"table": np.zeros(2)}, path, metadata=metadata)
+    is_one_clear_line(path)
+
+
+def test_the_header_needs_no_notes(tmp_path):
+    (tmp_path / "p.json").write_text(good(notes="left out"))
+    assert load_profile(tmp_path / "p.json").notes == {}
+
+
+def test_a_missing_file_is_one_line(tmp_path):
+    is_one_clear_line(tmp_path / "nowhere.json")
+    for name in (str(tmp_path / "nowhere.json"), str(tmp_path)):  # a folder is none, either
+        with pytest.raises(ValueError, match=r"rule: profile=.* does not exist; .*calibrate --cache rule --out FILE"):
+            find_profile("rule", name, make_run())
+
+
+# ---------------------------------------------------------------------------------------------- what fits what
+
+
+def test_a_profile_fits_the_run_it_was_made_for(tmp_path):
+    path = tmp_path / "p.json"
+    save_profile(path, make())
+    assert mismatch(make(), "rule", make_run()) == ""
+    assert find_profile("rule", str(path), make_run()).arrays["table"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("run", "method", "text"),
+    [
+        ({}, "other", "method rule there, other here"),
+        ({"model_id": OTHER}, "rule", f"checkpoint {SHA[:12]} there, {OTHER[:12]} here"),
+        ({"model_id": None}, "rule", f"checkpoint {SHA[:12]} there, unknown here"),
+        ({"sampler": "ddim:eta=0.5"}, "rule", "sampler ddim there, ddim:eta=0.5 here"),
+        ({"sampler": None}, "rule", "sampler ddim there, unknown here"),
+        ({"steps": 50}, "rule", "steps 10 there, 50 here"),
+        ({"cfg_scale": 4.0}, "rule", "guidance 1.5 there, 4.0 here"),
+    ],
+)
+def test_every_field_that_differs_is_named(tmp_path, run, method, text):
+    path = tmp_path / "p.json"
+    save_profile(path, make())
+    assert mismatch(make(), method, make_run(**run)) == text  # and no other field
+    with pytest.raises(ValueError, match="does not fit this run") as caught:
+        find_profile(method, str(path), make_run(**run))
+    assert f"profile={path}" in str(caught.value)
+    assert f"({text})" in str(caught.value)
+    assert f"python -m adacorr.calibrate --cache {method} --out FILE" in str(caught.value)
+
+
+def test_all_fields_that_differ_are_named_at_once():
+    other = make_run(model_id=OTHER, sampler="ddpm", steps=5, cfg_scale=1.0)
+    text = mismatch(make(), "other", other)
+    assert [part.split()[0] for part in text.split(", ") if " there" in part] == [
+        *("method", "checkpoint", "sampler", "steps", "guidance"),
+    ]
+
+
+def test_auto_takes_the_one_that_fits(shipped):
+    made = {
+        "rule-10.json": make(arrays={"table": np.array([1.0])}),
+        "rule-50.safetensors": make(arrays={"table": np.array([2.0], np.float16)}, num_sampling_steps=50),
+        "rule-ddpm.json": make(arrays={"table": np.array([3.0])}, sampler="ddpm"),
+        "rule-other.json": make(arrays={"table": np.array([4.0])}, model_id=OTHER),
+        "ruler.json": make("ruler", arrays={"table": np.array([5.0])}),  # another method, whose name begins alike
+    }
+    for name, profile in made.items():
+        save_profile(shipped / name, profile)
+    (shipped / "rule.txt").write_text("a note, no profile")
+
+    def found(method="rule", **run):
+        return find_profile(method, "auto", make_run(**run)).arrays["table"].item()
+
+    assert found() == 1
+    assert found(steps=50) == 2
+    assert found(sampler="ddpm") == 3
+    assert found(model_id=OTHER) == 4
+    assert found("ruler") == 5
+    with pytest.raises(ValueError, match="rule has no profile for this run") as caught:
+        found(cfg_scale=4.0)
+    text = str(caught.value)
+    assert "rule-10.json: guidance 1.5 there, 4.0 here; rule-50.safetensors: steps 50 there, 10 here, guidance" in text
+    assert all(name in text for name in made)
+    assert "rule.txt" not in text
+    assert text.endswith("python -m adacorr.calibrate --cache rule --out FILE and give profile=FILE")
+
+
+def test_auto_without_any_profile(shipped, monkeypatch):
+    save_profile(shipped / "other.json", make("other"))
+    with pytest.raises(ValueError, match=r"rule has no profile for this run \(none is shipped\)"):
+        find_profile("rule", "auto", make_run())
+    monkeypatch.setattr(profiles, "FOLDER", shipped / "nowhere")  # an install that ships none at all
+    with pytest.raises(ValueError, match="none is shipped"):
+        find_profile("rule", "auto", make_run())
+
+
+def test_a_file_named_auto_is_given_by_its_path(shipped, tmp_path):
+    path = tmp_path / "auto.json"
+    save_profile(path, make())
+    assert find_profile("rule", str(path), make_run()).method == "rule"
+
+
+# ------------------------------------------------------------------------------------------------- calibration
+
+
+def test_a_calibration_computes_everything_and_is_shared_by_its_runs():
+    observer = Calibration()
+    view = type("FakeView", (), {"images": 3})()
+    assert observer.decide(view).tolist() == [True] * 3
+    assert copy.deepcopy(observer) is observer
+    assert observer.predictor is None
+    with pytest.raises(NotImplementedError):
+        observer.fit()
+
+
+def test_profiles_do_not_change():
+    with pytest.raises(AttributeError):
+        make().sampler = "ddpm"
+    assert replace(make(), sampler="ddpm").sampler == "ddpm"
