@@ -120,6 +120,10 @@ class Sampler:
         """An instance without history, for a new run."""
         return copy.copy(self)
 
+    def on(self, timesteps: np.ndarray) -> Sampler:
+        """The same sampler on other training timesteps (S,), falling; ValueError where it cannot choose them."""
+        raise ValueError(f"{self.name} lays its timesteps out itself; use ddim or ddpm for a method that moves them")
+
 
 def _split(x: Tensor, out: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """(predicted noise, learned variance or None), once the shapes are known to fit."""
@@ -147,13 +151,23 @@ class _ClosedForm(Sampler):
     def __init__(self, num_steps: int, clip: bool) -> None:
         if not isinstance(clip, bool):
             raise ValueError(f"clip={clip!r} is not true or false; leave it out not to clip")
-        kept = respace(num_steps)
         self.clip = clip
+        self._lay_out(respace(num_steps))
+
+    def _lay_out(self, kept: np.ndarray) -> None:
         self.timesteps = torch.from_numpy(kept[::-1].copy())
         beta, abar, before = (table[::-1] for table in respaced_schedule(kept))
         to_x0 = [np.sqrt(1.0 / abar), np.sqrt(1.0 / abar - 1.0)]
         self._tables = torch.from_numpy(np.stack([*to_x0, *self._coefficients(beta, abar, before)]))
         self._placed: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def on(self, timesteps: np.ndarray) -> Sampler:
+        kept = np.asarray(timesteps)[::-1]
+        if kept.dtype.kind != "i" or (np.diff(kept) <= 0).any() or kept[0] < 0 or kept[-1] >= NUM_TRAIN:
+            raise ValueError(f"timesteps {kept[::-1]} must be whole, fall at every step and lie in 0..{NUM_TRAIN - 1}")
+        moved = self.fresh()
+        moved._lay_out(kept)
+        return moved
 
     def _coefficients(self, beta: np.ndarray, abar: np.ndarray, before: np.ndarray) -> list[np.ndarray]:
         raise NotImplementedError

@@ -334,6 +334,9 @@ def sample_latents(
             return new
         return values.index_copy(0, torch.from_numpy(rows).to(values.device), new)
 
+    if cache is not None:
+        grid = cache.grid(model, sampler.timesteps, cfg_scale, model_id, sampler.spec)
+        sampler = sampler if grid is sampler.timesteps else sampler.on(grid.numpy())
     x = sampler.prepare(noise)
     opened = (
         nullcontext()

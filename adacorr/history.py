@@ -42,8 +42,8 @@ def taylor_weights(nodes: np.ndarray, at: np.ndarray, order: int) -> np.ndarray:
     """The same from TaylorSeer's difference quotients (arXiv 2503.06923): shapes and errors of `lagrange_weights`.
 
     Each computed step makes the derivative of order j + 1 from the derivatives of order j of itself and the one before,
-    over the newest gap, and the forecast sums derivative * k ** j / j!. Equal to the polynomial at order 1; from order 2
-    on it extrapolates less, and it is no polynomial through the nodes where gaps differ.
+    over the newest gap, and the forecast sums derivative * k ** j / j!. Equal to the polynomial at order 1; from
+    order 2 on it extrapolates less, and it is no polynomial through the nodes where gaps differ.
     """
     nodes = np.asarray(nodes, dtype=np.float64)[:, : order + 1]
     if np.isnan(nodes[:, 0]).any():

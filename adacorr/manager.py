@@ -86,18 +86,8 @@ class CacheManager:
         halves = 1 if cfg_scale == 1.0 else 2
         self.trace = Trace(len(timesteps), len(model.blocks), n, halves, model.branch_flops())
         carries = isinstance(self.correction, AdaCorrection) and carries_difference(self.correction, halves)
-        info = Run(
-            images=n,
-            halves=1 if carries else halves,
-            timesteps=timesteps.double().cpu().numpy(),
-            blocks=model.blocks,
-            tokens=model.pos_embed.shape[1],
-            width=model.pos_embed.shape[2],
-            device=model.pos_embed.device,
-            cfg_scale=cfg_scale,
-            model_id=model_id,
-            sampler=sampler,
-        )
+        seen = 1 if carries else halves
+        info = _describe(model, n, seen, timesteps, cfg_scale, model_id, sampler)
         with torch.no_grad():
             run = self._open(model, labels, timesteps, np.asarray(alpha_bar), info, rewindable)
             model.cache = run
@@ -106,6 +96,13 @@ class CacheManager:
             finally:
                 model.cache = None
                 self.bytes = run.bytes
+
+    def grid(self, model: nn.Module, timesteps: Tensor, cfg_scale: float, model_id: str | None, sampler: str) -> Tensor:
+        """(S,) the timesteps to sample on, those given unless the policy moves them; arguments as in `run`."""
+        if self.policy is None or self.correction is not None:
+            return timesteps
+        moved = self.policy.grid(_describe(model, 0, 1, timesteps, cfg_scale, model_id, sampler))
+        return torch.from_numpy(moved) if (moved != timesteps.numpy()).any() else timesteps
 
     def _open(self, model, labels, timesteps, alpha_bar, info: Run, rewindable: bool) -> CacheRun:
         """The run's state, by what this manager was given."""
@@ -116,7 +113,8 @@ class CacheManager:
             policy.begin(info)
         maker = _SegmentMaker(model, labels, timesteps, self.trace, self.dtype)
         if self.correction is None:
-            return PolicyRun(policy, info, self.trace, [maker(u, policy.predictor) for u in policy.units(info.depth)])
+            segments = [maker(unit, policy.predictor_of(unit, info.depth)) for unit in policy.units(info.depth)]
+            return PolicyRun(policy, info, self.trace, segments)
         predictor = Predictor("branches", self.correction.order, self.correction.gate_error)
         carries = carries_difference(self.correction, self.trace.halves)
         segment = maker(Unit(0, info.depth), predictor, difference=carries)
@@ -130,6 +128,21 @@ class CacheManager:
             spent=self.trace.extra_flops / self.trace.evaluation_flops,
         )
         return CorrectedRun(policy, self.correction, controller, info, self.trace, segment, rewindable)
+
+
+def _describe(model, images, halves, timesteps, cfg_scale, model_id, sampler) -> Run:
+    return Run(
+        images=images,
+        halves=halves,
+        timesteps=timesteps.double().cpu().numpy(),
+        blocks=model.blocks,
+        tokens=model.pos_embed.shape[1],
+        width=model.pos_embed.shape[2],
+        device=model.pos_embed.device,
+        cfg_scale=cfg_scale,
+        model_id=model_id,
+        sampler=sampler,
+    )
 
 
 class _SegmentMaker:

@@ -220,6 +220,17 @@ class Policy:
     def begin(self, run: Run) -> None:
         """Make the state of one run. ValueError for a run that the options or the profile do not fit."""
 
+    def predictor_of(self, unit: Unit, depth: int) -> Predictor | None:
+        """What is stored for one of the units: nothing for the probe, which always runs."""
+        return None if unit.stop <= self.probe(depth) else self.predictor
+
+    def grid(self, run: Run) -> np.ndarray:
+        """(S,) training timesteps to sample on, in sampling order: the run's own, unless the method moves them.
+
+        Asked before the run, without AdaCorrection only; `run` has the moved ones afterwards.
+        """
+        return run.timesteps
+
     def decide(self, view: View) -> np.ndarray:
         """(n,) bool: True where the unit is to run. A unit without a past runs whatever this says."""
         raise NotImplementedError

@@ -1,7 +1,8 @@
 """Every caching method on one model, alone and under AdaCorrection, swept to the same compute.
 
     python -m evaluate compare --out docs/compare          # docs/compare.json, .md and .png
-    python -m evaluate compare --methods teacache,rfc --levels 0.35,0.15
+    python -m evaluate compare --methods teacache,rfc --levels 0.35,0.15 --out /tmp/some
+    python -m evaluate compare --out docs/compare --known /tmp/some.json    # what ran before is not run again
 
 All runs share the model, the noise and the labels. A method's own knob (`Policy.knob`) is moved until it spends each
 compute level; where it has variants, the best at that level is kept. Its corrected form keeps that setting, and gamma
@@ -33,9 +34,10 @@ from evaluate.fidelity import fidelity
 
 LEVELS = (0.5, 0.35, 0.25, 0.15)
 SOLVERS = ("ddim", "dpmsolver++", "dpmsolver++:use_lu_lambdas=true", "unipc")
+SAME = ("sampler", "num_sampling_steps", "cfg_scale", "cfg_channels", "seed", "dtype", "num_images", "solution_steps")
 NEAR = 0.03  # a compute within this share of the one asked for is close enough to stop a search
 REACHED = 0.2  # and one that is further off than this does not stand for the level
-TRIES = 10  # runs of one search
+TRIES = 9  # runs of one search
 GAMMA = Knob("gamma", 1e4, 1e-3)  # more gamma is more compute
 
 
@@ -360,6 +362,14 @@ def add_parser(commands) -> None:
     add("--solution-steps", type=int, default=1000, help="DDIM steps of the solution; 0 leaves it out (default 1000)")
     add("--repeats", type=int, default=3, help="timed runs of each row; 0 leaves times out (default %(default)s)")
     add("--out", type=Path, required=True, metavar="STEM", help="writes STEM.json and STEM.md, STEM.png with --plot")
+    add(
+        "--known",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="JSON of earlier runs, whose rows are taken over",
+    )
     add("--plot", action="store_true", help="needs matplotlib")
 
 
@@ -389,6 +399,20 @@ def parse_levels(text: str) -> list[float]:
     return sorted(set(levels), reverse=True)
 
 
+def known_rows(file: Path, identity: dict[str, str]) -> dict[Setting, Row]:
+    """All rows that an earlier run tried; ValueError for a file of another model, noise or protocol."""
+    try:
+        content = json.loads(file.read_text())
+        rows = [Row(**{**row, "setting": Setting(**row["setting"])}) for row in content["tried"]]
+        theirs = content["identity"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--known {file} is no result of a comparison: {type(error).__name__} {error}") from None
+    differing = [f"{k} {theirs.get(k)!r} there, {v!r} here" for k, v in identity.items() if theirs.get(k) != v]
+    if differing:
+        raise ValueError(f"--known {file} is of another comparison: {'; '.join(differing)}")
+    return {row.setting: row for row in rows}
+
+
 def run(args: argparse.Namespace) -> None:
     """The whole job. ValueError or OSError for a mistake, before anything is sampled."""
     methods, levels = parse_methods(args.methods), parse_levels(args.levels)
@@ -414,16 +438,19 @@ def run(args: argparse.Namespace) -> None:
         first = None if labels is None else labels[:1]
         pipe.sample(args.seed, np.arange(1), first, CacheManager(make_policy(method)), stop=1)
     bench = Bench(pipe, args.seed, labels, args.num_images, args.solution_steps)
+    identity = {key: str(getattr(args, key)) for key in SAME} | {"checkpoint_sha256": pipe.checkpoint.sha256}
+    for file in args.known:
+        bench.rows |= known_rows(file, identity)
     bench.prepare()
     rows = list(compare(bench, methods, levels, say))
     if args.repeats:
         time_rows(bench, rows, args.repeats, say)
     settings = {key: str(value) for key, value in vars(args).items() if key not in ("run", "made_with", "command")}
     content = {
+        "identity": identity,
         "arguments": settings,
         "made_with": args.made_with,
         "environment": pipeline.environment(),
-        "checkpoint_sha256": pipe.checkpoint.sha256,
         "rows": [row.plain() for row in rows],
         "tried": [row.plain() for row in bench.rows.values()],
     }

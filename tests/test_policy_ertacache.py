@@ -1,5 +1,6 @@
 """ERTACache: schedule, correction and timesteps by hand, the calibration, and whole runs."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,7 @@ from torch.testing import assert_close
 from toy import make_run, make_view, sample, sample_with, tiny_dit
 
 import adacorr.policies.ertacache as ertacache
-from adacorr import CacheManager, make_policy
+from adacorr import AdaCorrection, CacheManager, make_policy
 from adacorr.policies.ertacache import MAX_LAG, ERTACacheCalibration, adjusted, replay
 from adacorr.profile import Profile, save_profile
 from adacorr.types import Ran
@@ -203,16 +204,22 @@ def test_a_grid_that_cannot_be_moved_is_refused(wrong):
         adjusted(np.array(wrong), np.ones(len(wrong)))
 
 
-def test_steps_that_reuse_are_shortened_by_their_phi():
+def moved(use, model, old, options, error, **arrays):
+    use(error, **arrays)
+    run = replace(make_run(model, steps=len(old)), timesteps=np.asarray(old, dtype=float))
+    return make_policy(f"ertacache:{options}").grid(run)
+
+
+def test_steps_that_reuse_are_shortened_by_their_phi(use, model):
     error, phi = np.full((4, 2), 0.5), np.full((4, 2), 0.9)
     error[1, 0], phi[1, 0] = 0.05, 0.5
-    made, old = a_profile(error, phi=phi), np.array([900, 600, 300, 0])
+    old = np.array([900, 600, 300, 0])
     # Step 1 alone is reused: it takes half of (600 - 0) / 2. What is left is for step 2.
-    assert make_policy("ertacache:adjust=true").timesteps(old, made).tolist() == [900, 600, 450, 0]
-    assert make_policy("ertacache:adjust=true,threshold=0").timesteps(old, made).tolist() == old.tolist()
-    assert make_policy("ertacache").timesteps(old, made) is old
+    assert moved(use, model, old, "adjust=true", error, phi=phi).tolist() == [900, 600, 450, 0]
+    assert moved(use, model, old, "adjust=true,threshold=0", error, phi=phi).tolist() == old.tolist()
+    assert moved(use, model, old, "adjust=false", error, phi=phi).tolist() == old.tolist()
     with pytest.raises(ValueError, match="that are not"):
-        make_policy("ertacache:adjust=true").timesteps(np.array([900, 0]), made)
+        moved(use, model, [900, 0], "adjust=true", error, phi=phi)
 
 
 # --------------------------------------------------------------------------------------------- calibration
@@ -384,3 +391,25 @@ def test_a_reused_step_adds_the_corrected_residual(model, use):
 
     out = sample(model, cache=CacheManager(make_policy("ertacache:threshold=inf,rectify=all")))
     assert_close(out, sample_with(Corrected(), model), rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_without_the_correction_samples_on_the_adjusted_grid(use, model):
+    error, phi = np.full((10, 15), 0.5), np.full((10, 15), 0.2)
+    error[3, 0] = 0.01
+    use(error, phi=phi, mean=np.zeros((10, 32)), deviation=np.ones((10, 32)))
+    plain, grid = make_sampler("ddim", 10), []
+
+    class Seen(type(make_policy("ertacache"))):
+        def begin(self, run):
+            super().begin(run)
+            grid.append(run.timesteps.astype(int).tolist())
+
+    for adjust, correction in ((True, None), (True, AdaCorrection()), (False, None)):
+        sample(model, cache=CacheManager(Seen(adjust=adjust), correction))
+    old = plain.timesteps.tolist()
+    assert grid[1] == grid[2] == old
+    assert (grid[0][0], grid[0][-1]) == (old[0], old[-1])
+    assert grid[0][:4] == old[:4]
+    assert grid[0][3] - grid[0][4] < 0.3 * (old[3] - old[4])  # a fifth of its time, to whole timesteps
+    with pytest.raises(ValueError, match="lays its timesteps out itself; use ddim or ddpm"):
+        sample(model, sampler="unipc", cache=CacheManager(Seen(adjust=True)))

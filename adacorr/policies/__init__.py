@@ -57,7 +57,14 @@ def make_policy(spec: str) -> Policy:
         raise ValueError(
             f"cache policy {name!r} is unknown; choose one of {', '.join(sorted(_POLICIES))}{hint(name, _POLICIES)}"
         )
-    return build(_POLICIES[name], name, options)
+    policy = build(_POLICIES[name], name, options)
+    profile = options.get("profile")
+    if profile not in (None, "auto") and not Path(str(profile)).is_file():  # before anything heavy is loaded
+        raise ValueError(
+            f"{name}: profile={profile} does not exist; make one with python -m adacorr.calibrate --cache {name} "
+            "--out FILE, or give profile=auto for the shipped one"
+        )
+    return policy
 
 
 def _first_line(kind: type) -> str:

@@ -8,7 +8,7 @@ import torch
 
 from adacorr.policies import register
 from adacorr.predict import Predictor
-from adacorr.types import Policy, Ran, Run, Unit, View, check_adaptive, put, relative_change
+from adacorr.types import Knob, Policy, Ran, Run, Unit, View, check_adaptive, put, relative_change
 
 # Key:rate pairs. `dit` is ours; the other two are the release's for Open-Sora in 30 steps.
 CODEBOOKS = {
@@ -49,6 +49,8 @@ class AdaCache(Policy):
     codebook: str = "dit"
     gates: str = "fresh"
     scope: str = "image"
+
+    knob = Knob("scale", 0.1, 30.0, ("", "codebook=0.03:12/0.05:10/0.07:8/0.09:6/0.11:4/1:3"))
 
     def __post_init__(self):
         if not self.scale >= 0:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from adacorr.policies import register
 from adacorr.predict import Predictor
-from adacorr.types import Cached, Policy, Ran, Unit, View, check_adaptive, put, relative_change
+from adacorr.types import Cached, Knob, Policy, Ran, Unit, View, check_adaptive, put, relative_change
 
 ERRORS = ("feature", "difference")
 
@@ -43,6 +43,8 @@ class DiCache(Policy):
     retention: float = 0.2
     g_max: float = 1.5
     scope: str = "image"
+
+    knob = Knob("threshold", 0.003, 10.0, ("", "error=difference,retention=0.04", "retention=0.04"))
 
     def __post_init__(self):
         check_adaptive("dicache", self.threshold, self.scope)

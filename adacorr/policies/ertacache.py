@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adacorr.policies import register
 from adacorr.profile import Calibration, Profile, find_profile
-from adacorr.types import Cached, Policy, Ran, Run, View
+from adacorr.types import Cached, Knob, Policy, Ran, Run, View
 
 MAX_LAG = 15  # steps that one residual may serve at most: calibration holds that many
 BY_LAG = ("error", "phi", "slope", "offset", "correlation")
@@ -128,6 +128,7 @@ class ERTACache(Policy):
     adjust: bool = False
     profile: str = "auto"
     calibration = ERTACacheCalibration
+    knob = Knob("threshold", 0.003, 3.0, ("", "rectify=none"))
 
     def __post_init__(self):
         if not self.threshold >= 0:
@@ -154,15 +155,15 @@ class ERTACache(Policy):
         scale, shift = torch.from_numpy(factors).to(held.device, torch.float32).unsqueeze(2)  # (m, 1, D or 1) each
         return (held.float() * scale + shift).to(held.dtype)
 
-    def timesteps(self, timesteps: np.ndarray, profile: Profile) -> np.ndarray:
-        """The grid to sample on, (S,) int64 in sampling order, from the sampler's own; that itself unless `adjust`.
+    def grid(self, run: Run) -> np.ndarray:
+        """The first and last timesteps stay, and so the time between them.
 
-        The first and last timesteps stay, and so the time between them. ValueError for a grid of other than whole,
-        strictly falling timesteps.
+        ValueError for a grid of other than whole, strictly falling timesteps.
         """
+        timesteps = run.timesteps
         if not self.adjust:
             return timesteps
-        arrays = checked(profile, len(timesteps))
+        arrays = checked(find_profile("ertacache", self.profile, run), len(timesteps))
         lag = replay(arrays["error"], self.threshold)
         share = np.ones(len(timesteps))
         for step in np.flatnonzero(lag):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from adacorr.policies import register
 from adacorr.profile import Calibration, Profile, find_profile
-from adacorr.types import Cached, Policy, Ran, Run, Unit, View, check_adaptive
+from adacorr.types import Cached, Knob, Policy, Ran, Run, Unit, View, check_adaptive
 
 FORMS = ("increment", "residual")
 REFERENCES = ("computed", "seen")
@@ -209,6 +209,7 @@ class FastCache(Policy):
     profile: str | None = "auto"
     granularity = "token, block"
     calibration = FastCacheCalibration
+    knob = Knob("threshold", 0.003, 3.0, ("", "tau=0", "profile=none,tau=0"))
 
     def __post_init__(self):
         check_adaptive("fastcache", self.threshold, self.scope)

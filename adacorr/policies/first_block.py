@@ -6,7 +6,7 @@ import numpy as np
 
 from adacorr.policies import register
 from adacorr.predict import Predictor
-from adacorr.types import Policy, Ran, Unit, View, check_adaptive, put, relative_change
+from adacorr.types import Knob, Policy, Ran, Unit, View, check_adaptive, put, relative_change
 
 
 @register
@@ -42,6 +42,8 @@ class FirstBlock(Policy):
     order: int = 0
     scope: str = "image"
 
+    knob = Knob("threshold", 0.003, 3.0, ("", "order=1", "order=1,max_continuous=3"))
+
     def __post_init__(self):
         check_adaptive("first_block", self.threshold, self.scope)
         for option, least in (("front", 1), ("back", 0), ("warmup", 0), ("max_continuous", -1), ("max_cached", -1)):
@@ -66,6 +68,10 @@ class FirstBlock(Policy):
 
     def probe(self, depth: int) -> int:
         return self.front
+
+    def predictor_of(self, unit: Unit, depth: int) -> Predictor | None:
+        # The blocks at both ends always run.
+        return self.predictor if (unit.start, unit.stop) == (self.front, depth - self.back) else None
 
     def begin(self, run):
         self._reference = None  # (halves, n, T, D): the front's residual at each image's last computed step

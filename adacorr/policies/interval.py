@@ -6,7 +6,7 @@ import numpy as np
 
 from adacorr.policies import register
 from adacorr.predict import Predictor
-from adacorr.types import Policy, View
+from adacorr.types import Knob, Policy, View
 
 ALIGNED = ("end", "start")
 
@@ -32,6 +32,8 @@ class Interval(Policy):
     order: int = 0
     warmup: int = 0
     align: str = "end"
+
+    knob = Knob("every", 1, 25)
 
     def __post_init__(self):
         if self.every < 1:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from adacorr.policies import register
 from adacorr.predict import Predictor
 from adacorr.profile import Calibration, find_profile
-from adacorr.types import Policy, Ran, Run, Unit, View, by_branch, check_adaptive, put
+from adacorr.types import Knob, Policy, Ran, Run, Unit, View, by_branch, check_adaptive, put
 
 STAND_IN = "stand-in"
 ENTRY = re.compile(r"block_(\d+)_(attn|mlp)_lazy_learning_weight_(\d+)")
@@ -158,6 +158,7 @@ class LazyDiT(Policy):
 
     granularity = "branch"
     calibration = LazyDiTCalibration
+    knob = Knob("threshold", 0.01, 10.0, ("", "max_lag=3", "max_lag=8"))
 
     def __post_init__(self):
         check_adaptive("lazydit", 0.0 if self.threshold is None else self.threshold, self.scope)

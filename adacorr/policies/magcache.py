@@ -8,7 +8,7 @@ from torch import Tensor
 
 from adacorr.policies import register
 from adacorr.profile import Calibration, Profile, find_profile
-from adacorr.types import Policy, Ran, Run, View
+from adacorr.types import Knob, Policy, Ran, Run, View
 
 
 class MagCacheCalibration(Calibration):
@@ -67,6 +67,7 @@ class MagCache(Policy):
     retention: float = 0.2
     profile: str = "auto"
     calibration = MagCacheCalibration
+    knob = Knob("threshold", 0.001, 3.0, ("", "max_skip=5", "max_skip=12,retention=0.1"))
 
     def __post_init__(self):
         if not self.threshold >= 0:

@@ -9,7 +9,7 @@ from torch import Tensor
 from adacorr.history import WEIGHTS
 from adacorr.policies import register
 from adacorr.predict import Predictor
-from adacorr.types import Cached, Policy, Ran, Unit, View, by_branch, check_adaptive, put, relative_change
+from adacorr.types import Cached, Knob, Policy, Ran, Unit, View, by_branch, check_adaptive, put, relative_change
 
 RULES = {"taylor": "taylor", "exact": "lagrange"}  # this method's names -> the predictor's
 NORMS = {"row": (2, 3), "token": (3,)}  # over tokens and channels, or channels alone
@@ -48,6 +48,8 @@ class RFC(Policy):
     rfe: bool = True
     norm: str = "row"
     scope: str = "image"
+
+    knob = Knob("threshold", 0.003, 3.0, ("", "order=2", "rfe=false"))
 
     def __post_init__(self):
         check_adaptive("rfc", self.threshold, self.scope)

@@ -8,7 +8,7 @@ import torch
 from adacorr.policies import register
 from adacorr.predict import Predictor
 from adacorr.profile import Calibration, find_profile
-from adacorr.types import BRANCHES, Policy, Ran, Run, Unit, View, by_branch, relative_change
+from adacorr.types import BRANCHES, Knob, Policy, Ran, Run, Unit, View, by_branch, relative_change
 
 
 class SmoothCacheCalibration(Calibration):
@@ -74,6 +74,7 @@ class SmoothCache(Policy):
 
     granularity = "branch type"
     calibration = SmoothCacheCalibration
+    knob = Knob("threshold", 0.01, 3.0, ("", "max_lag=8"))
 
     def __post_init__(self):
         if not self.threshold >= 0:

@@ -6,7 +6,7 @@ import numpy as np
 
 from adacorr.policies import register
 from adacorr.predict import Predictor
-from adacorr.types import Policy, View
+from adacorr.types import Knob, Policy, View
 
 WEIGHTS = {"taylor": "taylor", "exact": "lagrange"}  # this method's names -> the predictor's
 
@@ -35,6 +35,8 @@ class TaylorSeer(Policy):
     order: int = 4
     first_enhance: int = 2
     weights: str = "taylor"
+
+    knob = Knob("every", 2, 25, ("order=1", "order=2", "order=3", "order=4", "order=2,weights=exact"))
 
     def __post_init__(self):
         if self.every < 1:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from adacorr.policies import register
 from adacorr.profile import Calibration, Profile, find_profile
-from adacorr.types import Policy, Ran, Run, View, check_adaptive, relative_change
+from adacorr.types import Knob, Policy, Ran, Run, View, check_adaptive, relative_change
 
 DEGREE = 4  # of the polynomial, as in every release
 
@@ -56,6 +56,7 @@ class TeaCache(Policy):
     profile: str | None = "auto"
     scope: str = "image"
     calibration = TeaCacheCalibration
+    knob = Knob("threshold", 0.003, 10.0)
 
     def __post_init__(self):
         check_adaptive("teacache", self.threshold, self.scope)
