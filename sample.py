@@ -26,19 +26,13 @@ from tqdm import tqdm
 
 import pipeline
 from adacorr import CacheManager
+from adacorr.spec import Parser
 from download import BUNDLED
 from evaluate.fidelity import fidelity
 
 WARM_UP = 6  # steps of both runs before anything is timed: enough for a forecast to be used
 SMALLEST = 64  # pixels at which an image is shown at least; smaller ones are enlarged by repeating pixels
 GAP = 2  # pixels between images; between the two grids of --compare it is four times as much
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but an error is one line without the usage text."""
-
-    def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def make_parser() -> argparse.ArgumentParser:

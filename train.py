@@ -43,6 +43,7 @@ from tqdm import tqdm
 
 import pipeline
 import sample
+from adacorr.spec import Parser
 from diffusion import NUM_TRAIN, make_sampler, respace, respaced_schedule
 from download import Checkpoint, build_model, save_checkpoint
 from models import DiT, DiT_models
@@ -65,7 +66,7 @@ class NonFinite(Exception):
 def make_parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     names = f"{', '.join(sorted(DiT_models))} (default %(default)s)"
-    parser = sample.Parser("train.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser = Parser("train.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument_group("data and model").add_argument
     add("--data", type=Path, required=True, help="folder of class folders, or .npz")
     add("--model", choices=sorted(DiT_models), metavar="NAME", default="DiT-Ti/2", help=names)

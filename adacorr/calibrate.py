@@ -22,17 +22,10 @@ import torch
 from adacorr.manager import CacheManager
 from adacorr.policies import calibrated
 from adacorr.profile import Calibration, Profile, check_suffix, save_profile
-from adacorr.spec import hint
+from adacorr.spec import Parser, hint
 
 # Calibration noise is that of --seed plus this, so that no seed anybody evaluates on is ever fitted.
 SEED_OFFSET = 2**31
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but an error is one line without the usage text."""
-
-    def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def observe(calibration: Calibration, pipe, seed: int, images: int, batch_size: int) -> None:

@@ -1,11 +1,19 @@
-"""The one text form of the command line: NAME[:key=value,...]."""
+"""The one text form of the command line, NAME[:key=value,...], and the parser of flags that all commands share."""
 
+import argparse
 import difflib
 from collections.abc import Iterable
 from dataclasses import MISSING, fields
 from typing import Any, get_type_hints
 
 Value = int | float | bool | str | None
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but an error is one line without the usage text."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def parse_value(text: str) -> Value:

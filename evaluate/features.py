@@ -41,6 +41,8 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
+from adacorr.spec import Parser
+
 WEIGHTS = Path(__file__).resolve().with_name("cifar10-features.safetensors")
 SIZE = 32  # pixels on each side
 CLASSES = 10
@@ -515,13 +517,6 @@ def accuracy(network: CifarFeatures, images: Tensor, labels: Tensor) -> float:
 
 
 # ----------------------------------------------------------------------------------------------- command line
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but an error is one line without the usage text."""
-
-    def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def number(kind: type, low: float, high: float) -> Callable[[str], float]:

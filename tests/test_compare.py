@@ -429,10 +429,36 @@ def test_the_record_says_what_was_run(content, ckpt):
     assert content["arguments"]["ckpt"] == str(ckpt)
     assert not {"run", "command", "made_with"} & set(content["arguments"])
     assert content["environment"]["torch"] == torch.__version__
-    assert len(content["checkpoint_sha256"]) == 64
+    assert len(content["identity"]["checkpoint_sha256"]) == 64
+    assert (content["identity"]["seed"], content["identity"]["num_images"]) == (
+        "4242",
+        content["arguments"]["num_images"],
+    )
     settings = [json.dumps(row["setting"], sort_keys=True) for row in content["tried"]]
     assert len(settings) == len(set(settings))  # nothing ran twice
     assert {json.dumps(row["setting"], sort_keys=True) for row in content["rows"]} <= set(settings)
+
+
+def test_known_rows_are_not_run_again(result, content, ckpt, tmp_path, monkeypatch):
+    given = ["--methods", "interval", "--levels", "0.5", "--num-images", 3, "--solution-steps", 24, "--repeats", 0]
+    given += ["--out", tmp_path / "again", "--known", result[1]["json"]]
+    monkeypatch.setattr(Bench, "prepare", lambda self: None)
+    monkeypatch.setattr(Bench, "states", lambda *_: pytest.fail("something was sampled"))
+    assert code("compare", *flags(ckpt), *given) == 0
+    again = json.loads((tmp_path / "again.json").read_text())
+    kept = [{**row, "speedup": None} for row in content["rows"] if row["level"] == 0.5 and row["method"] == "interval"]
+    assert [row for row in again["rows"] if row["method"] == "interval"] == kept
+
+
+def test_rows_of_another_comparison_are_refused(result, ckpt, tmp_path, capsys):
+    given = ["--num-images", 2, "--solution-steps", 24, "--out", tmp_path / "x", "--known", result[1]["json"]]
+    assert code("compare", *flags(ckpt), *given, "--methods", "interval") == 2
+    assert "is of another comparison: num_images '3' there, '2' here" in capsys.readouterr().err
+    broken = tmp_path / "broken.json"
+    broken.write_text("{}")
+    given[-1] = broken
+    assert code("compare", *flags(ckpt), *given, "--methods", "interval") == 2
+    assert "is no result of a comparison" in capsys.readouterr().err
 
 
 def test_the_page_shows_every_row(result, content):
