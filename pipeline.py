@@ -402,7 +402,7 @@ def environment() -> dict[str, Any]:
         **{name: installed(name) for name in ("timm", "diffusers", "numpy")},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         "threads": torch.get_num_threads(),
-        "argv": sys.argv,
+        "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
 
 

@@ -1,11 +1,11 @@
 """The measured tables of README.md and docs/: run from the project's root, prints Markdown, writes JSON with --out.
 
-    python -m benchmarks.tables methods     every policy alone and under AdaCorrection, and fixed intervals
-    python -m benchmarks.tables gamma       the one knob, and budgets
+    python -m benchmarks.tables gamma       the one knob, budgets, and what each part is worth
     python -m benchmarks.tables protocol    other step counts, guidance scales, samplers and batch sizes
     python -m benchmarks.tables exact       distance to the 1000-step DDIM solution, against few-step solvers
 
-PSNR is per image, on uint8, against the uncached run (table `exact`: against the solution) from the same noise.
+Caching methods are compared by python -m evaluate compare. PSNR is per image, on uint8, against the uncached run
+(table `exact`: against the solution) from the same noise.
 Seconds are medians of `--repeats` runs, uncached and cached alternating in one process after a warm-up.
 """
 
@@ -94,24 +94,6 @@ class Bench:
         print("| | compute | hit rate | PSNR mean / p5 / min (dB) | SSIM | speed-up | cache MB per image |")
         print("|---|---|---|---|---|---|---|")
 
-    def methods(self):
-        self.header()
-        runs = [
-            (None, ""),
-            ("interval:every=6,order=2", None),
-            ("interval:every=7,order=2", None),
-            ("interval:every=7,order=2,warmup=1", None),
-            ("interval:every=7", None),
-            ("interval:every=7", ""),
-            ("first_block:threshold=0.1", None),
-            ("first_block:threshold=0.1", ""),
-            ("teacache:threshold=0.2", None),
-            ("teacache:threshold=0.2", ""),
-            (None, "literal"),
-        ]
-        for policy, correction in runs:
-            self.compare(name(policy, correction), cache(policy, correction))
-
     def gamma(self):
         self.header()
         for text in [f"gamma={g}" for g in (0.25, 0.5, 1, 2, 4)] + [f"budget={b}" for b in (5, 6, 7, 8)]:
@@ -168,7 +150,7 @@ class Bench:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=["methods", "gamma", "protocol", "exact"])
+    parser.add_argument("table", choices=["gamma", "protocol", "exact"])
     parser.add_argument("--images", type=int, default=20)
     parser.add_argument("--seed", type=int, default=4242)
     parser.add_argument("--repeats", type=int, default=1)

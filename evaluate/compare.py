@@ -6,7 +6,8 @@
 
 All runs share the model, the noise and the labels. A method's own knob (`Policy.knob`) is moved until it spends each
 compute level; where it has variants, the best at that level is kept. Its corrected form keeps that setting, and gamma
-is moved until it spends what the method spent, or less. PSNR and SSIM are per image against the uncached run; `to
+is moved until it spends what the method spent, or less ("more" marks where it cannot). Settings are searched on the
+first few images and then run on all. PSNR and SSIM are per image against the uncached run; `to
 solution` is PSNR against DDIM of 1000 steps from the same noise, where fewer steps of DDIM, DPM-Solver++ and UniPC
 compete, too. Seconds are medians of --repeats runs after a warm-up, the uncached run taken anew beside each method.
 """
@@ -37,7 +38,8 @@ SOLVERS = ("ddim", "dpmsolver++", "dpmsolver++:use_lu_lambdas=true", "unipc")
 SAME = ("sampler", "num_sampling_steps", "cfg_scale", "cfg_channels", "seed", "dtype", "num_images", "solution_steps")
 NEAR = 0.03  # a compute within this share of the one asked for is close enough to stop a search
 REACHED = 0.2  # and one that is further off than this does not stand for the level
-TRIES = 9  # runs of one search
+TRIES = 8  # runs of one search
+LOWER = 4  # times that gamma is lowered where all images spend more than the few that it was searched on
 GAMMA = Knob("gamma", 1e4, 1e-3)  # more gamma is more compute
 
 
@@ -73,6 +75,7 @@ class Row:
     form: str  # alone, adacorr or fewer steps
     level: float | None
     setting: Setting
+    images: int
     compute: float
     hit_rate: float
     psnr: dict[str, Any]
@@ -99,7 +102,8 @@ class Bench:
     labels: Tensor | None
     count: int
     solution_steps: int
-    rows: dict[Setting, Row] = field(default_factory=dict)
+    few: int  # images that settings are searched on, the first of all
+    rows: dict[tuple[Setting, int], Row] = field(default_factory=dict)
     reference: Tensor | None = None
     solution: Tensor | None = None
 
@@ -109,36 +113,39 @@ class Bench:
         if self.solution_steps:
             self.solution = self.pipe.decode(self.states(Setting(sampler="ddim", steps=self.solution_steps)))
 
-    def states(self, setting: Setting, manager: CacheManager | None = None) -> Tensor:
-        pipe = self.pipe
+    def states(self, setting: Setting, manager: CacheManager | None = None, count: int | None = None) -> Tensor:
+        """Final states of the first `count` images, of all by default."""
+        pipe, count = self.pipe, count or self.count
         if setting.sampler is not None:
             pipe = replace(pipe, sampler=make_sampler(setting.sampler, setting.steps))
-        return pipe.sample(self.seed, np.arange(self.count), self.labels, manager)
+        return pipe.sample(self.seed, np.arange(count), None if self.labels is None else self.labels[:count], manager)
 
-    def run(self, method: str, form: str, setting: Setting) -> Row:
-        """The row of a setting; a setting that ran before is not run again."""
-        if setting not in self.rows:
+    def run(self, method: str, form: str, setting: Setting, few: bool = False) -> Row:
+        """The row of a setting, on all images or on a few; what ran before is not run again."""
+        count = min(self.few, self.count) if few else self.count
+        if (setting, count) not in self.rows:
             manager = setting.manager()
-            images = self.pipe.decode(self.states(setting, manager))
-            near = fidelity(self.reference, images)
-            exact = None if self.solution is None else fidelity(self.solution, images)["psnr"]
+            images = self.pipe.decode(self.states(setting, manager, count))
+            near = fidelity(self.reference[:count], images)
+            exact = None if self.solution is None else fidelity(self.solution[:count], images)["psnr"]
             steps = self.pipe.sampler.num_steps
             row = Row(
                 method,
                 form,
                 None,
                 setting,
+                count,
                 compute=setting.steps / steps if manager is None else manager.trace.compute,
                 hit_rate=0.0 if manager is None else manager.trace.hit_rate,
                 psnr=_summary(near["psnr"]),
                 ssim=_summary(near["ssim"]),
                 solution_psnr=None if exact is None else _summary(exact),
-                bytes_per_image=0 if manager is None else manager.bytes // self.count,
+                bytes_per_image=0 if manager is None else manager.bytes // count,
             )
             if manager is not None and isinstance(manager.correction, Literal):
                 row.weights_at_1 = float((manager.trace.weight[1:] == 1).mean())
-            self.rows[setting] = row
-        return self.rows[setting]
+            self.rows[setting, count] = row
+        return self.rows[setting, count]
 
     def seconds(self, setting: Setting) -> float:
         """Wall-clock of one run, decoding left out."""
@@ -193,14 +200,17 @@ def with_option(spec: str, *options: str) -> str:
 
 
 def sweep(bench: Bench, method: str, level: float) -> tuple[Row, Row] | None:
-    """(alone, corrected) at a compute level, or None where the method cannot spend that little or that much."""
+    """(alone, corrected) at a compute level, or None where the method cannot spend that little or that much.
+
+    Settings are searched on a few images, then run on all; gamma is lowered there until no more is spent.
+    """
     knob = make_policy(method).knob
     found = []
     for variant in knob.variants:
 
         def alone(value: float, variant: str = variant) -> Row:
             number = f"{value}" if isinstance(value, int) else f"{value:g}"
-            return bench.run(method, "alone", Setting(with_option(method, f"{knob.option}={number}", variant)))
+            return bench.run(method, "alone", Setting(with_option(method, f"{knob.option}={number}", variant)), True)
 
         row = search(alone, knob, level)
         if reached(row, level):
@@ -209,10 +219,19 @@ def sweep(bench: Bench, method: str, level: float) -> tuple[Row, Row] | None:
         return None
     best = max(found, key=lambda row: row.score)
 
-    def corrected(gamma: float) -> Row:
-        return bench.run(method, "adacorr", Setting(best.setting.cache, f"gamma={gamma:g}"))
+    def corrected(gamma: float, few: bool = True) -> Row:
+        return bench.run(method, "adacorr", Setting(best.setting.cache, f"gamma={gamma:g}"), few)
 
-    return best, search(corrected, GAMMA, best.compute, most=best.compute * (1 + NEAR))
+    found = search(corrected, GAMMA, best.compute, most=best.compute * (1 + NEAR))
+    best = bench.run(method, "alone", best.setting)
+    gamma = float(found.setting.adacorr.partition("=")[2])
+    after = corrected(gamma, few=False)
+    for _ in range(LOWER):
+        if after.compute <= best.compute * (1 + NEAR):
+            break
+        gamma = float(f"{gamma * 0.75:.4g}")
+        after = corrected(gamma, few=False)
+    return best, after
 
 
 def compare(bench: Bench, methods: list[str], levels: list[float], say: Callable[[str], None]) -> Iterator[Row]:
@@ -227,7 +246,8 @@ def compare(bench: Bench, methods: list[str], levels: list[float], say: Callable
                 yield replace(row, level=level)
             say(f"{method} at {level}: {pair[0].setting.cache}: {pair[0].score:.1f} -> {pair[1].score:.1f} dB")
     for level in levels:
-        row = search(lambda gamma: bench.run("adacorr", "adacorr", Setting(None, f"gamma={gamma:g}")), GAMMA, level)
+        row = search(lambda g: bench.run("adacorr", "adacorr", Setting(None, f"gamma={g:g}"), True), GAMMA, level)
+        row = bench.run("adacorr", "adacorr", row.setting)
         if not reached(row, level):
             say(f"--adacorr at {level}: out of reach")
             continue
@@ -268,9 +288,11 @@ def summary_table(rows: list[Row], levels: list[float]) -> str:
     for method in dict.fromkeys(row.method for row in rows if row.level is not None):
         cells = []
         for level in levels:
-            own = {row.form: row.score for row in rows if row.method == method and row.level == level}
+            here = [row for row in rows if row.method == method and row.level == level]
+            own, computes = ({row.form: getattr(row, what) for row in here} for what in ("score", "compute"))
             if "alone" in own:
-                cells.append(f"{own['alone']:.1f} → {own['adacorr']:.1f}")
+                more = computes["adacorr"] > computes["alone"] * (1 + NEAR)
+                cells.append(f"{own['alone']:.1f} → {own['adacorr']:.1f}{' (more)' if more else ''}")
             else:
                 cells.append(f"{next(iter(own.values())):.1f}" if own else "out of reach")
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
@@ -359,6 +381,7 @@ def add_parser(commands) -> None:
     add("--methods", default="all", metavar="NAME,...", help="default: all that have a knob to sweep")
     add("--levels", default=",".join(f"{x:g}" for x in LEVELS), help="compute levels in 0..1 (default %(default)s)")
     add("--num-images", type=int, default=20, help="labels in turn (default %(default)s)")
+    add("--search-images", type=int, default=5, help="settings are searched on so many of them (default %(default)s)")
     add("--solution-steps", type=int, default=1000, help="DDIM steps of the solution; 0 leaves it out (default 1000)")
     add("--repeats", type=int, default=3, help="timed runs of each row; 0 leaves times out (default %(default)s)")
     add("--out", type=Path, required=True, metavar="STEM", help="writes STEM.json and STEM.md, STEM.png with --plot")
@@ -399,7 +422,7 @@ def parse_levels(text: str) -> list[float]:
     return sorted(set(levels), reverse=True)
 
 
-def known_rows(file: Path, identity: dict[str, str]) -> dict[Setting, Row]:
+def known_rows(file: Path, identity: dict[str, str]) -> dict[tuple[Setting, int], Row]:
     """All rows that an earlier run tried; ValueError for a file of another model, noise or protocol."""
     try:
         content = json.loads(file.read_text())
@@ -410,7 +433,7 @@ def known_rows(file: Path, identity: dict[str, str]) -> dict[Setting, Row]:
     differing = [f"{k} {theirs.get(k)!r} there, {v!r} here" for k, v in identity.items() if theirs.get(k) != v]
     if differing:
         raise ValueError(f"--known {file} is of another comparison: {'; '.join(differing)}")
-    return {row.setting: row for row in rows}
+    return {(row.setting, row.images): row for row in rows}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -418,6 +441,7 @@ def run(args: argparse.Namespace) -> None:
     methods, levels = parse_methods(args.methods), parse_levels(args.levels)
     pipeline.check_range("--num-sampling-steps", args.num_sampling_steps, 2, 1000)  # one step leaves nothing to reuse
     pipeline.check_range("--num-images", args.num_images, 1, 10_000)
+    pipeline.check_range("--search-images", args.search_images, 1, args.num_images)
     pipeline.check_range("--solution-steps", args.solution_steps, 0, 1000)
     pipeline.check_range("--repeats", args.repeats, 0, 1000)
     files = {kind: args.out.with_name(f"{args.out.name}.{kind}") for kind in ("json", "md", "png")}
@@ -437,7 +461,7 @@ def run(args: argparse.Namespace) -> None:
     for method in methods:  # one that refuses the model or has no profile for it says so now, not after hours
         first = None if labels is None else labels[:1]
         pipe.sample(args.seed, np.arange(1), first, CacheManager(make_policy(method)), stop=1)
-    bench = Bench(pipe, args.seed, labels, args.num_images, args.solution_steps)
+    bench = Bench(pipe, args.seed, labels, args.num_images, args.solution_steps, args.search_images)
     identity = {key: str(getattr(args, key)) for key in SAME} | {"checkpoint_sha256": pipe.checkpoint.sha256}
     for file in args.known:
         bench.rows |= known_rows(file, identity)

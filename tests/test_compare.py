@@ -26,6 +26,7 @@ from download import save_checkpoint
 from evaluate import compare
 from evaluate.__main__ import main
 from evaluate.compare import GAMMA, NEAR, REACHED, SOLVERS, TRIES, Bench, Row, Setting, search, sweep, with_option
+from evaluate.fidelity import fidelity
 
 STEPS, LEVELS = 12, (0.5, 0.3)
 KNOBS = {Interval: Knob("every", 1, STEPS, ("", "order=1")), TaylorSeer: Knob("every", 1, STEPS)}
@@ -62,7 +63,7 @@ def bench(ckpt):
     parser = argparse.ArgumentParser()
     pipeline.add_model_flags(parser)
     pipe, _ = pipeline.load(argparse.Namespace(**vars(parser.parse_args(flags(ckpt))), cache=None, adacorr=None))
-    made = Bench(pipe, 4242, torch.arange(2), 2, 0)
+    made = Bench(pipe, 4242, torch.arange(2), 2, 0, few=2)
     made.prepare()
     return made
 
@@ -276,6 +277,28 @@ def test_a_setting_runs_once(bench, monkeypatch):
     assert list(bench.rows.values()) == [first, other]
 
 
+def test_a_few_images_are_the_first_of_all(bench):
+    bench.few, setting = 1, Setting("interval:every=3")
+    row, whole = bench.run("interval", "alone", setting, few=True), bench.run("interval", "alone", setting)
+    assert (row.images, whole.images) == (1, 2)
+    images = bench.pipe.decode(bench.states(setting, setting.manager()))
+    assert row.score == pytest.approx(fidelity(bench.reference[:1], images[:1])["psnr"]["mean"], abs=0.5)
+    assert bench.run("interval", "alone", setting, few=True) is row
+
+
+def test_gamma_is_lowered_until_all_images_spend_no_more():
+    class Fake:
+        """The few images say that gamma=1 is enough; all of them need less."""
+
+        def run(self, method, form, setting, few=False):
+            gamma = float((setting.adacorr or "gamma=0").partition("=")[2])
+            compute = 0.5 if form == "alone" else min(0.5 * gamma if few else 0.6 * gamma, 1.0)
+            return SimpleNamespace(setting=setting, form=form, compute=compute, score=20.0)
+
+    _, corrected = sweep(Fake(), "interval", 0.5)
+    assert 0.5 * 0.7 < corrected.compute <= 0.5 * (1 + NEAR)
+
+
 def test_rows_hold_what_ran(bench):
     row = bench.run("interval", "alone", Setting("interval:every=3"))
     assert row.compute == pytest.approx(5 / STEPS, abs=0.02)  # steps 0, 2, 5, 8 and 11, and the gates
@@ -314,7 +337,7 @@ def test_literal_reports_the_share_of_its_weights(bench):
 def test_sweep_keeps_the_best_variant_and_corrects_it_at_no_more_compute(bench):
     alone, corrected = sweep(bench, "interval", 0.5)
     assert abs(alone.compute / 0.5 - 1) <= REACHED
-    tried = [r for s, r in bench.rows.items() if s.adacorr is None]
+    tried = [r for r in bench.rows.values() if r.setting.adacorr is None]
     assert any("order=1" in r.setting.cache for r in tried)
     near = [r for r in tried if r.compute == pytest.approx(alone.compute)]
     assert len(near) == 2  # both variants
@@ -327,7 +350,7 @@ def test_sweep_keeps_the_best_variant_and_corrects_it_at_no_more_compute(bench):
 
 def test_sweep_prefers_less_compute_to_more():
     class Fake:
-        def run(self, method, form, setting):
+        def run(self, method, form, setting, few=False):
             gamma = float((setting.adacorr or "gamma=0").partition("=")[2])
             compute = 0.5 if form == "alone" else 0.52 if gamma > 1 else 0.45
             return SimpleNamespace(setting=setting, form=form, compute=compute, score=20.0)
@@ -338,7 +361,7 @@ def test_sweep_prefers_less_compute_to_more():
 
 def test_sweep_out_of_reach(bench, monkeypatch):
     assert sweep(bench, "interval", 0.02) is None  # 1 of 12 steps is 0.083
-    assert all(setting.adacorr is None for setting in bench.rows)  # nothing to correct, so nothing ran
+    assert all(setting.adacorr is None for setting, _ in bench.rows)  # nothing to correct, so nothing ran
     monkeypatch.setattr(Interval, "knob", Knob("every", 3, 4))
     assert sweep(bench, "interval", 0.9) is None
 
@@ -360,7 +383,16 @@ def result(ckpt):
     """(exit code, files by suffix) of one comparison."""
     torch.set_num_threads(1)
     out = ckpt.parent / "new" / "compare"
-    given = ["--methods", "taylorseer,interval", "--levels", ",".join(map(str, LEVELS)), "--num-images", 3]
+    given = [
+        "--methods",
+        "taylorseer,interval",
+        "--levels",
+        ",".join(map(str, LEVELS)),
+        "--num-images",
+        3,
+        "--search-images",
+        2,
+    ]
     given += ["--solution-steps", 24, "--repeats", 1, "--out", out]
     plot = ["--plot"] if find_spec("matplotlib") else []
     exit_code = code("compare", *flags(ckpt), *given, *plot)
@@ -441,6 +473,7 @@ def test_the_record_says_what_was_run(content, ckpt):
 
 def test_known_rows_are_not_run_again(result, content, ckpt, tmp_path, monkeypatch):
     given = ["--methods", "interval", "--levels", "0.5", "--num-images", 3, "--solution-steps", 24, "--repeats", 0]
+    given += ["--search-images", 2]
     given += ["--out", tmp_path / "again", "--known", result[1]["json"]]
     monkeypatch.setattr(Bench, "prepare", lambda self: None)
     monkeypatch.setattr(Bench, "states", lambda *_: pytest.fail("something was sampled"))
@@ -451,7 +484,18 @@ def test_known_rows_are_not_run_again(result, content, ckpt, tmp_path, monkeypat
 
 
 def test_rows_of_another_comparison_are_refused(result, ckpt, tmp_path, capsys):
-    given = ["--num-images", 2, "--solution-steps", 24, "--out", tmp_path / "x", "--known", result[1]["json"]]
+    given = [
+        "--num-images",
+        2,
+        "--search-images",
+        2,
+        "--solution-steps",
+        24,
+        "--out",
+        tmp_path / "x",
+        "--known",
+        result[1]["json"],
+    ]
     assert code("compare", *flags(ckpt), *given, "--methods", "interval") == 2
     assert "is of another comparison: num_images '3' there, '2' here" in capsys.readouterr().err
     broken = tmp_path / "broken.json"

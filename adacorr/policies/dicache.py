@@ -33,8 +33,8 @@ class DiCache(Policy):
     g = clip(mean|p - p1| / mean|p2 - p1|, 1, g_max); R2 as it was until there are two computed steps. So the probe's
     fresh output only sets g, as released; a computed step goes on from it.
 
-    Stored for each image and half: two residuals of each of the two units, two of the probe (here: the release holds
-    all of the run's), and the probe's last output (with error=difference its input, too).
+    Stored for each image and half: two residuals of what follows the probe, two of the probe (the release holds all of
+    the run's), and the probe's last output (with error=difference its input, too).
     """
 
     threshold: float = 0.4

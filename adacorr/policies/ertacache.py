@@ -116,7 +116,7 @@ class ERTACache(Policy):
     correlation r for each pair of steps: R_i is regressed on R_c with slope r dev_i / dev_c.
 
     Timesteps: a step that reuses is shortened to phi_i = clip(1 - |R_c - R_i|_1 / |R_i - R_i+1|_1, 0, 1) of what it
-    would be, and what is left of the time is spread over the steps that are left; see `timesteps`.
+    would be, and what is left of the time is spread over the steps that are left; see `grid`.
 
     The code of the paper could not be had; this follows notes on the paper. It caches the network's output there and
     the stack's residual here, under the final layer of now, and takes flow matching there and the noise prediction of

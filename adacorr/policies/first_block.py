@@ -29,8 +29,8 @@ class FirstBlock(Policy):
     Measured against the last computed step, not accumulated, and no fresh gates for the residual, as in the releases.
     cache-dit takes a threshold of 1 or more as "always reuse"; here it is compared like any other.
 
-    Stored for each image and half: order + 1 residuals of each unit, and the probe's residual of the last computed
-    step (one more tensor).
+    Stored for each image and half: order + 1 residuals of the middle, and the probe's residual of the last computed
+    step.
     """
 
     threshold: float = 0.05
