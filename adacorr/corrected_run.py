@@ -6,7 +6,7 @@ differently makes the parts of a step disagree. A policy, if there is one, propo
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -150,7 +150,7 @@ class CorrectedRun:
     def _compute(self, active: Active, x: Tensor, c: Tensor, probed, view: View | None) -> tuple[Tensor, Collected]:
         """The stack for the active rows: x (rows, T, D) -> (its output, what is to be stored)."""
         fresh = self.segment.collect(active)
-        conditioning = Conditioning(view.run.blocks if view else self.info.blocks, c)
+        conditioning = Conditioning(self.info.blocks, c)
         if probed is not None:
             x = self._resume(active, x, conditioning, probed, fresh)
         for unit in self.units:
@@ -179,10 +179,7 @@ class CorrectedRun:
         shape = (self.info.halves, len(active.cond))
         x, out, branch = (None if v is None else v[: shape[0] * shape[1]].unflatten(0, shape) for v in (x, out, branch))
         if unit is not self.units[0]:
-            stream = put(None, active.cond, x, self.images)
-            view = View(
-                view.run, view.step, unit, stream, view.x_in, view.age, view.conditioning, view.trace
-            )  # fmt: skip
+            view = replace(view, unit=unit, x=put(None, active.cond, x, self.images))
         self.policy.computed(view, Ran(active.cond, x, out, branch))
 
     def _forecast(self) -> list[Tensor]:

@@ -19,7 +19,10 @@ class Unit:
     @property
     def branches(self) -> slice:
         """Which of a block's two branches the unit holds, as an index."""
-        return slice(0, 2) if self.branch is None else slice(*[(0, 1), (1, 2)][BRANCHES.index(self.branch)])
+        if self.branch is None:
+            return slice(0, 2)
+        index = BRANCHES.index(self.branch)
+        return slice(index, index + 1)
 
 
 def by_branch(depth: int) -> list[Unit]:

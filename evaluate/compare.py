@@ -19,6 +19,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -104,14 +105,18 @@ class Bench:
     solution_steps: int
     few: int  # images that settings are searched on, the first of all
     rows: dict[tuple[Setting, int], Row] = field(default_factory=dict)
-    reference: Tensor | None = None
-    solution: Tensor | None = None
 
-    def prepare(self) -> None:
-        """Sample what everything is compared with."""
-        self.reference = self.pipe.decode(self.states(Setting()))
-        if self.solution_steps:
-            self.solution = self.pipe.decode(self.states(Setting(sampler="ddim", steps=self.solution_steps)))
+    @cached_property
+    def reference(self) -> Tensor:
+        """Images (count, H, W, 3) of the uncached run."""
+        return self.pipe.decode(self.states(Setting()))
+
+    @cached_property
+    def solution(self) -> Tensor | None:
+        """Those of the exact solution, or None without --solution-steps."""
+        if not self.solution_steps:
+            return None
+        return self.pipe.decode(self.states(Setting(sampler="ddim", steps=self.solution_steps)))
 
     def states(self, setting: Setting, manager: CacheManager | None = None, count: int | None = None) -> Tensor:
         """Final states of the first `count` images, of all by default."""
@@ -465,7 +470,6 @@ def run(args: argparse.Namespace) -> None:
     identity = {key: str(getattr(args, key)) for key in SAME} | {"checkpoint_sha256": pipe.checkpoint.sha256}
     for file in args.known:
         bench.rows |= known_rows(file, identity)
-    bench.prepare()
     rows = list(compare(bench, methods, levels, say))
     if args.repeats:
         time_rows(bench, rows, args.repeats, say)
@@ -483,7 +487,7 @@ def run(args: argparse.Namespace) -> None:
         f"`{' '.join(args.made_with)}`: {pipe.checkpoint.path.name}, {args.sampler} of {args.num_sampling_steps} "
         f"steps, guidance {args.cfg_scale:g}, {args.num_images} images of seed {args.seed}, {args.dtype} on "
         f"{content['environment']['device']}, {time.strftime('%Y-%m-%d')}. Alone → under AdaCorrection at no more "
-        "compute."
+        f"compute. Each row was timed {args.repeats} time(s)."
     )
     with pipeline.written_whole(files["md"]) as temporary:
         temporary.write_text(markdown(rows, levels, intro))

@@ -63,9 +63,7 @@ def bench(ckpt):
     parser = argparse.ArgumentParser()
     pipeline.add_model_flags(parser)
     pipe, _ = pipeline.load(argparse.Namespace(**vars(parser.parse_args(flags(ckpt))), cache=None, adacorr=None))
-    made = Bench(pipe, 4242, torch.arange(2), 2, 0, few=2)
-    made.prepare()
-    return made
+    return Bench(pipe, 4242, torch.arange(2), 2, 0, few=2)
 
 
 def code(*argv):
@@ -267,6 +265,7 @@ def test_a_setting_reads_as_flags(setting, text):
 
 def test_a_setting_runs_once(bench, monkeypatch):
     runs, sample = [], pipeline.Pipeline.sample
+    assert len(bench.reference) == 2  # sampled when first asked for
     monkeypatch.setattr(pipeline.Pipeline, "sample", lambda *a, **k: runs.append(1) or sample(*a, **k))
     first = bench.run("interval", "alone", Setting("interval:every=3"))
     assert bench.run("interval", "alone", Setting("interval:every=3")) is first
@@ -475,7 +474,6 @@ def test_known_rows_are_not_run_again(result, content, ckpt, tmp_path, monkeypat
     given = ["--methods", "interval", "--levels", "0.5", "--num-images", 3, "--solution-steps", 24, "--repeats", 0]
     given += ["--search-images", 2]
     given += ["--out", tmp_path / "again", "--known", result[1]["json"]]
-    monkeypatch.setattr(Bench, "prepare", lambda self: None)
     monkeypatch.setattr(Bench, "states", lambda *_: pytest.fail("something was sampled"))
     assert code("compare", *flags(ckpt), *given) == 0
     again = json.loads((tmp_path / "again.json").read_text())
@@ -641,7 +639,7 @@ def test_a_method_without_a_profile_is_named_before_the_work(ckpt, tmp_path, mon
     name = sorted(calibrated())[0]
     monkeypatch.setattr(calibrated()[name], "knob", Knob("threshold", 0.01, 1.0))
     monkeypatch.setattr(profile, "FOLDER", tmp_path)
-    monkeypatch.setattr(Bench, "prepare", lambda *_: pytest.fail("began the work"))
+    monkeypatch.setattr(Bench, "states", lambda *_: pytest.fail("began the work"))
     assert code("compare", "--methods", f"interval,{name}", "--out", tmp_path / "x", *flags(ckpt)) == 2
     one_line(capsys, name, "no profile for this run", "adacorr.calibrate")
     assert list(tmp_path.iterdir()) == []

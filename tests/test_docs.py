@@ -1,0 +1,49 @@
+"""What the documents show runs: their policies are real files, and their lists are whole."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from toy import sample, tiny_dit
+
+import adacorr
+from adacorr import AdaCorrection, CacheManager, make_policy
+from adacorr.policies import load_file
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = sorted(adacorr.available())  # before any example is loaded
+
+
+@pytest.mark.parametrize(
+    ("page", "name", "options"),
+    [("README.md", "middle", "share=0.5"), ("docs/policies.md", "lazy_attention", "every=4")],
+)
+def test_the_policy_of_a_page_runs(page, name, options, tmp_path, monkeypatch):
+    torch.set_num_threads(1)
+    monkeypatch.setattr(adacorr.policies, "_POLICIES", dict(adacorr.policies._POLICIES))
+    (code,) = [
+        block for block in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S) if "@register" in block
+    ]
+    (tmp_path / f"{name}.py").write_text(code)
+    load_file(tmp_path / f"{name}.py")
+    model = tiny_dit()
+    for correction in (None, AdaCorrection()):
+        manager = CacheManager(make_policy(f"{name}:{options}"), correction)
+        assert bool(torch.isfinite(sample(model, 12, cache=manager)).all())
+        assert 0.1 < manager.trace.compute < 1
+
+
+def test_every_method_is_in_the_lists():
+    table, readme = (ROOT / "docs" / "policies.md").read_text(), (ROOT / "README.md").read_text()
+    for name in NAMES:
+        assert f"| `{name}`" in table
+        assert f"`{name}`" in readme
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))])
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text()
+    for target in re.findall(r"\]\(([^)#]+?)\)", text):
+        if not target.startswith(("http://", "https://")):
+            assert ((ROOT / page).parent / target).exists(), target
