@@ -540,7 +540,7 @@ def row(method, form, level, score, speedup=None, **setting):
     scores = {"mean": score, "p5": score, "min": score}
     solved = None if speedup is None else scores
     given = Setting(**setting)
-    return Row(method, form, level, given, 0.5, 0.25, scores, scores, solved, 1_500_000, speedup=speedup)
+    return Row(method, form, level, given, 2, 0.5, 0.25, scores, scores, solved, 1_500_000, speedup=speedup)
 
 
 ROWS = [
