@@ -465,9 +465,10 @@ def test_the_record_says_what_was_run(content, ckpt):
         "4242",
         content["arguments"]["num_images"],
     )
-    settings = [json.dumps(row["setting"], sort_keys=True) for row in content["tried"]]
-    assert len(settings) == len(set(settings))  # nothing ran twice
-    assert {json.dumps(row["setting"], sort_keys=True) for row in content["rows"]} <= set(settings)
+    tried = [(json.dumps(row["setting"], sort_keys=True), row["images"]) for row in content["tried"]]
+    assert len(tried) == len(set(tried))  # nothing ran twice
+    assert {images for _, images in tried} == {2, 3}  # searched on a few, then run on all
+    assert {(json.dumps(row["setting"], sort_keys=True), 3) for row in content["rows"]} <= set(tried)
 
 
 def test_known_rows_are_not_run_again(result, content, ckpt, tmp_path, monkeypatch):
