@@ -1,4 +1,4 @@
-"""Markers: `gpu` tests skip themselves without CUDA, `net` tests run only when asked for with --net."""
+"""One thread for all; `gpu` tests skip themselves without CUDA, `net` tests run only when asked for with --net."""
 
 import pytest
 import torch
@@ -6,6 +6,10 @@ import torch
 
 def pytest_addoption(parser):
     parser.addoption("--net", action="store_true", help="also run the tests that need the internet")
+
+
+def pytest_configure(config):
+    torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 
 
 def pytest_collection_modifyitems(config, items):

@@ -25,11 +25,6 @@ JSON = ("teacache", "magcache")  # small arrays; the others are written as safet
 ROUNDING = {"fastcache": 0.3}  # it weighs pairs of steps by their mean change over the batch
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("calibrate")

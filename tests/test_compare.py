@@ -32,11 +32,6 @@ STEPS, LEVELS = 12, (0.5, 0.3)
 KNOBS = {Interval: Knob("every", 1, STEPS, ("", "order=1")), TaylorSeer: Knob("every", 1, STEPS)}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _knobs():
     """Knobs of this file's own, whatever those of the methods are tuned to."""

@@ -20,7 +20,6 @@ NAMES = sorted(adacorr.available())  # before any example is loaded
     [("README.md", "middle", "share=0.5"), ("docs/policies.md", "lazy_attention", "every=4")],
 )
 def test_the_policy_of_a_page_runs(page, name, options, tmp_path, monkeypatch):
-    torch.set_num_threads(1)
     monkeypatch.setattr(adacorr.policies, "_POLICIES", dict(adacorr.policies._POLICIES))
     (code,) = [
         block for block in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S) if "@register" in block

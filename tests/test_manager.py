@@ -31,11 +31,6 @@ from pipeline import gaussian
 LABELS = (3, 0, 3)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def model():
     return tiny_dit()

@@ -18,11 +18,6 @@ from download import save_checkpoint
 FORMS = ("--adacorr", "--adacorr literal")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def ckpt(tmp_path_factory):
     model, path = tiny_dit(), tmp_path_factory.mktemp("methods") / "tiny.safetensors"

@@ -10,11 +10,6 @@ import models
 from models import DiT, DiT_models, DiTBlock, guide, sincos_pos_embed, timestep_features
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 def randomised(model, std=0.1):
     """A model with no part zero: straight from its constructor an adaLN-Zero model predicts nothing."""
     generator = torch.Generator().manual_seed(1)

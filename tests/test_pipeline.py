@@ -18,11 +18,6 @@ from pipeline import VAE_SCALE, Pipeline, gaussian, sample_latents
 SHAPE = (3, 8, 8)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 def flags(*argv):
     parser = argparse.ArgumentParser()
     pipeline.add_model_flags(parser)

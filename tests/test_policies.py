@@ -21,11 +21,6 @@ BUILT_IN = {
 NAMES = sorted(adacorr.available())  # a new file in the folder comes under the contract by itself
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture
 def registry(monkeypatch):
     """Policies registered in a test are forgotten after it."""

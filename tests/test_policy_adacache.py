@@ -11,11 +11,6 @@ from adacorr.policies.adacache import read_codebook
 from adacorr.types import Ran, Unit, check_units
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def model():
     return tiny_dit()

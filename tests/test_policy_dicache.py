@@ -9,11 +9,6 @@ from adacorr import AdaCorrection, CacheManager, make_policy
 from adacorr.types import Cached, Ran, Unit
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def model():
     return tiny_dit()

@@ -19,11 +19,6 @@ from diffusion import make_sampler
 KNOWN = {"model_id": "m", "sampler": "ddim", "cfg_scale": 1.5}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def model():
     return tiny_dit()

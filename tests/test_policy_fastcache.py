@@ -12,11 +12,6 @@ from adacorr.profile import Profile, save_profile
 from adacorr.types import Cached, Ran, Unit
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def model():
     return tiny_dit()

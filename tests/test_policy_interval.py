@@ -7,11 +7,6 @@ from toy import make_run, make_view, sample, tiny_dit
 from adacorr import AdaCorrection, CacheManager, make_policy
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def model():
     return tiny_dit()

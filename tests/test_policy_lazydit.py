@@ -21,11 +21,6 @@ PATTERN = torch.tensor([1.0, -1.0]).repeat(WIDTH // 2)  # equal to its own layer
 KNOWN = {"cfg_scale": 1.5, "model_id": "toy", "sampler": "ddim"}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def model():
     return tiny_dit()

@@ -13,11 +13,6 @@ from adacorr.types import Cached, Ran, Unit, View, by_branch
 FIRST = Unit(0, 1, "attn")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture
 def _input_is_x(monkeypatch):
     """Modules are computed from the stream itself, so that inputs can be written down."""

@@ -12,11 +12,6 @@ from adacorr.policies.taylorseer import TaylorSeer
 from diffusion import make_sampler
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def model():
     return tiny_dit()

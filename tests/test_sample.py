@@ -32,11 +32,6 @@ RECORD = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 def command(*argv):
     return subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, capture_output=True, text=True)
 
