@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import pipeline
 from adacorr import CacheManager
-from adacorr.spec import Parser
+from adacorr.spec import Parser, run_command
 from download import BUNDLED
 from evaluate.fidelity import fidelity
 
@@ -262,16 +262,7 @@ def report(args: argparse.Namespace, record: dict[str, Any], method: str, names:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
-    try:
-        run(args)
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError) as error:
-        if args.debug:
-            raise
-        print(f"sample.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command("sample.py", lambda: run(args), args.debug)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from adacorr.calibrate import Parser
 from adacorr.correct import AdaCorrection, Literal
 from adacorr.manager import CacheManager
 from adacorr.policies import available, make_policy
+from adacorr.spec import Parser, run_command
 
 
 @dataclass(frozen=True)
@@ -87,15 +87,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     listing = commands.add_parser("methods", help="every caching method: granularity, calibration, bytes per image")
     pipeline.add_model_flags(listing)
     args = parser.parse_args(argv)
-    try:
+
+    def list_methods() -> None:
         pipe, _ = pipeline.load(argparse.Namespace(**vars(args), cache=None, adacorr=None, cache_dtype="fp32"))
         sys.stdout.write(show(methods(pipe)) + "\n")
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"adacorr: error: {' '.join(str(error).split())}\n")
-        return 2
-    return 0
+
+    return run_command("adacorr", list_methods)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import torch
 from adacorr.manager import CacheManager
 from adacorr.policies import calibrated
 from adacorr.profile import Calibration, Profile, check_suffix, save_profile
-from adacorr.spec import Parser, hint
+from adacorr.spec import Parser, hint, run_command
 
 # Calibration noise is that of --seed plus this, so that no seed anybody evaluates on is ever fitted.
 SEED_OFFSET = 2**31
@@ -95,14 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     args.made_with = ["python", "-m", "adacorr.calibrate", *argv]
     args.cache_dtype = "fp32"
-    try:
-        run(args, pipeline)
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"adacorr.calibrate: error: {' '.join(str(error).split())}\n")
-        return 2
-    return 0
+    return run_command("adacorr.calibrate", lambda: run(args, pipeline))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 import argparse
 import difflib
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, fields
 from typing import Any, get_type_hints
 
@@ -14,6 +15,23 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def run_command(name: str, job: Callable[[], None], debug: bool = False) -> int:
+    """The exit code of a command's `job`: 0, 130 after Ctrl-C, 2 after a mistake, which is one line on stderr.
+
+    Mistakes are ValueError and OSError; with `debug` they are raised.
+    """
+    try:
+        job()
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError) as error:
+        if debug:
+            raise
+        sys.stderr.write(f"{name}: error: {' '.join(str(error).split())}\n")
+        return 2
+    return 0
 
 
 def parse_value(text: str) -> Value:

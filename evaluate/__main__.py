@@ -7,7 +7,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from adacorr.calibrate import Parser
+from adacorr.spec import Parser, run_command
 from evaluate import compare
 
 
@@ -20,14 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     compare.add_parser(commands)
     args = parser.parse_args(argv)
     args.made_with = ["python", "-m", "evaluate", *argv]
-    try:
-        args.run(args)
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"evaluate: error: {' '.join(str(error).split())}\n")
-        return 2
-    return 0
+    return run_command("evaluate", lambda: args.run(args))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,8 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
-from adacorr.spec import Parser
+from adacorr.spec import Parser, run_command
+from pipeline import find_device, written_whole
 
 WEIGHTS = Path(__file__).resolve().with_name("cifar10-features.safetensors")
 SIZE = 32  # pixels on each side
@@ -322,14 +323,9 @@ def save_features(network: CifarFeatures, path: str | os.PathLike, **metadata: s
     path = Path(path)
     content = safetensors.torch.save(round_weights(network), {"format": "pt", **metadata})
     digest = hashlib.sha256(content).hexdigest()
-    path.parent.mkdir(parents=True, exist_ok=True)
     for target, data in ((_sidecar(path), f"{digest}  {path.name}\n".encode()), (path, content)):
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
+        with written_whole(target) as temporary:
             temporary.write_bytes(data)
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
     return digest
 
 
@@ -620,21 +616,8 @@ def distance(args: argparse.Namespace, device: torch.device) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
-    try:
-        try:
-            device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:  # a CPU build of torch asserts
-            raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
-        {"train": train, "check": check, "distance": distance}[args.command](args, device)
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError) as error:
-        if args.debug:
-            raise
-        print(f"evaluate.features: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    command = {"train": train, "check": check, "distance": distance}[args.command]
+    return run_command("evaluate.features", lambda: command(args, find_device(args.device)), args.debug)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
-from toy import make_run, make_view, sample, sample_with, tiny_dit
+from toy import begun, make_run, make_view, obeyed, ran, sample, sample_with, tiny_dit
 
 import adacorr.policies.ertacache as ertacache
 from adacorr import AdaCorrection, CacheManager, make_policy
@@ -44,31 +44,6 @@ def use(monkeypatch):
         return made
 
     return use
-
-
-def begun(model, spec, steps, images=1, halves=1):
-    """A policy in a run, and the views of its steps."""
-    run = make_run(model, images, halves, steps)
-    policy = make_policy(spec)
-    policy.begin(run)
-    return policy, [make_view(run, step, torch.zeros(halves, images, 2, 3)) for step in range(steps)]
-
-
-def ran(view, images):
-    x = view.x[:, images]
-    return Ran(np.array(images), x, x)
-
-
-def obeyed(policy, views):
-    """The steps that each image computes when the policy is always obeyed."""
-    computed = [[] for _ in range(views[0].images)]
-    for view in views:
-        wanted = np.flatnonzero(policy.decide(view))
-        for image in wanted:
-            computed[image].append(view.step)
-        if len(wanted):
-            policy.computed(view, ran(view, wanted))
-    return computed
 
 
 # ------------------------------------------------------------------------------------------------- schedule

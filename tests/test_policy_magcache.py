@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from toy import Twin, make_run, make_view, sample, sample_with, tiny_dit
+from toy import Twin, begun, make_run, make_view, obeyed, ran, sample, sample_with, tiny_dit
 
 import adacorr.policies.magcache as magcache
 from adacorr import CacheManager, make_policy
@@ -29,31 +29,6 @@ def use_table(monkeypatch):
         monkeypatch.setattr(magcache, "find_profile", lambda *_: made)
 
     return use
-
-
-def begun(model, spec, steps=10, images=1, halves=1):
-    """A policy in a run, and the views of its steps."""
-    run = make_run(model, images, halves, steps)
-    policy = make_policy(spec)
-    policy.begin(run)
-    return policy, [make_view(run, step, torch.zeros(halves, images, 2, 3)) for step in range(steps)]
-
-
-def ran(view, images):
-    x = view.x[:, images]
-    return Ran(np.array(images), x, x)
-
-
-def obeyed(policy, views):
-    """The steps that each image computes when the policy is always obeyed."""
-    computed = [[] for _ in range(views[0].images)]
-    for view in views:
-        wanted = np.flatnonzero(policy.decide(view))
-        for image in wanted:
-            computed[image].append(view.step)
-        if len(wanted):
-            policy.computed(view, ran(view, wanted))
-    return computed
 
 
 def as_released(ratio, threshold, max_skip, retention):

@@ -8,7 +8,7 @@ import torch
 from adacorr import CacheManager, Policy, Predictor, Trace, make_policy
 from adacorr.policies import calibrated
 from adacorr.profile import Profile, save_profile
-from adacorr.types import Conditioning, Run, Unit, View
+from adacorr.types import Conditioning, Ran, Run, Unit, View
 from diffusion import make_sampler
 from models import DiT, DiTBlock, guide
 from pipeline import gaussian, sample_latents
@@ -315,3 +315,29 @@ def make_view(run, step, x, unit=None, x_in=None, age=None, c=None):
     age = np.full(x.shape[1], 1) if age is None else np.asarray(age)
     trace = Trace(run.num_steps, run.depth, run.images, run.halves, (400, 600))
     return View(run, step, unit, x, x if x_in is None else x_in, age, Conditioning(run.blocks, c), trace)
+
+
+def begun(model, spec, steps=10, images=1, halves=1):
+    """A policy in a run, and views of its steps for a rule that never looks at the stream."""
+    run = make_run(model, images, halves, steps)
+    policy = make_policy(spec)
+    policy.begin(run)
+    return policy, [make_view(run, step, torch.zeros(halves, images, 2, 3)) for step in range(steps)]
+
+
+def ran(view, images):
+    """What `computed` is told of a unit that adds nothing."""
+    x = view.x[:, images]
+    return Ran(np.array(images), x, x)
+
+
+def obeyed(policy, views):
+    """The steps that each image computes when the policy is always obeyed."""
+    computed = [[] for _ in range(views[0].images)]
+    for view in views:
+        wanted = np.flatnonzero(policy.decide(view))
+        for image in wanted:
+            computed[image].append(view.step)
+        if len(wanted):
+            policy.computed(view, ran(view, wanted))
+    return computed
