@@ -113,6 +113,7 @@ class RefreshClock:
         self.node = np.full(images, -1)
         self.due = np.zeros(images, dtype=np.int64)
         self.place = np.zeros(images)  # of the due step on the clock, before it was rounded to a step
+        self.lost = np.zeros(images, dtype=bool)  # the newest node had a forecast, but no finite offset from it
 
     def weight(self, step: int) -> np.ndarray:
         """clip(gamma * S, 0, 1) of every image at `step`, S the offset in tolerances expected there; 1 without node."""
@@ -128,13 +129,19 @@ class RefreshClock:
         return (self.node < 0) | (t[step] - end <= (t[nodes.node] - t[step]) / 2)
 
     def restart(self, images: np.ndarray, step: int, score: np.ndarray) -> None:
-        """A node at `step` for `images` (m,) with offsets `score` (m,) measured there; nan where there were none."""
+        """A node at `step` for `images` (m,) with offsets `score` (m,) measured there; nan at an image's first one.
+
+        An offset that is not finite says nothing about the gap, so the next step is due.
+        """
+        lost = (self.count[images] > 0) & ~np.isfinite(score)
         early = self.due[images] > step  # asked for by a policy, before it was due
         self.place[images] = np.where(early | (self.count[images] == 0), self.clock[step], self.place[images])
-        self._learn(images, score)
+        self._learn(images, np.where(lost, np.nan, score))
         self.count[images] += 1
-        self.due[images] = self._due(images, step)
+        self.due[images] = np.where(lost, step + 1, self._due(images, step))
+        self.place[images[lost]] = self.clock[min(step + 1, len(self.clock) - 1)]
         self.node[images] = step
+        self.lost[images] = lost
 
     def _learn(self, images: np.ndarray, score: np.ndarray) -> None:
         """Shrink the gaps to come, or let them grow back, by the offsets at the end of the last one."""
@@ -245,14 +252,19 @@ class Controller:
         self.clock = kind(nodes[0], timesteps, nodes[1], images, amounts[0])
         self.difference_clock = kind(both[0], timesteps, both[1], images, amounts[1], closing=False)
 
-    def decide(self, step: int, want: np.ndarray, empty: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    @property
+    def lost(self) -> np.ndarray:
+        """(n,) bool: the newest offset of the image, or of its guidance difference, was not finite."""
+        return self.clock.lost | self.difference_clock.lost
+
+    def decide(self, step: int, want: np.ndarray, must: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(weight, conditional half computed, unconditional half computed), each (n,).
 
-        want (n,): a policy asks for the step; empty (n,): there is nothing to forecast from yet.
+        want (n,): a policy asks for the step; must (n,): it is computed, both halves of it, whatever the clocks say.
         """
         weight = self.clock.weight(step)
-        cond = (weight >= 1.0) | (want & (weight >= ACCEPT_WEIGHT)) | empty
-        both = self.difference_clock.nears(step, self.clock) | empty if self.carries else True
+        cond = (weight >= 1.0) | (want & (weight >= ACCEPT_WEIGHT)) | must
+        both = self.difference_clock.nears(step, self.clock) | must if self.carries else True
         return weight, cond, cond & both
 
     def learn(

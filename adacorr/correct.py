@@ -11,16 +11,17 @@ from adacorr.spec import build, parse_options
 
 
 def correction_weight(score: Tensor, gamma: float = 1.0) -> Tensor:
-    """Eq. 6: clip(gamma * S, 0, 1). (n,) -> (n,)."""
-    return (gamma * score).clamp(0.0, 1.0)
+    """Eq. 6: clip(gamma * S, 0, 1), and 1 where S is not finite. (n,) -> (n,)."""
+    return (gamma * score).clamp(0.0, 1.0).where(score.isfinite(), 1.0)
 
 
 def blend(cached: Tensor, fresh: Tensor, weight: Tensor) -> Tensor:
-    """Eq. 7: (1 - weight) * cached + weight * fresh, exactly `fresh` at weight 1.
+    """Eq. 7: (1 - weight) * cached + weight * fresh, exactly `fresh` at weight 1, whatever is cached.
 
     cached, fresh (n, T, D), weight (n,) -> (n, T, D).
     """
-    return torch.lerp(cached, fresh, weight.to(fresh.dtype).view(-1, 1, 1))
+    weight = weight.to(fresh.dtype).view(-1, 1, 1)
+    return torch.lerp(cached, fresh, weight).where(weight < 1, fresh)
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class AdaCorrection:
 
     gamma          more is more correction, fidelity and compute; 1 is the tuned middle
     spatial_weight lambda of Eq. 3, the share of the change of spatial variation in the offset
-    budget         full-evaluation equivalents (both guidance halves) for the whole run, or None: offsets decide alone
+    budget         full-evaluation equivalents (both guidance halves) for the whole run, or None: offsets decide alone.
+                   Exceeded only where measures are not finite, since what follows them is computed
     order          order of the forecast polynomial
     difference     carry the unconditional half by the guidance difference between its refreshes
     rewind         after a refresh, take the steps since the last one again with interpolated activations

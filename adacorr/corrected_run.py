@@ -101,8 +101,11 @@ class CorrectedRun:
         check_call(self.trace, self.step, x)
         probed = self._run_probe(blocks, x, c)
         view, want = self._ask_policy(blocks, x, c, probed)
-        empty = self.segment.empty
-        weight, cond, uncond = self.controller.decide(self.step, want | empty, empty)
+        # Nothing to forecast from yet, or no telling how good the forecast is: a measure was not finite.
+        empty, lost = self.segment.empty, self.controller.lost
+        must = empty | lost if view is None else empty | lost | view.failed
+        self.trace.fallbacks += int((lost if view is None else lost & ~view.failed).sum())  # `ask` counts the others
+        weight, cond, uncond = self.controller.decide(self.step, want | empty, must)
         active = Active(np.flatnonzero(cond), np.flatnonzero(uncond) if self.halves == 2 else self.everyone[:0])
         everything = bool(cond.all() and (uncond.all() or self.halves == 1))
         rows = None if everything else torch.from_numpy(active.rows(self.images)).to(x.device)

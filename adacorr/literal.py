@@ -48,7 +48,8 @@ class LiteralRun:
                 )
                 lam = correction_weight(score, self.correction.gamma)
                 out = blend(cached, fresh, lam.repeat(self.trace.halves))
-                self.trace.score[self.step, layer] = score.cpu().numpy()
+                self.trace.score[self.step, layer] = measured = score.cpu().numpy()
+                self.trace.fallbacks += int((~np.isfinite(measured)).sum())
                 weight = lam.cpu().numpy()
             self.trace.weight[self.step, layer] = weight
             self.trace.executed[self.step, layer] = 1  # a blended block costs as much as a fresh one

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from adacorr.control import Controller, carries_difference
-from adacorr.correct import AdaCorrection, Literal
+from adacorr.correct import ALIASES, AdaCorrection, Literal
 from adacorr.corrected_run import CorrectedRun
 from adacorr.gates import GateBasis, fit_gate_basis
 from adacorr.literal import LiteralRun
 from adacorr.policy_run import PolicyRun
 from adacorr.predict import Predictor, Segment
+from adacorr.spec import spell
 from adacorr.trace import Trace
 from adacorr.types import Policy, Run
 from adacorr.unit import Unit
@@ -57,6 +58,15 @@ class CacheManager:
         self.policy, self.correction, self.dtype = policy, correction, dtype
         self.trace: Trace | None = None
         self.bytes = 0
+
+    @property
+    def spec(self) -> str:
+        """What --cache and --adacorr were, with defaults left out: "teacache:threshold=0.2+adacorr:gamma=2"."""
+        parts = [] if self.policy is None else [spell(self.policy.name, self.policy)]
+        if self.correction is not None:
+            name = "literal" if isinstance(self.correction, Literal) else "adacorr"
+            parts.append(spell(name, self.correction, ALIASES))
+        return "+".join(parts)
 
     @contextmanager
     def run(

@@ -38,11 +38,11 @@ def innovation(fresh: Tensor, predicted: Tensor, spatial_weight: float = 1.0) ->
     """Relative offset between a fresh tensor and its prediction, S = r + lambda * q; zero when they agree.
 
     r is Eq. 1 between the two over the mean token norm of `fresh`; q is the relative change of Eq. 2. With the "hold"
-    predictor the numerator of r is Eq. 1 itself. (n, T, D), (n, T, D) -> (n,) float32.
+    predictor the numerator of r is Eq. 1 itself. (n, T, D), (n, T, D) -> (n,) float32, not finite where a norm is not.
     """
     tiny = torch.finfo(torch.float32).tiny
     norm = torch.linalg.vector_norm(fresh.float(), dim=-1).mean(dim=-1).clamp_min(tiny)
     spread = spatial_variation(fresh)
-    r = temporal_deviation(fresh, predicted) / norm
+    r = (temporal_deviation(fresh, predicted) / norm).where(norm.isfinite(), torch.nan)
     q = (spread - spatial_variation(predicted)).abs() / spread.clamp_min(tiny)
     return r + spatial_weight * q

@@ -129,14 +129,15 @@ def see(
 
 
 def ask(policy: Policy, view: View, question) -> np.ndarray:
-    """(n,) bool: the policy's answer; ValueError for one of another shape."""
+    """(n,) bool: the policy's answer, True wherever a measure of its was not finite; ValueError for another shape."""
     want = np.asarray(question(view), dtype=bool)
     if want.shape != (view.images,):
         raise ValueError(
             f"policy {policy.name!r} decided with shape {want.shape}; one truth value for each of {view.images} "
             "images is needed"
         )
-    return want
+    view.trace.fallbacks += int(view.failed.sum())
+    return want | view.failed
 
 
 def count_modulations(trace: Trace, step: int, conditioning: Conditioning, run: Run) -> None:

@@ -4,7 +4,7 @@ import argparse
 import difflib
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, asdict, fields
 from typing import Any, get_type_hints
 
 Value = int | float | bool | str | None
@@ -17,21 +17,25 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def run_command(name: str, job: Callable[[], None], debug: bool = False) -> int:
-    """The exit code of a command's `job`: 0, 130 after Ctrl-C, 2 after a mistake, which is one line on stderr.
+class Failure(Exception):
+    """A job that failed while it ran, and not by a mistake in what it was asked."""
 
-    Mistakes are ValueError and OSError; with `debug` they are raised.
+
+def run_command(name: str, job: Callable[[], int | None], debug: bool = False) -> int:
+    """The exit code of a command's `job`: what it returns or 0, 130 after Ctrl-C; after an error, which is one line on
+    stderr, 2 for a mistake and 1 for a Failure.
+
+    Mistakes are ValueError and OSError; with `debug` errors are raised.
     """
     try:
-        job()
+        return job() or 0
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, Failure) as error:
         if debug:
             raise
         sys.stderr.write(f"{name}: error: {' '.join(str(error).split())}\n")
-        return 2
-    return 0
+        return 1 if isinstance(error, Failure) else 2
 
 
 def parse_value(text: str) -> Value:
@@ -98,6 +102,22 @@ def build(kind: type, name: str, options: dict[str, Value], aliases: dict[str, s
     if missing := [n for n in missing if n not in arguments]:
         raise ValueError(f"{name} needs {', '.join(missing)}; give it as {name}:{missing[0]}=...")
     return kind(**arguments)
+
+
+def spell(name: str, part: Any, aliases: dict[str, str] | None = None) -> str:
+    """The shortest spec that builds `part`, a dataclass: its name and the options that are not the default."""
+    names = {field: alias for alias, field in (aliases or {}).items()}
+    default = {f.name: f.default for f in fields(part) if f.init}
+    changed = [(names.get(k, k), v) for k, v in asdict(part).items() if k in default and v != default[k]]
+    text = ",".join(f"{key}={_write(value)}" for key, value in changed)
+    return f"{name}:{text}" if text else name
+
+
+def _write(value: Value) -> str:
+    """What `parse_value` reads as the value, as short as that goes."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
 
 
 def _typed(name: str, key: str, value: Value, default: Any, hint: Any) -> Value:

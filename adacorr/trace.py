@@ -26,6 +26,7 @@ class Trace:
     branch_flops: tuple[int, int]  # of one block and row: attention, MLP
     extra_flops: int = 0  # what the cache ran beside the blocks (gates, fitted maps), over all images and halves
     rewound: int = 0  # image-steps taken again with interpolated activations
+    fallbacks: int = 0  # decisions about an image that were to compute because a measure was not finite
     score: np.ndarray = field(init=False)
     weight: np.ndarray = field(init=False)
     executed: np.ndarray = field(init=False)
@@ -73,7 +74,7 @@ class Trace:
         return np.flatnonzero((self.executed[: self.done, :, :, image, half] == 1).all(axis=(1, 2))).tolist()
 
     def summary(self) -> dict:
-        """Plain numbers for JSON. Score and weight are means over images by step and layer, None where undefined."""
+        """Plain numbers for JSON. Score and weight are means over images by step and layer, None without any."""
         by_step = self.executed[: self.done].sum(axis=(1, 3, 4), dtype=np.float64) @ np.array(self.branch_flops)
         return {
             "steps": self.steps,
@@ -85,6 +86,7 @@ class Trace:
             "block_flops": self.flops,
             "block_flops_uncached": self.uncached_flops,
             "rewound_image_steps": self.rewound,
+            "fallbacks": self.fallbacks,
             "evaluations": self.flops / max(self.evaluation_flops, 1),
             "executed_per_step": (by_step / max(self.evaluation_flops, 1)).tolist(),
             "score": _mean_over_images(self.score),
@@ -94,7 +96,7 @@ class Trace:
 
 
 def _mean_over_images(values: np.ndarray) -> list[list[float | None]]:
-    known = ~np.isnan(values)
+    known = np.isfinite(values)
     total = np.where(known, values, 0.0).sum(axis=2, dtype=np.float64)
     count = known.sum(axis=2)
     return [[float(t / c) if c else None for t, c in zip(*row, strict=True)] for row in zip(total, count, strict=True)]

@@ -5,7 +5,7 @@ image whether a unit runs (`decide`), learns what it gave (`computed`), and may 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -95,6 +95,10 @@ class View:
     age: np.ndarray
     conditioning: Conditioning
     trace: Trace
+    failed: np.ndarray = field(init=False)  # (n,) bool: a measure of the image was not finite
+
+    def __post_init__(self):
+        self.failed = np.zeros(self.images, dtype=bool)
 
     @property
     def images(self) -> int:
@@ -121,6 +125,15 @@ class View:
         shift, scale, _ = self.modulation
         norm = self.block.norm2 if self.unit.branch == "mlp" else self.block.norm1
         return norm(self.x) * (1 + scale) + shift
+
+    def measured(self, score: np.ndarray) -> np.ndarray:
+        """What a policy measured, (..., n), as it is; an image with a number that is not finite will be computed.
+
+        To be called on every measure that a decision rests on: a comparison would take "not a number" for a no. Such
+        images run whatever the policy decides, and the trace counts them as fallbacks.
+        """
+        self.failed |= ~np.isfinite(score).reshape(-1, self.images).all(axis=0)
+        return score
 
     def spend(self, layer: int, branch: str, images: np.ndarray, share: float | np.ndarray) -> None:
         """Account for a branch of block `layer` that `reuse` ran itself, in part or whole, for images (m,), all halves.
@@ -276,7 +289,8 @@ def check_adaptive(name: str, threshold: float, scope: str) -> None:
 def relative_change(now: Tensor, before: Tensor, scope: str = "image") -> np.ndarray:
     """mean |now - before| / mean |before| for each image over halves, tokens and channels (or over the whole batch).
 
-    (halves, n, T, D) twice -> (n,) float64 on the host. Raises ValueError for a scope other than image and batch.
+    (halves, n, T, D) twice -> (n,) float64 on the host; nan where the second mean is not finite. Raises ValueError for
+    a scope other than image and batch.
     """
     if scope not in SCOPES:
         raise ValueError(f"scope={scope!r} is unknown; choose one of {', '.join(SCOPES)}")
@@ -284,7 +298,9 @@ def relative_change(now: Tensor, before: Tensor, scope: str = "image") -> np.nda
     size = before.float().abs().mean(dim=(0, 2, 3))
     if scope == "batch":
         change, size = (v.mean().expand_as(v) for v in (change, size))
-    return (change / size.clamp_min(torch.finfo(torch.float32).tiny)).double().cpu().numpy()
+    ratio = change / size.clamp_min(torch.finfo(torch.float32).tiny)
+    # A finite change over a size that overflowed would be 0: no change at all.
+    return ratio.where(size.isfinite(), torch.nan).double().cpu().numpy()
 
 
 def put(state: Tensor | None, images: np.ndarray, values: Tensor, total: int) -> Tensor:

@@ -71,25 +71,25 @@ class AdaCache(Policy):
 
     def begin(self, run: Run) -> None:
         self._keys, self._rates = read_codebook(self.codebook)
-        self._next = np.zeros(run.images, dtype=np.int64)  # the step that is to be computed
+        self._next = np.zeros(run.images)  # the step that is to be computed; nan where no change could be measured
         self._last = np.full(run.images, -1)  # newest step that was
         self._reference = None  # (halves, n, T, D): what the middle attention added at that step
 
     def decide(self, view: View) -> np.ndarray:
         # A step is computed whole, though the middle of it has moved `_next` on.
-        due = (view.step >= self._next) | (self._last == view.step)
-        return due | (view.step >= view.num_steps - FORCED_AT_END)
+        due = view.measured(np.where(self._last == view.step, view.step, self._next))
+        return (view.step >= due) | (view.step >= view.num_steps - FORCED_AT_END)
 
     def computed(self, view: View, ran: Ran) -> None:
         if view.unit.branch != "attn":
             return
         added, images = ran.out - ran.x, ran.images
-        rates = np.ones(len(images), dtype=np.int64)
+        rates = np.ones(len(images))
         seen = np.flatnonzero(self._last[images] >= 0)
         if len(seen):
             before = self._reference[:, torch.from_numpy(images[seen]).to(added.device)]
             change = relative_change(added[:, seen], before, self.scope) / (view.step - self._last[images[seen]])
-            rates[seen] = self.rate(change)
+            rates[seen] = np.where(np.isfinite(change), self.rate(change), np.nan)
         self._next[images] = view.step + rates
         self._last[images] = view.step
         self._reference = put(self._reference, images, added, view.images)

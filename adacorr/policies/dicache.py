@@ -83,7 +83,8 @@ class DiCache(Policy):
         if not before or view.step <= int(self.retention * view.num_steps) or view.step == last:
             return np.ones(view.images, dtype=bool)
         changes = [relative_change(now, past, self.scope) for now, past in zip(seen, before, strict=True)]
-        self._sum = self._sum + (changes[0] if len(changes) == 1 else np.abs(changes[0] - changes[1]))
+        error = changes[0] if len(changes) == 1 else np.abs(changes[0] - changes[1])
+        self._sum = self._sum + view.measured(error)
         return ~(self._sum < self.threshold)
 
     def computed(self, view: View, ran: Ran) -> None:

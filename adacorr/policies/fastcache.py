@@ -237,6 +237,8 @@ class FastCache(Policy):
             self._maps = torch.from_numpy(weight).to(run.device, dtype), torch.from_numpy(bias).to(run.device).float()
         self._known = np.zeros((run.depth, run.images), dtype=bool)  # blocks that ran
         self._before: Tensor | None = None  # (halves, n, T, D): the stack's input one step earlier
+        self._saliency: Tensor | None = None  # (n, T) of this step
+        self._whole = np.zeros(run.images, dtype=bool)  # images whose saliency is not finite: all of the step runs
         self._groups: list[Group] = []
         self._alone = True  # AdaCorrection needs no state but that of the proposal
         # (halves, n, T, D) under (name, block), block L being the stack: `computed` and `given` are the input of the
@@ -244,7 +246,12 @@ class FastCache(Policy):
         self._state: dict[tuple[str, int], Tensor] = {}
 
     def decide(self, view: View) -> np.ndarray:
-        return ~self._known[view.unit.start]
+        block = view.unit.start
+        if block == 0 and self._before is not None:
+            self._saliency = moved(view.x, self._before)
+            view.measured(self._saliency.sum(dim=1).cpu().numpy())
+            self._whole = view.failed
+        return ~self._known[block] | self._whole
 
     def propose(self, view: View) -> np.ndarray:
         self._alone = False
@@ -255,8 +262,10 @@ class FastCache(Policy):
         then = before if self.reference == "seen" else self._state["computed", 0]
         moving = (saliency >= self.tau).unsqueeze(-1)
         change, size = ((v.float().square() * moving).sum(dim=(0, 2, 3)) for v in (view.x_in - then, then))
-        share, change, size = torch.stack([moving.float().mean(dim=(1, 2)), change, size]).double().cpu().numpy()
-        return (share > 0.5) | ~self._still(change, size)
+        sums = torch.stack([moving.float().mean(dim=(1, 2)), change, size, saliency.sum(dim=1)])
+        share, change, size, total = sums.double().cpu().numpy()
+        view.measured(total)
+        return (share > 0.5) | ~(view.measured(self._change(change, size)) < self.threshold)
 
     def computed(self, view: View, ran: Ran) -> None:
         block, depth, images = view.unit.start, view.run.depth, torch.from_numpy(ran.images).to(ran.x.device)
@@ -276,35 +285,36 @@ class FastCache(Policy):
         block, images = view.unit.start, torch.from_numpy(cached.images).to(cached.x.device)
         value = torch.zeros_like(cached.x)
         if block == 0:
-            self._groups = make_groups(moved(cached.x, self._before[:, images]), self.tau)
+            self._groups = make_groups(self._saliency[images], self.tau)
             self._before = view.x_in
             for group in self._groups:
                 at = (slice(None), group.positions[:, None], group.still)
                 place = (slice(None), images[group.positions][:, None], group.still)
                 value[at] = self._map(view, view.run.depth, place, cached.x[at])
-        for group, run in zip(self._groups, self._test(block, images, cached.x), strict=True):
+        for group, run in zip(self._groups, self._test(view, images, cached.x), strict=True):
             if group.moving.shape[1]:
                 self._pass(view, group, run, cached, images, value)
         return value
 
-    def _test(self, block: int, images: Tensor, x: Tensor) -> list[np.ndarray]:
+    def _test(self, view: View, images: Tensor, x: Tensor) -> list[np.ndarray]:
         """For each group (g,) bool: True where the block is to run."""
-        reference = self._state[self.reference, block]
+        reference = self._state[self.reference, view.unit.start]
         sums = []
         for group in self._groups:
             now = x[:, group.positions[:, None], group.moving].float()
             then = reference[:, images[group.positions][:, None], group.moving].float()
             sums.append(torch.stack([(now - then).square().sum(dim=(0, 2, 3)), then.square().sum(dim=(0, 2, 3))]))
-        change, size = torch.cat(sums, dim=1).double().cpu().numpy()
-        run = ~self._still(change, size)
+        change = self._change(*torch.cat(sums, dim=1).double().cpu().numpy())
+        view.trace.fallbacks += int((~np.isfinite(change)).sum())
+        run = ~(change < self.threshold)  # strictly below, so that 0 is never still; not a number runs
         return np.split(run, np.cumsum([len(group.positions) for group in self._groups])[:-1])
 
-    def _still(self, change: np.ndarray, size: np.ndarray) -> np.ndarray:
-        """(m,) bool from squared norms (m,): True where the change is below the threshold."""
+    def _change(self, change: np.ndarray, size: np.ndarray) -> np.ndarray:
+        """(m,) relative changes from squared norms (m,), nan where one is not finite."""
         if self.scope == "batch":
             change, size = (np.full_like(v, v.sum()) for v in (change, size))
-        # Strictly below, so that 0 is never still; no reference at all is a change of 0.
-        return np.sqrt(change / np.maximum(size, np.finfo(np.float32).tiny)) < self.threshold
+        size = np.where(np.isfinite(size), size, np.nan)
+        return np.sqrt(change / np.maximum(size, np.finfo(np.float32).tiny))
 
     def _pass(self, view: View, group: Group, run: np.ndarray, cached: Cached, images: Tensor, value: Tensor) -> None:
         """The moving tokens of a group through the block where `run` (g,), through its map elsewhere, into `value`."""

@@ -80,7 +80,7 @@ class FirstBlock(Policy):
     def decide(self, view: View) -> np.ndarray:
         if view.unit.start != self.front or view.step < self.warmup or self._reference is None:
             return np.ones(view.images, dtype=bool)
-        change = relative_change(view.x - view.x_in, self._reference, self.scope)
+        change = view.measured(relative_change(view.x - view.x_in, self._reference, self.scope))
         due = ~(change < self.threshold)
         if self.max_continuous >= 0:
             due |= view.age - 1 >= self.max_continuous

@@ -229,13 +229,15 @@ class LazyDiT(Policy):
     def _score(self, units: np.ndarray, step: int, inputs: list[Tensor]) -> np.ndarray:
         """w . z + offset (units, n) of inputs (halves, n, D) for each unit: the largest over halves (or all rows)."""
         weight = self._weight[units[0] : units[-1] + 1, step if self._weight.shape[1] > 1 else 0]
-        scores = torch.einsum("uhnd,ud->uhn", torch.stack(inputs), weight).amax(dim=1)
+        scores = torch.einsum("uhnd,ud->uhn", torch.stack(inputs), weight)
+        scores = scores.where(scores.isfinite(), torch.nan).amax(dim=1)  # nan is the largest of all; -inf would be lost
         if self.scope == "batch":
             scores = scores.amax(dim=1, keepdim=True).expand_as(scores)
         return scores.double().cpu().numpy() + self._offset[units, step, None]
 
     def _wanted(self, units: np.ndarray, scores: np.ndarray, view: View) -> np.ndarray:
         """(units, n) bool: True where a branch is to be computed."""
+        view.measured(scores)
         if self.gates == STAND_IN:
             # At a change of 1 nothing is left of the old output: more would say no more, and could overflow.
             self._drift[units] += np.exp(np.minimum(scores, 0.0))

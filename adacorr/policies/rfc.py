@@ -82,7 +82,7 @@ class RFC(Policy):
         known = ~np.isnan(self._at)
         if known[:, 0].all():
             error = relative_change(self._forecast(view.step), view.modulated(), self.scope)
-            self._sum = self._sum + error
+            self._sum = self._sum + view.measured(error)
         self._due = ~known.all(axis=1) | ~(self._sum < self.threshold)
         return self._due
 

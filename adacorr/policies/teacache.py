@@ -69,7 +69,7 @@ class TeaCache(Policy):
     def decide(self, view: View) -> np.ndarray:
         modulated = view.modulated()
         if self._previous is not None:
-            change = relative_change(modulated, self._previous, self.scope)
+            change = view.measured(relative_change(modulated, self._previous, self.scope))
             self._sum = self._sum + (change if self._fit is None else rescale(change, self._fit))
         self._previous = modulated
         ends = view.step in (0, view.num_steps - 1)

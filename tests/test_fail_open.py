@@ -1,0 +1,399 @@
+"""Measures that are not finite: the image is computed in full and counted, and its batch mates notice nothing."""
+
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+from toy import Scheduled, alphas, fitted, make_run, make_view, rows_at, sample, tiny_dit
+
+import adacorr
+from adacorr import AdaCorrection, CacheManager, Literal, Trace, make_policy
+from adacorr.control import BudgetClock, RefreshClock, RefreshRule
+from adacorr.correct import blend, correction_weight
+from adacorr.offset import innovation
+from adacorr.policies.fastcache import FastCache
+from adacorr.policy_run import ask
+from adacorr.types import relative_change
+from diffusion import make_sampler
+from pipeline import gaussian
+
+NAMES = sorted(adacorr.available())
+# Where the rule measures: the module's function or the class's method. The others follow a schedule.
+MEASURES = dict.fromkeys(["adacache", "dicache", "first_block", "rfc", "teacache"], "relative_change")
+MEASURES |= {"fastcache": "moved", "lazydit": "LazyDiT._score"}
+# Settings that skip on a model whose features turn as fast as this one's.
+OPTIONS = {
+    "adacache": "scale=10",
+    "dicache": "threshold=2",
+    "fastcache": "threshold=1",
+    "first_block": "threshold=1",
+    "lazydit": "threshold=1",
+    "rfc": "threshold=2",
+    "teacache": "threshold=1",
+}
+# A call of the measure in whose step image BAD would reuse; of the branch in question, of `lazydit`.
+CALL = {"adacache": 1, "dicache": 2, "fastcache": 3, "first_block": 3, "lazydit": 14, "rfc": 2, "teacache": 3}
+LATE = {"adacache"}  # the decision rests on what was measured in the newest computed step
+LABELS, BAD, MATES, STEPS, FROM = (3, 0, 1), 1, [0, 2], 20, 9
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_dit()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("profiles")
+
+
+def make(name, model, folder, options=""):
+    return fitted(name, model, folder, STEPS, options=",".join(filter(None, [OPTIONS.get(name), options])))
+
+
+@contextmanager
+def poisoned(model, value, steps):
+    """Within, the model gets `value` for image BAD at these steps."""
+
+    def hook(_, args):
+        z = args[0]
+        if model.cache.step in steps and len(z) == len(LABELS):  # fewer: some images taken again
+            z = z.clone()
+            z[BAD] = value
+        return z, *args[1:]
+
+    handle = model.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def run(model, manager, value=None, labels=LABELS, **arguments):
+    """(final states, trace); with a value, the state of image BAD is lost at step FROM."""
+    if value is None:
+        return sample(model, STEPS, labels, cache=manager, **arguments), manager.trace
+    with poisoned(model, value, [FROM]):
+        return sample(model, STEPS, labels, cache=manager, **arguments), manager.trace
+
+
+def same_for_mates(found, expected):
+    """Decisions are equal; values are up to rounding, since the row of another image may change the kernel."""
+    (out, trace), (clean, clean_trace) = found, expected
+    assert np.array_equal(trace.executed[:, :, :, MATES], clean_trace.executed[:, :, :, MATES])
+    assert_close(out[MATES], clean[MATES], rtol=1e-4, atol=1e-5)
+
+
+def break_measure(monkeypatch, name, value, at):
+    """Put `value` for image BAD in the place of what method `name` measures in its call of number `at`."""
+    policy, calls = type(make_policy(name)), []
+    where, attribute = "adacorr.policies." + name, MEASURES[name]
+    original = policy._score if name == "lazydit" else getattr(__import__(where, fromlist=["_"]), attribute)
+
+    def measure(*arguments):
+        score = original(*arguments)
+        calls.append(1)
+        if len(calls) == at:
+            score[BAD if name == "fastcache" else (..., BAD)] = value
+        return score
+
+    monkeypatch.setattr(f"{where}.{attribute}", measure)
+
+
+# ------------------------------------------------------------------------------- the state of an image is lost
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_lost_image_is_computed_and_its_mates_notice_nothing(name, folder, model):
+    policy = make(name, model, folder)
+    clean = run(model, CacheManager(policy))
+    assert clean[1].fallbacks == 0
+    for value in (np.nan, np.inf) if name in MEASURES else (np.nan,):
+        out, trace = found = run(model, CacheManager(policy), value)
+        same_for_mates(found, clean)
+        assert torch.isnan(out[BAD]).all()
+        if name not in MEASURES:  # a schedule is a schedule
+            assert np.array_equal(trace.executed, clean[1].executed)
+            assert trace.fallbacks == 0
+            continue
+        # What is measured in a computed step shows with the next one.
+        start = next(s for s in clean[1].computed_steps(BAD) if s >= FROM) + 1 if name in LATE else FROM
+        assert (trace.executed[start:, :, :, BAD] == 1).all()
+        assert np.array_equal(trace.executed[:FROM, :, :, BAD], clean[1].executed[:FROM, :, :, BAD])
+        assert trace.fallbacks >= (1 if name in LATE else STEPS - FROM - 1)  # some do not look in the last step
+
+
+@pytest.mark.parametrize("name", [None, *NAMES])
+def test_a_lost_image_is_computed_under_adacorrection(name, folder, model):
+    policy = name and make(name, model, folder)
+    correction = AdaCorrection(gamma=0.3)
+    clean = run(model, CacheManager(policy, correction))
+    out, trace = found = run(model, CacheManager(policy, correction), np.nan)
+    same_for_mates(found, clean)
+    assert torch.isnan(out[BAD]).all()
+    start = FROM
+    if name not in set(MEASURES) - {"adacache", "lazydit"}:  # the others look at computed steps alone
+        start = next(s for s in clean[1].computed_steps(BAD) if s >= FROM) + 1
+    assert start < STEPS - 1
+    assert (trace.executed[start:, :, :, BAD] == 1).all()
+    assert (clean[1].executed[start:, :, :, BAD] == 0).any()
+    assert trace.fallbacks == trace.summary()["fallbacks"] == STEPS - start
+    assert clean[1].fallbacks == clean[1].summary()["fallbacks"] == 0
+
+
+@pytest.mark.parametrize("name", sorted(set(MEASURES) - {"fastcache", *LATE}))
+def test_one_decision_for_all_computes_all(name, folder, model):
+    """fastcache measures tokens image by image in any scope."""
+    _, trace = run(model, CacheManager(make(name, model, folder, "scope=batch")), np.nan)
+    assert (trace.executed[FROM:] == 1).all()
+    assert (trace.executed[:FROM] == 0).any()
+
+
+# -------------------------------------------------------------------------------- only the measure is not finite
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("name", sorted(MEASURES))
+def test_a_broken_measure_is_as_one_beyond_all_thresholds(monkeypatch, name, value, folder, model):
+    """The same decisions, in this step and in those that follow, and the same images to the bit."""
+    policy = make(name, model, folder)
+    clean = run(model, CacheManager(policy))
+    found = []
+    for bad in (value, 1e30):
+        with monkeypatch.context() as patch:
+            break_measure(patch, name, bad, CALL[name])
+            found.append(run(model, CacheManager(policy)))
+    (out, trace), (expected, expected_trace) = found
+    assert trace.fallbacks == {"adacache": 2}.get(name, 1)  # its first two units decide before it looks again
+    same_for_mates(found[0], clean)
+    assert not np.array_equal(trace.executed[:, :, :, BAD], clean[1].executed[:, :, :, BAD])
+    assert bool(torch.isfinite(out).all())
+    if name in ("fastcache", "teacache"):
+        # A large saliency says that few others count, and the fitted polynomial ends: these have no such measure.
+        assert (trace.executed[CALL[name], :, :, BAD] == 1).all()
+        return
+    assert np.array_equal(trace.executed, expected_trace.executed)
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("name", sorted(MEASURES))
+def test_a_broken_proposal_is_taken_whatever_the_clock_says(monkeypatch, name, value, folder, model):
+    policy, correction = make(name, model, folder), AdaCorrection(gamma=0.05)
+    clean = run(model, CacheManager(policy, correction))
+    break_measure(monkeypatch, name, value, at=1)
+    out, trace = found = run(model, CacheManager(policy, correction))
+    same_for_mates(found, clean)
+    assert trace.fallbacks == 1
+    assert bool(torch.isfinite(out).all())
+    new = np.setdiff1d(trace.computed_steps(BAD, half=1), clean[1].computed_steps(BAD, half=1))
+    assert len(new)  # both halves, though the clock wanted neither
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("options", [{}, {"difference": False}, {"budget": 6.0}])
+@pytest.mark.parametrize("cfg_scale", [1.0, 1.5])
+def test_an_offset_that_is_not_finite_makes_the_next_step_due(monkeypatch, value, options, cfg_scale, model):
+    correction, calls = AdaCorrection(**{"gamma": 1.0 if "budget" in options else 0.05}, **options), []
+    clean = run(model, CacheManager(correction=correction), cfg_scale=cfg_scale)
+    second = clean[1].computed_steps(BAD)[1]
+    assert second + 1 not in clean[1].computed_steps(BAD)
+
+    def broken(*arguments):
+        score = innovation(*arguments)
+        calls.append(1)
+        if len(calls) == 1:  # at the second node, which is the same for all images
+            score[BAD] = value
+        return score
+
+    monkeypatch.setattr("adacorr.corrected_run.innovation", broken)
+    out, trace = found = run(model, CacheManager(correction=correction), cfg_scale=cfg_scale)
+    same_for_mates(found, clean)
+    assert trace.fallbacks == 1
+    assert (trace.executed[second + 1, :, :, BAD] == 1).all()
+    assert (trace.executed[second + 2, :, :, BAD] == 0).all()  # and then as after any node
+    assert bool(torch.isfinite(out).all())
+
+
+def test_a_guidance_difference_that_is_not_finite_makes_the_next_step_due(monkeypatch, model):
+    calls = []
+    clean = run(model, CacheManager(correction=AdaCorrection()))
+    both = clean[1].computed_steps(BAD, half=1)[1]
+
+    def broken(fresh, *arguments):
+        score = innovation(fresh, *arguments)
+        calls.append(1)
+        if len(calls) == at:
+            score[BAD] = np.nan
+        return score
+
+    # The offsets of the nodes up to this one come first, then that of the difference.
+    at = sum(0 < step <= both for step in clean[1].computed_steps(BAD)) + 1
+    monkeypatch.setattr("adacorr.corrected_run.innovation", broken)
+    found = run(model, CacheManager(correction=AdaCorrection()))
+    same_for_mates(found, clean)
+    assert found[1].fallbacks == 1
+    assert (found[1].executed[both + 1, :, :, BAD] == 1).all()
+
+
+# --------------------------------------------------------------------------------------------- it is over again
+
+
+@torch.no_grad()
+def walk(model, manager, steps_lost=()):
+    """(outputs (S, rows, C, H, W), trace) of a cache that is shown fixed states, some of image BAD lost."""
+    sampler, labels = make_sampler("ddim", STEPS), torch.tensor(LABELS)
+    x, outputs = gaussian(0, np.arange(3), (3, 8, 8)), []
+    identity = {"cfg_scale": 1.5, "model_id": "toy", "sampler": "ddim", "rewindable": False}
+    cache = manager.run(model, labels, sampler.timesteps, alphas(sampler), **identity)
+    with cache as opened, poisoned(model, np.nan, steps_lost):
+        for step in range(STEPS):
+            opened.begin_step(step)
+            z, t, y = rows_at(model, sampler, step, x, labels, 1)
+            y = torch.cat([y, torch.full_like(y, model.null_label)])
+            outputs.append(model(z, t.repeat(2), y))  # half as many states: they stand for both halves
+            x = 0.98 * x
+    return torch.stack(outputs), manager.trace
+
+
+@pytest.mark.parametrize("name", ["teacache", "first_block", "adacache"])  # with one node to reuse
+def test_a_policy_forgets_what_was_not_finite(name, folder, model):
+    policy = make(name, model, folder)
+    clean, clean_trace = walk(model, CacheManager(policy))
+    out, trace = walk(model, CacheManager(policy), [5])
+    found = torch.isfinite(out[:, [BAD, BAD + 3]]).flatten(1).all(dim=1)
+    assert not found[5]
+    assert found[8:].all()
+    assert (trace.executed[8:, :, :, BAD] < 1).any()  # it reuses again
+    assert np.array_equal(trace.executed[:, :, :, MATES], clean_trace.executed[:, :, :, MATES])
+    assert_close(out[:, MATES], clean[:, MATES], rtol=1e-4, atol=1e-5)
+
+
+def test_adacorrection_forgets_what_was_not_finite(model):
+    """Steps are computed until an offset was measured on a forecast none of whose three nodes is lost."""
+    correction = AdaCorrection(difference=False, gamma=0.05)
+    clean = walk(model, CacheManager(correction=correction))[1].computed_steps(BAD)
+    lost = clean[2]
+    out, trace = walk(model, CacheManager(correction=correction), [lost])
+    finite = torch.isfinite(out[:, [BAD, BAD + 3]]).flatten(1).all(dim=1)
+    assert not finite[lost]
+    assert finite[lost + 1 :].all()
+    assert trace.fallbacks == 4
+    ran = trace.computed_steps(BAD)
+    assert ran[:7] == [*clean[:3], *range(lost + 1, lost + 5)]
+    assert ran[7] > lost + 5
+
+
+def test_the_literal_form_takes_the_fresh_output(model):
+    clean, _ = walk(model, CacheManager(correction=Literal(gamma=0.01)))
+    out, trace = walk(model, CacheManager(correction=Literal(gamma=0.01)), [5])
+    plain, _ = walk(model, CacheManager(make_policy("never")))
+    own = [BAD, BAD + 3]
+    assert torch.isnan(out[5, own]).all()
+    assert torch.equal(out[6, own], plain[6, own])  # the blend with what is lost would be lost
+    assert bool(torch.isfinite(out[7:]).all())
+    others = [0, 2, 3, 5]
+    assert torch.equal(out[:, others], clean[:, others])
+    assert trace.fallbacks == 2 * 3  # in two steps, for three layers
+    assert (trace.weight[5:7, :, BAD] == 1).all()
+
+
+# ------------------------------------------------------------------------------------------------- by hand
+
+
+def test_lazydits_scores_of_minus_infinity_are_no_reason_to_reuse(folder, model):
+    """Nor when the other half of the image has a finite score, which is the larger one."""
+    policy = make("lazydit", model, folder)
+    policy.begin(make_run(model, 2, 2, STEPS, cfg_scale=1.5, model_id="toy", sampler="ddim"))
+    inputs = torch.zeros(2, 2, 32)
+    inputs[1, 1] = -np.inf * policy._weight[0, 0].sign()
+    score = policy._score(np.array([0]), 3, [inputs])[0]
+    assert score[0] == pytest.approx(policy._offset[0, 3])
+    assert np.isnan(score[1])
+
+
+def test_a_size_that_overflows_is_no_small_change():
+    """Each value is finite; the mean of before is not, and a finite change over it would come out as 0."""
+    before = torch.full((1, 2, 4, 8), 1.0)
+    before[:, 1] = 3e38
+    change = relative_change(before, before)
+    assert change[0] == 0
+    assert np.isnan(change[1])
+    assert np.isnan(relative_change(before, before, "batch")).all()
+
+
+@pytest.mark.parametrize("spatial_weight", [0.0, 1.0])
+def test_an_offset_from_norms_that_overflow_is_not_finite(spatial_weight):
+    fresh = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
+    predicted = fresh + 0.01
+    fresh[1] = 1e25  # the same in all channels, so that its spread is 0
+    score = innovation(fresh, predicted, spatial_weight)
+    assert bool(torch.isfinite(score[0]))
+    assert not bool(torch.isfinite(score[1]))
+    # Nor when the prediction overflows in the same way, so that the change is small.
+    assert not bool(torch.isfinite(innovation(fresh, fresh, spatial_weight)[1]))
+
+
+def test_fastcache_runs_a_block_whose_input_has_no_finite_norm():
+    change = FastCache()._change(np.array([1.0, 1.0, np.nan, np.inf]), np.array([4.0, np.inf, 1.0, 1.0]))
+    np.testing.assert_array_equal(change[:2], [0.5, np.nan])
+    assert not (change[1:] < np.inf).any()
+
+
+def test_weights_and_blends_take_the_fresh_output_where_the_score_is_lost():
+    weight = correction_weight(torch.tensor([0.25, np.nan, np.inf, -np.inf]))
+    assert weight.tolist() == [0.25, 1.0, 1.0, 1.0]
+    cached = torch.tensor([4.0, np.nan, np.inf, 0.0]).view(4, 1, 1)
+    assert blend(cached, torch.full((4, 1, 1), 8.0), weight).flatten().tolist() == [5.0, 8.0, 8.0, 8.0]
+
+
+def test_a_policy_says_what_it_measured_and_is_overruled_and_counted(model):
+    """Any policy: one line in `decide`, whatever it makes of the number."""
+    view = make_view(make_run(model, images=4), 3, torch.zeros(1, 4, 16, 32))
+
+    class Never(Scheduled):
+        def decide(self, view):
+            score = np.array([[0.0, np.nan, 5.0, 0.0], [1.0, 1.0, 1.0, -np.inf]])
+            assert view.measured(score) is score
+            return np.zeros(4, dtype=bool)
+
+    policy = Never()
+    assert ask(policy, view, policy.decide).tolist() == [False, True, False, True]
+    assert view.trace.fallbacks == 2
+
+
+@pytest.mark.parametrize("score", [np.nan, np.inf, -np.inf])
+def test_a_clock_without_an_offset_is_due_at_once_and_goes_on_from_there(score):
+    """Gaps of 60 timesteps, 5 apart: 12 steps."""
+    images, timesteps = np.array([0, 1]), make_sampler("ddim", 200).timesteps.double().numpy()
+    clock = RefreshClock(RefreshRule(tolerance=0.1, warmup=1), timesteps, lambda t: 60.0, 2, 1.0)
+    clock.restart(images, 0, np.full(2, np.nan))  # the first node has no forecast
+    assert not clock.lost.any()
+    assert clock.due.tolist() == [12, 12]
+    clock.restart(images, 12, np.array([0.1, score]))
+    assert clock.lost.tolist() == [False, True]
+    assert clock.due.tolist() == [24, 13]
+    assert clock.stretch.tolist() == [1, 1]  # nothing was learned
+    clock.restart(np.array([1]), 13, np.array([0.1]))
+    assert not clock.lost.any()
+    assert clock.due.tolist() == [24, 25]
+
+
+def test_a_budget_yields_to_an_offset_that_is_lost():
+    timesteps = make_sampler("ddim", 200).timesteps.double().numpy()
+    clock = BudgetClock(RefreshRule(0.1, 1), timesteps, lambda t: 60.0, 1, nodes=2)
+    one = np.array([0])
+    clock.restart(one, 0, np.array([np.nan]))
+    clock.restart(one, int(clock.due[0]), np.array([np.nan]))
+    assert clock.left.tolist() == [0]
+    assert clock.due[0] == clock.node[0] + 1  # and only there
+    clock.restart(one, int(clock.due[0]), np.array([0.1]))
+    assert clock.due[0] == len(timesteps)
+
+
+def test_scores_that_are_not_finite_are_no_numbers_for_json():
+    trace = Trace(2, 1, 2, 1, (400, 600))
+    trace.score[0, 0], trace.score[1, 0] = (np.inf, 3.0), (np.inf, np.nan)
+    assert trace.summary()["score"] == [[3.0], [None]]
