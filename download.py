@@ -606,7 +606,7 @@ def build_model(
     return dit.eval().requires_grad_(False)
 
 
-def _model_name(config: dict[str, Any]) -> str:
+def model_name(config: dict[str, Any]) -> str:
     """The published name of a config, or its sizes in words."""
     for name, build in DiT_models.items():
         if all(config[key] == value for key, value in build.keywords.items()):
@@ -617,7 +617,7 @@ def _model_name(config: dict[str, Any]) -> str:
 def _check_model_name(model: str, config: dict[str, Any], path: Path) -> None:
     if model not in DiT_models:
         raise CheckpointError(f"no model {model!r}: there are {', '.join(DiT_models)}")
-    found = _model_name(config)
+    found = model_name(config)
     if found != model:
         raise CheckpointError(f"{path} is {found}, --model {model} was asked; leave --model out or give another --ckpt")
 
@@ -631,7 +631,7 @@ def _check_image_size(image_size: int, config: dict[str, Any], latent: bool, pat
         )
     trained = config["input_size"] * factor
     if image_size != trained:
-        other = f"{_model_name(config).replace('/', '-')}-{image_size}x{image_size}.pt"
+        other = f"{model_name(config).replace('/', '-')}-{image_size}x{image_size}.pt"
         advice = f"use --ckpt {other}" if other in RELEASED else f"use --image-size {trained}"
         raise CheckpointError(
             f"{path} is for {trained} px (an input of {config['input_size']}), --image-size {image_size} "

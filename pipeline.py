@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from models import DiT, DiT_models, guide_first, guided_channels
 VAE_SCALE = 0.18215  # latents of the stable-diffusion VAE that DiT was trained on have unit variance after this factor
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 StepNoise = Callable[[int, np.ndarray], Tensor]
+Observe = Callable[[int, Tensor, CacheManager | None], None]  # after each step: its number, the states after it
 
 
 # ------------------------------------------------------------------------------------------------- flags
@@ -74,7 +75,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--num-sampling-steps", type=int, default=50, help="1 to 1000 (default %(default)s)")
     group.add_argument(
-        "--seed", type=int, default=0, help="image i is drawn from (seed, i) alone (default %(default)s)"
+        "--seed",
+        "--global-seed",
+        type=int,
+        default=0,
+        help="image i is drawn from (seed, i) alone (default %(default)s)",
     )
     group.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="of the model (default %(default)s)")
     group.add_argument("--device", help="default: cuda where there is one, else cpu")
@@ -133,12 +138,13 @@ class Pipeline:
         indices: np.ndarray,
         labels: Tensor | None,
         cache: CacheManager | None = None,
-        progress: Callable[[CacheManager | None], None] | None = None,
+        observe: Observe | None = None,
         stop: int | None = None,
     ) -> Tensor:
         """Images `indices` (n,) of `seed` with labels (n,) -> state (n, C, H, W) float32 on the device.
 
-        The final state, or with `stop` the one after that many steps, to warm up with.
+        The final state, or with `stop` the one after that many steps, to warm up with. `observe` is called after each
+        step.
         """
         shape = self.noise_shape
 
@@ -156,7 +162,7 @@ class Pipeline:
             cfg_channels=self.cfg_channels,
             cache=cache,
             step_noise=step_noise,
-            progress=progress,
+            observe=observe,
             model_id=self.checkpoint.sha256,
             stop=stop,
         )
@@ -204,6 +210,12 @@ def find_device(name: str | None) -> torch.device:
         raise ValueError(f"--device {name} cannot be used: {str(error).partition(chr(10))[0]}") from None
 
 
+def allow_tf32(on: bool) -> None:
+    """Whether a GPU may round the factors of float32 products to 10 bits, for speed."""
+    torch.set_float32_matmul_precision("high" if on else "highest")
+    torch.backends.cudnn.allow_tf32 = on
+
+
 def make_cache(args: argparse.Namespace) -> CacheManager | None:
     """The cache of --cache and --adacorr, or None; ValueError for an unknown policy, key or value."""
     policy = None if args.cache is None else make_policy(args.cache)
@@ -211,6 +223,14 @@ def make_cache(args: argparse.Namespace) -> CacheManager | None:
     if policy is None and correction is None:
         return None
     return CacheManager(policy, correction, DTYPES[args.cache_dtype])
+
+
+def describe_cache(cache: CacheManager | None) -> dict[str, Any] | None:
+    """Method and correction with every option, for a record; None without a cache."""
+    if cache is None:
+        return None
+    parts = {"policy": cache.policy, "correction": cache.correction}
+    return {key: {"name": type(part).__name__, **asdict(part)} for key, part in parts.items() if part is not None}
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:
@@ -271,12 +291,16 @@ def gaussian(seed: int, indices: np.ndarray, shape: tuple[int, ...], stream: int
     """
     rows = []
     for index in indices:
-        # The high half of the seed comes last: SeedSequence splits big numbers into words of 32 bits, and so would draw
-        # the same for (2**32, 0) and (0, 1). Philox takes all of its key; torch's generator keeps 32 bits of a seed.
-        words = [seed & 0xFFFFFFFF, int(index), stream, seed >> 32]
-        generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))
+        generator = np.random.Generator(np.random.Philox(seed_words(seed, index, stream)))
         rows.append(torch.from_numpy(generator.standard_normal(shape, dtype=np.float32)))
     return torch.stack(rows)
+
+
+def seed_words(seed: int, index: int, stream: int) -> np.random.SeedSequence:
+    """What a random stream of an image is drawn from."""
+    # The high half of the seed comes last: SeedSequence splits big numbers into words of 32 bits, and so would draw
+    # the same for (2**32, 0) and (0, 1). Philox takes all of its key; torch's generator keeps 32 bits of a seed.
+    return np.random.SeedSequence([seed & 0xFFFFFFFF, int(index), stream, seed >> 32])
 
 
 @torch.inference_mode()
@@ -290,16 +314,16 @@ def sample_latents(
     cfg_channels: str = "all",
     cache: CacheManager | None = None,
     step_noise: StepNoise | None = None,
-    progress: Callable[[CacheManager | None], None] | None = None,
+    observe: Observe | None = None,
     model_id: str | None = None,
     stop: int | None = None,
 ) -> Tensor:
     """The sampling loop, cached or not.
 
     noise (n, C, H, W) unit Gaussian; labels (n,) int64 or None; step_noise(step, rows (m,)) -> (m, C, H, W) for
-    stochastic samplers; progress is called after each step; model_id, the
-    checkpoint's sha256, is what profiles of caching methods are held to; `stop` ends the run
-    after that many steps. Returns the final state (n, C, H, W) float32.
+    stochastic samplers; observe(step, x, cache) is called after each step; model_id, the checkpoint's sha256, is what
+    profiles of caching methods are held to; `stop` ends the run after that many steps. Returns the final state
+    (n, C, H, W) float32.
 
     After an image was computed again, the steps since its last computation are taken once more with activations that
     are interpolated instead of extrapolated (`CacheRun.rewind`). They cost no block, and the state that the image goes
@@ -374,8 +398,8 @@ def sample_latents(
             x = advance(step, x, out, everyone)
             if run is not None and len(run.anchored):
                 anchor = put(anchor, run.anchored, pick(x, run.anchored))
-            if progress is not None:
-                progress(cache)
+            if observe is not None:
+                observe(step, x, cache)
     return x
 
 
@@ -425,7 +449,8 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     """A temporary file in the folder of `path`, which takes its name at the end: a reader never sees half of it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # With the host: two nodes on one shared folder may have processes of the same number.
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)

@@ -13,7 +13,6 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -82,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
     record |= {"seconds": median(seconds), "warm": args.compare}
     if cache is not None:
         summary = cache.trace.summary()
-        record |= {key: summary[key] for key in ("compute", "hit_rate", "evaluations")}
+        record |= {key: summary[key] for key in ("compute", "hit_rate", "evaluations", "fallbacks")}
         record |= {"cache_bytes": cache.bytes, "trace": summary}
     picture = grid(images)
     if args.compare:
@@ -150,9 +149,7 @@ def describe(
     if labels is not None:
         record["labels"] = labels.tolist()
     if cache is not None:
-        parts = {"policy": cache.policy, "correction": cache.correction}
-        parts = {key: part for key, part in parts.items() if part is not None}
-        record["method"] = {key: {"name": type(part).__name__, **asdict(part)} for key, part in parts.items()}
+        record["method"] = pipeline.describe_cache(cache)
     return record
 
 
@@ -174,14 +171,14 @@ def timed(
         total=min(stop or pipe.sampler.num_steps, pipe.sampler.num_steps), desc=title, unit="step", disable=None
     ) as bar:
 
-        def progress(manager: CacheManager | None) -> None:
+        def observe(step: int, x: Tensor, manager: CacheManager | None) -> None:
             # The rate is counted only when the bar is drawn, because it reads the whole trace.
             if bar.update() and manager is not None:
                 bar.set_postfix_str(f"hit rate {manager.trace.hit_rate:.0%}")
 
         synchronize()
         start = time.perf_counter()
-        x = pipe.sample(seed, np.arange(count), labels, cache, progress, stop)
+        x = pipe.sample(seed, np.arange(count), labels, cache, observe, stop)
         synchronize()
         return x, time.perf_counter() - start
 
@@ -190,7 +187,9 @@ def decode(pipe: pipeline.Pipeline, x: Tensor) -> Tensor:
     """Final states (n, C, H, W) -> uint8 images (n, H, W, 3); ValueError names the first that overflowed."""
     broken = [i for i, state in enumerate(x) if not state.isfinite().all()]
     if broken:
-        raise ValueError(f"image {broken[0]} holds infinite or undefined values: sample with --dtype fp32")
+        raise ValueError(
+            f"image {broken[0]} holds infinite or undefined values: sample with --dtype and --cache-dtype fp32"
+        )
     return pipe.decode(x)
 
 
@@ -249,6 +248,8 @@ def report(args: argparse.Namespace, record: dict[str, Any], method: str, names:
         lines["evaluations"] = f"{record['evaluations']:.2f} full ones in {args.num_sampling_steps} steps"
         lines["hit rate"] = f"{record['hit_rate']:.1%}"
         lines["cache"] = f"{record['cache_bytes'] / 2**20:.1f} MiB"
+    if record.get("fallbacks"):
+        lines["fallbacks"] = f"{record['fallbacks']} decisions to compute, because a measured offset was not finite"
     if args.compare:
         (mean, p5, low), ssim = (float(record["psnr"][key]) for key in ("mean", "p5", "min")), record["ssim"]
         lines["PSNR"] = f"mean {mean:.2f} dB, 5th percentile {p5:.2f}, min {low:.2f}"

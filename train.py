@@ -20,7 +20,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import pickle
 import signal
 import sys
@@ -29,13 +28,12 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -47,6 +45,7 @@ from adacorr.spec import Parser
 from diffusion import NUM_TRAIN, make_sampler, respace, respaced_schedule
 from download import Checkpoint, build_model, save_checkpoint
 from models import DiT, DiT_models
+from ranks import Ranks
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 ORDER, STEP = 0, 1  # what a random stream is for
@@ -345,49 +344,6 @@ def ema_decay(step: int, decay: float) -> float:
     return min(decay, (1 + step) / (10 + step))
 
 
-# ---------------------------------------------------------------------------------------------- ranks
-
-
-@dataclass
-class Ranks:
-    """This process among those that torchrun started, or alone."""
-
-    rank: int = 0
-    world: int = 1
-    local: int = 0
-    flags: Any = field(default=None, repr=False)  # the group for the stop flag: never on the GPU, which would wait
-
-    @classmethod
-    def find(cls) -> "Ranks":
-        """As the variables of torchrun say, alone without them."""
-        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
-        return cls(*(int(os.environ.get(key, value)) for key, value in alone.items()))
-
-    def open(self, device: torch.device) -> None:
-        if self.world > 1:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-            self.flags = dist.new_group(backend="gloo")
-
-    def close(self) -> None:
-        if self.world > 1:
-            dist.destroy_process_group()
-
-    def highest(self, value: int) -> int:
-        """The highest value of any rank."""
-        if self.world == 1:
-            return value
-        flag = torch.tensor(value)
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.flags)
-        return int(flag)
-
-    def mean(self, values: Tensor) -> Tensor:
-        """The mean over the ranks, in place."""
-        if self.world > 1:
-            dist.all_reduce(values)
-            values /= self.world
-        return values
-
-
 # -------------------------------------------------------------------------------------------- training
 
 
@@ -667,10 +623,8 @@ def run(args: argparse.Namespace) -> int:
     """The whole job -> exit code. ValueError or OSError for a mistake, before heavy work where it shows by then."""
     began, ranks = time.perf_counter(), Ranks.find()
     check(args, ranks)
-    device = pipeline.find_device(args.device)
+    device = ranks.device(pipeline.find_device(args.device))
     if device.type == "cuda":
-        device = torch.device("cuda", ranks.local if ranks.world > 1 else device.index or 0)
-        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
     state = read_state(args)
     say = print if ranks.rank == 0 else lambda *_, **__: None

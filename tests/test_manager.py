@@ -611,12 +611,12 @@ def test_the_model_is_free_again_after_an_exception(model, correction):
     assert model.cache is None
 
 
-def sample_failing(model, manager, progress):
+def sample_failing(model, manager, observe):
     from pipeline import sample_latents
 
     labels = torch.tensor([1, 2])
     sample_latents(model, make_sampler("ddim", 5), gaussian(0, [0, 1], (3, 8, 8)), labels, cfg_scale=1.5,
-                   cache=manager, progress=progress)  # fmt: skip
+                   cache=manager, observe=observe)  # fmt: skip
 
 
 @pytest.mark.parametrize("correction", ANY, ids=str)

@@ -125,15 +125,15 @@ def test_unconditional_model_with_a_cache():
 def test_cache_is_detached_after_a_run_and_after_an_exception(cache):
     model, noise, labels = tiny(), gaussian(0, np.arange(2), SHAPE), torch.tensor([0, 1])
 
-    def sample(progress=None):
+    def sample(observe=None):
         return sample_latents(
-            model, make_sampler("ddim", 9), noise, labels, cfg_scale=1.5, cache=cache, progress=progress
+            model, make_sampler("ddim", 9), noise, labels, cfg_scale=1.5, cache=cache, observe=observe
         )
 
     first = sample()
     assert model.cache is None
 
-    def stop(manager):
+    def stop(step, x, manager):
         assert manager is cache
         if manager.trace.done == 4:
             raise KeyboardInterrupt
@@ -144,11 +144,13 @@ def test_cache_is_detached_after_a_run_and_after_an_exception(cache):
     assert torch.equal(sample(), first)  # nothing of the first or the broken run is left
 
 
-def test_progress_is_called_after_every_step():
+def test_observe_is_called_with_the_states_after_every_step():
     model, noise, seen = tiny(), gaussian(0, np.arange(1), SHAPE), []
     labels = torch.tensor([0])
-    sample_latents(model, make_sampler("ddim", 3), noise, labels, progress=seen.append)
-    assert seen == [None] * 3
+    x = sample_latents(model, make_sampler("ddim", 3), noise, labels, observe=lambda *told: seen.append(told))
+    assert [(step, cache) for step, _, cache in seen] == [(0, None), (1, None), (2, None)]
+    assert torch.equal(seen[-1][1], x)
+    assert not torch.equal(seen[0][1], seen[1][1])
 
 
 # ------------------------------------------------------------------------------------ the bundled checkpoint

@@ -1,0 +1,96 @@
+"""The processes that torchrun starts, on one node or several; or one process alone."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Rank 0 may download weights before the others can start; only there does a collective wait for long.
+PATIENCE = timedelta(hours=24)
+T = TypeVar("T")
+
+
+class LeaderFailed(Exception):
+    """Rank 0 has stopped and said why; the others leave without a word."""
+
+
+@dataclass
+class Ranks:
+    """This process among those that torchrun started, or alone."""
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0
+    flags: Any = field(default=None, repr=False)  # the group for the stop flag: never on the GPU, which would wait
+
+    @classmethod
+    def find(cls) -> "Ranks":
+        """As the variables of torchrun say, alone without them."""
+        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+        return cls(*(int(os.environ.get(key, value)) for key, value in alone.items()))
+
+    def device(self, device: torch.device) -> torch.device:
+        """The device of this rank, where `device` is what was asked for: each rank has a GPU of its own.
+
+        ValueError if there are fewer GPUs than ranks on this node.
+        """
+        if device.type != "cuda":
+            return device
+        count = torch.cuda.device_count()
+        if self.world > 1 and self.local >= count:
+            raise ValueError(
+                f"process {self.local} of this node has no GPU, there are {count}: start torchrun with "
+                f"--nproc-per-node {count} at most"
+            )
+        device = torch.device("cuda", self.local if self.world > 1 else device.index or 0)
+        torch.cuda.set_device(device)
+        return device
+
+    def open(self, device: torch.device, timeout: timedelta | None = None) -> None:
+        """Join the other ranks: NCCL on GPUs, gloo on CPUs."""
+        if self.world > 1:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+            self.flags = dist.new_group(backend="gloo", timeout=timeout)
+
+    def close(self) -> None:
+        if self.world > 1:
+            dist.destroy_process_group()
+
+    def highest(self, value: int) -> int:
+        """The highest value of any rank."""
+        if self.world == 1:
+            return value
+        flag = torch.tensor(value)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.flags)
+        return int(flag)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over the ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(values)
+            values /= self.world
+        return values
+
+    def from_leader(self, job: Callable[[], T]) -> T:
+        """What `job` returns on rank 0, the only one that runs it, on every rank.
+
+        What it raises is raised on rank 0; the others get LeaderFailed.
+        """
+        if self.world == 1:
+            return job()
+        box: list[Any] = [None]
+        if self.rank == 0:
+            try:
+                box[0] = (job(),)
+            finally:  # whatever happened, the others must not be left waiting
+                dist.broadcast_object_list(box, group=self.flags)
+        else:
+            dist.broadcast_object_list(box, group=self.flags)
+        if box[0] is None:
+            raise LeaderFailed
+        return box[0][0]
