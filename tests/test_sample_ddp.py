@@ -1,0 +1,726 @@
+"""sample_ddp.py in one process: what is made, resuming, refusals, faults, messages."""
+
+import errno
+import io
+import json
+import os
+import re
+import signal
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import image_store
+import labels as label_file
+import pipeline
+import sample_ddp
+import worker
+from diffusion import DDIM
+from download import save_checkpoint
+from models import DiT
+from pipeline import Pipeline
+
+STEPS = 12
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A model of 8 x 8 pixels and 4 classes, all of whose weights are random: as built, it would predict nothing."""
+    model = DiT(8, 2, 3, 32, 2, 2, num_classes=4, learn_sigma=False)
+    generator = torch.Generator().manual_seed(1)
+    state = {name: torch.randn(p.shape, generator=generator) * 0.1 for name, p in model.state_dict().items()}
+    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
+    save_checkpoint(path, state, model.config)
+    return path
+
+
+@pytest.fixture
+def ddp(checkpoint, tmp_path, capsys):
+    """Calls sample_ddp.main on the tiny model -> (exit code, run folder or None, stdout, stderr)."""
+
+    def call(*argv, count=7, where=None):
+        where = tmp_path / "out" if where is None else where
+        fixed = ["--ckpt", checkpoint, "--num-sampling-steps", STEPS, "--device", "cpu", "--sample-dir", where]
+        try:
+            code = sample_ddp.main([str(a) for a in (*fixed, "--num-fid-samples", count, *argv)])
+        except SystemExit as stop:
+            code = stop.code
+        printed = capsys.readouterr()
+        folders = [path for path in where.iterdir() if path.is_dir()] if where.is_dir() else []
+        return code, folders[0] if len(folders) == 1 else None, printed.out, printed.err
+
+    return call
+
+
+def one_line(err):
+    """The text of a single line of error."""
+    assert err.count("\n") == 1, err
+    assert err.startswith("sample_ddp.py: error: ")
+    return err
+
+
+def contents(folder):
+    """Name -> bytes of all images of a run folder."""
+    return {path.name: path.read_bytes() for path in sorted((folder / "images").iterdir())}
+
+
+def record(folder):
+    return json.loads((folder / "run.json").read_text())
+
+
+def npz(folder):
+    return folder.with_name(f"{folder.name}.npz")
+
+
+def interrupt_after(monkeypatch, batches, error=KeyboardInterrupt):
+    """The run breaks before it samples more than so many batches."""
+    batch, calls = worker.Sampling.batch, []
+
+    def breaking(self, indices):
+        if len(calls) == batches:
+            raise error
+        calls.append(indices.tolist())
+        return batch(self, indices)
+
+    monkeypatch.setattr(worker.Sampling, "batch", breaking)
+    return calls
+
+
+# ------------------------------------------------------------------------------------------- what is made
+
+
+def test_images_are_those_of_each_index_alone(ddp, checkpoint):
+    code, folder, out, err = ddp("--adacorr", "--global-seed", 3, "--per-proc-batch-size", 4)
+    assert (code, err) == (0, "")
+    parser = sample_ddp.make_parser()
+    flags = ["--ckpt", str(checkpoint), "--num-sampling-steps", str(STEPS), "--adacorr", "--device", "cpu"]
+    pipe, cache = pipeline.load(parser.parse_args(flags))
+    labels = label_file.make_labels("random", 3, 7, 4)
+    with np.load(npz(folder)) as packed:
+        images, packed_labels = packed["arr_0"], packed["arr_1"]
+    assert images.dtype == np.uint8
+    assert images.shape == (7, 8, 8, 3)
+    assert packed_labels.tolist() == labels.tolist()
+    for i in range(7):
+        x = pipe.sample(3, np.array([i]), torch.from_numpy(labels[i : i + 1]), cache)
+        expected = pipe.decode(x)[0].numpy()
+        with Image.open(folder / "images" / f"{i:06d}.png") as picture:
+            assert np.array_equal(np.asarray(picture), expected)
+        assert np.array_equal(images[i], expected)
+
+
+def test_what_is_recorded_and_said(ddp):
+    code, folder, out, _ = ddp("--adacorr", "gamma=0.5", "--labels", "balanced", count=8)
+    assert code == 0
+    assert folder.name == "DiT-2x32-2-tiny-8px-ddim-12steps-cfg1.5-adacorr-gamma=0.5-seed0-balanced"
+    content = record(folder)
+    session, totals = content["sessions"][0], content["statistics"]
+    assert content["protocol"]["sampler"] == {"spec": "ddim", "steps": STEPS}
+    assert content["protocol"]["cache"]["correction"]["gamma"] == 0.5
+    assert (session["state"], session["count"], session["missing"], session["labels"]) == ("complete", 8, 8, [2] * 4)
+    assert (totals["images"], totals["unaccounted"]) == (8, 0)
+    assert 0 < totals["compute"] < 1
+    assert 0 < totals["hit_rate"] < 1
+    assert totals["saved_flops"] > 0
+    assert totals["ranks"]["0"]["images"] == 8
+    success = json.loads((folder / "SUCCESS.json").read_text())
+    assert success["count"] == 8
+    assert f"sha256 {success['npz_sha256']}" in out
+    for words in ("cache memory", "MiB an image", "images/s", "hit rate", "TFLOPs saved", "8 to make"):
+        assert words in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], ["8px", "ddim", "12steps", "cfg1.5", "uncached", "seed0"]),
+        (
+            ["--cache", "interval:every=4", "--adacorr", "gamma=2", "--seed", 5],
+            ["interval-every=4+adacorr-gamma=2", "seed5"],
+        ),
+        (["--sampler", "ddpm", "--cfg-scale", 4, "--dtype", "bf16"], ["ddpm", "cfg4", "bf16"]),
+    ],
+)
+def test_the_folder_is_named_after_the_protocol(ddp, flags, words):
+    code, folder, _, _ = ddp(*flags, "--no-pack", count=1)
+    assert code == 0
+    for word in words:
+        assert word in folder.name
+    assert re.fullmatch(r"[A-Za-z0-9._=+-]+", folder.name)
+
+
+@pytest.mark.parametrize("flags", ["--adacorr", "--cache teacache:profile=none --adacorr", "--sampler ddpm"])
+def test_bytes_do_not_depend_on_the_batch_size(ddp, tmp_path, flags):
+    made = [ddp(*flags.split(), "--per-proc-batch-size", size, where=tmp_path / str(size))[1] for size in (1, 3, 8)]
+    assert contents(made[0]) == contents(made[1]) == contents(made[2])
+    assert len(contents(made[0])) == 7
+    assert npz(made[0]).read_bytes() == npz(made[1]).read_bytes() == npz(made[2]).read_bytes()
+
+
+def test_without_determinism_a_batch_is_sampled_at_once(ddp, monkeypatch, tmp_path):
+    sizes, sample = [], Pipeline.sample
+
+    def noting(self, seed, indices, *rest, **more):
+        sizes.append(len(indices))
+        return sample(self, seed, indices, *rest, **more)
+
+    monkeypatch.setattr(Pipeline, "sample", noting)
+    code, loose, _, _ = ddp("--no-deterministic", "--per-proc-batch-size", 4)
+    assert (code, sizes) == (0, [4, 3])
+    code, strict, _, _ = ddp("--per-proc-batch-size", 4, where=tmp_path / "strict")
+    assert (code, sizes[2:]) == (0, [1] * 7)
+    with np.load(npz(loose)) as a, np.load(npz(strict)) as b:
+        assert np.abs(a["arr_0"].astype(int) - b["arr_0"]).max() <= 1
+
+
+def test_shards_hold_the_same_images(ddp, tmp_path):
+    _, png, _, _ = ddp()
+    code, shards, _, _ = ddp("--format", "npz-shards", "--per-proc-batch-size", 3, where=tmp_path / "shards")
+    assert code == 0
+    assert len(contents(shards)) == 3
+    assert npz(shards).read_bytes() == npz(png).read_bytes()
+
+
+def test_a_folder_with_spaces_and_letters_of_any_alphabet(ddp, tmp_path):
+    code, folder, _, _ = ddp(where=tmp_path / "Bilder für Ömer")
+    assert code == 0
+    assert npz(folder).exists()
+
+
+def test_an_unconditional_model_has_no_labels(tmp_path, capsys):
+    model = DiT(8, 2, 3, 32, 2, 2, num_classes=0, learn_sigma=False)
+    save_checkpoint(tmp_path / "free.safetensors", model.state_dict(), model.config)
+    common = ["--ckpt", str(tmp_path / "free.safetensors"), "--num-sampling-steps", "3", "--num-fid-samples", "2"]
+    common += ["--cfg-scale", "1", "--sample-dir", str(tmp_path / "out"), "--device", "cpu"]
+    assert sample_ddp.main(common) == 0
+    with np.load(next((tmp_path / "out").glob("*.npz"))) as packed:
+        assert packed.files == ["arr_0"]
+    assert sample_ddp.main([*common, "--labels", "balanced"]) == 2
+    assert "unconditional" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------- resuming
+
+
+@pytest.mark.parametrize("form", ["png", "npz-shards"])
+def test_an_interrupted_run_goes_on_with_other_batches_and_gives_the_same_bytes(ddp, monkeypatch, tmp_path, form):
+    flags = ["--adacorr", "--format", form]
+    _, whole, _, _ = ddp(*flags, where=tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        code, folder, _, _ = ddp(*flags, "--per-proc-batch-size", 2)
+    assert code == 130
+    assert record(folder)["sessions"][0]["state"] == "interrupted"
+    assert not npz(folder).exists()
+    kept = contents(folder)
+    with monkeypatch.context() as patch:
+        calls = interrupt_after(patch, 99)
+        code, folder, out, _ = ddp(*flags, "--per-proc-batch-size", 5)
+    assert (code, calls) == (0, [[4, 5, 6]])
+    assert "4 of 7 are there, 3 to make" in out
+    assert kept.items() <= contents(folder).items()
+    assert npz(folder).read_bytes() == npz(whole).read_bytes()
+    content = record(folder)
+    assert [s["state"] for s in content["sessions"]] == ["interrupted", "complete"]
+    assert (content["statistics"]["images"], content["statistics"]["unaccounted"]) == (7, 0)
+
+
+def test_a_complete_run_is_left_alone(ddp, monkeypatch):
+    _, folder, _, _ = ddp()
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.png")}
+    calls = interrupt_after(monkeypatch, 0)
+    code, _, out, _ = ddp()
+    assert (code, calls) == (0, [])
+    assert "complete" in out
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.png")} == before
+
+
+def test_more_images_are_added_to_those_that_are_there(ddp, monkeypatch, tmp_path):
+    _, folder, _, _ = ddp(count=3)
+    first = contents(folder)
+    calls = interrupt_after(monkeypatch, 99)
+    code, folder, _, _ = ddp(count=7)
+    assert (code, calls) == (0, [[3, 4, 5, 6]])
+    assert first.items() < contents(folder).items()
+    _, other, _, _ = ddp(count=7, where=tmp_path / "at once")
+    assert contents(folder) == contents(other)
+    assert npz(folder).read_bytes() == npz(other).read_bytes()
+    assert ddp(count=2)[0] == 0  # fewer: nothing to make, and the .npz holds two
+    with np.load(npz(folder)) as packed:
+        assert len(packed["arr_0"]) == 2
+
+
+@pytest.mark.parametrize("form", ["png", "npz-shards"])
+def test_damaged_images_are_made_again_and_foreign_files_are_left_out(ddp, tmp_path, form):
+    flags = ["--format", form, "--per-proc-batch-size", 1]
+    _, folder, _, _ = ddp(*flags)
+    _, other, _, _ = ddp(*flags, "--seed", 1, where=tmp_path / "other")
+    whole, packed = contents(folder), npz(folder).read_bytes()
+    first, second, third, *_ = sorted((folder / "images").iterdir())
+    first.write_bytes(first.read_bytes()[:-20])
+    second.write_bytes(b"")
+    if form == "png":
+        third.write_bytes((other / "images" / third.name).read_bytes())
+    (folder / "images" / "holiday.png").write_bytes(b"hello")
+    npz(folder).unlink()
+    code, _, out, _ = ddp(*flags)
+    assert code == 0
+    for path in (first, second):
+        assert f"damaged, made again: {path}" in out
+    assert f"not of this run, not used: {folder / 'images' / 'holiday.png'}" in out
+    left = contents(folder)
+    assert left.pop("holiday.png") == b"hello"
+    if form == "png":
+        assert left.pop(f"{third.name}.foreign") == (other / "images" / third.name).read_bytes()
+    assert left == whole
+    assert npz(folder).read_bytes() == packed
+
+
+def flip_a_bit(folder):
+    """In the pixels of image 3 of a run whose images are too small for a PNG to be more than its head -> the shard."""
+    with np.load(npz(folder)) as packed:
+        pixels = packed["arr_0"][3].tobytes()
+    (path,) = (folder / "images").iterdir()
+    data = bytearray(path.read_bytes())
+    data[data.index(pixels) + 50] ^= 1
+    path.write_bytes(data)
+    return path
+
+
+def test_a_flipped_bit_is_found_by_verify(ddp):
+    _, folder, _, _ = ddp("--format", "npz-shards")
+    whole = contents(folder)
+    path = flip_a_bit(folder)
+    assert "complete" in ddp("--format", "npz-shards")[2]  # nobody reads it all without being asked
+    code, _, out, _ = ddp("--format", "npz-shards", "--verify")
+    assert code == 0
+    assert f"damaged, made again: {path}" in out
+    assert contents(folder) == whole
+
+
+def test_a_flipped_bit_is_found_while_packing(ddp, monkeypatch):
+    _, folder, _, _ = ddp("--format", "npz-shards")
+    (path,), packed, pack = (folder / "images").iterdir(), npz(folder).read_bytes(), sample_ddp.pack_images
+
+    def flipping(*job):
+        flip_a_bit(folder)
+        npz(folder).unlink()
+        return pack(*job)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sample_ddp, "pack_images", flipping)
+        patch.setattr(sample_ddp.RunFolder, "succeeded", lambda *_, **__: False)
+        code, _, _, err = ddp("--format", "npz-shards")
+    assert code == 1
+    assert "--verify" in one_line(err)
+    assert str(path) in err
+    assert not npz(folder).exists()
+    assert ddp("--format", "npz-shards", "--verify")[0] == 0
+    assert npz(folder).read_bytes() == packed
+
+
+# -------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("flags", "field"),
+    [
+        (["--format", "npz-shards"], 'format: "png" in the folder, "npz-shards" asked'),
+        (["--cfg-channels", "3"], 'guidance.channels: "all" in the folder, "3" asked'),
+        (["--no-deterministic"], "precision.deterministic: true in the folder, false asked"),
+        (["--threads", 2], "precision.threads: 1 in the folder, 2 asked"),
+    ],
+)
+def test_other_options_in_the_same_folder_are_refused(ddp, flags, field):
+    _, folder, _, _ = ddp()
+    before = contents(folder)
+    code, _, _, err = ddp(*flags)
+    assert code == 2
+    assert field in one_line(err)
+    assert "--overwrite" in err
+    assert contents(folder) == before
+    assert ddp(*flags, "--overwrite")[0] == 0
+
+
+def test_steps_guidance_seed_and_cache_go_to_other_folders(ddp, tmp_path):
+    for flags in (
+        [],
+        ["--num-sampling-steps", 5],
+        ["--cfg-scale", 2],
+        ["--seed", 1],
+        ["--adacorr"],
+        ["--adacorr", "gamma=2"],
+    ):
+        assert ddp(*flags, "--no-pack", count=1)[0] == 0
+    assert len(list((tmp_path / "out").iterdir())) == 6
+
+
+def test_another_checkpoint_of_the_same_name_is_refused(ddp, checkpoint, tmp_path):
+    ddp(count=1)
+    _, path = (tmp_path / "other").mkdir(), tmp_path / "other" / checkpoint.name
+    model = DiT(8, 2, 3, 32, 2, 2, num_classes=4, learn_sigma=False)
+    save_checkpoint(path, model.state_dict(), model.config)
+    code, _, _, err = ddp("--ckpt", path, count=1)
+    assert code == 2
+    assert "checkpoint.sha256" in one_line(err)
+
+
+def test_overwriting_deletes_the_old_run_and_nothing_else(ddp, tmp_path):
+    _, folder, _, _ = ddp("--format", "npz-shards", count=5)
+    (folder / "notes.txt").write_text("mine")
+    code, _, _, _ = ddp("--overwrite", count=2)
+    assert code == 0
+    assert sorted(contents(folder)) == ["000000.png", "000001.png"]
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert len(record(folder)["sessions"]) == 1
+
+
+def test_files_without_a_record_are_refused(ddp):
+    _, folder, _, _ = ddp(count=1)
+    (folder / "run.json").unlink()
+    code, _, _, err = ddp(count=1)
+    assert code == 2
+    assert "no run.json" in one_line(err)
+
+
+def test_two_jobs_in_one_folder(ddp):
+    _, folder, _, _ = ddp(count=1)
+    with sample_ddp.RunFolder(folder).lock():
+        code, _, _, err = ddp(count=2)
+    assert code == 2
+    assert f"pid {os.getpid()}" in one_line(err)
+    assert ddp(count=2)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num-fid-samples", 0], "--num-fid-samples 0 is outside 1..10000000"),
+        (["--per-proc-batch-size", 0], "--per-proc-batch-size 0 is outside 1..100000"),
+        (["--num-sampling-steps", 0], "0"),
+        (["--num-sampling-steps", 1001], "1001"),
+        (["--cfg-scale", "nan"], "--cfg-scale nan is outside 0.0..100.0"),
+        (["--cfg-scale", -1], "--cfg-scale -1.0 is outside"),
+        (["--adacorr", "gamma=inf"], "gamma=inf"),
+        (["--adacorr", "lambda=-1"], "lambda=-1"),
+        (["--adacorr", "gama=1"], "did you mean gamma?"),
+        (["--cache", "teecache"], "did you mean teacache?"),
+        (["--sampler", "dim"], "ddim"),
+        (["--seed", -1], "--seed -1 is outside"),
+        (["--grace", -1], "--grace -1.0 is outside"),
+        (["--threads", 0], "--threads 0 is outside"),
+        (["--device", "tpu"], "--device tpu"),
+        (["--format", "jpg"], "invalid choice: 'jpg'"),
+        (["--preset", "best"], "invalid choice: 'best'"),
+        (["--num-fid-sample", 3], "unrecognized arguments"),
+        (["--labels", "nothing.txt"], "--labels nothing.txt is neither random nor balanced nor a text file"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_told_in_one_line_before_anything_is_loaded(ddp, monkeypatch, tmp_path, flags, message):
+    monkeypatch.setattr(pipeline, "load_checkpoint", lambda *_, **__: pytest.fail("a checkpoint was loaded"))
+    code, _, _, err = ddp(*flags)
+    assert code == 2
+    assert message in one_line(err)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("0\n1\n", "has 2 labels; 3 images need one each"),
+        ("", "has 0 labels"),
+        ("0\nabc\n1\n", "line 2: 'abc' is not a whole number from 0"),
+        ("0\n1\n-1\n", "line 3: '-1'"),
+        ("0\n4\n1\n", "line 2: '4' is not a whole number in 0..3"),
+    ],
+)
+def test_label_files_that_do_not_fit(ddp, tmp_path, content, message):
+    path = tmp_path / "labels.txt"
+    path.write_text(content)
+    code, _, _, err = ddp("--labels", path, count=3)
+    assert code == 2
+    assert message in one_line(err)
+
+
+def test_a_label_file_is_taken_line_by_line_and_held_to(ddp, tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_text("3\n0\n2\n")
+    code, folder, _, err = ddp("--labels", path, count=3)
+    assert (code, err) == (0, "")
+    with np.load(npz(folder)) as packed:
+        assert packed["arr_1"].tolist() == [3, 0, 2]
+    path.write_text("3\n0\n1\n")
+    code, _, _, err = ddp("--labels", path, count=3)
+    assert code == 2
+    assert "labels:" in one_line(err)
+    path.write_text("0\n1\n2\n")
+    _, _, _, err = ddp("--labels", path, "--seed", 1, count=3)
+    assert "sorted by class" in err
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_model_is_loaded(ddp, monkeypatch, tmp_path):
+    monkeypatch.setattr(pipeline, "load_checkpoint", lambda *_, **__: pytest.fail("a checkpoint was loaded"))
+    (tmp_path / "file").write_text("")
+    code, _, _, err = ddp(where=tmp_path / "file")
+    assert code == 2
+    assert "is a file, not a folder" in one_line(err)
+    code, _, _, err = ddp(where=tmp_path / "file" / "inner")
+    assert code == 2
+    assert "is a file, not a folder" in one_line(err)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num-classes", 1000], "is for 4 classes, --num-classes 1000 was asked"),
+        (["--image-size", 16], "is for 8 px (an input of 8), --image-size 16 was asked"),
+        (["--model", "DiT-S/2"], "--model DiT-S/2 was asked"),
+        (["--vae", "nowhere"], "no VAE 'nowhere'"),
+    ],
+)
+def test_flags_that_do_not_fit_the_checkpoint(ddp, flags, message):
+    code, folder, _, err = ddp(*flags)
+    assert (code, folder) == (2, None)
+    assert message in one_line(err)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda whole: whole[: len(whole) // 2], "corrupt or incomplete"),
+        (lambda whole: b"<!DOCTYPE html><title>404</title>", "is a web page, not weights"),
+        (lambda whole: b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
+        (lambda whole: b"", "is empty"),
+    ],
+    ids=["truncated", "web page", "LFS", "empty"],
+)
+def test_a_broken_checkpoint(ddp, checkpoint, tmp_path, content, message):
+    path = tmp_path / "broken.safetensors"
+    path.write_bytes(content(checkpoint.read_bytes()))
+    code, folder, _, err = ddp("--ckpt", path)
+    assert (code, folder) == (2, None)
+    assert message in one_line(err)
+    assert path.exists()
+
+
+def test_a_malicious_pickle_is_refused_and_not_run(ddp, tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return (Path(tmp_path / "pwned").touch, ())
+
+    torch.save({"model": Payload()}, tmp_path / "evil.pt")
+    code, folder, _, err = ddp("--ckpt", tmp_path / "evil.pt")
+    assert (code, folder) == (2, None)
+    one_line(err)
+    assert not (tmp_path / "pwned").exists()
+
+
+# ----------------------------------------------------------------------------------------------- faults
+
+
+def full_disk(monkeypatch, after):
+    """The disk is full after so many images."""
+    replace, calls = os.replace, []
+
+    def failing(source, target):
+        calls.append(str(target).endswith(".png"))
+        if calls[-1] and sum(calls) > after:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+
+
+def test_a_full_disk(ddp, monkeypatch, tmp_path):
+    _, whole, _, _ = ddp(where=tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        full_disk(patch, 3)
+        code, folder, _, err = ddp("--per-proc-batch-size", 2)
+    assert code == 1
+    assert re.search(r"\d{6}\.png: the disk or the quota is full: \d+ bytes needed, \d+ free", one_line(err))
+    assert sorted(contents(folder)) == ["000000.png", "000001.png", "000002.png"]
+    assert record(folder)["sessions"][0]["state"] == "failed"
+    assert "full" in record(folder)["sessions"][0]["message"]
+    assert ddp()[0] == 0
+    assert contents(folder) == contents(whole)
+
+
+def test_a_disk_that_is_full_when_it_comes_to_packing(ddp, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(image_store.shutil, "disk_usage", lambda _: SimpleNamespace(free=9))
+        code, folder, _, err = ddp()
+    assert code == 1
+    assert ".npz" in err.splitlines()[-1]
+    assert re.search(r"\d+ bytes needed, 9 free", err)
+    assert not npz(folder).exists()
+    assert not list(folder.parent.glob(".*"))
+    assert ddp()[0] == 0
+    assert npz(folder).exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize(("grace", "finished"), [(1000, 4), (0, 2)])
+def test_a_signal_ends_the_run_at_the_batch_or_at_once(ddp, monkeypatch, tmp_path, number, grace, finished):
+    _, whole, _, _ = ddp(where=tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        step, calls = DDIM.step, []
+
+        def signalling(self, i, x, *rest):
+            calls.append(i)
+            if len(calls) == 3 * STEPS + 4:  # in the middle of the fourth image, the second batch's second
+                os.kill(os.getpid(), number)
+            return step(self, i, x, *rest)
+
+        patch.setattr(DDIM, "step", signalling)
+        code, folder, _, err = ddp("--per-proc-batch-size", 2, "--grace", grace)
+    assert code == (130 if number == signal.SIGINT else 75)
+    assert "goes on from here" in err
+    assert len(contents(folder)) == finished
+    assert len(calls) == (4 * STEPS if grace else 3 * STEPS + 4)
+    assert record(folder)["sessions"][0]["state"] == "interrupted"
+    assert not (folder / "lock").exists()
+    assert ddp()[0] == 0
+    assert contents(folder) == contents(whole)
+
+
+def poison(monkeypatch, index, at, always=False):
+    """The state of one image becomes undefined in a step, the first time that it is taken or each time."""
+    sample, step, drawn, done = Pipeline.sample, DDIM.step, [], []
+
+    def noting(self, seed, indices, *rest, **more):
+        drawn[:] = indices.tolist()
+        return sample(self, seed, indices, *rest, **more)
+
+    def poisoned(self, i, x, *rest):
+        x = step(self, i, x, *rest)
+        if index in drawn and len(x) == len(drawn) and i == at and (always or not done):
+            done.append(1)
+            x = x.clone()
+            x[drawn.index(index)] = torch.nan
+        return x
+
+    monkeypatch.setattr(Pipeline, "sample", noting)
+    monkeypatch.setattr(DDIM, "step", poisoned)
+
+
+@pytest.mark.parametrize("mode", ["--deterministic", "--no-deterministic"])
+def test_an_undefined_image_is_made_again_without_cache_in_fp32(ddp, monkeypatch, tmp_path, mode):
+    flags = ["--adacorr", "--dtype", "bf16", mode]
+    _, whole, _, _ = ddp(*flags, where=tmp_path / "whole")
+    _, exact, _, _ = ddp(mode, where=tmp_path / "exact")
+    with monkeypatch.context() as patch:
+        poison(patch, index=5, at=7)
+        code, folder, out, err = ddp(*flags)
+    assert (code, err) == (0, "")
+    label = label_file.make_labels("random", 0, 7, 4)[5]
+    assert f"image 5 (seed 0, label {label}) was not finite after step 7" in out
+    assert record(folder)["statistics"]["recomputed"] == [{"index": 5, "seed": 0, "label": label, "step": 7}]
+    images, expected = contents(folder), contents(whole)
+    with Image.open(io.BytesIO(images.pop("000005.png"))) as a, Image.open(exact / "images" / "000005.png") as b:
+        assert np.array_equal(np.asarray(a), np.asarray(b))
+    expected.pop("000005.png")
+    assert images == expected
+
+
+def test_an_image_that_stays_undefined_fails_the_run_and_is_not_written(ddp, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        poison(patch, index=5, at=7, always=True)
+        code, folder, _, err = ddp("--adacorr", "--per-proc-batch-size", 2)
+    assert code == 1
+    assert "image 5 (seed 0, label" in one_line(err)
+    assert "after step 7" in err
+    assert sorted(contents(folder)) == [f"{i:06d}.png" for i in range(4)]
+    assert record(folder)["sessions"][0]["state"] == "failed"
+
+
+def test_running_out_of_memory_names_the_knobs(ddp, monkeypatch):
+    interrupt_after(monkeypatch, 1, torch.OutOfMemoryError("CUDA out of memory"))
+    code, folder, _, err = ddp("--adacorr", "--per-proc-batch-size", 2)
+    assert code == 1
+    for words in ("--per-proc-batch-size 2", "--cache-dtype bf16", "--adacorr order=1", "of which the cache held"):
+        assert words in one_line(err)
+    assert len(contents(folder)) == 2
+
+
+def test_a_cache_that_would_not_fit_is_refused_before_the_start(ddp, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(sample_ddp, "free_memory", lambda device: 2**20)
+        code, folder, out, err = ddp("--adacorr", "--no-deterministic", "--per-proc-batch-size", 1000)
+    assert code == 2
+    each = float(re.search(r"cache memory +([\d.]+) MiB an image", out)[1])
+    assert f"at most {int(1 / each)} fit" in one_line(err) or "at most" in err
+    assert "--cache-dtype bf16" in err
+    assert not (folder / "run.json").exists()
+    assert ddp("--adacorr", "--no-deterministic")[0] == 0
+
+
+def test_the_predicted_memory_is_that_of_the_run(ddp):
+    _, folder, out, _ = ddp("--adacorr", "--no-deterministic", "--per-proc-batch-size", 7)
+    predicted = float(re.search(r"([\d.]+) MiB for 7 at once", out)[1])
+    assert record(folder)["statistics"]["cache_bytes"] / 2**20 == pytest.approx(predicted, abs=0.06)
+
+
+# ---------------------------------------------------------------------------------- packing, presets, help
+
+
+def test_packing_afterwards(ddp, capsys):
+    code, folder, _, _ = ddp("--no-pack")
+    assert code == 0
+    assert not npz(folder).exists()
+    assert (folder / "SUCCESS.json").exists()
+    assert sample_ddp.main(["--pack", str(folder)]) == 0
+    with np.load(npz(folder)) as packed:
+        assert packed["arr_0"].shape == (7, 8, 8, 3)
+        assert packed["arr_1"].shape == (7,)
+    with zipfile.ZipFile(npz(folder)) as archive:
+        assert archive.namelist() == ["arr_0.npy", "arr_1.npy"]
+        assert archive.testzip() is None
+    packed = npz(folder).read_bytes()
+    npz(folder).unlink()
+    assert ddp()[0] == 0  # the same run without --no-pack packs, and samples nothing
+    assert npz(folder).read_bytes() == packed
+
+
+def test_packing_a_run_that_is_not_finished(ddp, monkeypatch, capsys):
+    interrupt_after(monkeypatch, 1)
+    _, folder, _, _ = ddp("--per-proc-batch-size", 4)
+    assert sample_ddp.main(["--pack", str(folder)]) == 1
+    assert "3 of 7 images are missing" in capsys.readouterr().err
+    assert not npz(folder).exists()
+    assert sample_ddp.main(["--pack", str(folder.parent)]) == 2
+    assert "is no run folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler", "steps", "size", "fid"),
+    [
+        ("dit-xl-2-256-ddpm-250", "ddpm", 250, 256, "2.27"),
+        ("dit-xl-2-512-ddpm-250", "ddpm", 250, 512, "3.04"),
+        ("dit-xl-2-256-ddim-50", "ddim", 50, 256, "2.26 to 2.43"),
+    ],
+)
+def test_presets(name, sampler, steps, size, fid):
+    args = sample_ddp.parse(["--preset", name])
+    assert (args.model, args.image_size, args.vae) == ("DiT-XL/2", size, "ema")
+    assert (args.sampler, args.num_sampling_steps, args.cfg_scale, args.cfg_channels) == (sampler, steps, 1.5, "3")
+    assert (args.num_fid_samples, args.labels, args.seed) == (50_000, "random", 0)
+    assert sample_ddp.PRESETS[name].fid == fid
+    assert sample_ddp.parse(["--preset", name, "--cfg-scale", "4"]).cfg_scale == 4
+    assert f"{name}" in sample_ddp.make_parser().format_help()
+    assert f"FID {fid}" in sample_ddp.make_parser().format_help()
+
+
+def test_the_flags_of_the_release_are_known():
+    release = "--model DiT-XL/2 --vae ema --sample-dir x --per-proc-batch-size 4 --num-fid-samples 9 --image-size 256"
+    release += " --num-classes 1000 --cfg-scale 1.5 --num-sampling-steps 250 --global-seed 3 --no-tf32 --ckpt y"
+    args = sample_ddp.parse(release.split())
+    assert (args.seed, args.tf32, args.num_fid_samples, args.per_proc_batch_size) == (3, False, 9, 4)
+    default = sample_ddp.parse([])
+    assert (default.num_fid_samples, default.per_proc_batch_size, default.tf32) == (50_000, 32, True)
+    assert (default.ckpt, default.model) == (None, None)  # the bundled checkpoint
