@@ -423,7 +423,7 @@ def environment() -> dict[str, Any]:
         "git": commit or None,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        **{name: installed(name) for name in ("timm", "diffusers", "numpy")},
+        **{name: installed(name) for name in ("timm", "diffusers", "numpy", "pillow")},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         "threads": torch.get_num_threads(),
         "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],

@@ -379,7 +379,7 @@ class Progress:
         self.bar.update(len(entry["indices"]))
         if not self.silent and (now > self.said + QUIET or self.done == self.own):
             left = tqdm.format_interval((self.own - self.done) / rate)
-            print(f"{'progress':12} {self.done} of {self.own} of this process, {text}, {left} left", flush=True)
+            say("progress", f"{self.done} of {self.own} of this process, {text}, {left} left")
             self.said = now
 
     def close(self) -> None:
@@ -405,9 +405,10 @@ class Leader:
         self.folder = RunFolder(args.sample_dir / folder_name(args, self.pipe, self.cache, self.protocol))
         self.store = STORES[args.format](self.folder.images, self.run, image_size(self.pipe))
         self.folder.check_writable()
-        if not args.overwrite:
-            self.folder.check(self.protocol)
+        record = None if args.overwrite else self.folder.check(self.protocol)
         self._say_protocol()
+        if record is not None:
+            self._say_changes(record["sessions"][-1]["environment"])
         for note in stack.enter_context(self.folder.lock()):
             say("note", note)
         if args.overwrite:
@@ -444,6 +445,13 @@ class Leader:
                 f"--labels {args.labels} is sorted by class: the Inception Score takes splits in this order; shuffle it"
             )
 
+    def _say_changes(self, before: dict[str, Any]) -> None:
+        """What is different from the session before, though not of the protocol: it may round otherwise."""
+        now = pipeline.environment()
+        for key in ("git", "torch", "device", "pillow"):
+            if before.get(key) != now[key]:
+                say("note", f"{key} was {before.get(key)} in the session before and is {now[key]} now")
+
     def _is_complete(self) -> bool:
         """Whether the run ended in success with all that is asked for now."""
         count, wants = self.args.num_fid_samples, not self.args.no_pack
@@ -470,7 +478,7 @@ class Leader:
         """A warning if the disk will not hold what is to come, by the size of the pixels."""
         pixels = 3 * image_size(self.pipe) ** 2
         need = pixels * (missing + self.args.num_fid_samples * (not self.args.no_pack))
-        free = shutil.disk_usage(self.args.sample_dir if self.args.sample_dir.exists() else Path()).free
+        free = shutil.disk_usage(self.folder.path).free
         if need > free:
             warn(f"{self.args.sample_dir} has {free / GIB:.1f} GiB free, and the run may need {need / GIB:.1f} GiB")
 
@@ -623,7 +631,10 @@ def knobs(cache: CacheManager | None) -> str:
 
 
 def say(name: str, text: str) -> None:
-    print(f"{name:12} {text}", flush=True)
+    try:
+        print(f"{name:12} {text}", flush=True)
+    except BrokenPipeError:  # whoever read it has left, which is no reason to stop
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def warn(text: str) -> None:

@@ -192,6 +192,17 @@ def test_a_folder_with_spaces_and_letters_of_any_alphabet(ddp, tmp_path):
     assert npz(folder).exists()
 
 
+def test_nobody_reads_what_is_printed(ddp, monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr("sys.stdout", Closed())
+    code, folder, _, _ = ddp()
+    assert code == 0
+    assert len(contents(folder)) == 7
+
+
 def test_an_unconditional_model_has_no_labels(tmp_path, capsys):
     model = DiT(8, 2, 3, 32, 2, 2, num_classes=0, learn_sigma=False)
     save_checkpoint(tmp_path / "free.safetensors", model.state_dict(), model.config)
@@ -228,6 +239,17 @@ def test_an_interrupted_run_goes_on_with_other_batches_and_gives_the_same_bytes(
     content = record(folder)
     assert [s["state"] for s in content["sessions"]] == ["interrupted", "complete"]
     assert (content["statistics"]["images"], content["statistics"]["unaccounted"]) == (7, 0)
+
+
+def test_another_version_in_a_later_session_is_told(ddp):
+    _, folder, _, _ = ddp(count=2)
+    content = record(folder)
+    content["sessions"][-1]["environment"]["torch"] = "1.13"
+    (folder / "run.json").write_text(json.dumps(content))
+    code, _, out, _ = ddp(count=3)
+    assert code == 0
+    assert f"torch was 1.13 in the session before and is {torch.__version__} now" in out
+    assert out.count("in the session before") == 1
 
 
 def test_a_complete_run_is_left_alone(ddp, monkeypatch):
