@@ -40,7 +40,7 @@ def read_labels(path: Path, count: int, num_classes: int = 2**63) -> np.ndarray:
     ValueError names the file, the line, the value and the range.
     """
     try:
-        lines = path.read_text(encoding="utf-8").rstrip().split("\n")
+        lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise ValueError(f"--labels {path} is neither {' nor '.join(DRAWN)} nor a text file ({why})") from None

@@ -318,7 +318,8 @@ def work(
     with RankLog(folder, job.session, ranks.rank, ranks.world) as log:
         progress = Progress(sum(map(len, batches)), len(job.missing), ranks)
         try:
-            with Writer(store.write, log.append) as writer, signals.deferred():
+            # Signals are put off until the writer is through, so that the log knows of every image that is written.
+            with signals.deferred(), Writer(store.write, log.append) as writer:
                 for batch in batches:
                     signals.check()
                     if log.superseded():

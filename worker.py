@@ -106,8 +106,10 @@ class Sampling:
         if self._exact is None:
             self._exact = replace(self.pipe, model=build_model(self.pipe.checkpoint).to(self.pipe.device))
         allow_tf32(False)
-        x = self._exact.sample(self.seed, index, self._labels(index))
-        allow_tf32(self.tf32)
+        try:
+            x = self._exact.sample(self.seed, index, self._labels(index))
+        finally:
+            allow_tf32(self.tf32)
         if not x.isfinite().all():
             raise Failure(
                 "image {index} (seed {seed}, label {label}) is infinite or undefined after step {step}, and also when "

@@ -650,6 +650,26 @@ def test_a_cache_needs_something_to_do():
         CacheManager()
 
 
+@pytest.mark.parametrize(
+    ("policy", "correction", "spec"),
+    [
+        ("interval", None, "interval"),
+        ("teacache:threshold=0.25,profile=none", None, "teacache:threshold=0.25,profile=none"),
+        (None, AdaCorrection(), "adacorr"),
+        (None, AdaCorrection(spatial_weight=0.5, rewind=False), "adacorr:lambda=0.5,rewind=false"),
+        (None, Literal(), "literal"),
+        (None, Literal(gamma=2.0, form="squared"), "literal:gamma=2,form=squared"),
+        ("interval:every=5", AdaCorrection(gamma=2.0), "interval:every=5+adacorr:gamma=2"),
+    ],
+)
+def test_spec_is_what_the_cache_was_made_of(model, policy, correction, spec):
+    manager = CacheManager(None if policy is None else make_policy(policy), correction)
+    assert manager.spec == spec
+    if policy in (None, "interval"):
+        sample(model, cache=manager)
+        assert manager.spec == spec
+
+
 @pytest.mark.parametrize("correction", [None, *CORRECTIONS], ids=str)
 def test_an_unconditional_model(correction):
     model = tiny_dit(num_classes=0)

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import time
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -609,6 +610,26 @@ def test_a_signal_ends_the_run_at_the_batch_or_at_once(ddp, monkeypatch, tmp_pat
     assert not (folder / "lock").exists()
     assert ddp()[0] == 0
     assert contents(folder) == contents(whole)
+
+
+def test_a_signal_while_the_last_batch_is_written(ddp, monkeypatch):
+    with monkeypatch.context() as patch:
+        write, calls = image_store.PngStore.write, []
+
+        def signalling(self, indices, *rest):
+            calls.append(indices)
+            if len(calls) == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.2)  # until the main thread is told
+            write(self, indices, *rest)
+
+        patch.setattr(image_store.PngStore, "write", signalling)
+        code, folder, _, _ = ddp("--per-proc-batch-size", 2)
+    assert code == 75
+    assert len(contents(folder)) == 7
+    assert record(folder)["statistics"]["unaccounted"] == 0
+    assert record(folder)["sessions"][0]["state"] == "interrupted"
+    assert ddp()[0] == 0
 
 
 def poison(monkeypatch, index, at, always=False):

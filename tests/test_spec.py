@@ -5,7 +5,10 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from adacorr.spec import build, hint, parse_options, parse_spec, parse_value
+import adacorr
+from adacorr import AdaCorrection, Literal, make_policy, parse_correction
+from adacorr.correct import ALIASES
+from adacorr.spec import Failure, build, hint, parse_options, parse_spec, parse_value, run_command, spell
 
 
 @pytest.mark.parametrize(
@@ -146,3 +149,104 @@ def test_an_alias_replaces_its_field():
     assert build(Options, "x", {"lambda": 0.25}, aliases).number == 0.25
     with pytest.raises(ValueError, match="no option 'number'.*lambda"):
         build(Options, "x", {"number": 0.25}, aliases)
+
+
+# ------------------------------------------------------------------------------------------------- spelling
+
+
+@dataclass
+class Perhaps:
+    """None where it is not the default."""
+
+    size: int
+    share: float | None = 0.5
+
+
+def test_spell_leaves_defaults_out():
+    assert spell("x", Options()) == "x"
+    assert spell("x", Options(whole=3, number=0.5, flag=True)) == "x"
+
+
+def test_spell_by_hand():
+    options = Options(whole=-4, number=2.0, flag=False, word="batch", perhaps=1e-5, name="a/b.json")
+    assert spell("x", options) == "x:whole=-4,number=2,flag=false,word=batch,perhaps=1e-05,name=a/b.json"
+    assert spell("x", Options(number=0.25, whole=1), {"lambda": "number"}) == "x:whole=1,lambda=0.25"
+    assert spell("x", Perhaps(2)) == "x:size=2"
+    assert spell("x", Perhaps(2, None)) == "x:size=2,share=none"
+    hidden = Options()
+    hidden._hidden = 7
+    assert spell("x", hidden) == "x"
+
+
+def test_what_spell_says_builds_the_same():
+    others = Options(2, 0.1 + 0.2, False, "b", math.inf, "c"), Options(number=123456789.0, perhaps=-1e-30)
+    for options in (Options(), *others):
+        name, given = parse_spec(spell("x", options))
+        assert (name, build(Options, name, given)) == ("x", options)
+    for options in (Perhaps(1), Perhaps(1, None)):
+        assert build(Perhaps, *parse_spec(spell("x", options))) == options
+
+
+@pytest.mark.parametrize("name", sorted(adacorr.available()))
+def test_every_policy_is_its_name_by_default(name):
+    assert spell(name, make_policy(name)) == name
+
+
+@pytest.mark.parametrize(
+    "text", ["interval:every=5,order=2,align=start", "teacache:threshold=0.2,profile=none", "first_block:scope=batch"]
+)
+def test_policies_are_spelled_as_they_were_given(text):
+    policy = make_policy(text)
+    assert spell(policy.name, policy) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("adacorr:gamma=2,lambda=0.5", AdaCorrection),
+        ("adacorr:budget=5.5,difference=false", AdaCorrection),
+        ("literal:lambda=0,form=squared", Literal),
+    ],
+)
+def test_corrections_are_spelled_as_they_were_given(text, kind):
+    correction = parse_correction(text.removeprefix("adacorr:"))
+    assert type(correction) is kind
+    assert spell(text.partition(":")[0], correction, ALIASES) == text
+
+
+# ------------------------------------------------------------------------------------------------- commands
+
+
+def raises(error):
+    def job():
+        raise error
+
+    return job
+
+
+@pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (75, 75)])
+def test_a_command_ends_with_what_its_job_returns(capsys, returned, code):
+    assert run_command("x.py", lambda: returned) == code
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(ValueError("no\n such\tthing"), 2), (FileNotFoundError("no such thing"), 2), (Failure("no such\nthing"), 1)],
+)
+def test_an_error_of_a_command_is_one_line(capsys, error, code):
+    assert run_command("x.py", raises(error)) == code
+    assert capsys.readouterr() == ("", "x.py: error: no such thing\n")
+    with pytest.raises(type(error)):
+        run_command("x.py", raises(error), debug=True)
+
+
+def test_ctrl_c_is_no_error(capsys):
+    assert run_command("x.py", raises(KeyboardInterrupt()), debug=True) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_failure_is_no_mistake_and_other_errors_are_not_swallowed():
+    assert not issubclass(Failure, (ValueError, OSError))
+    with pytest.raises(KeyError):
+        run_command("x.py", raises(KeyError()))

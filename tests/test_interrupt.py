@@ -1,0 +1,234 @@
+"""interrupt.py: the first signal, signals that are put off, and the second Ctrl-C."""
+
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+
+import interrupt
+from interrupt import CTRL_C, REQUEUE, SIGNALS, Interrupted, Signals
+
+FORK = multiprocessing.get_context("fork")
+LONG = 30  # seconds after which a test that waits has failed
+CODES = [(signal.SIGTERM, 75, "SIGTERM"), (signal.SIGUSR1, 75, "SIGUSR1"), (signal.SIGINT, 130, "Ctrl-C")]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still until it is told otherwise."""
+
+    class Clock:
+        now = 1000.0
+
+        def monotonic(self):
+            return self.now
+
+    clock = Clock()
+    monkeypatch.setattr(interrupt, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def exits(monkeypatch):
+    """Codes that the process would have ended with there and then."""
+    codes = []
+    monkeypatch.setattr(interrupt.os, "_exit", codes.append)
+    return codes
+
+
+def handlers():
+    return [signal.getsignal(number) for number in SIGNALS]
+
+
+def test_exit_codes():
+    assert (REQUEUE, CTRL_C) == (75, 130)
+
+
+@pytest.mark.parametrize(("number", "code", "name"), CODES)
+def test_the_first_signal_raises(number, code, name):
+    after = []
+    with Signals() as signals:
+        with pytest.raises(Interrupted, match=f"stopped by {name}") as stop:
+            after.append(signal.raise_signal(number))
+        assert (stop.value.code, signals.number, after) == (code, number, [])
+        with pytest.raises(Interrupted, match=name):  # and whoever asks later is told the same
+            signals.check()
+
+
+@pytest.mark.parametrize(("number", "code", "name"), CODES)
+def test_put_off_a_signal_is_noted_and_raised_at_the_end(number, code, name):
+    done = []
+
+    def job():
+        with Signals() as signals, signals.deferred():
+            assert signals.number is None
+            signals.check()
+            signal.raise_signal(number)
+            assert signals.number == number
+            done.append("the rest")
+
+    with pytest.raises(Interrupted, match=name) as stop:
+        job()
+    assert (stop.value.code, done) == (code, ["the rest"])
+
+
+def test_put_off_a_signal_is_raised_where_the_job_asks():
+    done = []
+
+    def job():
+        with Signals() as signals, signals.deferred():
+            signal.raise_signal(signal.SIGTERM)
+            done.append("before")
+            signals.check()
+            done.append("after")
+
+    with pytest.raises(Interrupted):
+        job()
+    assert done == ["before"]
+
+
+def test_without_a_signal_nothing_happens():
+    with Signals() as signals:
+        with signals.deferred():
+            signals.check()
+        signals.check()
+        assert signals.number is None
+
+
+def test_signals_are_raised_at_once_again_after_they_were_put_off():
+    with Signals() as signals:
+        with signals.deferred():
+            pass
+        with pytest.raises(Interrupted):
+            signal.raise_signal(signal.SIGUSR1)
+    with Signals() as signals:
+        with pytest.raises(KeyError), signals.deferred():
+            raise KeyError
+        with pytest.raises(Interrupted):
+            signal.raise_signal(signal.SIGUSR1)
+
+
+def test_an_error_comes_before_a_signal_that_was_put_off():
+    def job():
+        with Signals() as signals, signals.deferred():
+            signal.raise_signal(signal.SIGTERM)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        job()
+
+
+@pytest.mark.parametrize("error", [None, KeyError])
+def test_handlers_are_put_back(error):
+    before = handlers()
+    try:
+        with Signals():
+            assert all(own != other for own, other in zip(handlers(), before, strict=True))
+            if error is not None:
+                raise error
+    except KeyError:
+        pass
+    assert handlers() == before
+
+
+def test_seconds_count_from_the_first_signal(clock):
+    with Signals() as signals:
+        with pytest.raises(Interrupted):
+            signal.raise_signal(signal.SIGTERM)
+        clock.now += 7.0
+        assert signals.seconds == 7.0
+        signal.raise_signal(signal.SIGUSR1)
+        assert signals.seconds == 7.0
+        assert signals.number == signal.SIGTERM
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("first", SIGNALS)
+def test_further_warnings_do_not_disturb_the_end(clock, exits, first, second):
+    """The clean-up after the first one is not to be broken off by the next."""
+    cleaned = []
+    with Signals():
+        try:
+            signal.raise_signal(first)
+        except Interrupted:
+            for later in (0.0, 0.5, 60.0):
+                clock.now += later
+                signal.raise_signal(second)
+            cleaned.append(True)
+    assert (cleaned, exits) == ([True], [])
+
+
+def test_a_keystroke_that_comes_twice_is_one(clock, exits):
+    with Signals():
+        with pytest.raises(Interrupted):
+            signal.raise_signal(signal.SIGINT)
+        for later in (0.0, 0.4, 0.5):  # 0.9 s after the first
+            clock.now += later
+            signal.raise_signal(signal.SIGINT)
+        assert exits == []
+        clock.now += 0.2
+        signal.raise_signal(signal.SIGINT)
+        assert exits == [130]
+
+
+def test_ctrl_c_ends_a_job_that_another_signal_has_stopped(clock, exits):
+    with Signals():
+        with pytest.raises(Interrupted):
+            signal.raise_signal(signal.SIGTERM)
+        clock.now += 1.1
+        signal.raise_signal(signal.SIGINT)
+    assert exits == [130]
+
+
+# --------------------------------------------------------------------------------------------- real processes
+
+
+def stubborn(pipe, keystroke):
+    """Put every signal off for ever; after the first, clean up for ever."""
+    interrupt.ONE_KEYSTROKE = keystroke
+    try:
+        with Signals() as signals, signals.deferred():
+            pipe.send("ready")
+            while signals.number is None:
+                time.sleep(0.005)
+            pipe.send("noted")
+            while True:
+                time.sleep(0.005)
+    finally:
+        pipe.send("orderly end")
+
+
+def start(target, *args):
+    mine, other = FORK.Pipe()
+    process = FORK.Process(target=target, args=(other, *args), daemon=True)
+    process.start()
+    other.close()
+    assert mine.poll(LONG)
+    assert mine.recv() == "ready"
+    return process, mine
+
+
+def test_the_second_ctrl_c_ends_the_process_at_once():
+    process, pipe = start(stubborn, 0.0)
+    os.kill(process.pid, signal.SIGINT)
+    assert pipe.poll(LONG)
+    assert pipe.recv() == "noted"
+    os.kill(process.pid, signal.SIGINT)
+    process.join(LONG)
+    assert process.exitcode == 130
+    with pytest.raises(EOFError):  # nothing was cleaned up
+        pipe.recv()
+
+
+def test_in_the_same_second_the_process_goes_on():
+    process, pipe = start(stubborn, 1e9)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        os.kill(process.pid, number)
+    assert pipe.poll(LONG)
+    assert pipe.recv() == "noted"
+    assert not pipe.poll(0.1)
+    assert process.is_alive()
+    process.kill()
+    process.join(LONG)

@@ -1,0 +1,170 @@
+"""ranks.py: who a process is by torchrun's variables, which GPU it takes, and what rank 0 tells the others."""
+
+import multiprocessing
+import os
+import socket
+import time
+
+import pytest
+import torch
+
+import ranks
+from ranks import LeaderFailed, Ranks
+
+FORK = multiprocessing.get_context("fork")
+LONG = 60  # seconds after which a test that waits has failed
+
+
+@pytest.fixture
+def variables(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_alone_without_torchrun(variables):
+    assert Ranks.find() == Ranks(rank=0, world=1, local=0)
+
+
+def test_the_variables_of_torchrun(variables):
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
+        variables.setenv(name, value)
+    assert Ranks.find() == Ranks(rank=5, world=8, local=1)
+
+
+# --------------------------------------------------------------------------------------------------- device
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Two GPUs on this node; those that were taken."""
+    taken = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    return taken
+
+
+@pytest.mark.parametrize("ranks", [Ranks(), Ranks(3, 4, 3)])
+def test_a_cpu_is_shared(gpus, ranks):
+    assert ranks.device(torch.device("cpu")) == torch.device("cpu")
+    assert gpus == []
+
+
+@pytest.mark.parametrize(
+    ("ranks", "asked", "found"),
+    [
+        (Ranks(), "cuda", 0),
+        (Ranks(), "cuda:1", 1),
+        (Ranks(0, 2, 0), "cuda", 0),
+        (Ranks(1, 2, 1), "cuda", 1),
+        (Ranks(1, 2, 1), "cuda:0", 1),
+        (Ranks(7, 8, 1), "cuda", 1),  # the second process of the fourth node
+    ],
+)
+def test_each_rank_has_a_gpu_of_its_own(gpus, ranks, asked, found):
+    assert ranks.device(torch.device(asked)) == torch.device("cuda", found)
+    assert gpus == [torch.device("cuda", found)]
+
+
+def test_more_processes_than_gpus(gpus):
+    with pytest.raises(ValueError, match="process 2 of this node has no GPU, there are 2: .*--nproc-per-node 2"):
+        Ranks(2, 3, 2).device(torch.device("cuda"))
+    assert gpus == []
+
+
+# --------------------------------------------------------------------------------------------------- leader
+
+
+def test_alone_the_job_is_just_done():
+    alone = Ranks()
+    alone.open(torch.device("cpu"))
+    assert alone.from_leader(lambda: 7) == 7
+    assert alone.highest(3) == 3
+    with pytest.raises(KeyError):
+        alone.from_leader({}.popitem)
+    alone.close()
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def together(part, world=2):
+    """What `part(ranks)` returns on each rank, or the name of what it raises, in processes of their own."""
+    port, queue = free_port(), FORK.SimpleQueue()
+
+    def one(rank):
+        variables = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "MASTER_PORT": port}
+        os.environ |= {name: str(value) for name, value in variables.items()} | {"MASTER_ADDR": "127.0.0.1"}
+        own = Ranks.find()
+        own.open(torch.device("cpu"), ranks.PATIENCE)
+        try:
+            result = part(own)
+        except BaseException as error:
+            result = f"{type(error).__name__}: {error}"
+        finally:
+            own.close()
+        queue.put((rank, result))
+
+    processes = [FORK.Process(target=one, args=(rank,), daemon=True) for rank in range(world)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(LONG)
+    hung = [process for process in processes if process.is_alive()]
+    for process in hung:
+        process.kill()
+    assert not hung
+    assert [process.exitcode for process in processes] == [0] * world
+    return [result for _, result in sorted(queue.get() for _ in processes)]
+
+
+def test_what_rank_0_finds_out_reaches_the_others():
+    def part(own):
+        return own.from_leader(lambda: {"rank": own.rank, "pid": os.getpid()})
+
+    first, second = together(part)
+    assert first == second
+    assert first["rank"] == 0
+
+
+@pytest.mark.parametrize("value", [None, 0, ""])
+def test_a_value_that_looks_like_nothing_is_a_value(value):
+    def part(own):
+        return own.from_leader(lambda: value)
+
+    assert together(part) == [value, value]
+
+
+@pytest.mark.parametrize("error", [ValueError("not so"), KeyboardInterrupt(), SystemExit(3)])
+def test_an_error_of_rank_0_is_its_own_and_the_others_leave(error):
+    def part(own):
+        def job():
+            if own.rank:
+                raise AssertionError("the job is for rank 0 alone")
+            raise error
+
+        return own.from_leader(job)
+
+    assert together(part) == [f"{type(error).__name__}: {error}", f"{LeaderFailed.__name__}: "]
+
+
+def test_the_others_wait_for_rank_0():
+    def part(own):
+        def job():
+            time.sleep(0.3)
+            return time.monotonic()
+
+        done = own.from_leader(job)
+        return time.monotonic() >= done
+
+    assert together(part) == [True, True]
+
+
+def test_highest_and_mean_over_ranks():
+    def part(own):
+        return own.highest([4, 9][own.rank]), own.mean(torch.tensor([1.0 + own.rank, 6.0 * own.rank])).tolist()
+
+    assert together(part) == [(9, [1.5, 3.0])] * 2

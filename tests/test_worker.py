@@ -1,0 +1,554 @@
+"""worker.py: batches against single runs, images made again, the stop at a signal, writing behind, the plan."""
+
+import errno
+import signal
+import threading
+from concurrent.futures import wait
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from toy import tiny_dit
+
+import interrupt
+import pipeline
+import worker
+from adacorr import AdaCorrection, CacheManager, make_policy
+from adacorr.spec import Failure
+from diffusion import make_sampler
+from download import Checkpoint
+from interrupt import Interrupted, Signals
+from pipeline import Pipeline
+from worker import AHEAD, Sampling, Writer, plan
+
+SEED, STEPS, LONG = 11, 10, 30  # LONG: seconds after which a test that waits has failed
+LABELS = np.array([3, 0, 4, 1, 0, 2])
+CPU = torch.device("cpu")
+CACHES = {
+    "uncached": lambda: None,
+    "interval": lambda: CacheManager(make_policy("interval:every=2")),
+    "adacorr": lambda: CacheManager(correction=AdaCorrection(gamma=0.2)),
+}
+
+
+def make_pipe(sampler="ddim", steps=STEPS, cfg_scale=1.5, **options):
+    model = tiny_dit(**options)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    source = Checkpoint(weights, model.config, Path("toy.safetensors"), "toy", "flat", None)
+    return Pipeline(model, make_sampler(sampler, steps), None, source, cfg_scale, "all", CPU)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return make_pipe()
+
+
+def make(pipe, cache=None, labels=LABELS, alone=True, signals=None, grace=0.0):
+    return Sampling(pipe, cache, SEED, labels, alone=alone, tf32=False, signals=signals or Signals(), grace=grace)
+
+
+def whole(pipe, indices=range(6), cache=None, labels=LABELS):
+    """Images made one by one by the pipeline itself, (n, H, W, 3)."""
+    images = []
+    for i in indices:
+        label = None if labels is None else torch.tensor(labels[i : i + 1])
+        images.append(pipe.decode(pipe.sample(SEED, np.array([i]), label, cache)))
+    return torch.cat(images).numpy()
+
+
+class Tampered:
+    """A sampler whose `step` is followed by `after(i, x)`, which returns the state to go on with."""
+
+    def __init__(self, sampler, after):
+        self._sampler, self._after = sampler, after
+
+    def __getattr__(self, name):
+        return getattr(self._sampler, name)
+
+    def fresh(self):
+        return Tampered(self._sampler.fresh(), self._after)
+
+    def step(self, i, x, out, noise=None):
+        return self._after(i, self._sampler.step(i, x, out, noise))
+
+
+def tamper(pipe, after):
+    return replace(pipe, sampler=Tampered(pipe.sampler, after))
+
+
+# ------------------------------------------------------------------------------------------------- batches
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize("name", CACHES)
+def test_alone_an_image_is_the_same_in_every_batch_and_order(name, sampler):
+    pipe, cache = make_pipe(sampler), CACHES[name]()
+    expected = whole(pipe, cache=cache)
+    assert len(np.unique(expected.reshape(6, -1), axis=0)) == 6
+    sampling = make(pipe, cache)
+    for batches in ([[0], [1], [2], [3], [4], [5]], [[0, 1], [2, 3], [4, 5]], [[5, 0, 3], [4, 2, 1]]):
+        for batch in map(np.array, batches):
+            images, entry = sampling.batch(batch)
+            assert images.dtype == np.uint8
+            assert images.tobytes() == expected[batch].tobytes()
+            assert entry["indices"].tolist() == batch.tolist()
+            assert entry["recomputed"] == []
+
+
+def test_together_a_batch_is_one_run(pipe):
+    rows = []
+    handle = pipe.model.blocks[0].register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
+    together, _ = make(pipe, alone=False).batch(np.array([4, 1, 2]))
+    alone, _ = make(pipe).batch(np.array([4, 1, 2]))
+    handle.remove()
+    assert rows == [6] * STEPS + [2] * 3 * STEPS
+    assert np.abs(together.astype(int) - alone).max() <= 1
+
+
+def test_an_unconditional_model():
+    pipe = make_pipe(cfg_scale=1.0, num_classes=0)
+    images, _ = make(pipe, labels=None).batch(np.array([2, 0]))
+    assert images.tobytes() == whole(pipe, [2, 0], labels=None).tobytes()
+
+
+def test_labels_are_those_of_the_index_not_of_the_place(pipe):
+    labels = LABELS.copy()
+    labels[[1, 2]] = labels[[2, 1]]
+    images, _ = make(pipe, labels=labels).batch(np.array([0, 1]))
+    assert (images[0] == whole(pipe, [0])[0]).all()
+    assert (images[1] != whole(pipe, [1])[0]).any()
+
+
+# ------------------------------------------------------------------------------------------- lines of the log
+
+
+def test_without_a_cache_there_is_nothing_to_sum(pipe):
+    _, entry = make(pipe).batch(np.array([1, 2]))
+    assert set(entry) == {"indices", "seconds", "recomputed"}
+    assert entry["seconds"] > 0
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_hits_by_hand(pipe, alone):
+    # Every second step, counted from the last, and the first: 0, 1, 3, 5, 7, 9, so that 4 of 10 steps are hits, in
+    # 3 layers with 2 branches of 2 halves of 3 images.
+    sampling = make(pipe, CACHES["interval"](), alone=alone)
+    for _ in range(2):  # a second batch starts at zero
+        _, entry = sampling.batch(np.array([3, 0, 1]))
+        assert (entry["hits"], entry["evaluations"]) == (4 * 3 * 2 * 2 * 3, 10 * 3 * 2 * 2 * 3)
+        assert entry["uncached_flops"] == sum(pipe.model.branch_flops()) * 10 * 3 * 2 * 3
+        assert entry["fallbacks"] == 0
+
+
+@pytest.mark.parametrize("name", ["interval", "adacorr"])
+def test_alone_sums_are_those_of_single_runs(pipe, name):
+    cache, indices = CACHES[name](), np.array([3, 0, 1])
+    sums, bytes_of = dict.fromkeys(("flops", "uncached_flops", "hits", "evaluations"), 0), set()
+    for i in indices:
+        whole(pipe, [i], cache)
+        trace = cache.trace
+        sums["flops"] += trace.flops
+        sums["uncached_flops"] += trace.uncached_flops
+        sums["hits"] += round(trace.hit_rate * trace.executed.size)
+        sums["evaluations"] += trace.executed.size
+        bytes_of.add(cache.bytes)
+    assert 0 < sums["hits"] < sums["evaluations"]
+    _, entry = make(pipe, cache).batch(indices)
+    assert {key: entry[key] for key in sums} == sums
+    assert entry["cache_bytes"] == max(bytes_of) > 0
+
+
+def test_together_the_cache_holds_all_images_at_once(pipe):
+    cache = CACHES["adacorr"]()
+    whole(pipe, [3], cache)
+    one = cache.bytes
+    _, entry = make(pipe, cache, alone=False).batch(np.array([3, 0, 1]))
+    assert entry["cache_bytes"] == cache.bytes > 2 * one
+    assert entry["flops"] == cache.trace.flops
+
+
+def test_fallbacks_are_summed_over_the_images(pipe):
+    cache = CACHES["adacorr"]()
+
+    def after(step, x):
+        cache.trace.fallbacks += step == 4  # once in each of the two runs
+        return x
+
+    _, entry = make(tamper(pipe, after), cache).batch(np.array([0, 1]))
+    assert entry["fallbacks"] == 2
+
+
+# ------------------------------------------------------------------------------------ images that are made again
+
+
+@contextmanager
+def overflowing(model, faults, value=np.nan):
+    """Within, the model's output for an image is lost in a step: {index: step}. Labels tell images apart."""
+    times, labels = make_sampler("ddim", STEPS).timesteps, {int(LABELS[i]): step for i, step in faults.items()}
+    assert len(labels) == len(faults)
+
+    def hook(_, args, out):
+        _, t, y = args
+        for row, label in enumerate(y[: len(y) // 2].tolist()):
+            if label in labels and t[0] == times[labels[label]]:
+                out[row, 1, 2, 3] = value
+        return out
+
+    handle = model.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def fault(index, step):
+    return {"index": index, "seed": SEED, "label": int(LABELS[index]), "step": step}
+
+
+@pytest.mark.parametrize(("step", "value"), [(0, np.nan), (4, np.inf), (STEPS - 1, -np.inf)])
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("name", CACHES)
+def test_an_image_that_is_lost_is_made_again_in_float32_without_the_cache(pipe, name, alone, step, value):
+    half = replace(pipe, model=make_pipe().model.to(torch.bfloat16))
+    sampling, indices = make(half, CACHES[name](), alone=alone), np.array([0, 2, 3])
+    before, entry = sampling.batch(indices)
+    assert entry["recomputed"] == []
+    with overflowing(half.model, {2: step}, value):
+        after, entry = sampling.batch(indices)
+    assert entry["recomputed"] == [fault(2, step)]
+    assert (after[[0, 2]] == before[[0, 2]]).all()
+    exact = whole(pipe, [2])[0]
+    assert (after[1] == exact).all()
+    assert (before[1] != exact).any()
+
+
+def test_each_image_has_a_step_of_its_own(pipe):
+    half = replace(pipe, model=make_pipe().model)
+    with overflowing(half.model, {0: 7, 2: 1}):
+        for alone in (True, False):
+            images, entry = make(half, alone=alone).batch(np.array([2, 3, 0]))
+            assert entry["recomputed"] == [fault(2, 1), fault(0, 7)]
+            assert images.tobytes() == whole(pipe, [2, 3, 0]).tobytes()
+
+
+def test_a_state_that_recovers_is_made_again_too(pipe):
+    """What comes after a step without a number is no image of this noise, even if every number looks fine."""
+    lost = []
+
+    def after(i, x):
+        if i == 3 and not lost:
+            lost.append(x)
+            return torch.full_like(x, np.inf)
+        return torch.zeros_like(x) if i == 4 and len(lost) == 1 and not lost.append(x) else x
+
+    images, entry = make(tamper(pipe, after)).batch(np.array([5]))
+    assert entry["recomputed"] == [fault(5, 3)]
+    assert images.tobytes() == whole(pipe, [5]).tobytes()
+
+
+def test_the_model_is_loaded_once_for_all_that_is_made_again(pipe, monkeypatch):
+    loaded, build = [], worker.build_model
+    monkeypatch.setattr(worker, "build_model", lambda source: loaded.append(source) or build(source))
+    half = replace(pipe, model=make_pipe().model)
+    sampling = make(half)
+    sampling.batch(np.array([1]))
+    assert loaded == []
+    with overflowing(half.model, {0: 2, 2: 2}):
+        sampling.batch(np.array([0, 2]))
+        sampling.batch(np.array([2]))
+    assert loaded == [pipe.checkpoint]
+
+
+@pytest.mark.parametrize(("labels", "shown"), [(LABELS, "label 4"), (None, "label None")])
+def test_an_image_that_stays_lost_fails_the_run(labels, shown):
+    pipe = make_pipe() if labels is not None else make_pipe(cfg_scale=1.0, num_classes=0)
+    broken = tamper(pipe, lambda i, x: x * np.nan if i == 6 else x)
+    with pytest.raises(Failure, match=f"image 2 .seed 11, {shown}. is infinite or undefined after step 6") as error:
+        make(broken, labels=labels).batch(np.array([2]))
+    assert "uncached in fp32" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+@pytest.mark.parametrize("persistent", [True, False])
+def test_what_is_made_again_is_rounded_as_float32(pipe, tf32, persistent):
+    seen = []
+
+    def after(i, x):
+        seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+        lost = i == 2 and (persistent or len(seen) <= STEPS)
+        return x * np.nan if lost else x
+
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    sampling = make(tamper(pipe, after))
+    sampling.tf32 = tf32
+    given = ("high" if tf32 else "highest", tf32)
+    try:
+        pipeline.allow_tf32(tf32)
+        with pytest.raises(Failure) if persistent else nullcontext():
+            sampling.batch(np.array([0]))
+        assert seen == [given] * STEPS + [("highest", False)] * STEPS
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == given
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+# ------------------------------------------------------------------------------------------------- the stop
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The only clock, which stands still until it is told otherwise."""
+
+    class Clock:
+        now = 500.0
+
+        def monotonic(self):
+            return self.now
+
+        perf_counter = monotonic
+
+    clock = Clock()
+    monkeypatch.setattr(interrupt, "time", clock)
+    monkeypatch.setattr(worker, "time", clock)
+    return clock
+
+
+def stopped(pipe, clock, at, grace, images=1, warned_seconds=1.0, batches=1):
+    """(steps done, whether all batches were finished) if SIGTERM comes in step number `at`; steps take a second."""
+    steps = 0
+
+    def after(i, x):
+        nonlocal steps
+        steps += 1
+        clock.now += warned_seconds if steps > at else 1.0
+        if steps == at:
+            signal.raise_signal(signal.SIGTERM)
+        return x
+
+    finished = 0
+
+    def job():
+        nonlocal finished
+        with Signals() as signals, signals.deferred():
+            sampling = make(tamper(pipe, after), signals=signals, grace=grace)
+            for _ in range(batches):
+                sampling.batch(np.arange(images))
+                finished += 1
+
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        job()
+    return steps, finished == batches
+
+
+@pytest.mark.parametrize(
+    ("at", "grace", "images", "steps", "finished"),
+    [
+        (4, 0.0, 1, 4, False),  # at once
+        (4, 5.5, 1, 4, False),  # 6 s to come
+        (4, 6.5, 1, 10, True),
+        (10, 0.5, 1, 10, True),  # in the last step
+        (4, 6.5, 2, 4, False),  # 6 s of this image and 10 s of the next
+        (4, 16.5, 2, 20, True),
+        (14, 6.5, 2, 20, True),
+        (14, 5.5, 2, 14, False),
+    ],
+)
+def test_a_batch_is_finished_if_that_fits_into_the_grace(pipe, clock, at, grace, images, steps, finished):
+    assert stopped(pipe, clock, at, grace, images) == (steps, finished)
+
+
+def test_a_batch_that_becomes_slow_is_dropped_after_all(pipe, clock):
+    # Two steps of 2 s after the warning: 4 s are spent of 6.5, and 4 steps of 8 s / 6 on average are yet to come.
+    assert stopped(pipe, clock, at=4, grace=6.5, warned_seconds=2.0) == (5, False)
+    assert stopped(pipe, clock, at=4, grace=8.5, warned_seconds=1.2) == (10, True)
+
+
+def test_what_comes_after_the_last_step_is_known_from_the_batch_before(pipe, clock, monkeypatch):
+    """On a GPU the host is through with the steps long before they are done."""
+    decode = Pipeline.decode
+
+    def slow(self, x):
+        clock.now += 30.0
+        return decode(self, x)
+
+    monkeypatch.setattr(Pipeline, "decode", slow)
+    assert stopped(pipe, clock, at=14, grace=20.0, batches=2) == (14, False)
+    assert stopped(pipe, clock, at=14, grace=36.5, batches=2) == (20, True)
+
+
+def test_without_a_signal_grace_means_nothing(pipe, clock):
+    assert make(pipe, signals=Signals(), grace=0.0).batch(np.array([0]))[0].shape == (1, 8, 8, 3)
+
+
+# -------------------------------------------------------------------------------------------------- writing
+
+
+class Disk:
+    """Notes what is written and logged; with `gated`, each write waits for a `release`."""
+
+    def __init__(self, fail=(), gated=False):
+        self.told, self.submitted, self.fail = [], [], fail
+        self.gate = threading.Semaphore(0) if gated else None
+
+    def release(self, count=1):
+        self.gate.release(count)
+
+    def write(self, indices, labels, images):
+        assert self.gate is None or self.gate.acquire(timeout=LONG)
+        if int(indices[0]) in self.fail:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.told.append(("write", int(indices[0]), None if labels is None else labels.tolist(), images.shape))
+
+    def log(self, entry):
+        self.told.append(("log", int(entry["indices"][0])))
+
+    @property
+    def logged(self):
+        return [what[1] for what in self.told if what[0] == "log"]
+
+
+def submit(writer, number, labels=None):
+    writer.submit(labels, np.zeros((1, 8, 8, 3), np.uint8), {"indices": np.array([number])})
+
+
+def write(disk, count, error=None, log=None):
+    """Submit batches 0..count-1, then raise the error; those that were submitted are told to `disk.submitted`."""
+    with Writer(disk.write, log or disk.log) as writer:
+        for number in range(count):
+            submit(writer, number)
+            disk.submitted.append(number)
+        if disk.gate is not None:
+            threading.Timer(0.1, disk.release, (count,)).start()
+        if error is not None:
+            raise error
+
+
+def test_batches_are_written_in_order_and_logged_when_on_disk():
+    disk = Disk()
+    with Writer(disk.write, disk.log) as writer:
+        for number in range(3):
+            submit(writer, number, np.array([number + 4]))
+        submit(writer, 3)
+    expected = []
+    for number in range(4):
+        labels = [number + 4] if number < 3 else None
+        expected += [("write", number, labels, (1, 8, 8, 3)), ("log", number)]
+    assert disk.told == expected
+
+
+def test_the_sampler_does_not_wait_for_the_disk_unless_it_is_far_ahead():
+    disk = Disk(gated=True)
+    with Writer(disk.write, disk.log) as writer:
+        for number in range(AHEAD):
+            submit(writer, number)
+        assert disk.told == []  # nothing is on disk yet, and here we are
+        third = threading.Thread(target=submit, args=(writer, AHEAD), daemon=True)
+        third.start()
+        third.join(0.1)
+        assert third.is_alive()
+        disk.release()
+        third.join(LONG)
+        assert not third.is_alive()
+        disk.release(AHEAD)
+    assert disk.logged == list(range(AHEAD + 1))
+
+
+def test_at_the_end_everything_is_on_disk():
+    disk = Disk(gated=True)
+    write(disk, AHEAD)
+    assert disk.logged == list(range(AHEAD))
+
+
+@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt, Interrupted(signal.SIGTERM)])
+def test_also_after_an_error(error):
+    disk = Disk(gated=True)
+    with pytest.raises(error if isinstance(error, type) else Interrupted):
+        write(disk, AHEAD, error)
+    assert disk.logged == list(range(AHEAD))
+
+
+def test_an_error_in_writing_stops_the_sampler_and_is_not_logged():
+    disk = Disk(fail={1})
+    with pytest.raises(OSError, match="No space left") as error:
+        write(disk, 50)
+    assert error.value.errno == errno.ENOSPC
+    assert len(disk.submitted) <= 2 + AHEAD
+    assert disk.logged == [number for number in disk.submitted if number != 1]
+
+
+def test_an_error_is_raised_by_the_next_batch():
+    disk, later = Disk(fail={0}), []
+
+    def job():
+        with Writer(disk.write, disk.log) as writer:
+            submit(writer, 0)
+            wait(writer._waiting, LONG)
+            submit(writer, 1)
+            later.append(1)
+
+    with pytest.raises(OSError, match="No space left"):
+        job()
+    assert later == disk.told == []
+
+
+def test_an_error_in_the_last_batch_is_raised_at_the_end():
+    disk = Disk(fail={2})
+    with pytest.raises(OSError, match="No space left"):
+        write(disk, 3)
+    assert disk.submitted == [0, 1, 2]
+    assert disk.logged == [0, 1]
+
+
+def test_an_error_in_logging_is_raised_too():
+    def log(entry):
+        raise ValueError("nan")
+
+    with pytest.raises(ValueError, match="nan"):
+        write(Disk(), 1, log=log)
+
+
+def test_the_error_of_the_sampler_comes_before_that_of_the_disk():
+    disk = Disk(fail={0})
+    with pytest.raises(KeyError):
+        write(disk, 1, KeyError)
+    assert disk.told == []
+
+
+# ---------------------------------------------------------------------------------------------------- plan
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize("batch", [1, 4, 32])
+@pytest.mark.parametrize("count", [0, 1, 2, 5, 7, 8, 9, 64, 100])
+def test_every_missing_image_is_planned_once(count, batch, world):
+    missing = np.sort(np.random.default_rng(count).permutation(1000)[:count])
+    plans = [plan(missing, batch, rank, world) for rank in range(world)]
+    batches = [b for own in plans for b in own]
+    assert sorted(i for b in batches for i in b.tolist()) == missing.tolist()
+    assert all(1 <= len(b) <= batch for b in batches)
+    loads = [sum(map(len, own)) for own in plans]
+    assert max(loads) - min(loads) <= batch
+    assert max(loads) <= max(batch, -(-count // world)) or len(batches) > world
+    for b in batches:  # neighbours among those that are missing
+        start = int(np.searchsorted(missing, b[0]))
+        assert b.tolist() == missing[start : start + len(b)].tolist()
+
+
+def test_plans_by_hand():
+    ten = np.arange(100, 110)
+
+    def batches(missing, batch, rank, world):
+        return [b.tolist() for b in plan(missing, batch, rank, world)]
+
+    assert batches(ten, 4, 0, 1) == [[100, 101, 102, 103], [104, 105, 106, 107], [108, 109]]
+    assert batches(ten, 2, 0, 2) == [[100, 101], [104, 105], [108, 109]]
+    assert batches(ten, 2, 1, 2) == [[102, 103], [106, 107]]
+    assert batches(ten, 32, 0, 2) == [[100, 101, 102, 103, 104]]  # not all of them on one rank
+    assert batches(ten, 32, 1, 2) == [[105, 106, 107, 108, 109]]
+    assert [batches(ten[:2], 32, rank, 4) for rank in range(4)] == [[[100]], [[101]], [], []]
+    assert batches(ten[:0], 32, 0, 1) == []
