@@ -42,10 +42,10 @@ from tqdm import tqdm
 import pipeline
 import sample
 from adacorr.spec import Parser
+from ddp.ranks import Ranks
 from diffusion import NUM_TRAIN, make_sampler, respace, respaced_schedule
 from download import Checkpoint, build_model, save_checkpoint
 from models import DiT, DiT_models
-from ranks import Ranks
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 ORDER, STEP = 0, 1  # what a random stream is for

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import image_store
+from ddp import image_store
+from ddp.image_store import STORES, PngStore, ShardStore, StoreError, pack, temporary
 from download import file_sha256
-from image_store import STORES, PngStore, ShardStore, StoreError, pack, temporary
 
 RUN, OTHER, SIZE, COUNT = "0123abcd", "dcba3210", 24, 6
 

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-import interrupt
-from interrupt import CTRL_C, REQUEUE, SIGNALS, Interrupted, Signals
+from ddp import interrupt
+from ddp.interrupt import CTRL_C, REQUEUE, SIGNALS, Interrupted, Signals
 
 FORK = multiprocessing.get_context("fork")
 LONG = 30  # seconds after which a test that waits has failed

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from labels import histogram, in_class_order, make_labels, read_labels
+from ddp.labels import histogram, in_class_order, make_labels, read_labels
 
 SEEDS = (0, 1, 2**32, 2**32 + 1, 2**40)
 

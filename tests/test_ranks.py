@@ -8,8 +8,8 @@ import time
 import pytest
 import torch
 
-import ranks
-from ranks import LeaderFailed, Ranks
+from ddp import ranks
+from ddp.ranks import LeaderFailed, Ranks
 
 FORK = multiprocessing.get_context("fork")
 LONG = 60  # seconds after which a test that waits has failed

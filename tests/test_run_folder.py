@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import run_folder
-from pipeline import write_json
-from run_folder import (
+from ddp import run_folder
+from ddp.run_folder import (
     RankLog,
     RunFolder,
     RunLocked,
@@ -25,6 +24,7 @@ from run_folder import (
     statistics,
     wait_for_ranks,
 )
+from pipeline import write_json
 
 PROTOCOL = {"sampler": {"name": "ddim", "num_steps": 50}, "cfg_scale": 1.5, "cache": None}
 FORK = multiprocessing.get_context("fork")  # children start at once: they need not import torch again

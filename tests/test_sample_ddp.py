@@ -16,11 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-import image_store
-import labels as label_file
 import pipeline
 import sample_ddp
-import worker
+from ddp import image_store, worker
+from ddp import labels as label_file
 from diffusion import DDIM
 from download import save_checkpoint
 from models import DiT
@@ -588,7 +587,7 @@ def test_a_disk_that_is_full_when_it_comes_to_packing(ddp, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-@pytest.mark.parametrize(("grace", "finished"), [(1000, 4), (0, 2)])
+@pytest.mark.parametrize(("grace", "finished"), [(1000, 4), (0, 3)])
 def test_a_signal_ends_the_run_at_the_batch_or_at_once(ddp, monkeypatch, tmp_path, number, grace, finished):
     _, whole, _, _ = ddp(where=tmp_path / "whole")
     with monkeypatch.context() as patch:
@@ -596,7 +595,7 @@ def test_a_signal_ends_the_run_at_the_batch_or_at_once(ddp, monkeypatch, tmp_pat
 
         def signalling(self, i, x, *rest):
             calls.append(i)
-            if len(calls) == 3 * STEPS + 4:  # in the middle of the fourth image, the second batch's second
+            if len(calls) == 3 * STEPS + 4:  # in the fourth image, the second batch's second
                 os.kill(os.getpid(), number)
             return step(self, i, x, *rest)
 

@@ -22,7 +22,8 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 CHILD = f"""
 import os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-import image_store, ranks, sample_ddp, worker
+import sample_ddp
+from ddp import image_store, ranks, worker
 from datetime import timedelta
 rank = int(os.environ.get("RANK", 0))
 """

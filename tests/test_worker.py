@@ -13,16 +13,15 @@ import pytest
 import torch
 from toy import tiny_dit
 
-import interrupt
 import pipeline
-import worker
 from adacorr import AdaCorrection, CacheManager, make_policy
 from adacorr.spec import Failure
+from ddp import interrupt, worker
+from ddp.interrupt import Interrupted, Signals
+from ddp.worker import AHEAD, Sampling, Writer, plan
 from diffusion import make_sampler
 from download import Checkpoint
-from interrupt import Interrupted, Signals
 from pipeline import Pipeline
-from worker import AHEAD, Sampling, Writer, plan
 
 SEED, STEPS, LONG = 11, 10, 30  # LONG: seconds after which a test that waits has failed
 LABELS = np.array([3, 0, 4, 1, 0, 2])
@@ -319,7 +318,7 @@ def clock(monkeypatch):
 
 
 def stopped(pipe, clock, at, grace, images=1, warned_seconds=1.0, batches=1):
-    """(steps done, whether all batches were finished) if SIGTERM comes in step number `at`; steps take a second."""
+    """(steps done, images made) if SIGTERM comes in step number `at`; steps take a second."""
     steps = 0
 
     def after(i, x):
@@ -330,42 +329,42 @@ def stopped(pipe, clock, at, grace, images=1, warned_seconds=1.0, batches=1):
             signal.raise_signal(signal.SIGTERM)
         return x
 
-    finished = 0
+    made = 0
 
     def job():
-        nonlocal finished
+        nonlocal made
         with Signals() as signals, signals.deferred():
             sampling = make(tamper(pipe, after), signals=signals, grace=grace)
             for _ in range(batches):
-                sampling.batch(np.arange(images))
-                finished += 1
+                _, entry = sampling.batch(np.arange(images))
+                made += len(entry["indices"])
 
     with pytest.raises(Interrupted, match="SIGTERM"):
         job()
-    return steps, finished == batches
+    return steps, made
 
 
 @pytest.mark.parametrize(
-    ("at", "grace", "images", "steps", "finished"),
+    ("at", "grace", "images", "steps", "made"),
     [
-        (4, 0.0, 1, 4, False),  # at once
-        (4, 5.5, 1, 4, False),  # 6 s to come
-        (4, 6.5, 1, 10, True),
-        (10, 0.5, 1, 10, True),  # in the last step
-        (4, 6.5, 2, 4, False),  # 6 s of this image and 10 s of the next
-        (4, 16.5, 2, 20, True),
-        (14, 6.5, 2, 20, True),
-        (14, 5.5, 2, 14, False),
+        (4, 0.0, 1, 4, 0),  # at once
+        (4, 5.5, 1, 4, 0),  # 6 s to come
+        (4, 6.5, 1, 10, 1),
+        (10, 0.5, 1, 10, 1),  # in the last step
+        (4, 6.5, 2, 4, 0),  # 6 s of this image and 10 s of the next
+        (4, 16.5, 2, 20, 2),
+        (14, 6.5, 2, 20, 2),
+        (14, 5.5, 2, 14, 1),  # the first was through
     ],
 )
-def test_a_batch_is_finished_if_that_fits_into_the_grace(pipe, clock, at, grace, images, steps, finished):
-    assert stopped(pipe, clock, at, grace, images) == (steps, finished)
+def test_a_batch_is_finished_if_that_fits_into_the_grace(pipe, clock, at, grace, images, steps, made):
+    assert stopped(pipe, clock, at, grace, images) == (steps, made)
 
 
 def test_a_batch_that_becomes_slow_is_dropped_after_all(pipe, clock):
     # Two steps of 2 s after the warning: 4 s are spent of 6.5, and 4 steps of 8 s / 6 on average are yet to come.
-    assert stopped(pipe, clock, at=4, grace=6.5, warned_seconds=2.0) == (5, False)
-    assert stopped(pipe, clock, at=4, grace=8.5, warned_seconds=1.2) == (10, True)
+    assert stopped(pipe, clock, at=4, grace=6.5, warned_seconds=2.0) == (5, 0)
+    assert stopped(pipe, clock, at=4, grace=8.5, warned_seconds=1.2) == (10, 1)
 
 
 def test_what_comes_after_the_last_step_is_known_from_the_batch_before(pipe, clock, monkeypatch):
@@ -377,8 +376,8 @@ def test_what_comes_after_the_last_step_is_known_from_the_batch_before(pipe, clo
         return decode(self, x)
 
     monkeypatch.setattr(Pipeline, "decode", slow)
-    assert stopped(pipe, clock, at=14, grace=20.0, batches=2) == (14, False)
-    assert stopped(pipe, clock, at=14, grace=36.5, batches=2) == (20, True)
+    assert stopped(pipe, clock, at=14, grace=20.0, batches=2) == (14, 1)
+    assert stopped(pipe, clock, at=14, grace=36.5, batches=2) == (20, 2)
 
 
 def test_without_a_signal_grace_means_nothing(pipe, clock):

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from adacorr import CacheManager
 from adacorr.spec import Failure
+from ddp.interrupt import Interrupted, Signals
 from download import build_model
-from interrupt import Signals
 from pipeline import Pipeline, allow_tf32
 
 AHEAD = 2  # batches that may wait to be written while the next one is sampled
@@ -50,15 +50,23 @@ class Sampling:
     def batch(self, indices: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
         """Images `indices` (n,) -> uint8 (n, H, W, 3), and the batch's line of the log.
 
-        Interrupted after a signal; Failure for an image that stays infinite or undefined in float32 without a cache.
+        Interrupted after a signal, unless some images are finished: then those are returned alone. Failure for an image
+        that stays infinite or undefined in float32 without a cache.
         """
         self._start, self._steps = time.perf_counter(), 0
         parts = np.split(indices, len(indices)) if self.alone else [indices]
         self._planned = len(parts) * self.pipe.sampler.num_steps
         entry: dict[str, Any] = {"indices": indices, "recomputed": []}
-        images = np.concatenate([self._part(part, entry) for part in parts])
+        images: list[np.ndarray] = []
+        try:
+            for part in parts:
+                images.append(self._part(part, entry))
+        except Interrupted:
+            if not images:
+                raise
+            entry["indices"] = indices[: sum(map(len, images))]
         self._last = entry["seconds"] = time.perf_counter() - self._start
-        return images, entry
+        return np.concatenate(images), entry
 
     def _part(self, indices: np.ndarray, entry: dict[str, Any]) -> np.ndarray:
         """Images sampled in one run, (n,) -> uint8 (n, H, W, 3), and its numbers added to the entry."""

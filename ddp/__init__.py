@@ -1,0 +1,1 @@
+"""Long sampling runs over many processes: what sample_ddp.py is made of."""
