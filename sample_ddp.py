@@ -206,7 +206,7 @@ def work(
 ) -> None:
     """This rank's share: sample its batches, write them, keep its log."""
     folder = RunFolder(job.path)
-    store = STORES[args.format](folder.images, job.run, image_size(pipe))
+    store = STORES[args.format](folder.images, job.run, image_size(pipe.model.config, pipe.vae))
     batches = plan(job.missing, args.per_proc_batch_size, ranks.rank, ranks.world)
     sampling = Sampling(
         pipe,
@@ -259,7 +259,7 @@ class Progress:
     """A bar on a terminal, elsewhere a line now and then; on rank 0 alone, for the whole run by its own pace."""
 
     def __init__(self, own: int, total: int, ranks: Ranks):
-        self.own, self.total, self.world = own, total, min(ranks.world, max(total, 1))
+        self.own, self.world = own, min(ranks.world, max(total, 1))
         self.done, self.flops, self.uncached = 0, 0, 0
         self.start = self.said = time.monotonic()
         terminal = sys.stderr.isatty()
@@ -303,7 +303,8 @@ class Leader:
         self.protocol = describe(args, self.pipe, self.cache)
         self.run = run_id(self.protocol)
         self.folder = RunFolder(args.sample_dir / folder_name(args, self.pipe, self.cache, self.protocol))
-        self.store = STORES[args.format](self.folder.images, self.run, image_size(self.pipe))
+        size = image_size(self.pipe.model.config, self.pipe.vae)
+        self.store = STORES[args.format](self.folder.images, self.run, size)
         self.folder.check_writable()
         record = None if args.overwrite else self.folder.check(self.protocol)
         self._say_protocol()
@@ -325,7 +326,7 @@ class Leader:
 
     def _say_protocol(self) -> None:
         args, pipe, p = self.args, self.pipe, self.protocol
-        size = image_size(pipe)
+        size = self.store.size
         say("model", f"{model_name(pipe.model.config)} from {p['checkpoint']['name']}, {size} x {size}")
         channels = "" if pipe.cfg_scale == 1 else f" on {'all' if pipe.cfg_channels == 'all' else 3} channels"
         say("sampler", f"{p['sampler']['spec']}, {p['sampler']['steps']} steps, guidance {pipe.cfg_scale:g}{channels}")
@@ -376,7 +377,7 @@ class Leader:
 
     def _check_room(self, missing: int) -> None:
         """A warning if the disk will not hold what is to come, by the size of the pixels."""
-        pixels = 3 * image_size(self.pipe) ** 2
+        pixels = 3 * self.store.size**2
         need = pixels * (missing + self.args.num_fid_samples * (not self.args.no_pack))
         free = shutil.disk_usage(self.folder.path).free
         if need > free:
@@ -473,8 +474,7 @@ def pack_folder(path: Path) -> int:
     folder = RunFolder(path)
     record = folder.open()
     protocol, session = record["protocol"], record["sessions"][-1]
-    config, count = protocol["model"], session["count"]
-    size = config["input_size"] * (1 if protocol["vae"] is None else 8)
+    count, size = session["count"], image_size(protocol["model"], protocol["vae"])
     store = STORES[protocol["format"]](folder.images, record["run_id"], size)
     with Signals(), folder.lock() as notes:
         for note in notes:

@@ -53,7 +53,7 @@ class Stand(Pipeline):
 
     def __init__(self, pictures: np.ndarray, steps: int, seconds: float, side: int = 1):
         n, size = pictures.shape[:2]
-        model, sampler = SimpleNamespace(input_size=size), SimpleNamespace(num_steps=steps)
+        model, sampler = SimpleNamespace(config={"input_size": size}), SimpleNamespace(num_steps=steps)
         super().__init__(model, sampler, None, None, 1.5, "3", torch.device("cpu"))
         self.pictures, self.seconds, self.state = torch.from_numpy(pictures), seconds, torch.zeros(n, 4, side, side)
         self.began: list[float] = []  # of each batch, as all lists here; seconds

@@ -14,7 +14,7 @@ import pipeline
 from adacorr import CacheManager
 from ddp.labels import DRAWN
 from ddp.run_folder import run_id
-from download import file_sha256, model_name
+from download import VAE_FACTOR, file_sha256, model_name
 from models import DiT_models
 from pipeline import Pipeline
 
@@ -99,8 +99,8 @@ def folder_name(args: argparse.Namespace, pipe: Pipeline, cache: CacheManager | 
     if model not in DiT_models:
         model = "DiT-{depth}x{hidden_size}/{patch_size}".format(**pipe.model.config)
     model = model.replace("/", "-")
-    size = pipe.model.input_size * (1 if pipe.vae is None else 8)
-    parts = [stem if stem.lower().startswith(model.lower()) else f"{model}-{stem}", f"{size}px"]
+    parts = [stem if stem.lower().startswith(model.lower()) else f"{model}-{stem}"]
+    parts.append(f"{image_size(pipe.model.config, pipe.vae)}px")
     if pipe.vae is not None:
         parts.append(f"vae-{Path(args.vae or 'mse').name}")
     parts += [pipe.sampler.spec, f"{pipe.sampler.num_steps}steps", f"cfg{pipe.cfg_scale:g}"]
@@ -113,6 +113,6 @@ def folder_name(args: argparse.Namespace, pipe: Pipeline, cache: CacheManager | 
     return name if len(name) <= 150 else f"{name[:150]}-{run_id(protocol)[:8]}"
 
 
-def image_size(pipe: Pipeline) -> int:
-    """Pixels."""
-    return pipe.model.input_size * (1 if pipe.vae is None else 8)
+def image_size(config: dict[str, Any], vae: Any) -> int:
+    """Pixels on a side of what a model of that config gives, through a VAE unless it is None."""
+    return config["input_size"] * (1 if vae is None else VAE_FACTOR)

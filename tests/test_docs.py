@@ -40,6 +40,17 @@ def test_every_method_is_in_the_lists():
         assert f"`{name}`" in readme
 
 
+def test_tests_that_are_referred_to_exist():
+    found = 0
+    for line in (ROOT / "docs" / "fid.md").read_text().splitlines():
+        file = None
+        for path, name in re.findall(r"`(tests/\w+\.py)?::(\w+)`", line):
+            file = path or file
+            assert f"def {name}(" in (ROOT / file).read_text(), line
+            found += 1
+    assert found > 40
+
+
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))])
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text()
