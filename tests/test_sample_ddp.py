@@ -192,6 +192,45 @@ def test_a_folder_with_spaces_and_letters_of_any_alphabet(ddp, tmp_path):
     assert npz(folder).exists()
 
 
+def test_a_latent_model_goes_through_its_vae(tmp_path, capsys):
+    import diffusers
+
+    torch.manual_seed(0)
+    model = DiT(4, 2, 4, 32, 2, 2, num_classes=4, learn_sigma=True)
+    save_checkpoint(tmp_path / "latent.safetensors", model.state_dict(), model.config)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8,) * 4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=4,
+        latent_channels=4,
+    )
+    vae.save_pretrained(tmp_path / "small vae")
+    common = ["--ckpt", tmp_path / "latent.safetensors", "--num-sampling-steps", 3, "--num-fid-samples", 2]
+    common += [
+        "--vae",
+        tmp_path / "small vae",
+        "--sample-dir",
+        tmp_path / "out",
+        "--device",
+        "cpu",
+        "--sampler",
+        "ddpm",
+    ]
+    assert sample_ddp.main([str(a) for a in (*common, "--image-size", 32, "--adacorr")]) == 0
+    (packed,) = (tmp_path / "out").glob("*.npz")
+    assert "32px-vae-small-vae-ddpm-3steps" in packed.name
+    with np.load(packed) as arrays:
+        assert arrays["arr_0"].shape == (2, 32, 32, 3)
+    before = record(packed.with_suffix(""))["protocol"]["vae"]
+    with torch.no_grad():
+        vae.decoder.conv_out.bias += 1
+    vae.save_pretrained(tmp_path / "small vae")
+    capsys.readouterr()
+    assert sample_ddp.main([str(a) for a in (*common, "--adacorr")]) == 2
+    assert f'vae.sha256: "{before["sha256"]}" in the folder' in one_line(capsys.readouterr().err)
+
+
 def test_nobody_reads_what_is_printed(ddp, monkeypatch):
     class Closed(io.StringIO):
         def write(self, text):
