@@ -37,7 +37,7 @@ from ddp.interrupt import Interrupted, Signals
 from ddp.labels import DRAWN, histogram, in_class_order, make_labels, read_labels
 from ddp.protocol import PRESETS, describe, folder_name, image_size
 from ddp.ranks import PATIENCE, LeaderFailed, Ranks
-from ddp.run_folder import RankLog, RunFolder, RunMismatch, run_id, statistics, wait_for_ranks
+from ddp.run_folder import RankLog, RunFolder, RunMismatch, await_session, run_id, statistics, wait_for_ranks
 from ddp.worker import Sampling, Writer, plan
 from download import model_name
 from pipeline import Pipeline
@@ -188,6 +188,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> int:
             return 0
         pipe, cache = (leader.pipe, leader.cache) if leader else load(args)
         if leader is None:
+            await_session(RunFolder(job.path), job.session)
             work(args, ranks, signals, job, pipe, cache)
             return 0
         with leader.session():

@@ -542,13 +542,32 @@ class RankLog:
             file.write(line)
 
 
+def await_session(folder: RunFolder, session: int, *, patience: float = 90.0, poll: float = 0.5) -> None:
+    """Return once run.json has the session; OSError if it has not after `patience` seconds.
+
+    A network file system may show a new file of another host only after a minute.
+    """
+    deadline = time.monotonic() + patience
+    while session not in _sessions(folder):
+        if time.monotonic() >= deadline:
+            raise OSError(
+                f"{socket.gethostname()} does not see session {session} in {folder.run_json.absolute()}: give a "
+                "--sample-dir on a file system that all nodes share"
+            )
+        time.sleep(poll)
+
+
 def later_session(folder: RunFolder, session: int) -> bool:
     """Whether run.json has a session after this one; False if that cannot be told at the moment."""
+    return any(other > session for other in _sessions(folder))
+
+
+def _sessions(folder: RunFolder) -> list[int]:
+    """Numbers of the sessions in run.json; none if it cannot be read at the moment."""
     try:
-        sessions = json.loads(folder.run_json.read_bytes())["sessions"]
-        return any(other["session"] > session for other in sessions)
+        return [int(session["session"]) for session in json.loads(folder.run_json.read_bytes())["sessions"]]
     except (OSError, ValueError, KeyError, TypeError):
-        return False
+        return []
 
 
 def format_ranges(indices: Iterable[int]) -> str:

@@ -17,6 +17,7 @@ from ddp.run_folder import (
     RunFolder,
     RunLocked,
     RunMismatch,
+    await_session,
     differences,
     format_ranges,
     parse_ranges,
@@ -784,6 +785,29 @@ def test_an_uncached_run_computes_all_and_hits_nothing(folder):
 def test_no_log_at_all(folder):
     found = statistics(folder, 3)
     assert (found["images"], found["unaccounted"], found["images_per_second"], found["ranks"]) == (0, 3, None, {})
+
+
+def test_a_session_that_another_host_cannot_see(folder):
+    folder.path.mkdir(parents=True)
+    number = folder.begin(PROTOCOL, {})
+    await_session(folder, number, patience=0)
+    with pytest.raises(
+        OSError, match=r"does not see session 2 in .*run\.json: give a --sample-dir on a file system that"
+    ):
+        await_session(folder, number + 1, patience=0)
+    with pytest.raises(OSError, match="all nodes share"):
+        await_session(RunFolder(folder.path / "elsewhere"), number, patience=0)
+
+
+def test_a_session_that_another_host_sees_later(folder):
+    def begin():
+        time.sleep(0.1)
+        folder.path.mkdir(parents=True)
+        folder.begin(PROTOCOL, {})
+
+    process = start(begin)
+    await_session(folder, 1, patience=LONG, poll=0.01)
+    process.join()
 
 
 def test_an_image_that_was_made_twice_counts_as_the_last_session_made_it(folder):
