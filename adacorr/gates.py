@@ -46,6 +46,8 @@ def fit_gate_basis(
     for block in blocks:
         gates = torch.cat(block.gates(reference), dim=1).double()
         gram += gates @ gates.T
+    # On the CPU: the matrix is small, and torch has no deterministic cumsum on a GPU.
+    gram = gram.cpu()
     values, vectors = torch.linalg.eigh(gram)
     phi = vectors.flip(1)[:, : int((values > values[-1] * 1e-13).sum())]
     # Squared error of each step that the first q directions leave; row s of phi holds the step's own components.
@@ -53,7 +55,7 @@ def fit_gate_basis(
     size = gram.diagonal().clamp_min(torch.finfo(torch.float64).tiny)
     left = (size[:, None] - (phi.square() * scale).cumsum(dim=1)).clamp_min(0) / size[:, None]
     enough = (left.sqrt().amax(dim=0) <= tolerance).nonzero()
-    phi = phi[:, : int(enough[0]) + 1 if len(enough) else None].float()
+    phi = phi[:, : int(enough[0]) + 1 if len(enough) else None].float().to(reference.device)
     halves = [_project(blocks, c, phi) for c in conditions]
     return GateBasis(phi, tuple(load for load, _ in halves), max(error for _, error in halves))
 
