@@ -14,6 +14,7 @@ a signal it ends with 1.
 """
 
 import argparse
+import io
 import os
 import shutil
 import sys
@@ -551,6 +552,9 @@ def tell(what: str, files: dict[Path, str], most: int = 5) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a folder may have letters that the terminal has not
     ranks = Ranks.find()
     args = parse(argv, silent=ranks.rank > 0)
 

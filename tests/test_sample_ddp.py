@@ -192,6 +192,15 @@ def test_a_folder_with_spaces_and_letters_of_any_alphabet(ddp, tmp_path):
     assert npz(folder).exists()
 
 
+def test_a_terminal_without_the_letters_of_the_folder(ddp, monkeypatch, tmp_path):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", terminal)
+    code, _, _, err = ddp(where=tmp_path / "für Ömer", count=1)
+    assert (code, err) == (0, "")
+    terminal.seek(0)
+    assert "f\\xfcr \\xd6mer" in terminal.read()
+
+
 def test_a_latent_model_goes_through_its_vae(tmp_path, capsys):
     import diffusers
 
