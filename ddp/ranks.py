@@ -1,6 +1,8 @@
 """The processes that torchrun starts, on one node or several; or one process alone."""
 
 import os
+import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -54,7 +56,10 @@ class Ranks:
     def open(self, device: torch.device, timeout: timedelta | None = None) -> None:
         """Join the other ranks: NCCL on GPUs, gloo on CPUs."""
         if self.world > 1:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+            store, rank, world = next(dist.rendezvous("env://"))
+            store = dist.PrefixStore(agree(store, rank, world, timeout), store)
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
             self.flags = dist.new_group(backend="gloo", timeout=timeout)
 
     def close(self) -> None:
@@ -94,3 +99,30 @@ class Ranks:
         if box[0] is None:
             raise LeaderFailed
         return box[0][0]
+
+
+def agree(store: dist.Store, rank: int, world: int, timeout: timedelta | None = None, poll: float = 0.05) -> str:
+    """A name for this start that all its ranks know and no start before it had.
+
+    After a restart torchrun hands out the store of the start before, with all that the dead ranks wrote into it
+    (pytorch#135712), and its count of restarts differs from node to node. So each rank asks under a name of its own,
+    which only a living rank 0 can answer; questions of the dead are answered, too, but nobody confirms them.
+    """
+    if rank > 0:
+        question = uuid.uuid4().hex
+        store.set(f"question/{rank}", question)
+        store.wait([f"answer/{question}"], timeout or PATIENCE)
+        name = store.get(f"answer/{question}").decode()
+        store.set(f"confirmed/{name}/{rank}", "yes")
+        return name
+    name, answered = uuid.uuid4().hex, {}
+    waiting = list(range(1, world))
+    while waiting := [other for other in waiting if not store.check([f"confirmed/{name}/{other}"])]:
+        for other in waiting:
+            if store.check([f"question/{other}"]):
+                question = store.get(f"question/{other}").decode()
+                if answered.get(other) != question:
+                    store.set(f"answer/{question}", name)
+                    answered[other] = question
+        time.sleep(poll)
+    return name

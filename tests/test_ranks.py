@@ -4,9 +4,12 @@ import multiprocessing
 import os
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from ddp import ranks
 from ddp.ranks import LeaderFailed, Ranks
@@ -168,3 +171,34 @@ def test_highest_and_mean_over_ranks():
         return own.highest([4, 9][own.rank]), own.mean(torch.tensor([1.0 + own.rank, 6.0 * own.rank])).tolist()
 
     assert together(part) == [(9, [1.5, 3.0])] * 2
+
+
+# ---------------------------------------------------------------------------------------- starts and restarts
+
+
+def start_all(store, world):
+    """The names that the ranks of one start agree on."""
+    with ThreadPoolExecutor(world) as pool:
+        jobs = [pool.submit(ranks.agree, store, rank, world, timedelta(seconds=LONG), 0.001) for rank in range(world)]
+        return [job.result(LONG) for job in jobs]
+
+
+def test_a_restart_on_the_same_store_finds_nothing_of_the_start_before():
+    store = dist.HashStore()
+    names = [start_all(store, 3) for _ in range(4)]
+    assert [len(set(start)) for start in names] == [1] * 4
+    assert len({start[0] for start in names}) == 4
+
+
+def test_questions_of_the_dead_do_not_count_as_ranks():
+    store = dist.HashStore()
+    for rank in (1, 2):  # killed before they were answered
+        store.set(f"question/{rank}", f"of dead rank {rank}")
+    with ThreadPoolExecutor(3) as pool:
+        leader = pool.submit(ranks.agree, store, 0, 3, None, 0.001)
+        store.wait(["answer/of dead rank 1", "answer/of dead rank 2"], timedelta(seconds=LONG))
+        first = pool.submit(ranks.agree, store, 1, 3, timedelta(seconds=LONG))
+        name = first.result(LONG)
+        assert not leader.done()  # rank 2 is yet to come
+        assert ranks.agree(store, 2, 3, timedelta(seconds=LONG)) == name
+        assert leader.result(LONG) == name
