@@ -37,7 +37,7 @@ from ddp.image_store import STORES, Store, StoreError, pack
 from ddp.interrupt import Interrupted, Signals
 from ddp.labels import DRAWN, histogram, in_class_order, make_labels, read_labels
 from ddp.protocol import PRESETS, describe, folder_name, image_size
-from ddp.ranks import PATIENCE, LeaderFailed, Ranks
+from ddp.ranks import PATIENCE, LeaderFailed, NoGPU, Ranks
 from ddp.run_folder import RankLog, RunFolder, RunMismatch, await_session, run_id, statistics, wait_for_ranks
 from ddp.worker import Sampling, Writer, plan
 from download import model_name
@@ -114,9 +114,9 @@ def check(args: argparse.Namespace, ranks: Ranks) -> torch.device:
     """
     try:
         _check(args)
-        return pipeline.find_device(args.device)
-    except (ValueError, OSError):
-        if ranks.rank > 0:
+        return ranks.device(args.device)
+    except (ValueError, OSError) as error:
+        if ranks.rank > 0 and not isinstance(error, NoGPU):
             raise LeaderFailed from None
         raise
 
@@ -177,7 +177,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> int:
     """The whole job on this rank -> exit code. ValueError or OSError for a mistake, Failure for what broke later."""
     leader = Leader(args, ranks) if ranks.rank == 0 else None
     with Signals() as signals, ExitStack() as stack:
-        device = ranks.device(check(args, ranks))
+        device = check(args, ranks)
         args.device = str(device)
         set_precision(args, device)
         ranks.open(device, PATIENCE)

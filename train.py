@@ -623,7 +623,7 @@ def run(args: argparse.Namespace) -> int:
     """The whole job -> exit code. ValueError or OSError for a mistake, before heavy work where it shows by then."""
     began, ranks = time.perf_counter(), Ranks.find()
     check(args, ranks)
-    device = ranks.device(pipeline.find_device(args.device))
+    device = ranks.device(args.device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
     state = read_state(args)

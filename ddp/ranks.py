@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline import find_device
+
 # Rank 0 may download weights before the others can start; only there does a collective wait for long.
 PATIENCE = timedelta(hours=24)
 T = TypeVar("T")
@@ -19,6 +21,10 @@ T = TypeVar("T")
 
 class LeaderFailed(Exception):
     """Rank 0 has stopped and said why; the others leave without a word."""
+
+
+class NoGPU(ValueError):
+    """This rank, unlike others, is left without a GPU."""
 
 
 @dataclass
@@ -36,21 +42,21 @@ class Ranks:
         alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
         return cls(*(int(os.environ.get(key, value)) for key, value in alone.items()))
 
-    def device(self, device: torch.device) -> torch.device:
-        """The device of this rank, where `device` is what was asked for: each rank has a GPU of its own.
+    def device(self, name: str | None) -> torch.device:
+        """The device that `name` means for this rank, the current one from now on: a GPU of its own where it is a GPU.
 
-        ValueError if there are fewer GPUs than ranks on this node.
+        ValueError for a device that cannot be used; NoGPU if there are fewer GPUs than ranks on this node.
         """
-        if device.type != "cuda":
-            return device
-        count = torch.cuda.device_count()
-        if self.world > 1 and self.local >= count:
-            raise ValueError(
-                f"process {self.local} of this node has no GPU, there are {count}: start torchrun with "
-                f"--nproc-per-node {count} at most"
-            )
-        device = torch.device("cuda", self.local if self.world > 1 else device.index or 0)
-        torch.cuda.set_device(device)
+        if self.world > 1 and (name or "cuda").startswith("cuda") and (count := torch.cuda.device_count()):
+            if self.local >= count:
+                raise NoGPU(
+                    f"process {self.local} of this node has no GPU, there are {count}: start torchrun with "
+                    f"--nproc-per-node {count} at most"
+                )
+            name = f"cuda:{self.local}"  # before anything touches GPU 0, where each rank would leave some memory
+        device = find_device(name)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         return device
 
     def open(self, device: torch.device, timeout: timedelta | None = None) -> None:

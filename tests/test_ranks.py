@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from ddp import ranks
-from ddp.ranks import LeaderFailed, Ranks
+from ddp.ranks import LeaderFailed, NoGPU, Ranks
 
 FORK = multiprocessing.get_context("fork")
 LONG = 60  # seconds after which a test that waits has failed
@@ -40,39 +40,57 @@ def test_the_variables_of_torchrun(variables):
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """Two GPUs on this node; those that were taken."""
+    """Two GPUs on this node; those that were taken, and how: as the current one or for a tensor."""
     taken = []
+
+    def find(name):
+        device = torch.device(name or "cuda:0")
+        if device.type == "cuda":
+            taken.append(("touched", device.index or 0))
+        return device
+
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: taken.append(("current", device.index or 0)))
+    monkeypatch.setattr(ranks, "find_device", find)
     return taken
 
 
-@pytest.mark.parametrize("ranks", [Ranks(), Ranks(3, 4, 3)])
-def test_a_cpu_is_shared(gpus, ranks):
-    assert ranks.device(torch.device("cpu")) == torch.device("cpu")
+@pytest.mark.parametrize("rank", [Ranks(), Ranks(3, 4, 3)])
+def test_a_cpu_is_shared(gpus, rank):
+    assert rank.device("cpu") == torch.device("cpu")
     assert gpus == []
 
 
 @pytest.mark.parametrize(
-    ("ranks", "asked", "found"),
+    ("rank", "asked", "found"),
     [
+        (Ranks(), None, 0),
         (Ranks(), "cuda", 0),
         (Ranks(), "cuda:1", 1),
-        (Ranks(0, 2, 0), "cuda", 0),
+        (Ranks(0, 2, 0), None, 0),
+        (Ranks(1, 2, 1), None, 1),
         (Ranks(1, 2, 1), "cuda", 1),
         (Ranks(1, 2, 1), "cuda:0", 1),
         (Ranks(7, 8, 1), "cuda", 1),  # the second process of the fourth node
     ],
 )
-def test_each_rank_has_a_gpu_of_its_own(gpus, ranks, asked, found):
-    assert ranks.device(torch.device(asked)) == torch.device("cuda", found)
-    assert gpus == [torch.device("cuda", found)]
+def test_each_rank_has_a_gpu_of_its_own_and_touches_no_other(gpus, rank, asked, found):
+    device = rank.device(asked)
+    assert (device.type, device.index or 0) == ("cuda", found)
+    assert gpus == [("touched", found), ("current", found)]
 
 
 def test_more_processes_than_gpus(gpus):
-    with pytest.raises(ValueError, match="process 2 of this node has no GPU, there are 2: .*--nproc-per-node 2"):
-        Ranks(2, 3, 2).device(torch.device("cuda"))
+    with pytest.raises(NoGPU, match="process 2 of this node has no GPU, there are 2: .*--nproc-per-node 2"):
+        Ranks(2, 3, 2).device("cuda")
     assert gpus == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_no_gpu_at_all():
+    assert Ranks(1, 2, 1).device(None) == torch.device("cpu")
+    with pytest.raises(ValueError, match="--device cuda cannot be used"):
+        Ranks(1, 2, 1).device("cuda")
 
 
 # --------------------------------------------------------------------------------------------------- leader
