@@ -243,13 +243,16 @@ def check_writable(flag: str, path: Path) -> None:
     """OSError unless the file can be made, or made again, along with its parent folders."""
     if path.is_dir():
         raise OSError(f"{flag} {path} is a folder: give the name of a file")
-    parent = path.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
+    parent = existing_parent(path)
     if not parent.is_dir():
         raise OSError(f"{flag} {path}: {parent} is a file, not a folder")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OSError(f"{flag} {path}: the folder {parent} is not writable")
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest of the folders above `path` that is there (or a file in their place)."""
+    return next(parent for parent in path.absolute().parents if parent.exists())
 
 
 def parse_labels(text: str | None, model: DiT) -> Tensor | None:
@@ -291,16 +294,17 @@ def gaussian(seed: int, indices: np.ndarray, shape: tuple[int, ...], stream: int
     """
     rows = []
     for index in indices:
-        generator = np.random.Generator(np.random.Philox(seed_words(seed, index, stream)))
-        rows.append(torch.from_numpy(generator.standard_normal(shape, dtype=np.float32)))
+        drawn = random_stream(seed, index, stream).standard_normal(shape, dtype=np.float32)
+        rows.append(torch.from_numpy(drawn))
     return torch.stack(rows)
 
 
-def seed_words(seed: int, index: int, stream: int) -> np.random.SeedSequence:
-    """What a random stream of an image is drawn from."""
+def random_stream(seed: int, index: int, stream: int) -> np.random.Generator:
+    """One of the random streams of an image, at its beginning."""
     # The high half of the seed comes last: SeedSequence splits big numbers into words of 32 bits, and so would draw
     # the same for (2**32, 0) and (0, 1). Philox takes all of its key; torch's generator keeps 32 bits of a seed.
-    return np.random.SeedSequence([seed & 0xFFFFFFFF, int(index), stream, seed >> 32])
+    words = [seed & 0xFFFFFFFF, int(index), stream, seed >> 32]
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))
 
 
 @torch.inference_mode()

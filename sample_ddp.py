@@ -302,6 +302,7 @@ class Leader:
         args = self.args
         self.pipe, self.cache = load(args)
         self.labels = make_labels(args.labels, args.seed, args.num_fid_samples, self.pipe.model.num_classes)
+        self.environment = pipeline.environment()
         self.protocol = describe(args, self.pipe, self.cache)
         self.run = run_id(self.protocol)
         self.folder = RunFolder(args.sample_dir / folder_name(args, self.pipe, self.cache, self.protocol))
@@ -350,10 +351,9 @@ class Leader:
 
     def _say_changes(self, before: dict[str, Any]) -> None:
         """What is different from the session before, though not of the protocol: it may round otherwise."""
-        now = pipeline.environment()
         for key in ("git", "torch", "device", "pillow"):
-            if before.get(key) != now[key]:
-                say("note", f"{key} was {before.get(key)} in the session before and is {now[key]} now")
+            if before.get(key) != self.environment[key]:
+                say("note", f"{key} was {before.get(key)} in the session before and is {self.environment[key]} now")
 
     def _is_complete(self) -> bool:
         """Whether the run ended in success with all that is asked for now."""
@@ -410,7 +410,7 @@ class Leader:
             "batch": args.per_proc_batch_size,
             "preset": args.preset,
             "labels": histogram(self.labels, self.pipe.model.num_classes),
-            "environment": pipeline.environment(),
+            "environment": self.environment,
         }
 
     @contextmanager

@@ -625,7 +625,7 @@ def run(args: argparse.Namespace) -> int:
     check(args, ranks)
     device = ranks.device(args.device)
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32
+        pipeline.allow_tf32(True)
     state = read_state(args)
     say = print if ranks.rank == 0 else lambda *_, **__: None
     if state is not None and state["step"] >= args.steps:

@@ -11,9 +11,9 @@ import errno
 import hashlib
 import io
 import os
+import platform
 import re
 import shutil
-import socket
 import struct
 import time
 import zipfile
@@ -29,9 +29,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from download import file_sha256
+from pipeline import existing_parent, written_whole
 
 AGAIN = "run the same command again with --verify"
-HOST = socket.gethostname()
+HOST = platform.node()  # as in the names of temporaries
 STALE = 3600.0  # seconds after which a temporary is given up whoever wrote it: its host may be gone, its pid used again
 OPEN_SHARDS = 32  # that reading holds open: as many as processes which wrote side by side, or a few more
 
@@ -74,19 +75,14 @@ class Scan:
 
 @contextmanager
 def temporary(path: Path, needed: int) -> Iterator[Path]:
-    """A file beside `path` that takes its name at the end; its own name says which process of which host writes it.
+    """`written_whole`, whose temporary name says which process of which host writes, for the files of a run.
 
-    OSErrors become a StoreError, which for a full disk tells the `needed` bytes of the whole file from those free.
+    No fsync: what a power cut takes out of the page cache is a damaged file, which a scan finds. OSErrors become a
+    StoreError, which for a full disk tells the `needed` bytes of the whole file from those free.
     """
-    unfinished = path.with_name(f".{path.name}.{HOST}.{os.getpid()}.tmp")
     try:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(path) as unfinished:
             yield unfinished
-            # No fsync: what a power cut takes out of the page cache is a damaged file, which a scan finds.
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
     except StoreError:
         raise
     except OSError as error:
@@ -96,8 +92,7 @@ def temporary(path: Path, needed: int) -> Iterator[Path]:
 
 
 def _full(path: Path, needed: int) -> StoreError:
-    existing = next(parent for parent in path.absolute().parents if parent.exists())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(existing_parent(path)).free
     return StoreError(
         f"{path}: the disk or the quota is full: {needed} bytes needed, {free} free; make room and run the same "
         "command again, what is finished is kept"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import seed_words
+from pipeline import random_stream
 
 DRAWN = ("random", "balanced")
 RANDOM, SHUFFLE = 2**32 - 1, 2**32 - 2  # streams of a seed; those of noise count up from 0
@@ -23,15 +23,12 @@ def make_labels(mode: str, seed: int, count: int, num_classes: int) -> np.ndarra
             raise ValueError(f"--labels {mode} has no meaning for an unconditional model; leave it out")
         return None
     if mode == "random":
-        return np.array([_draw(seed, i, RANDOM).integers(num_classes) for i in range(count)], dtype=np.int64)
+        return np.array([random_stream(seed, i, RANDOM).integers(num_classes) for i in range(count)], dtype=np.int64)
     if mode == "balanced":
-        rows = [_draw(seed, row, SHUFFLE).permutation(num_classes) for row in range(math.ceil(count / num_classes))]
-        return np.concatenate(rows)[:count].astype(np.int64)
+        rows = range(math.ceil(count / num_classes))
+        shuffled = [random_stream(seed, row, SHUFFLE).permutation(num_classes) for row in rows]
+        return np.concatenate(shuffled)[:count].astype(np.int64)
     return read_labels(Path(mode), count, num_classes)
-
-
-def _draw(seed: int, index: int, stream: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(seed_words(seed, index, stream)))
 
 
 def read_labels(path: Path, count: int, num_classes: int = 2**63) -> np.ndarray:

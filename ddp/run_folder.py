@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 
 from download import file_sha256
-from pipeline import write_json, written_whole
+from pipeline import existing_parent, write_json, written_whole
 
 SCHEMA = 1  # of run.json and SUCCESS.json
 BEAT = 15.0  # seconds between two signs of life
@@ -123,9 +123,7 @@ class RunFolder:
             raise OSError(f"{self.npz} is a folder, where the .npz must go: give another --sample-dir")
         if self.path.exists() and not self.path.is_dir():
             raise OSError(f"{self.path} is a file, not a folder: give another --sample-dir")
-        parent = self.path.absolute().parent
-        while not parent.exists():
-            parent = parent.parent
+        parent = existing_parent(self.path)
         if not parent.is_dir():
             raise OSError(f"{self.path}: {parent} is a file, not a folder: give another --sample-dir")
         for folder in (parent, self.path) if self.path.exists() else (parent,):

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import platform
 import re
 import resource
 import signal
@@ -546,7 +547,7 @@ def test_a_writer_killed_before_the_rename_is_cleaned_up(store, monkeypatch):
 def test_two_hosts_with_equal_pids_do_not_meet(tmp_path, monkeypatch):
     path = tmp_path / "000000.png"
     with temporary(path, 1) as one:
-        monkeypatch.setattr(image_store, "HOST", "another")
+        monkeypatch.setattr(platform, "node", lambda: "another")
         with temporary(path, 1) as other:
             assert one != other
             one.write_text("one")

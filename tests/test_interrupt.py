@@ -6,6 +6,7 @@ import signal
 import time
 
 import pytest
+from toy import Clock
 
 from ddp import interrupt
 from ddp.interrupt import CTRL_C, REQUEUE, SIGNALS, Interrupted, Signals
@@ -17,14 +18,6 @@ CODES = [(signal.SIGTERM, 75, "SIGTERM"), (signal.SIGUSR1, 75, "SIGUSR1"), (sign
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that stands still until it is told otherwise."""
-
-    class Clock:
-        now = 1000.0
-
-        def monotonic(self):
-            return self.now
-
     clock = Clock()
     monkeypatch.setattr(interrupt, "time", clock)
     return clock

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from toy import save_tiny
 
 import pipeline
 import sample_ddp
@@ -30,13 +31,7 @@ STEPS = 12
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    """A model of 8 x 8 pixels and 4 classes, all of whose weights are random: as built, it would predict nothing."""
-    model = DiT(8, 2, 3, 32, 2, 2, num_classes=4, learn_sigma=False)
-    generator = torch.Generator().manual_seed(1)
-    state = {name: torch.randn(p.shape, generator=generator) * 0.1 for name, p in model.state_dict().items()}
-    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
-    save_checkpoint(path, state, model.config)
-    return path
+    return save_tiny(tmp_path_factory.mktemp("model") / "tiny.safetensors")
 
 
 @pytest.fixture

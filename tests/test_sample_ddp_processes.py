@@ -10,11 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
+from toy import save_tiny
 
 import sample_ddp
-from download import save_checkpoint
-from models import DiT
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNT, LONG = 11, 120  # LONG: seconds after which a process that should have ended has failed
@@ -40,11 +38,7 @@ worker.Sampling.batch = slow
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory):
     """Of a run on a tiny model, but for the place."""
-    model = DiT(8, 2, 3, 32, 2, 2, num_classes=4, learn_sigma=False)
-    generator = torch.Generator().manual_seed(1)
-    state = {name: torch.randn(p.shape, generator=generator) * 0.1 for name, p in model.state_dict().items()}
-    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
-    save_checkpoint(path, state, model.config)
+    path = save_tiny(tmp_path_factory.mktemp("model") / "tiny.safetensors")
     common = ["--num-fid-samples", COUNT, "--num-sampling-steps", 8, "--adacorr", "--device", "cpu"]
     return [str(a) for a in (*common, "--ckpt", path, "--per-proc-batch-size", 2, "--sample-dir")]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from toy import tiny_dit
+from toy import Clock, tiny_dit
 
 import pipeline
 from adacorr import AdaCorrection, CacheManager, make_policy
@@ -301,16 +301,6 @@ def test_what_is_made_again_is_rounded_as_float32(pipe, tf32, persistent):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The only clock, which stands still until it is told otherwise."""
-
-    class Clock:
-        now = 500.0
-
-        def monotonic(self):
-            return self.now
-
-        perf_counter = monotonic
-
     clock = Clock()
     monkeypatch.setattr(interrupt, "time", clock)
     monkeypatch.setattr(worker, "time", clock)

@@ -10,6 +10,7 @@ from adacorr.policies import calibrated
 from adacorr.profile import Profile, save_profile
 from adacorr.types import Conditioning, Ran, Run, Unit, View
 from diffusion import make_sampler
+from download import save_checkpoint
 from models import DiT, DiTBlock, guide
 from pipeline import gaussian, sample_latents
 
@@ -46,6 +47,26 @@ def redraw(model, std, seed):
 def tiny_dit(depth=3, seed=1, std=0.15, **options):
     """A DiT of 16 tokens, 32 wide, whose blocks all matter."""
     return redraw(DiT(**{**TINY, "depth": depth, **options}), std, seed)
+
+
+def save_tiny(path):
+    """A checkpoint of 8 x 8 pixels and 4 classes with random weights throughout: as built, it would predict nothing."""
+    model = DiT(8, 2, 3, 32, 2, 2, num_classes=4, learn_sigma=False)
+    generator = torch.Generator().manual_seed(1)
+    state = {name: torch.randn(p.shape, generator=generator) * 0.1 for name, p in model.state_dict().items()}
+    save_checkpoint(path, state, model.config)
+    return path
+
+
+class Clock:
+    """In the place of the module `time`: it stands still until it is told otherwise."""
+
+    now = 1000.0
+
+    def monotonic(self):
+        return self.now
+
+    perf_counter = monotonic
 
 
 class TimedBlock(DiTBlock):
