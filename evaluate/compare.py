@@ -40,6 +40,8 @@ SAME = ("sampler", "num_sampling_steps", "cfg_scale", "cfg_channels", "seed", "d
 NEAR = 0.03  # a compute within this share of the one asked for is close enough to stop a search
 REACHED = 0.2  # and one that is further off than this does not stand for the level
 TRIES = 8  # runs of one search
+NARROW = 0.03  # a knob known this closely, in natural logarithms, is not searched further: compute comes in steps
+ENDS = 1.0, 0.03  # compute at the two ends of a knob, as a guess
 LOWER = 4  # times that gamma is lowered where all images spend more than the few that it was searched on
 GAMMA = Knob("gamma", 1e4, 1e-3)  # more gamma is more compute
 
@@ -105,6 +107,7 @@ class Bench:
     solution_steps: int
     few: int  # images that settings are searched on, the first of all
     rows: dict[tuple[Setting, int], Row] = field(default_factory=dict)
+    searched: dict[tuple[str, str], dict[float, Row]] = field(default_factory=dict)  # by method and variant
 
     @cached_property
     def reference(self) -> Tensor:
@@ -152,13 +155,13 @@ class Bench:
             self.rows[setting, count] = row
         return self.rows[setting, count]
 
-    def seconds(self, setting: Setting) -> float:
-        """Wall-clock of one run, decoding left out."""
+    def seconds(self, setting: Setting, count: int) -> float:
+        """Wall-clock of one run of the first `count` images, decoding left out."""
         wait = torch.cuda.synchronize if self.pipe.device.type == "cuda" else lambda: None
         manager = setting.manager()
         wait()
         start = time.perf_counter()
-        self.states(setting, manager)
+        self.states(setting, manager, count)
         wait()
         return time.perf_counter() - start
 
@@ -170,27 +173,71 @@ def _summary(scores: dict[str, Any]) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------- search
 
 
-def search(run: Callable[[float], Row], knob: Knob, target: float, most: float = math.inf) -> Row:
+def search(
+    run: Callable[[float], Row],
+    knob: Knob,
+    target: float,
+    most: float = math.inf,
+    tried: dict[float, Row] | None = None,
+    first: float | None = None,
+) -> Row:
     """The row whose compute is nearest to `target`, and not above `most` if there is one; compute falls along the knob.
 
-    Bisection, on a logarithmic scale or over whole numbers.
+    Bisection over whole numbers; false position on logarithmic scales otherwise, with bisection wherever that does not
+    halve the interval. `tried` holds what other searches along the same knob have found: it narrows the start, and is
+    added to. `first` is a guess to begin with.
     """
+    tried = {} if tried is None else tried
     whole = isinstance(knob.low, int) and isinstance(knob.high, int)
-    low, high = knob.low, knob.high
-    rows = []
+    goal = min(target, most)
+    slow = False  # the last try did not halve the interval
     for _ in range(TRIES):
-        value = (low + high) // 2 if whole else float(f"{math.sqrt(low * high):.4g}")
-        rows.append(run(value))
-        found = rows[-1].compute
-        if target * (1 - NEAR) <= found <= min(target * (1 + NEAR), most):
+        if any(target * (1 - NEAR) <= row.compute <= min(target * (1 + NEAR), most) for row in tried.values()):
             break
-        if whole and abs(high - low) <= 1:
-            break
-        low, high = (value, high) if found > min(target, most) else (low, value)
+        low, high = _interval(tried, knob, goal)
+        if whole:
+            value = (low + high) // 2
+            if abs(high - low) <= 1:
+                break
+        elif first is not None and first not in tried:
+            value = first
+        else:
+            share = 0.5 if slow else _share(tried, low, high, goal)
+            value = float(f"{low ** (1 - share) * high**share:.4g}")
+            if _width(low, high) < NARROW:
+                break
+        tried[value] = run(value)
+        slow = not whole and 2 * _width(*_interval(tried, knob, goal)) > _width(low, high)
     if whole:
-        rows += [run(value) for value in (low, high)]
+        for value in _interval(tried, knob, goal):
+            tried[value] = tried[value] if value in tried else run(value)
+    rows = list(tried.values())
     allowed = [row for row in rows if row.compute <= most] or rows
     return min(allowed, key=lambda row: abs(math.log(row.compute / target)))
+
+
+def _interval(tried: dict[float, Row], knob: Knob, goal: float) -> tuple[float, float]:
+    """The last value along the knob that spends more than the goal and the first after it, or the knob's ends."""
+    low, high = knob.low, knob.high
+    for value in sorted(tried, reverse=knob.low > knob.high):
+        if tried[value].compute > goal:
+            low, high = value, knob.high
+        elif high == knob.high:
+            high = value
+    return low, high
+
+
+def _share(tried: dict[float, Row], low: float, high: float, goal: float) -> float:
+    """How far from `low` to `high` a straight line between the two reaches the goal; ends not run are guessed."""
+    above, below = (
+        math.log(tried[end].compute if end in tried else guess) for end, guess in zip((low, high), ENDS, strict=True)
+    )
+    share = (above - math.log(goal)) / (above - below) if above > below else 0.5
+    return min(max(share, 0.1), 0.9)
+
+
+def _width(low: float, high: float) -> float:
+    return abs(math.log(high / low))
 
 
 def reached(row: Row, level: float) -> bool:
@@ -204,10 +251,11 @@ def with_option(spec: str, *options: str) -> str:
     return f"{spec}{',' if ':' in spec else ':'}{given}" if given else spec
 
 
-def sweep(bench: Bench, method: str, level: float) -> tuple[Row, Row] | None:
+def sweep(bench: Bench, method: str, level: float, gamma: float | None = None) -> tuple[Row, Row] | None:
     """(alone, corrected) at a compute level, or None where the method cannot spend that little or that much.
 
-    Settings are searched on a few images, then run on all; gamma is lowered there until no more is spent.
+    Settings are searched on a few images, then run on all; gamma, searched from the one given, is lowered there until
+    no more is spent.
     """
     knob = make_policy(method).knob
     found = []
@@ -217,7 +265,7 @@ def sweep(bench: Bench, method: str, level: float) -> tuple[Row, Row] | None:
             number = f"{value}" if isinstance(value, int) else f"{value:g}"
             return bench.run(method, "alone", Setting(with_option(method, f"{knob.option}={number}", variant)), True)
 
-        row = search(alone, knob, level)
+        row = search(alone, knob, level, tried=bench.searched.setdefault((method, variant), {}))
         if reached(row, level):
             found.append(row)
     if not found:
@@ -227,9 +275,9 @@ def sweep(bench: Bench, method: str, level: float) -> tuple[Row, Row] | None:
     def corrected(gamma: float, few: bool = True) -> Row:
         return bench.run(method, "adacorr", Setting(best.setting.cache, f"gamma={gamma:g}"), few)
 
-    found = search(corrected, GAMMA, best.compute, most=best.compute * (1 + NEAR))
+    found = search(corrected, GAMMA, best.compute, most=best.compute * (1 + NEAR), first=gamma)
     best = bench.run(method, "alone", best.setting)
-    gamma = float(found.setting.adacorr.partition("=")[2])
+    gamma = gamma_of(found)
     after = corrected(gamma, few=False)
     for _ in range(LOWER):
         if after.compute <= best.compute * (1 + NEAR):
@@ -239,25 +287,36 @@ def sweep(bench: Bench, method: str, level: float) -> tuple[Row, Row] | None:
     return best, after
 
 
+def gamma_of(row: Row) -> float:
+    return float(row.setting.adacorr.partition("=")[2])
+
+
 def compare(bench: Bench, methods: list[str], levels: list[float], say: Callable[[str], None]) -> Iterator[Row]:
     """All rows, in the order of the table."""
+    own = {}  # --adacorr by itself, whose gamma is where that of a corrected method is searched from
+    tried: dict[float, Row] = {}
+    for level in levels:
+        row = search(
+            lambda g: bench.run("adacorr", "adacorr", Setting(None, f"gamma={g:g}"), True), GAMMA, level, tried=tried
+        )
+        own[level] = bench.run("adacorr", "adacorr", row.setting)
+        say(
+            f"--adacorr at {level}: {own[level].score:.1f} dB"
+            if reached(own[level], level)
+            else f"--adacorr at {level}: out of reach"
+        )
     for method in methods:
         for level in levels:
-            pair = sweep(bench, method, level)
+            pair = sweep(bench, method, level, gamma_of(own[level]))
             if pair is None:
                 say(f"{method} at {level}: out of reach")
                 continue
             for row in pair:
                 yield replace(row, level=level)
             say(f"{method} at {level}: {pair[0].setting.cache}: {pair[0].score:.1f} -> {pair[1].score:.1f} dB")
-    for level in levels:
-        row = search(lambda g: bench.run("adacorr", "adacorr", Setting(None, f"gamma={g:g}"), True), GAMMA, level)
-        row = bench.run("adacorr", "adacorr", row.setting)
-        if not reached(row, level):
-            say(f"--adacorr at {level}: out of reach")
-            continue
-        yield replace(row, level=level)
-        say(f"--adacorr at {level}: {row.score:.1f} dB")
+    for level, row in own.items():
+        if reached(row, level):
+            yield replace(row, level=level)
     yield bench.run("literal", "adacorr", Setting(None, "literal"))
     for level in levels:
         for sampler in SOLVERS:
@@ -267,15 +326,15 @@ def compare(bench: Bench, methods: list[str], levels: list[float], say: Callable
     say("fewer steps: done")
 
 
-def time_rows(bench: Bench, rows: list[Row], repeats: int, say: Callable[[str], None]) -> None:
-    """Fill in the speed-up of each row, method by method with the uncached run beside it."""
-    bench.pipe.sample(bench.seed, np.arange(bench.count), bench.labels, stop=4)
+def time_rows(bench: Bench, rows: list[Row], repeats: int, count: int, say: Callable[[str], None]) -> None:
+    """Fill in the speed-up of each row on `count` images, method by method with the uncached run beside it."""
+    bench.pipe.sample(bench.seed, np.arange(count), None if bench.labels is None else bench.labels[:count], stop=4)
     for method in dict.fromkeys(row.method for row in rows):
         own = [row for row in rows if row.method == method]
         spent: dict[str, list[float]] = {}
         for _ in range(repeats):
             for name, setting in [("", Setting()), *((str(row.setting), row.setting) for row in own)]:
-                spent.setdefault(name, []).append(bench.seconds(setting))
+                spent.setdefault(name, []).append(bench.seconds(setting, count))
         for row in own:
             row.speedup = statistics.median(spent[""]) / statistics.median(spent[str(row.setting)])
         say(f"timed {method}")
@@ -389,6 +448,7 @@ def add_parser(commands) -> None:
     add("--search-images", type=int, default=5, help="settings are searched on so many of them (default %(default)s)")
     add("--solution-steps", type=int, default=1000, help="DDIM steps of the solution; 0 leaves it out (default 1000)")
     add("--repeats", type=int, default=3, help="timed runs of each row; 0 leaves times out (default %(default)s)")
+    add("--timed-images", type=int, metavar="N", help="the first N are timed, in one batch (default all)")
     add("--out", type=Path, required=True, metavar="STEM", help="writes STEM.json and STEM.md, STEM.png with --plot")
     add(
         "--known",
@@ -449,6 +509,9 @@ def run(args: argparse.Namespace) -> None:
     pipeline.check_range("--search-images", args.search_images, 1, args.num_images)
     pipeline.check_range("--solution-steps", args.solution_steps, 0, 1000)
     pipeline.check_range("--repeats", args.repeats, 0, 1000)
+    if args.timed_images is None:
+        args.timed_images = args.num_images
+    pipeline.check_range("--timed-images", args.timed_images, 1, args.num_images)
     files = {kind: args.out.with_name(f"{args.out.name}.{kind}") for kind in ("json", "md", "png")}
     for file in files.values():
         pipeline.check_writable("--out", file)
@@ -472,7 +535,7 @@ def run(args: argparse.Namespace) -> None:
         bench.rows |= known_rows(file, identity)
     rows = list(compare(bench, methods, levels, say))
     if args.repeats:
-        time_rows(bench, rows, args.repeats, say)
+        time_rows(bench, rows, args.repeats, args.timed_images, say)
     settings = {key: str(value) for key, value in vars(args).items() if key not in ("run", "made_with", "command")}
     content = {
         "identity": identity,
@@ -487,7 +550,8 @@ def run(args: argparse.Namespace) -> None:
         f"`{' '.join(args.made_with)}`: {pipe.checkpoint.path.name}, {args.sampler} of {args.num_sampling_steps} "
         f"steps, guidance {args.cfg_scale:g}, {args.num_images} images of seed {args.seed}, {args.dtype} on "
         f"{content['environment']['device']}, {time.strftime('%Y-%m-%d')}. Alone → under AdaCorrection, at most "
-        f"{NEAR:.0%} more compute. Each row was timed {args.repeats} time(s)."
+        f"{NEAR:.0%} more compute. Settings were searched on the first {args.search_images} images"
+        f"{f'; each row was timed {args.repeats} time(s) on the first {args.timed_images}' if args.repeats else ''}."
     )
     with pipeline.written_whole(files["md"]) as temporary:
         temporary.write_text(markdown(rows, levels, intro))

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import sys
+from collections import defaultdict
 from dataclasses import fields, replace
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -85,12 +86,37 @@ class Law:
 
 def test_search_stops_at_the_first_value_that_is_near():
     law = Law(lambda x: 0.1 / x)
-    row = search(law, Knob("x", 0.1, 1.0), 0.3)  # sqrt(0.1) gives 0.316, 6 % off; then the half above it
-    assert law.asked[0] == 0.3162
-    assert law.asked[1] == float(f"{math.sqrt(0.3162 * 1.0):.4g}")  # too much compute: up along the knob
+    row = search(law, Knob("x", 0.1, 1.0), 0.3)
+    assert all(abs(0.1 / x / 0.3 - 1) > NEAR for x in law.asked[:-1])
     assert row.value == law.asked[-1]
     assert abs(row.compute / 0.3 - 1) <= NEAR
     assert len(law.asked) == len(set(law.asked)) < TRIES
+
+
+def test_search_follows_a_straight_line():
+    law = Law(lambda x: 0.1 / x)  # straight on logarithmic scales, so the second guess is the answer
+    tried = {0.2: SimpleNamespace(compute=0.5), 0.8: SimpleNamespace(compute=0.125)}
+    row = search(law, Knob("x", 0.1, 1.0), 0.25, tried=tried)
+    assert law.asked == [0.4]
+    assert (row.value, row.compute) == (0.4, pytest.approx(0.25))
+    assert set(tried) == {0.2, 0.4, 0.8}  # the next search knows it
+    assert search(law, Knob("x", 0.1, 1.0), 0.25, tried=tried) is row
+    assert law.asked == [0.4]
+
+
+def test_search_begins_with_the_guess_and_stays_near_it():
+    law = Law(lambda g: 0.05 + 0.95 * g / (g + 1))
+    row = search(law, GAMMA, 0.5, first=1.0)  # 0.525 there
+    assert law.asked[0] == 1.0
+    assert len(law.asked) <= 4
+    assert abs(row.compute / 0.5 - 1) <= NEAR
+
+
+def test_search_ends_where_compute_comes_in_steps():
+    law = Law(lambda x: 0.6 if x < 0.3 else 0.2)
+    row = search(law, Knob("x", 0.2, 0.5), 0.4, most=0.41)
+    assert row.compute == 0.2
+    assert len(law.asked) < TRIES  # not the fourth digit of 0.3
 
 
 @pytest.mark.parametrize("target", [0.9, 0.5, 0.35, 0.15, 0.06])
@@ -284,6 +310,8 @@ def test_gamma_is_lowered_until_all_images_spend_no_more():
     class Fake:
         """The few images say that gamma=1 is enough; all of them need less."""
 
+        searched = defaultdict(dict)
+
         def run(self, method, form, setting, few=False):
             gamma = float((setting.adacorr or "gamma=0").partition("=")[2])
             compute = 0.5 if form == "alone" else min(0.5 * gamma if few else 0.6 * gamma, 1.0)
@@ -344,6 +372,8 @@ def test_sweep_keeps_the_best_variant_and_corrects_it_at_no_more_compute(bench):
 
 def test_sweep_prefers_less_compute_to_more():
     class Fake:
+        searched = defaultdict(dict)
+
         def run(self, method, form, setting, few=False):
             gamma = float((setting.adacorr or "gamma=0").partition("=")[2])
             compute = 0.5 if form == "alone" else 0.52 if gamma > 1 else 0.45
@@ -595,6 +625,7 @@ def one_line(capsys, *words):
         (["--num-images", "0"], ["--num-images", "0"]),
         (["--solution-steps", "1001"], ["--solution-steps", "1001"]),
         (["--repeats", "-1"], ["--repeats", "-1"]),
+        (["--num-images", 4, "--search-images", 2, "--timed-images", 5], ["--timed-images", "5", "4"]),
         (["--num-sampling-steps", "1"], ["--num-sampling-steps", "1"]),
         (["--num-sampling-steps", "1001"], ["--num-sampling-steps", "1001"]),
         (["--num-images", "many"], ["--num-images", "many"]),
