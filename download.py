@@ -32,7 +32,7 @@ from models import SIZES, DiT, DiT_models, check_config, sincos_pos_embed
 
 RELEASED = ("DiT-XL-2-256x256.pt", "DiT-XL-2-512x512.pt")
 RELEASE_URL = "https://dl.fbaipublicfiles.com/DiT/models/{name}"
-BUNDLED = "dit-ti-4-cifar10"
+BUNDLED = "dit-ti-2-cifar10"
 BUNDLED_PATH = Path(__file__).resolve().parent / "checkpoints" / f"{BUNDLED}.safetensors"
 VAES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 

@@ -1,6 +1,6 @@
 """Training checkpoint -> bundled .safetensors: averaged weights in 16 bits, everything in the metadata.
 
-    python checkpoints/convert.py TRAINING.pt checkpoints/dit-ti-4-cifar10.safetensors
+    python checkpoints/convert.py TRAINING.safetensors checkpoints/dit-ti-2-cifar10.safetensors
 
 Both 16-bit formats are tried on random inputs, and the one whose noise predictions stay closer to the float32
 weights is written. Positions stay in float32: they are a formula, and small.

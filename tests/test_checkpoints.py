@@ -7,13 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from download import BUNDLED_PATH, build_model, file_sha256, load_checkpoint
+from download import BUNDLED, BUNDLED_PATH, build_model, file_sha256, load_checkpoint
 from evaluate.features import CLASSES, FEATURES, WEIGHTS, extract, load_features
 from models import DiT_models
 
 ROOT = Path(__file__).resolve().parent.parent
-CHECKPOINTS = {"dit-ti-4-cifar10": "DiT-Ti/4", "dit-ti-2-cifar10": "DiT-Ti/2"}
-FILES = [ROOT / "checkpoints" / f"{name}.safetensors" for name in CHECKPOINTS] + [WEIGHTS]
+FILES = [BUNDLED_PATH, WEIGHTS]
 CARDS = {"checkpoints": ROOT / "checkpoints" / "README.md", "evaluate": ROOT / "evaluate" / "README.md"}
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 LARGEST = 17_000_000  # bytes
@@ -24,14 +23,15 @@ def _quiet(monkeypatch, tmp_path):
     monkeypatch.setenv("ADACORR_HOME", str(tmp_path / "home"))
 
 
-@pytest.fixture(scope="module", params=CHECKPOINTS)
-def loaded(request):
-    checkpoint = load_checkpoint(ROOT / "checkpoints" / f"{request.param}.safetensors")
-    return CHECKPOINTS[request.param], checkpoint, build_model(checkpoint)
+@pytest.fixture(scope="module")
+def loaded():
+    checkpoint = load_checkpoint(BUNDLED)
+    return checkpoint, build_model(checkpoint)
 
 
-def test_the_default_is_one_of_them():
-    assert BUNDLED_PATH in FILES
+def test_one_model_is_bundled():
+    """Every clone downloads it."""
+    assert list(BUNDLED_PATH.parent.glob("*.safetensors")) == [BUNDLED_PATH]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -43,7 +43,8 @@ def test_digest_and_size(path):
 
 
 def test_checkpoint_is_the_named_model(loaded):
-    name, checkpoint, model = loaded
+    name = "DiT-Ti/2"
+    checkpoint, model = loaded
     # build_model refuses another architecture than the one it is asked for.
     build_model(checkpoint, model=name, num_classes=10, image_size=32)
     expected = DiT_models[name](input_size=32, in_channels=3, num_classes=10, learn_sigma=False)
@@ -54,7 +55,7 @@ def test_checkpoint_is_the_named_model(loaded):
 
 
 def test_checkpoint_is_stored_in_16_bits(loaded):
-    _, checkpoint, model = loaded
+    checkpoint, model = loaded
     wide = [key for key, tensor in checkpoint.state_dict.items() if tensor.dtype != torch.float16]
     assert wide == ["pos_embed"]
     assert {p.dtype for p in model.parameters()} == {torch.float32}
@@ -64,7 +65,7 @@ def test_checkpoint_is_stored_in_16_bits(loaded):
 @torch.no_grad()
 def test_checkpoint_predicts_the_noise(loaded):
     """Nearly pure noise comes back as itself, for a label and for the null label, which differ."""
-    _, _, model = loaded
+    _, model = loaded
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     out = model(x, torch.tensor([999, 999]), torch.tensor([3, 10]))
     assert out.shape == x.shape
@@ -89,7 +90,7 @@ def test_features_classify():
 
 def test_features_know_the_samples_of_the_card():
     """Ten classes in columns, 64 pixels a tile and 2 between: most are what they were sampled to be."""
-    with Image.open(ROOT / "checkpoints" / "dit-ti-2-cifar10.png") as image:
+    with Image.open(BUNDLED_PATH.with_suffix(".png")) as image:
         sheet = torch.from_numpy(np.array(image))
     assert sheet.shape == (8 * 66 - 2, 10 * 66 - 2, 3)
     tiles = [sheet[y : y + 64 : 2, x : x + 64 : 2] for y in range(0, 526, 66) for x in range(0, 658, 66)]

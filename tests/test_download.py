@@ -239,8 +239,8 @@ def test_bundled_model_loads_by_name_from_anywhere(tmp_path, monkeypatch):
     assert checkpoint.class_names == names
     assert checkpoint.sha256 in (BUNDLED_PATH.parent / "README.md").read_text(encoding="utf-8")
     assert (BUNDLED_PATH.parent / f"{BUNDLED_PATH.name}.sha256").is_file()
-    model = build_model(checkpoint, model="DiT-Ti/4", image_size=32, num_classes=10)
-    fresh = DiT_models["DiT-Ti/4"](input_size=32, in_channels=3, num_classes=10, learn_sigma=False)
+    model = build_model(checkpoint, model="DiT-Ti/2", image_size=32, num_classes=10)
+    fresh = DiT_models["DiT-Ti/2"](input_size=32, in_channels=3, num_classes=10, learn_sigma=False)
     assert model.config == fresh.config
     assert torch.equal(model.pos_embed, fresh.pos_embed)
 
@@ -268,7 +268,7 @@ def test_missing_bundled_file_says_so(tmp_path, monkeypatch):
 
 
 def test_missing_file_lists_what_was_tried(tmp_path):
-    with pytest.raises(CheckpointError, match="no checkpoint .*tried .*nothing.pt; .*dit-ti-4-cifar10, DiT-XL-2"):
+    with pytest.raises(CheckpointError, match="no checkpoint .*tried .*nothing.pt; .*dit-ti-2-cifar10, DiT-XL-2"):
         load_checkpoint(tmp_path / "nothing.pt")
 
 

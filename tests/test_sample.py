@@ -92,10 +92,10 @@ def test_compare_command(tmp_path):
     assert content["labels"] == [0, 3]
     assert content["warm"] is True
     assert content["options"]["num_sampling_steps"] == 8
-    assert content["options"]["ckpt"] == "dit-ti-4-cifar10"
+    assert content["options"]["ckpt"] == "dit-ti-2-cifar10"
     assert content["options"]["image_size"] == 32
     assert content["method"] == {"correction": {"name": "AdaCorrection", **vars(adacorr.AdaCorrection())}}
-    assert content["checkpoint"]["name"] == "dit-ti-4-cifar10.safetensors"
+    assert content["checkpoint"]["name"] == "dit-ti-2-cifar10.safetensors"
     assert len(content["checkpoint"]["sha256"]) == 64
     assert content["checkpoint"]["source_key"] == "flat"
     assert content["model"]["num_classes"] == 10
@@ -172,7 +172,7 @@ def test_mistakes_are_one_line_before_any_weights_are_read(monkeypatch, capsys, 
         (["--image-size", "250"], ["250", "32"]),
         (["--num-classes", "1000"], ["1000", "10"]),
         (["--ckpt", "nowhere.pt"], ["nowhere.pt"]),
-        (["--model", "DiT-XL/2", "--ckpt", "dit-ti-4-cifar10"], ["DiT-XL/2", "DiT-Ti/4"]),
+        (["--model", "DiT-XL/2", "--ckpt", "dit-ti-2-cifar10"], ["DiT-XL/2", "DiT-Ti/2"]),
         (["--cfg-channels", "3", "--vae", "nowhere"], ["nowhere"]),
     ],
 )
