@@ -4,6 +4,8 @@
     python -m evaluate compare --methods teacache,rfc --levels 0.35,0.15 --out /tmp/some
     python -m evaluate compare --out docs/compare --known /tmp/some.json    # what ran before is not run again
 
+STEM.json is written after each row, so that a run that was stopped goes on with --known STEM.json.
+
 All runs share the model, the noise and the labels. A method's own knob (`Policy.knob`) is moved until it spends each
 compute level; where it has variants, the best at that level is kept. Its corrected form keeps that setting, and gamma
 is moved until it spends at most 3 % more than the method ("more" marks where it cannot). Settings are searched on the
@@ -533,23 +535,31 @@ def run(args: argparse.Namespace) -> None:
     identity = {key: str(getattr(args, key)) for key in SAME} | {"checkpoint_sha256": pipe.checkpoint.sha256}
     for file in args.known:
         bench.rows |= known_rows(file, identity)
-    rows = list(compare(bench, methods, levels, say))
+    settings = {key: str(value) for key, value in vars(args).items() if key not in ("run", "made_with", "command")}
+    environment = pipeline.environment()
+
+    def save() -> None:
+        content = {
+            "identity": identity,
+            "arguments": settings,
+            "made_with": args.made_with,
+            "environment": environment,
+            "rows": [row.plain() for row in rows],
+            "tried": [row.plain() for row in bench.rows.values()],
+        }
+        pipeline.write_json(files["json"], json.loads(json.dumps(content)))
+
+    rows: list[Row] = []
+    for row in compare(bench, methods, levels, say):
+        rows.append(row)
+        save()  # what a run that is stopped has found is not lost: --known takes it over
     if args.repeats:
         time_rows(bench, rows, args.repeats, args.timed_images, say)
-    settings = {key: str(value) for key, value in vars(args).items() if key not in ("run", "made_with", "command")}
-    content = {
-        "identity": identity,
-        "arguments": settings,
-        "made_with": args.made_with,
-        "environment": pipeline.environment(),
-        "rows": [row.plain() for row in rows],
-        "tried": [row.plain() for row in bench.rows.values()],
-    }
-    pipeline.write_json(files["json"], json.loads(json.dumps(content)))
+        save()
     intro = (
         f"`{' '.join(args.made_with)}`: {pipe.checkpoint.path.name}, {args.sampler} of {args.num_sampling_steps} "
         f"steps, guidance {args.cfg_scale:g}, {args.num_images} images of seed {args.seed}, {args.dtype} on "
-        f"{content['environment']['device']}, {time.strftime('%Y-%m-%d')}. Alone → under AdaCorrection, at most "
+        f"{environment['device']}, {time.strftime('%Y-%m-%d')}. Alone → under AdaCorrection, at most "
         f"{NEAR:.0%} more compute. Settings were searched on the first {args.search_images} images"
         f"{f'; each row was timed {args.repeats} time(s) on the first {args.timed_images}' if args.repeats else ''}."
     )
