@@ -507,6 +507,32 @@ def test_known_rows_are_not_run_again(result, content, ckpt, tmp_path, monkeypat
     assert [row for row in again["rows"] if row["method"] == "interval"] == kept
 
 
+def test_a_run_that_was_stopped_goes_on(ckpt, tmp_path, monkeypatch):
+    out = tmp_path / "stopped"
+    given = ["--methods", "interval", "--levels", "0.5,0.3", "--num-images", 2, "--search-images", 1]
+    given += ["--solution-steps", 0, "--repeats", 0, "--out"]
+    assert code("compare", *flags(ckpt), *given, tmp_path / "whole") == 0
+
+    def stopped(bench, method, level, gamma):
+        if level == 0.3:
+            raise KeyboardInterrupt
+        return sweep(bench, method, level, gamma)
+
+    monkeypatch.setattr(compare, "sweep", stopped)
+    assert code("compare", *flags(ckpt), *given, out) == 130
+    monkeypatch.undo()
+    found = json.loads(out.with_suffix(".json").read_text())
+    assert [row["level"] for row in found["rows"]] == [0.5, 0.5]
+    states, ran = Bench.states, []
+    monkeypatch.setattr(
+        Bench, "states", lambda self, setting, *rest: ran.append(setting) or states(self, setting, *rest)
+    )
+    assert code("compare", *flags(ckpt), *given, out, "--known", out.with_suffix(".json")) == 0
+    whole, again = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", "stopped"))
+    assert again["rows"] == whole["rows"]
+    assert not {str(setting) for setting in ran} & {str(Setting(**row["setting"])) for row in found["tried"]}
+
+
 def test_rows_of_another_comparison_are_refused(result, ckpt, tmp_path, capsys):
     given = [
         "--num-images",

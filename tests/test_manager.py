@@ -281,10 +281,10 @@ def test_compute_counts_executed_blocks_and_the_gates(model):
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_more_gamma_never_computes_less(model, bundled, sampler):
-    for network, steps in ((model, 50), (bundled, 20)):
+    for network, steps in ((model, 50), (bundled, 12)):
         share, error = [], []
         plain = sample(network, steps=steps, labels=(1,), sampler=sampler)
-        for gamma in (0, 0.1, 0.3, 1, 3, 10, 1000):
+        for gamma in (0, 0.1, 0.3, 1, 10, 1000):
             manager = CacheManager(correction=AdaCorrection(gamma=gamma))
             out = sample(network, steps=steps, labels=(1,), sampler=sampler, cache=manager)
             share.append(manager.trace.compute)
@@ -298,7 +298,7 @@ def test_more_gamma_never_computes_less(model, bundled, sampler):
     "policy", [None, "teacache:threshold=0.3,profile=none", "first_block:threshold=0.2", "interval:every=4"]
 )
 def test_an_image_does_not_depend_on_its_batch(bundled, policy):
-    labels, steps = (1, 7, 7), 16
+    labels, steps = (1, 7, 7), 12
     spec = policy and make_policy(policy)
 
     def draw(labels, first=0):

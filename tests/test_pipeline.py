@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from toy import tiny_dit
 
 import pipeline
 from adacorr import AdaCorrection, CacheManager, make_policy
@@ -158,8 +159,8 @@ def test_observe_is_called_with_the_states_after_every_step():
 
 @pytest.mark.parametrize(("name", "cfg_scale"), [("ddim", 1.5), ("ddpm", 4.0)])
 def test_an_image_is_the_same_alone_and_in_a_batch(bundled, name, cfg_scale):
-    pipe = with_steps(bundled, 16, name, cfg_scale)
-    labels, indices, cache = torch.tensor([3, 7, 3]), np.array([5, 11, 2]), practical()
+    pipe = with_steps(bundled, 12, name, cfg_scale)
+    labels, indices, cache = torch.tensor([3, 7, 3]), np.array([5, 11, 2]), practical(gamma=0.3)
     batch = pipe.sample(9, indices, labels, cache)
     steps = [[cache.trace.computed_steps(i, half) for half in (0, 1)] for i in range(3)]
     assert 0.0 < cache.trace.hit_rate < 1.0
@@ -191,14 +192,19 @@ def test_budget_is_kept(bundled, budget):
         assert spent <= budget
 
 
-def test_images_go_on_from_the_state_that_rewinding_corrected(bundled):
-    pipe, labels = with_steps(bundled, 24), torch.tensor([1, 8])
-    plain = pipe.sample(1, np.arange(2), labels)
-    error = {}
-    for rewind in (True, False):
-        cached = pipe.sample(1, np.arange(2), labels, practical(budget=4, rewind=rewind))
-        error[rewind] = float((cached - plain).square().mean().sqrt())
-    assert error[True] < 0.7 * error[False]
+def test_images_go_on_from_the_state_that_rewinding_corrected():
+    model, labels = tiny_dit(), torch.tensor([1, 3])
+    noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def draw(cache=None):
+        return sample_latents(model, make_sampler("ddim", 24), noise, labels, cfg_scale=1.5, cache=cache)
+
+    plain = draw()
+    for budget in (4, 8):
+        error = {}
+        for rewind in (True, False):
+            error[rewind] = float((draw(practical(budget=budget, rewind=rewind)) - plain).square().mean().sqrt())
+        assert error[True] < 0.9 * error[False]
 
 
 def test_samplers_with_a_history_are_never_rewound(bundled):
