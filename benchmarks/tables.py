@@ -96,7 +96,7 @@ class Bench:
 
     def gamma(self):
         self.header()
-        for text in [f"gamma={g}" for g in (0.25, 0.5, 1, 2, 4)] + [f"budget={b}" for b in (5, 6, 7, 8)]:
+        for text in [f"gamma={g}" for g in (0.25, 0.5, 1, 2, 4, 8)] + [f"budget={b}" for b in (5, 6, 7, 8)]:
             self.compare(name(None, text), cache(None, text))
         for text in ("rewind=false", "difference=false", "order=1", "order=3", "gate_error=0.001"):
             self.compare(name(None, text), cache(None, text))
@@ -113,7 +113,7 @@ class Bench:
             ("DDPM, 250 steps", {"sampler": "ddpm", "steps": 250}),
             ("DPM-Solver++, 20 steps (no rewind)", {"sampler": "dpmsolver++", "steps": 20}),
             ("batch 1", {"images": 1}),
-            ("batch 64", {"images": 64}),
+            ("batch 16", {"images": 16}),
         ):
             self.compare(f"--adacorr, {what}", cache(None, ""), **changes)
 

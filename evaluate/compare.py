@@ -204,10 +204,10 @@ def search(
         elif first is not None and first not in tried:
             value = first
         else:
-            share = 0.5 if slow else _share(tried, low, high, goal)
-            value = float(f"{low ** (1 - share) * high**share:.4g}")
             if _width(low, high) < NARROW:
                 break
+            share = 0.5 if slow else _share(tried, low, high, goal)
+            value = float(f"{low ** (1 - share) * high**share:.4g}")
         tried[value] = run(value)
         slow = not whole and 2 * _width(*_interval(tried, knob, goal)) > _width(low, high)
     if whole:
@@ -301,12 +301,8 @@ def compare(bench: Bench, methods: list[str], levels: list[float], say: Callable
         row = search(
             lambda g: bench.run("adacorr", "adacorr", Setting(None, f"gamma={g:g}"), True), GAMMA, level, tried=tried
         )
-        own[level] = bench.run("adacorr", "adacorr", row.setting)
-        say(
-            f"--adacorr at {level}: {own[level].score:.1f} dB"
-            if reached(own[level], level)
-            else f"--adacorr at {level}: out of reach"
-        )
+        row = own[level] = bench.run("adacorr", "adacorr", row.setting)
+        say(f"--adacorr at {level}: {f'{row.score:.1f} dB' if reached(row, level) else 'out of reach'}")
     for method in methods:
         for level in levels:
             pair = sweep(bench, method, level, gamma_of(own[level]))
