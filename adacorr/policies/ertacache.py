@@ -110,8 +110,8 @@ class ERTACache(Policy):
     Rectification: the paper models the error eps of the reused v by sigmoid(K v + B) and linearises the sigmoid,
     sigma(z) = z / 4 + 1 / 2, so that least squares gives K = 4 cov(v, eps) / var(v) and
     B = 4 (mean eps - 1 / 2) - K mean v. What is subtracted is then K v / 4 + B / 4 + 1 / 2, which is ordinary least
-    squares: slope K / 4 and offset B / 4 + 1 / 2. rectify=all takes one such pair for each step and lag. On the bundled
-    model that lowers the error of R but not that of the image, so the default is a pair for each channel, too. To keep
+    squares: slope K / 4 and offset B / 4 + 1 / 2. rectify=all takes one such pair for each step and lag. On a small
+    DiT that lowers the error of R but not that of the image, so the default is a pair for each channel, too. To keep
     the profile small these are put together from the mean and deviation of each channel at each step and one
     correlation r for each pair of steps: R_i is regressed on R_c with slope r dev_i / dev_c.
 
