@@ -183,8 +183,8 @@ class FastCache(Policy):
     Maps are ridge fits to uncached runs with an intercept for every step: F ~ H W + b[s] for what a block adds
     (residual), or F - F_ref ~ (H - H_ref) W + b[s] - b[ref] from the token's last computed pair (increment; W = 0 and
     b = 0 is plain reuse). On held-out images of the bundled checkpoint the increment maps take away two thirds of a
-    block's error under plain reuse and a quarter of the stack's (the profile's notes have R^2 for each); whole runs come
-    far closer than with residual maps, hence the default.
+    block's error under plain reuse and a quarter of the stack's (the profile's notes have R^2 for each); whole runs
+    come far closer than with residual maps, hence the default.
     Stored: each block's and the stack's last computed pair (form=increment), the inputs compared with, and the maps.
     The blocks are one unit each, since only so the inputs of all blocks are seen in the first step.
 
