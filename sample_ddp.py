@@ -1,7 +1,7 @@
 """Sample many images, for FID, on one GPU or on many, into a folder and an ADM-format .npz.
 
     python sample_ddp.py --num-fid-samples 100 --adacorr              the bundled checkpoint, one process
-    torchrun --nproc-per-node 8 sample_ddp.py --preset dit-xl-2-256-ddpm-250 --adacorr
+    torchrun --nproc-per-node 8 sample_ddp.py --preset dit-xl-2-256-ddim-50 --adacorr
     python sample_ddp.py --pack samples/NAME                          make the .npz of a finished folder again
 
 Image i depends on (seed, i) alone: not on the number of processes or nodes, on the batch size or on restarts. The same
