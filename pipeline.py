@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import adacorr
-from adacorr import CacheManager, make_policy, parse_correction
+from adacorr import CacheManager, Literal, make_policy, parse_correction
 from diffusion import Sampler, linear_betas, make_sampler, names
 from download import BUNDLED, VAES, Checkpoint, build_model, load_checkpoint, load_vae, released_name
 from models import DiT, DiT_models, guide_first, guided_channels
@@ -223,6 +223,16 @@ def make_cache(args: argparse.Namespace) -> CacheManager | None:
     if policy is None and correction is None:
         return None
     return CacheManager(policy, correction, DTYPES[args.cache_dtype])
+
+
+def caveat(sampler: Sampler, cache: CacheManager | None) -> str | None:
+    """What to look out for in the images of a cached run, in one line; None where nothing is known."""
+    if cache is None or not sampler.stochastic or isinstance(cache.correction, Literal):
+        return None
+    return (
+        f"--sampler {sampler.spec} injects noise, and steps that a cache skips leave it in the images: look at some, "
+        "and raise --adacorr gamma (4 to 30 on the bundled model) or take ddim"
+    )
 
 
 def describe_cache(cache: CacheManager | None) -> dict[str, Any] | None:

@@ -59,6 +59,8 @@ def run(args: argparse.Namespace) -> None:
     """The whole job. ValueError or OSError for a mistake, before heavy work where it shows by then."""
     check(args)
     pipe, cache = pipeline.load(args)
+    if doubt := pipeline.caveat(pipe.sampler, cache):
+        print(f"sample.py: warning: {doubt}", file=sys.stderr)
     labels = pipeline.parse_labels(args.class_labels, pipe.model)
     count = args.num_images or (8 if labels is None else len(labels))
     if labels is not None:

@@ -311,6 +311,8 @@ class Leader:
         self.folder.check_writable()
         record = None if args.overwrite else self.folder.check(self.protocol)
         self._say_protocol()
+        if doubt := pipeline.caveat(self.pipe.sampler, self.cache):
+            warn(doubt)
         if record is not None:
             self._say_changes(record["sessions"][-1]["environment"])
         for note in stack.enter_context(self.folder.lock()):

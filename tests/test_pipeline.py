@@ -11,7 +11,7 @@ import torch
 from toy import tiny_dit
 
 import pipeline
-from adacorr import AdaCorrection, CacheManager, make_policy
+from adacorr import AdaCorrection, CacheManager, Literal, make_policy
 from diffusion import make_sampler
 from models import DiT
 from pipeline import VAE_SCALE, Pipeline, gaussian, sample_latents
@@ -309,6 +309,15 @@ def test_environment_is_plain_json_also_without_git(monkeypatch):
     assert json.loads(json.dumps(pipeline.environment()))["torch"] == torch.__version__
     monkeypatch.setenv("PATH", "")
     assert pipeline.environment()["git"] is None
+
+
+def test_caches_under_injected_noise_come_with_a_caveat():
+    cached = CacheManager(None, AdaCorrection())
+    assert "--sampler ddpm injects noise" in pipeline.caveat(make_sampler("ddpm", 5), cached)
+    assert pipeline.caveat(make_sampler("ddim:eta=1", 5), cached)
+    assert pipeline.caveat(make_sampler("ddim", 5), cached) is None
+    assert pipeline.caveat(make_sampler("ddpm", 5), None) is None
+    assert pipeline.caveat(make_sampler("ddpm", 5), CacheManager(None, Literal())) is None  # computes everything
 
 
 def test_check_writable(tmp_path):
