@@ -204,7 +204,7 @@ def test_images_go_on_from_the_state_that_rewinding_corrected():
         error = {}
         for rewind in (True, False):
             error[rewind] = float((draw(practical(budget=budget, rewind=rewind)) - plain).square().mean().sqrt())
-        assert error[True] < 0.9 * error[False]
+        assert error[True] < 0.82 * error[False]
 
 
 def test_samplers_with_a_history_are_never_rewound(bundled):
