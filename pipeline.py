@@ -1,32 +1,25 @@
-"""What every script shares: flags, loading, noise and labels by image index, the sampling loop, decoding, record."""
+"""What every sampling script shares: flags, loading, noise by image index, the sampling loop, decoding."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
-from importlib import metadata
-from pathlib import Path
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import adacorr
-from adacorr import CacheManager, Literal, make_policy, parse_correction
+from adacorr import Algorithm1, CacheManager
+from adacorr.policies import names as policy_names
 from diffusion import Sampler, linear_betas, make_sampler, names
 from download import BUNDLED, VAES, Checkpoint, build_model, load_checkpoint, load_vae, released_name
 from models import DiT, DiT_models, guide_first, guided_channels
+from runtime import DTYPES, check_range, find_device, random_stream
 
 VAE_SCALE = 0.18215  # latents of the stable-diffusion VAE that DiT was trained on have unit variance after this factor
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 StepNoise = Callable[[int, np.ndarray], Tensor]
 Observe = Callable[[int, Tensor, CacheManager | None], None]  # after each step: its number, the states after it
 
@@ -34,81 +27,86 @@ Observe = Callable[[int, Tensor, CacheManager | None], None]  # after each step:
 # ------------------------------------------------------------------------------------------------- flags
 
 
+@dataclass(frozen=True)
+class ModelOptions:
+    """What is sampled and how: the flags of `add_model_flags`, by their names and with their defaults."""
+
+    model: str | None = None
+    ckpt: str | None = None
+    image_size: int | None = None
+    num_classes: int | None = None
+    vae: str | None = None
+    cfg_scale: float = 1.5
+    cfg_channels: str | None = None
+    sampler: str = "ddim"
+    num_sampling_steps: int = 50
+    dtype: str = "fp32"
+    device: str | None = None
+    offline: bool = False
+    allow_unverified: bool = False
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> ModelOptions:
+        """Those among parsed flags."""
+        return cls(**{f.name: getattr(args, f.name) for f in fields(cls)})
+
+
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Model, sampler and device. Names are those of the DiT release where it has them."""
-    group = parser.add_argument_group("model and sampler")
-    group.add_argument(
+    add = parser.add_argument_group("model and sampler").add_argument
+    add(
         "--model",
         choices=sorted(DiT_models),
-        help="DiT-XL/2 without --ckpt means the released weights; the default is what the checkpoint holds",
+        metavar="NAME",
+        help="DiT-XL/2 and so on; without --ckpt the released weights",
     )
-    group.add_argument(
-        "--ckpt", help=f".pt, .safetensors or diffusers folder; the default is the bundled {BUNDLED} (32 px CIFAR-10)"
+    add("--ckpt", metavar="FILE", help=f".pt, .safetensors or diffusers folder (default: the bundled {BUNDLED})")
+    add("--image-size", type=int, help="pixels: 256 or 512 for released weights, else the checkpoint's own")
+    add("--num-classes", type=int, help="checked against the checkpoint")
+    add("--vae", metavar="NAME", help=f"{', '.join(sorted(VAES))}, a diffusers folder, or none for pixel models")
+    add("--cfg-scale", type=float, help="classifier-free guidance; 1 runs one half only (default %(default)s)")
+    add(
+        "--cfg-channels", choices=["3", "all"], help="guided noise channels (default: 3 for latent models, as released)"
     )
-    group.add_argument(
-        "--image-size",
-        type=int,
-        help="pixels; 256 or 512 for released weights (default 256), else the checkpoint's own size",
-    )
-    group.add_argument("--num-classes", type=int, help="checked against the checkpoint")
-    group.add_argument(
-        "--vae",
-        help=f"{', '.join(sorted(VAES))}, a local diffusers folder, or none; the default is mse "
-        "for latent models and none for pixel models",
-    )
-    group.add_argument(
-        "--cfg-scale",
-        type=float,
-        default=1.5,
-        help="classifier-free guidance; 1 runs one half only (default %(default)s)",
-    )
-    group.add_argument(
-        "--cfg-channels",
-        choices=["3", "all"],
-        help="guided noise channels: 3 as the release does (default for latent models) or all",
-    )
-    group.add_argument(
-        "--sampler",
-        default="ddim",
-        metavar="NAME[:key=value,...]",
-        help=f"{', '.join(names())}, or a diffusers scheduler class (default %(default)s)",
-    )
-    group.add_argument("--num-sampling-steps", type=int, default=50, help="1 to 1000 (default %(default)s)")
-    group.add_argument(
-        "--seed",
-        "--global-seed",
-        type=int,
-        default=0,
-        help="image i is drawn from (seed, i) alone (default %(default)s)",
-    )
-    group.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="of the model (default %(default)s)")
-    group.add_argument("--device", help="default: cuda where there is one, else cpu")
-    group.add_argument("--offline", action="store_true", help="never download; say what is missing")
-    group.add_argument(
+    add("--sampler", metavar="NAME[:key=value,...]", help=f"{', '.join(names())}, or a diffusers scheduler class")
+    add("--num-sampling-steps", type=int, help="1 to 1000 (default %(default)s)")
+    add("--seed", "--global-seed", type=int, default=0, help="image i is drawn from (seed, i) alone (default 0)")
+    add("--dtype", choices=sorted(DTYPES), help="of the model (default %(default)s)")
+    add("--device", help="default: cuda where there is one, else cpu")
+    add("--offline", action="store_true", help="never download; say what is missing")
+    add(
         "--allow-unverified", action="store_true", help="go on when a checkpoint's digest differs from the recorded one"
     )
+    parser.set_defaults(**asdict(ModelOptions()))
 
 
 def add_cache_flags(parser: argparse.ArgumentParser) -> None:
-    """Caching method and correction."""
+    """Caching method and correction; `make_cache` reads them."""
     group = parser.add_argument_group("cache")
-    policies = "; ".join(f"{name}: {line}" for name, line in adacorr.available().items()).replace("%", "%%")
-    group.add_argument("--cache", metavar="POLICY[:key=value,...]", help=f"when to compute. {policies}")
+    group.add_argument(
+        "--cache",
+        metavar="METHOD[:key=value,...]",
+        help=f"{', '.join(policy_names())}; their options: python -m adacorr methods",
+    )
     group.add_argument(
         "--adacorr",
         nargs="?",
         const="",
         metavar="key=value,...",
-        help="AdaCorrection, alone or over --cache: gamma=1 (more corrects more), lambda=1, "
-        "budget=EVALUATIONS, order=2, ...; or literal[:gamma=1,lambda=1,form=paper|squared] for the "
-        "paper's Algorithm 1, which saves nothing",
+        help="AdaCorrection, alone or over --cache: gamma=1 (more corrects more), lambda=1, budget=EVALUATIONS, ...; "
+        "or literal, the paper's Algorithm 1, which saves nothing",
     )
     group.add_argument(
         "--cache-dtype",
         choices=sorted(DTYPES),
         default="fp32",
-        help="of the stored tensors; 16-bit halves the memory and adds noise to the forecast (default %(default)s)",
+        help="of the stored tensors; 16 bits halve the memory and add noise to the forecast (default %(default)s)",
     )
+
+
+def make_cache(args: argparse.Namespace) -> CacheManager | None:
+    """The cache of --cache and --adacorr, or None. Raises ValueError for an unknown method, key or value."""
+    return CacheManager.of(args.cache, args.adacorr, DTYPES[args.cache_dtype])
 
 
 # ------------------------------------------------------------------------------------------------ loading
@@ -125,7 +123,6 @@ class Pipeline:
     cfg_scale: float
     cfg_channels: str
     device: torch.device
-    options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def noise_shape(self) -> tuple[int, int, int]:
@@ -177,57 +174,34 @@ class Pipeline:
         return (127.5 * x + 128.0).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
 
 
-def load(args: argparse.Namespace) -> tuple[Pipeline, CacheManager | None]:
-    """Everything that the flags ask for. Cheap mistakes raise ValueError before anything heavy is loaded."""
-    cache = make_cache(args)
-    check_range("--cfg-scale", args.cfg_scale, 0.0, 100.0)
-    check_range("--seed", args.seed, 0, 2**63 - 1)
-    sampler = make_sampler(args.sampler, args.num_sampling_steps)
-    device = find_device(args.device)
-    name, size = args.ckpt or BUNDLED, args.image_size
-    if args.ckpt is None and args.model is not None:
-        size = size or 256
-        name = released_name(args.model, size)
-    checkpoint = load_checkpoint(name, offline=args.offline, allow_unverified=args.allow_unverified)
-    model = build_model(checkpoint, model=args.model, image_size=size, num_classes=args.num_classes)
-    if args.cfg_scale != 1.0:
+def load(options: ModelOptions) -> Pipeline:
+    """The pipeline of the options. Cheap mistakes raise ValueError before anything heavy is loaded."""
+    check_range("--cfg-scale", options.cfg_scale, 0.0, 100.0)
+    if options.ckpt == "":
+        raise ValueError("--ckpt is empty: give a file, or leave it out for the bundled checkpoint")
+    check_range("--num-sampling-steps", options.num_sampling_steps, 1, 1000)
+    sampler = make_sampler(options.sampler, options.num_sampling_steps)
+    device = find_device(options.device)
+    name, size = options.ckpt, options.image_size
+    if name is None:
+        size = size or (None if options.model is None else 256)
+        name = BUNDLED if options.model is None else released_name(options.model, size)
+    checkpoint = load_checkpoint(name, offline=options.offline, allow_unverified=options.allow_unverified)
+    model = build_model(checkpoint, model=options.model, image_size=size, num_classes=options.num_classes)
+    if options.cfg_scale != 1.0:
         model.null_label  # noqa: B018 - raises for a model that has no unconditional half
     latent = model.in_channels == 4
-    channels = args.cfg_channels or ("3" if latent else "all")
+    channels = options.cfg_channels or ("3" if latent else "all")
     guided_channels(channels, model.in_channels, 2)
-    vae_name = args.vae or ("mse" if latent else "none")
-    vae = None if vae_name == "none" else load_vae(vae_name, offline=args.offline).to(device).eval()
-    model.to(device=device, dtype=DTYPES[args.dtype])
-    return Pipeline(model, sampler, vae, checkpoint, args.cfg_scale, channels, device, options=vars(args)), cache
-
-
-def find_device(name: str | None) -> torch.device:
-    """The named device, else CUDA where there is one, else the CPU; ValueError for one that cannot be used."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # the second where torch was built without CUDA
-        raise ValueError(f"--device {name} cannot be used: {str(error).partition(chr(10))[0]}") from None
-
-
-def allow_tf32(on: bool) -> None:
-    """Whether a GPU may round the factors of float32 products to 10 bits, for speed."""
-    torch.set_float32_matmul_precision("high" if on else "highest")
-    torch.backends.cudnn.allow_tf32 = on
-
-
-def make_cache(args: argparse.Namespace) -> CacheManager | None:
-    """The cache of --cache and --adacorr, or None; ValueError for an unknown policy, key or value."""
-    policy = None if args.cache is None else make_policy(args.cache)
-    correction = None if args.adacorr is None else parse_correction(args.adacorr)
-    if policy is None and correction is None:
-        return None
-    return CacheManager(policy, correction, DTYPES[args.cache_dtype])
+    vae_name = options.vae or ("mse" if latent else "none")
+    vae = None if vae_name == "none" else load_vae(vae_name, offline=options.offline).to(device).eval()
+    model.to(device=device, dtype=DTYPES[options.dtype])
+    return Pipeline(model, sampler, vae, checkpoint, options.cfg_scale, channels, device)
 
 
 def caveat(sampler: Sampler, cache: CacheManager | None) -> str | None:
     """What to look out for in the images of a cached run, in one line; None where nothing is known."""
-    if cache is None or not sampler.stochastic or isinstance(cache.correction, Literal):
+    if cache is None or not sampler.stochastic or isinstance(cache.correction, Algorithm1):
         return None
     return (
         f"--sampler {sampler.spec} injects noise, and steps that a cache skips leave it in the images: look at some, "
@@ -241,28 +215,6 @@ def describe_cache(cache: CacheManager | None) -> dict[str, Any] | None:
         return None
     parts = {"policy": cache.policy, "correction": cache.correction}
     return {key: {"name": type(part).__name__, **asdict(part)} for key, part in parts.items() if part is not None}
-
-
-def check_range(name: str, value: float, low: float, high: float) -> None:
-    """ValueError unless low <= value <= high (and so also for nan)."""
-    if not low <= value <= high:
-        raise ValueError(f"{name} {value} is outside {low}..{high}")
-
-
-def check_writable(flag: str, path: Path) -> None:
-    """OSError unless the file can be made, or made again, along with its parent folders."""
-    if path.is_dir():
-        raise OSError(f"{flag} {path} is a folder: give the name of a file")
-    parent = existing_parent(path)
-    if not parent.is_dir():
-        raise OSError(f"{flag} {path}: {parent} is a file, not a folder")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise OSError(f"{flag} {path}: the folder {parent} is not writable")
-
-
-def existing_parent(path: Path) -> Path:
-    """The nearest of the folders above `path` that is there (or a file in their place)."""
-    return next(parent for parent in path.absolute().parents if parent.exists())
 
 
 def parse_labels(text: str | None, model: DiT) -> Tensor | None:
@@ -307,14 +259,6 @@ def gaussian(seed: int, indices: np.ndarray, shape: tuple[int, ...], stream: int
         drawn = random_stream(seed, index, stream).standard_normal(shape, dtype=np.float32)
         rows.append(torch.from_numpy(drawn))
     return torch.stack(rows)
-
-
-def random_stream(seed: int, index: int, stream: int) -> np.random.Generator:
-    """One of the random streams of an image, at its beginning."""
-    # The high half of the seed comes last: SeedSequence splits big numbers into words of 32 bits, and so would draw
-    # the same for (2**32, 0) and (0, 1). Philox takes all of its key; torch's generator keeps 32 bits of a seed.
-    words = [seed & 0xFFFFFFFF, int(index), stream, seed >> 32]
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))
 
 
 @torch.inference_mode()
@@ -421,52 +365,3 @@ def alpha_bar(sampler: Sampler) -> np.ndarray:
     """Cumulative signal power at the sampler's timesteps: (S,) float64, by linear interpolation between integers."""
     cumulative = np.cumprod(1.0 - linear_betas())
     return np.interp(sampler.timesteps.double().numpy(), np.arange(len(cumulative)), cumulative)
-
-
-# ------------------------------------------------------------------------------------------------- record
-
-
-def environment() -> dict[str, Any]:
-    """Versions and machine of a run record."""
-    command = ["git", "rev-parse", "HEAD"]
-    try:
-        commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git on this machine
-        commit = ""
-    return {
-        "git": commit or None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        **{name: installed(name) for name in ("timm", "diffusers", "numpy", "pillow")},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
-    }
-
-
-def installed(package: str) -> str | None:
-    """The version of a package, None where it is not installed."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def write_json(path: str | Path, content: dict[str, Any]) -> None:
-    """A JSON file, whole or not at all; ValueError for numbers that JSON does not have."""
-    with written_whole(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-
-
-@contextmanager
-def written_whole(path: str | Path) -> Iterator[Path]:
-    """A temporary file in the folder of `path`, which takes its name at the end: a reader never sees half of it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # With the host: two nodes on one shared folder may have processes of the same number.
-    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -24,8 +24,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import pipeline
-from adacorr import CacheManager
-from adacorr.spec import Parser, run_command
+import runtime
+from adacorr import CacheManager, files
+from adacorr.command import Parser, run_command
 from download import BUNDLED
 from evaluate.fidelity import fidelity
 
@@ -58,14 +59,15 @@ def make_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     """The whole job. ValueError or OSError for a mistake, before heavy work where it shows by then."""
     check(args)
-    pipe, cache = pipeline.load(args)
+    cache = pipeline.make_cache(args)
+    pipe = pipeline.load(pipeline.ModelOptions.of(args))
     if doubt := pipeline.caveat(pipe.sampler, cache):
         print(f"sample.py: warning: {doubt}", file=sys.stderr)
     labels = pipeline.parse_labels(args.class_labels, pipe.model)
     count = args.num_images or (8 if labels is None else len(labels))
     if labels is not None:
         labels = labels[torch.arange(count) % len(labels)]
-    method = name_method(args)
+    method = "uncached" if cache is None else cache.name
     record = describe(args, pipe, cache, labels, count)
 
     if args.compare:
@@ -94,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
         picture = side_by_side(grid(reference), picture, captions)
     save_png(args.out, picture)
     if args.record is not None:
-        pipeline.write_json(args.record, record)
+        files.write_json(args.record, record)
     report(args, record, method, pipe.checkpoint.class_names)
 
 
@@ -107,22 +109,14 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--compare needs a cache to compare with: add --adacorr, --cache POLICY or both")
     if args.class_labels is not None:
         pipeline.label_numbers(args.class_labels)
-    pipeline.check_range("--repeats", args.repeats, 1, 1000)
+    runtime.check_range("--repeats", args.repeats, 1, 1000)
     if args.num_images is not None:
-        pipeline.check_range("--num-images", args.num_images, 1, 100_000)
+        runtime.check_range("--num-images", args.num_images, 1, 100_000)
     if args.out.suffix.lower() != ".png":
         raise ValueError(f"--out {args.out} does not end in .png, the one format that is written")
-    pipeline.check_writable("--out", args.out)
+    files.check_writable("--out", args.out)
     if args.record is not None:
-        pipeline.check_writable("--record", args.record)
-
-
-def name_method(args: argparse.Namespace) -> str:
-    """A few words for the caption: 'adacorr', 'teacache + adacorr', 'literal', 'uncached'."""
-    words = [] if args.cache is None else [args.cache.partition(":")[0].strip()]
-    if args.adacorr is not None:
-        words.append("literal" if args.adacorr.strip().startswith("literal") else "adacorr")
-    return " + ".join(words) or "uncached"
+        files.check_writable("--record", args.record)
 
 
 def describe(
@@ -143,7 +137,7 @@ def describe(
     source = pipe.checkpoint
     record = {
         "options": options,
-        "environment": pipeline.environment(),
+        "environment": runtime.environment(),
         "checkpoint": {"name": source.path.name, "sha256": source.sha256, "source_key": source.source_key},
         "model": pipe.model.config,
         "images": count,
@@ -228,7 +222,7 @@ def side_by_side(left: Image.Image, right: Image.Image, captions: Sequence[str])
 
 def save_png(path: Path, picture: Image.Image) -> None:
     """A PNG, whole or not at all."""
-    with pipeline.written_whole(path) as temporary:
+    with files.written_whole(path) as temporary:
         picture.save(temporary, format="PNG")
 
 

@@ -30,9 +30,10 @@ import torch
 from tqdm import tqdm
 
 import pipeline
-from adacorr import AdaCorrection, CacheManager
+import runtime
+from adacorr import AdaCorrection, CacheManager, files
+from adacorr.command import Failure, Parser, run_command
 from adacorr.compiled import compile_blocks
-from adacorr.spec import Failure, Parser, run_command
 from ddp.image_store import STORES, Store, StoreError, pack
 from ddp.interrupt import Interrupted, Signals
 from ddp.labels import DRAWN, histogram, in_class_order, make_labels, read_labels
@@ -122,14 +123,14 @@ def check(args: argparse.Namespace, ranks: Ranks) -> torch.device:
 
 
 def _check(args: argparse.Namespace) -> None:
-    pipeline.check_range("--num-fid-samples", args.num_fid_samples, 1, 10_000_000)
-    pipeline.check_range("--per-proc-batch-size", args.per_proc_batch_size, 1, 100_000)
-    pipeline.check_range("--grace", args.grace, 0.0, 86_400.0)
+    runtime.check_range("--num-fid-samples", args.num_fid_samples, 1, 10_000_000)
+    runtime.check_range("--per-proc-batch-size", args.per_proc_batch_size, 1, 100_000)
+    runtime.check_range("--grace", args.grace, 0.0, 86_400.0)
     if args.threads is not None:
-        pipeline.check_range("--threads", args.threads, 1, 1024)
+        runtime.check_range("--threads", args.threads, 1, 1024)
     if args.sample_dir.exists() and not args.sample_dir.is_dir():
         raise OSError(f"--sample-dir {args.sample_dir} is a file, not a folder")
-    pipeline.check_writable("--sample-dir", args.sample_dir / "run.json")
+    files.check_writable("--sample-dir", args.sample_dir / "run.json")
     if args.labels not in DRAWN:
         read_labels(Path(args.labels), args.num_fid_samples)
 
@@ -145,7 +146,7 @@ def set_precision(args: argparse.Namespace, device: torch.device) -> None:
         if args.threads is not None:
             torch.set_num_threads(args.threads)
     else:
-        pipeline.allow_tf32(args.tf32)
+        runtime.allow_tf32(args.tf32)
         if args.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
@@ -153,7 +154,8 @@ def set_precision(args: argparse.Namespace, device: torch.device) -> None:
 
 def load(args: argparse.Namespace) -> tuple[Pipeline, CacheManager | None]:
     """Model, sampler and cache of this process; ValueError or OSError for a mistake."""
-    pipe, cache = pipeline.load(args)
+    cache = pipeline.make_cache(args)
+    pipe = pipeline.load(pipeline.ModelOptions.of(args))
     if args.compile:
         compile_blocks(pipe.model)
     return pipe, cache
@@ -302,7 +304,7 @@ class Leader:
         args = self.args
         self.pipe, self.cache = load(args)
         self.labels = make_labels(args.labels, args.seed, args.num_fid_samples, self.pipe.model.num_classes)
-        self.environment = pipeline.environment()
+        self.environment = runtime.environment()
         self.protocol = describe(args, self.pipe, self.cache)
         self.run = run_id(self.protocol)
         self.folder = RunFolder(args.sample_dir / folder_name(args, self.pipe, self.cache, self.protocol))

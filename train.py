@@ -40,8 +40,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import pipeline
+import runtime
 import sample
-from adacorr.spec import Parser
+from adacorr import files
+from adacorr.command import Parser
 from ddp.ranks import Ranks
 from diffusion import NUM_TRAIN, make_sampler, respace, respaced_schedule
 from download import Checkpoint, build_model, save_checkpoint
@@ -548,7 +550,7 @@ def trim_log(path: Path, start: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    with pipeline.written_whole(path) as temporary:
+    with files.written_whole(path) as temporary:
         temporary.write_text("".join(kept))
 
 
@@ -557,7 +559,7 @@ def write_state(args: argparse.Namespace, data: Data, trainer: Trainer, done: in
     options = {key: getattr(args, key) for key in (*FIXED, "steps")}
     state = {"step": done, "seconds": seconds, "options": options, "data": data.digest}
     state |= {"config": trainer.model.config, "class_names": data.class_names, **trainer.state()}
-    with pipeline.written_whole(args.out / "state.pt") as temporary:
+    with files.written_whole(args.out / "state.pt") as temporary:
         torch.save(state, temporary)
     path, config = args.out / "ema.safetensors", trainer.model.config
     save_checkpoint(path, trainer.ema, config, class_names=data.class_names, step=str(done))
@@ -611,12 +613,12 @@ def check(args: argparse.Namespace, ranks: Ranks) -> None:
         *(("minutes", 0.0, 1e6), ("image_size", 1, 4096)),
     ):
         if getattr(args, flag) is not None:
-            pipeline.check_range(f"--{flag.replace('_', '-')}", getattr(args, flag), low, high)
+            runtime.check_range(f"--{flag.replace('_', '-')}", getattr(args, flag), low, high)
     if args.batch_size % ranks.world:
         raise ValueError(f"--batch-size {args.batch_size} cannot be divided among {ranks.world} ranks")
     if args.out.exists() and not args.out.is_dir():
         raise OSError(f"--out {args.out} is a file, not a folder")
-    pipeline.check_writable("--out", args.out / "state.pt")
+    files.check_writable("--out", args.out / "state.pt")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -625,7 +627,7 @@ def run(args: argparse.Namespace) -> int:
     check(args, ranks)
     device = ranks.device(args.device)
     if device.type == "cuda":
-        pipeline.allow_tf32(True)
+        runtime.allow_tf32(True)
     state = read_state(args)
     say = print if ranks.rank == 0 else lambda *_, **__: None
     if state is not None and state["step"] >= args.steps:
@@ -653,7 +655,7 @@ def run(args: argparse.Namespace) -> int:
     del state  # as large as everything on the device
     if ranks.rank == 0:
         prepare_folder(args, start)
-        pipeline.write_json(args.out / "run.json", describe(args, data, trainer))
+        files.write_json(args.out / "run.json", describe(args, data, trainer))
     say(f"{'model':8} {args.model}, {sum(p.numel() for p in trainer.weights) / 1e6:.2f} M parameters")
     say(f"{'data':8} {len(data.images)} of {tuple(data.images.shape[1:])} in {data.num_classes} classes")
     say(f"{'device':8} {device}, {ranks.world} rank{'s' * (ranks.world > 1)}, {args.precision}")

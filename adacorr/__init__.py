@@ -11,14 +11,13 @@ with manager.run(model, labels, timesteps, alpha_bar, cfg_scale=1.5) as run:
 print(manager.trace.compute, manager.trace.hit_rate)
 """
 
-from adacorr.correct import AdaCorrection, Literal, blend, correction_weight, parse_correction
+from adacorr.correct import AdaCorrection, Algorithm1, blend, correction_weight, parse_correction
 from adacorr.corrected_run import Rewind
 from adacorr.manager import CacheManager, CacheRun
 from adacorr.offset import innovation, offset_score, spatial_variation, temporal_deviation
 from adacorr.policies import available, make_policy
-from adacorr.predict import Predictor
+from adacorr.policy import Cached, Policy, Predictor, Ran, RunInfo, View
 from adacorr.trace import Trace
-from adacorr.types import Cached, Policy, Ran, Run, View
 from adacorr.unit import Unit, by_branch
 
 __all__ = [
@@ -26,12 +25,12 @@ __all__ = [
     "CacheManager",
     "CacheRun",
     "Cached",
-    "Literal",
+    "Algorithm1",
     "Policy",
     "Predictor",
     "Ran",
     "Rewind",
-    "Run",
+    "RunInfo",
     "Trace",
     "Unit",
     "View",

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from adacorr.correct import AdaCorrection, Literal
+from adacorr.command import Parser, run_command
+from adacorr.correct import AdaCorrection, Algorithm1
 from adacorr.manager import CacheManager
 from adacorr.policies import available, make_policy
-from adacorr.spec import Parser, run_command
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def methods(pipe) -> list[Method]:
         rows.append(Method(name, policy.granularity, policy.calibration is not None, held, line, note))
     forms = {
         "--adacorr": (AdaCorrection(), "step", "The practical form, alone or over any of the methods."),
-        "--adacorr literal": (Literal(), "block", "Algorithm 1 of the paper to the letter; it skips nothing."),
+        "--adacorr literal": (Algorithm1(), "block", "Algorithm 1 of the paper to the letter; it skips nothing."),
     }
     for name, (form, granularity, line) in forms.items():
         rows.append(Method(name, granularity, False, measure_bytes(pipe, CacheManager(correction=form)), line))
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def list_methods() -> None:
-        pipe, _ = pipeline.load(argparse.Namespace(**vars(args), cache=None, adacorr=None, cache_dtype="fp32"))
+        pipe = pipeline.load(pipeline.ModelOptions.of(args))
         sys.stdout.write(show(methods(pipe)) + "\n")
 
     return run_command("adacorr", list_methods)

@@ -19,10 +19,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from adacorr.command import Parser, run_command
+from adacorr.files import check_writable
 from adacorr.manager import CacheManager
 from adacorr.policies import calibrated
 from adacorr.profile import Calibration, Profile, check_suffix, save_profile
-from adacorr.spec import Parser, hint, run_command
+from adacorr.spec import hint
 
 # Calibration noise is that of --seed plus this, so that no seed anybody evaluates on is ever fitted.
 SEED_OFFSET = 2**31
@@ -40,16 +42,18 @@ def observe(calibration: Calibration, pipe, seed: int, images: int, batch_size: 
 
 def run(args: argparse.Namespace, pipeline) -> None:
     """Load, observe, fit and write. ValueError or OSError for a mistake."""
+    from runtime import check_range
+
     if args.cache not in calibrated():
         close = hint(args.cache.partition(":")[0], calibrated())
         raise ValueError(f"--cache {args.cache}: only {', '.join(calibrated())} are measured on a model{close}")
-    pipeline.check_range("--num-images", args.num_images, 1, 10_000)
-    pipeline.check_range("--batch-size", args.batch_size, 1, 10_000)
-    pipeline.check_range("--seed", args.seed, 0, SEED_OFFSET - 1)
+    check_range("--num-images", args.num_images, 1, 10_000)
+    check_range("--batch-size", args.batch_size, 1, 10_000)
+    check_range("--seed", args.seed, 0, SEED_OFFSET - 1)
     check_suffix(args.out)
-    pipeline.check_writable("--out", args.out)
+    check_writable("--out", args.out)
     calibration = calibrated()[args.cache].calibration()
-    pipe, _ = pipeline.load(argparse.Namespace(**{**vars(args), "cache": None, "adacorr": None}))
+    pipe = pipeline.load(pipeline.ModelOptions.of(args))
     seed = SEED_OFFSET + args.seed
     observe(calibration, pipe, seed, args.num_images, args.batch_size)
     arrays, notes = calibration.fit()
@@ -94,7 +98,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     pipeline.add_model_flags(parser)
     args = parser.parse_args(argv)
     args.made_with = ["python", "-m", "adacorr.calibrate", *argv]
-    args.cache_dtype = "fp32"
     return run_command("adacorr.calibrate", lambda: run(args, pipeline))
 
 

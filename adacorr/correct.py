@@ -25,7 +25,7 @@ def blend(cached: Tensor, fresh: Tensor, weight: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Literal:
+class Algorithm1:
     """Algorithm 1 to the letter: every block is computed, then blended with its cached output.
 
     gamma and spatial_weight (lambda) are those of Eq. 6 and 3; `form` picks the paper's score or the squared one of
@@ -96,10 +96,10 @@ def _check_range(name: str, value: float, high: float = 1e6) -> None:
         raise ValueError(f"adacorr: {name}={value} must lie in 0..{high:g}")
 
 
-def parse_correction(text: str) -> AdaCorrection | Literal:
+def parse_correction(text: str) -> AdaCorrection | Algorithm1:
     """'' or 'key=value,...' is the practical form, 'literal[:key=value,...]' the paper's; ValueError otherwise."""
     text = text.strip()
     name, colon, rest = text.partition(":")
     if name.strip() == "literal":
-        return build(Literal, "literal", parse_options(rest, text) if colon else {}, ALIASES)
+        return build(Algorithm1, "literal", parse_options(rest, text) if colon else {}, ALIASES)
     return build(AdaCorrection, "adacorr", parse_options(text) if text else {}, ALIASES)

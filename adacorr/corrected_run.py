@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from adacorr.control import Controller
 from adacorr.correct import AdaCorrection
 from adacorr.offset import innovation
-from adacorr.policy_run import ask, count_modulations, see
-from adacorr.predict import Active, Collected, Segment
+from adacorr.policy import Policy, Ran, RunInfo, View, scatter
+from adacorr.policy_run import checked_decision, count_modulations, make_view
+from adacorr.store import ComputedRows, FreshStep, UnitStore
 from adacorr.trace import Trace, check_call
-from adacorr.types import Policy, Ran, Run, View, put
 from adacorr.unit import Conditioning, Unit, check_units, run_unit
 
 # Most steps that one forecast covers: it holds that many outputs of the stack besides the history.
@@ -41,9 +41,9 @@ class CorrectedRun:
         policy: Policy | None,
         correction: AdaCorrection,
         controller: Controller,
-        run: Run,
+        run: RunInfo,
         trace: Trace,
-        segment: Segment,
+        segment: UnitStore,
         rewindable: bool,
     ):
         """`run` is what the policy sees: one half where the unconditional one is carried."""
@@ -106,7 +106,7 @@ class CorrectedRun:
         must = empty | lost if view is None else empty | lost | view.failed
         self.trace.fallbacks += int((lost if view is None else lost & ~view.failed).sum())  # `ask` counts the others
         weight, cond, uncond = self.controller.decide(self.step, want | empty, must)
-        active = Active(np.flatnonzero(cond), np.flatnonzero(uncond) if self.halves == 2 else self.everyone[:0])
+        active = ComputedRows(np.flatnonzero(cond), np.flatnonzero(uncond) if self.halves == 2 else self.everyone[:0])
         everything = bool(cond.all() and (uncond.all() or self.halves == 1))
         rows = None if everything else torch.from_numpy(active.rows(self.images)).to(x.device)
         head = out = fresh = None
@@ -134,23 +134,25 @@ class CorrectedRun:
         """The probe's output for all rows that the policy sees, with its branches: they are computed once only."""
         if not self.probe:
             return None
-        seen, branches = self.info.halves * self.images, []
+        seen, branches = self.info.visible_halves * self.images, []
         out = x[:seen]
         for block in blocks[: self.probe]:
             out = block(out, c[:seen], lambda *pair: branches.append(pair))
-        self.trace.executed[self.step, : self.probe, :, :, : self.info.halves] = 1
+        self.trace.executed[self.step, : self.probe, :, :, : self.info.visible_halves] = 1
         return out, branches
 
     def _ask_policy(self, blocks, x, c, probed) -> tuple[View | None, np.ndarray]:
         """(what the policy sees, (n,) bool: images for which it proposes to compute the step)."""
         if self.policy is None:
             return None, np.zeros(self.images, dtype=bool)
-        seen = self.info.halves * self.images
+        seen = self.info.visible_halves * self.images
         head, conditioning = x[:seen] if probed is None else probed[0], Conditioning(blocks, c[:seen])
-        view = see(self.info, self.step, self.units[0], head, x[:seen], self.last, conditioning, self.trace)
-        return view, ask(self.policy, view, self.policy.propose)
+        view = make_view(self.info, self.step, self.units[0], head, x[:seen], self.last, conditioning, self.trace)
+        return view, checked_decision(self.policy, view, self.policy.propose)
 
-    def _compute(self, active: Active, x: Tensor, c: Tensor, probed, view: View | None) -> tuple[Tensor, Collected]:
+    def _compute(
+        self, active: ComputedRows, x: Tensor, c: Tensor, probed, view: View | None
+    ) -> tuple[Tensor, FreshStep]:
         """The stack for the active rows: x (rows, T, D) -> (its output, what is to be stored)."""
         fresh = self.segment.collect(active)
         conditioning = Conditioning(self.info.blocks, c)
@@ -164,10 +166,10 @@ class CorrectedRun:
         fresh.finish()
         return x, fresh
 
-    def _resume(self, active: Active, x: Tensor, conditioning: Conditioning, probed, fresh: Collected) -> Tensor:
+    def _resume(self, active: ComputedRows, x: Tensor, conditioning: Conditioning, probed, fresh: FreshStep) -> Tensor:
         """Where the probe ends, for the active rows x: rows that it saw are taken from it, the others run."""
         out, branches = probed
-        own = torch.from_numpy(active.rows(self.images) if self.info.halves == self.halves else active.cond)
+        own = torch.from_numpy(active.rows(self.images) if self.info.visible_halves == self.halves else active.cond)
         own = own.to(x.device)
         rest, done = x[len(own) :], out[own]
         for block, pair in zip(conditioning.blocks, branches, strict=False):
@@ -177,12 +179,14 @@ class CorrectedRun:
             fresh.tap()(*(torch.cat([seen[own], *ran[i : i + 1]]) for i, seen in enumerate(pair)))
         return torch.cat([done, rest])
 
-    def _tell(self, view: View, unit: Unit, active: Active, x: Tensor, out: Tensor, branch: Tensor | None) -> None:
+    def _tell(
+        self, view: View, unit: Unit, active: ComputedRows, x: Tensor, out: Tensor, branch: Tensor | None
+    ) -> None:
         """Let the policy know what a unit gave, in the halves that it sees."""
-        shape = (self.info.halves, len(active.cond))
+        shape = (self.info.visible_halves, len(active.cond))
         x, out, branch = (None if v is None else v[: shape[0] * shape[1]].unflatten(0, shape) for v in (x, out, branch))
         if unit is not self.units[0]:
-            view = replace(view, unit=unit, x=put(None, active.cond, x, self.images))
+            view = replace(view, unit=unit, x=scatter(None, active.cond, x, self.images))
         self.policy.computed(view, Ran(active.cond, x, out, branch))
 
     def _forecast(self) -> list[Tensor]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor, nn
 
-from adacorr.correct import Literal, blend, correction_weight
+from adacorr.correct import Algorithm1, blend, correction_weight
 from adacorr.offset import offset_score, spatial_variation, temporal_deviation
 from adacorr.trace import Trace, check_call
 
@@ -19,7 +19,7 @@ class LiteralRun:
     rewind = None  # every step is computed: there is nothing to take again
     anchored = ()
 
-    def __init__(self, correction: Literal, trace: Trace):
+    def __init__(self, correction: Algorithm1, trace: Trace):
         self.correction, self.trace = correction, trace
         self.step: int | None = None
         self.previous: list[tuple[Tensor, Tensor]] = []

@@ -20,15 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from adacorr.control import Controller, carries_difference
-from adacorr.correct import ALIASES, AdaCorrection, Literal
+from adacorr.correct import ALIASES, AdaCorrection, Algorithm1, parse_correction
 from adacorr.corrected_run import CorrectedRun
 from adacorr.gates import GateBasis, fit_gate_basis
 from adacorr.literal import LiteralRun
+from adacorr.policies import make_policy
+from adacorr.policy import Policy, Predictor, RunInfo
 from adacorr.policy_run import PolicyRun
-from adacorr.predict import Predictor, Segment
 from adacorr.spec import spell
+from adacorr.store import UnitStore
 from adacorr.trace import Trace
-from adacorr.types import Policy, Run
 from adacorr.unit import Unit
 
 CacheRun = PolicyRun | CorrectedRun | LiteralRun
@@ -38,19 +39,19 @@ class CacheManager:
     """Configuration of a cached sampler; `trace` and `bytes` report the last run.
 
     policy      a caching method: says when, and alone also what is reused (None: AdaCorrection decides alone)
-    correction  AdaCorrection (the practical form), Literal (the paper's Algorithm 1) or None (the policy alone)
+    correction  AdaCorrection (the practical form), Algorithm1 (the paper's Algorithm 1) or None (the policy alone)
     dtype       of the stored tensors; float32 by default, since forecasts amplify the rounding of bf16
     """
 
     def __init__(
         self,
         policy: Policy | None = None,
-        correction: AdaCorrection | Literal | None = None,
+        correction: AdaCorrection | Algorithm1 | None = None,
         dtype: torch.dtype = torch.float32,
     ):
         if policy is None and correction is None:
             raise ValueError("a cache needs a policy, a correction or both: give --cache POLICY or --adacorr")
-        if policy is not None and isinstance(correction, Literal):
+        if policy is not None and isinstance(correction, Algorithm1):
             raise ValueError(
                 f"literal AdaCorrection computes every block, so policy {policy.name!r} would never be "
                 "asked: give one of the two"
@@ -59,12 +60,28 @@ class CacheManager:
         self.trace: Trace | None = None
         self.bytes = 0
 
+    @classmethod
+    def of(
+        cls, policy: str | None, correction: str | None = None, dtype: torch.dtype = torch.float32
+    ) -> "CacheManager | None":
+        """The cache of two specs, as --cache and --adacorr take them; None without both. ValueError for a bad one."""
+        if policy is None and correction is None:
+            return None
+        made = None if policy is None else make_policy(policy)
+        return cls(made, None if correction is None else parse_correction(correction), dtype)
+
+    @property
+    def name(self) -> str:
+        """Method and form in a few words: "teacache", "adacorr", "teacache + adacorr", "literal"."""
+        form = {"NoneType": [], "Algorithm1": ["literal"], "AdaCorrection": ["adacorr"]}[type(self.correction).__name__]
+        return " + ".join([*([] if self.policy is None else [self.policy.name]), *form])
+
     @property
     def spec(self) -> str:
         """What --cache and --adacorr were, with defaults left out: "teacache:threshold=0.2+adacorr:gamma=2"."""
         parts = [] if self.policy is None else [spell(self.policy.name, self.policy)]
         if self.correction is not None:
-            name = "literal" if isinstance(self.correction, Literal) else "adacorr"
+            name = "literal" if isinstance(self.correction, Algorithm1) else "adacorr"
             parts.append(spell(name, self.correction, ALIASES))
         return "+".join(parts)
 
@@ -97,7 +114,9 @@ class CacheManager:
         self.trace = Trace(len(timesteps), len(model.blocks), n, halves, model.branch_flops())
         carries = isinstance(self.correction, AdaCorrection) and carries_difference(self.correction, halves)
         seen = 1 if carries else halves
-        info = _describe(model, n, seen, timesteps, cfg_scale, model_id, sampler)
+        info = _describe(
+            model, n, seen, timesteps, cfg_scale, model_id, sampler, isinstance(self.correction, AdaCorrection)
+        )
         with torch.no_grad():
             run = self._open(model, labels, timesteps, np.asarray(alpha_bar), info, rewindable)
             model.cache = run
@@ -114,14 +133,14 @@ class CacheManager:
         moved = self.policy.grid(_describe(model, 0, 1, timesteps, cfg_scale, model_id, sampler))
         return torch.from_numpy(moved) if (moved != timesteps.numpy()).any() else timesteps
 
-    def _open(self, model, labels, timesteps, alpha_bar, info: Run, rewindable: bool) -> CacheRun:
+    def _open(self, model, labels, timesteps, alpha_bar, info: RunInfo, rewindable: bool) -> CacheRun:
         """The run's state, by what this manager was given."""
-        if isinstance(self.correction, Literal):
+        if isinstance(self.correction, Algorithm1):
             return LiteralRun(self.correction, self.trace)
         policy = copy.deepcopy(self.policy)
         if policy is not None:
             policy.begin(info)
-        maker = _SegmentMaker(model, labels, timesteps, self.trace, self.dtype)
+        maker = _StoreMaker(model, labels, timesteps, self.trace, self.dtype)
         if self.correction is None:
             segments = [maker(unit, policy.predictor_of(unit, info.depth)) for unit in policy.units(info.depth)]
             return PolicyRun(policy, info, self.trace, segments)
@@ -140,10 +159,12 @@ class CacheManager:
         return CorrectedRun(policy, self.correction, controller, info, self.trace, segment, rewindable)
 
 
-def _describe(model, images, halves, timesteps, cfg_scale, model_id, sampler) -> Run:
-    return Run(
+def _describe(model, images, visible_halves, timesteps, cfg_scale, model_id, sampler, corrected=False) -> RunInfo:
+    return RunInfo(
         images=images,
-        halves=halves,
+        visible_halves=visible_halves,
+        branch_flops=model.branch_flops(),
+        corrected=corrected,
         timesteps=timesteps.double().cpu().numpy(),
         blocks=model.blocks,
         tokens=model.pos_embed.shape[1],
@@ -155,7 +176,7 @@ def _describe(model, images, halves, timesteps, cfg_scale, model_id, sampler) ->
     )
 
 
-class _SegmentMaker:
+class _StoreMaker:
     """Makes the stores of one run; the gates of all blocks are factored once, when the first of them needs it."""
 
     def __init__(self, model: nn.Module, labels: Tensor | None, timesteps: Tensor, trace: Trace, dtype: torch.dtype):
@@ -165,7 +186,7 @@ class _SegmentMaker:
             self.unique, self.index = torch.unique(labels, return_inverse=True)
         self.basis: GateBasis | None = None
 
-    def __call__(self, unit: Unit, predictor: Predictor | None, difference: bool = False) -> Segment | None:
+    def __call__(self, unit: Unit, predictor: Predictor | None, difference: bool = False) -> UnitStore | None:
         """The store of one unit, or None where the policy keeps its own."""
         if predictor is None:
             return None
@@ -173,7 +194,7 @@ class _SegmentMaker:
             self.basis = self._fit_gates(predictor.gate_error)
         model, device = self.model, self.model.pos_embed.device
         shape, timesteps = tuple(model.pos_embed.shape[1:]), self.timesteps.double().cpu().numpy()
-        return Segment(
+        return UnitStore(
             unit,
             predictor,
             self.basis,

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adacorr.predict import Active, Segment
+from adacorr.policy import Cached, Policy, Ran, RunInfo, View
+from adacorr.store import ComputedRows, UnitStore
 from adacorr.trace import Trace, check_call
-from adacorr.types import Cached, Policy, Ran, Run, View
 from adacorr.unit import Conditioning, Unit, check_units, run_unit
 
 
@@ -18,7 +18,7 @@ class PolicyRun:
     rewind = None  # forecasts are taken as they come
     anchored = ()
 
-    def __init__(self, policy: Policy, run: Run, trace: Trace, segments: Sequence[Segment | None]):
+    def __init__(self, policy: Policy, run: RunInfo, trace: Trace, segments: Sequence[UnitStore | None]):
         """`segments`: what is stored for each unit, None where the policy keeps its own."""
         self.policy, self.info, self.trace, self.segments = policy, run, trace, segments
         self.units = policy.units(run.depth)
@@ -47,8 +47,8 @@ class PolicyRun:
 
     def _run_unit(self, index: int, unit: Unit, x: Tensor, x_in: Tensor, conditioning: Conditioning) -> Tensor:
         """One unit for all rows: x (halves * n, T, D) -> the same."""
-        view = see(self.info, self.step, unit, x, x_in, self.last[index], conditioning, self.trace)
-        run = ask(self.policy, view, self.policy.decide) | (self.last[index] < 0)
+        view = make_view(self.info, self.step, unit, x, x_in, self.last[index], conditioning, self.trace)
+        run = checked_decision(self.policy, view, self.policy.decide) | (self.last[index] < 0)
         images, others = np.flatnonzero(run), np.flatnonzero(~run)
         out = torch.empty_like(x) if len(images) and len(others) else None
         if len(others):
@@ -61,7 +61,7 @@ class PolicyRun:
         """Put what stands in for the unit into the rows of `images` (m,) of `out`, which is new if None."""
         rows = None if out is None else self._rows(images, x)
         head = x if rows is None else x[rows]
-        by_half = (self.info.halves, len(images))
+        by_half = (self.info.visible_halves, len(images))
         cached = Cached(images, head.unflatten(0, by_half), self.step, self.segments[index])
         value = self.policy.reuse(view, cached)
         if value.shape != cached.x.shape:
@@ -85,13 +85,13 @@ class PolicyRun:
         head = x if rows is None else x[rows]
         if rows is not None:
             conditioning = conditioning.of(rows)
-        both = images if self.info.halves == 2 else images[:0]
-        fresh = None if segment is None else segment.collect(Active(images, both))
+        both = images if self.info.visible_halves == 2 else images[:0]
+        fresh = None if segment is None else segment.collect(ComputedRows(images, both))
         result, branch = run_unit(unit, head, conditioning, None if fresh is None else fresh.tap())
         if fresh is not None:
             fresh.finish(None if segment.sums else branch if self._gates(index) else result - head)
             segment.store(fresh, self.step)
-        halves = (self.info.halves, len(images))
+        halves = (self.info.visible_halves, len(images))
         branch = None if branch is None else branch.unflatten(0, halves)
         self.trace.executed[self.step, unit.start : unit.stop, unit.branches, images] = 1
         self.policy.computed(view, Ran(images, head.unflatten(0, halves), result.unflatten(0, halves), branch))
@@ -108,12 +108,12 @@ class PolicyRun:
 
     def _rows(self, images: np.ndarray, x: Tensor) -> Tensor:
         """Rows of the stacked batch that belong to `images` (m,), all halves."""
-        rows = np.concatenate([images + half * self.info.images for half in range(self.info.halves)])
+        rows = np.concatenate([images + half * self.info.images for half in range(self.info.visible_halves)])
         return torch.from_numpy(rows).to(x.device)
 
 
-def see(
-    run: Run,
+def make_view(
+    run: RunInfo,
     step: int,
     unit: Unit,
     x: Tensor,
@@ -124,11 +124,11 @@ def see(
 ) -> View:
     """The view of a unit at a step: x, x_in (halves * n, T, D), and `last` (n,) the newest step that ran it, or -1."""
     age = np.where(last < 0, 0, step - last)
-    halves = (run.halves, run.images)
+    halves = (run.visible_halves, run.images)
     return View(run, step, unit, x.unflatten(0, halves), x_in.unflatten(0, halves), age, conditioning, trace)
 
 
-def ask(policy: Policy, view: View, question) -> np.ndarray:
+def checked_decision(policy: Policy, view: View, question) -> np.ndarray:
     """(n,) bool: the policy's answer, True wherever a measure of its was not finite; ValueError for another shape."""
     want = np.asarray(question(view), dtype=bool)
     if want.shape != (view.images,):
@@ -140,9 +140,9 @@ def ask(policy: Policy, view: View, question) -> np.ndarray:
     return want | view.failed
 
 
-def count_modulations(trace: Trace, step: int, conditioning: Conditioning, run: Run) -> None:
+def count_modulations(trace: Trace, step: int, conditioning: Conditioning, run: RunInfo) -> None:
     """Account for modulations that were made for a rule or a fresh gate where the branch itself did not run."""
     flops = 6 * run.width * run.width  # of one branch's shift, scale and gate for one row
     for layer in conditioning.made:
-        idle = 1.0 - trace.executed[step, layer, :, :, : run.halves]
+        idle = 1.0 - trace.executed[step, layer, :, :, : run.visible_halves]
         trace.extra_flops += round(flops * float(idle.sum()))

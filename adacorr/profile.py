@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from adacorr.types import Policy, Run
+from adacorr.policy import Policy, RunInfo
 
 FOLDER = Path(__file__).parent / "profiles"
 SUFFIXES = (".json", ".safetensors")
@@ -105,7 +105,7 @@ def check_suffix(path: Path) -> None:
         raise ValueError(f"profile {path}: the name must end in {' or '.join(SUFFIXES)}")
 
 
-def find_profile(method: str, name: str, run: Run) -> Profile:
+def find_profile(method: str, name: str, info: RunInfo) -> Profile:
     """The profile that the option profile=`name` of a method means for a run: a file, or `auto` for the shipped one.
 
     ValueError if there is none, or if it was made for another method, model, sampler, number of steps or guidance.
@@ -115,13 +115,13 @@ def find_profile(method: str, name: str, run: Run) -> Profile:
         if not Path(name).is_file():
             raise ValueError(f"{method}: profile={name} does not exist; make one with {command}")
         profile = load_profile(name)
-        if wrong := mismatch(profile, method, run):
+        if wrong := mismatch(profile, method, info):
             raise ValueError(f"{method}: profile={name} does not fit this run ({wrong}); make one with {command}")
         return profile
     reasons = []
     for path in sorted(p for p in FOLDER.glob(f"{method}*") if p.suffix in SUFFIXES):
         profile = load_profile(path)
-        wrong = mismatch(profile, method, run)
+        wrong = mismatch(profile, method, info)
         if not wrong:
             return profile
         reasons.append(f"{path.name}: {wrong}")
@@ -129,14 +129,14 @@ def find_profile(method: str, name: str, run: Run) -> Profile:
     raise ValueError(f"{method} has no profile for this run ({found}); make one with {command} and give profile=FILE")
 
 
-def mismatch(profile: Profile, method: str, run: Run) -> str:
+def mismatch(profile: Profile, method: str, info: RunInfo) -> str:
     """What keeps a profile from serving a run, field by field; empty if nothing does."""
     pairs = {
         "method": (profile.method, method),
-        "checkpoint": (profile.model_id[:12], (run.model_id or "unknown")[:12]),
-        "sampler": (profile.sampler, run.sampler or "unknown"),
-        "steps": (profile.num_sampling_steps, run.num_steps),
-        "guidance": (profile.cfg_scale, run.cfg_scale),
+        "checkpoint": (profile.model_id[:12], (info.model_id or "unknown")[:12]),
+        "sampler": (profile.sampler, info.sampler or "unknown"),
+        "steps": (profile.num_sampling_steps, info.num_steps),
+        "guidance": (profile.cfg_scale, info.cfg_scale),
     }
     return ", ".join(f"{name} {made} there, {here} here" for name, (made, here) in pairs.items() if made != here)
 

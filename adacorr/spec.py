@@ -1,41 +1,11 @@
-"""The one text form of the command line, NAME[:key=value,...], and the parser of flags that all commands share."""
+"""The one text form of methods, samplers and their options: NAME[:key=value,...]."""
 
-import argparse
 import difflib
-import sys
-from collections.abc import Callable, Iterable
-from dataclasses import MISSING, asdict, fields
+from collections.abc import Iterable
+from dataclasses import MISSING, asdict, field, fields
 from typing import Any, get_type_hints
 
 Value = int | float | bool | str | None
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but an error is one line without the usage text."""
-
-    def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-class Failure(Exception):
-    """A job that failed while it ran, and not by a mistake in what it was asked."""
-
-
-def run_command(name: str, job: Callable[[], int | None], debug: bool = False) -> int:
-    """The exit code of a command's `job`: what it returns or 0, 130 after Ctrl-C; after an error, which is one line on
-    stderr, 2 for a mistake and 1 for a Failure.
-
-    Mistakes are ValueError and OSError; with `debug` errors are raised.
-    """
-    try:
-        return job() or 0
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError, Failure) as error:
-        if debug:
-            raise
-        sys.stderr.write(f"{name}: error: {' '.join(str(error).split())}\n")
-        return 1 if isinstance(error, Failure) else 2
 
 
 def parse_value(text: str) -> Value:
@@ -102,6 +72,44 @@ def build(kind: type, name: str, options: dict[str, Value], aliases: dict[str, s
     if missing := [n for n in missing if n not in arguments]:
         raise ValueError(f"{name} needs {', '.join(missing)}; give it as {name}:{missing[0]}=...")
     return kind(**arguments)
+
+
+def option(
+    default: Value,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    choices: tuple[Value, ...] | None = None,
+) -> Any:
+    """A dataclass field that is an option: low <= value <= high, value > above, or one of `choices`.
+
+    `check_options` holds the values to it. None, where an option's type has it, is outside of every range and allowed.
+    """
+    return field(default=default, metadata={"low": low, "high": high, "above": above, "choices": choices})
+
+
+def check_options(name: str, part: Any) -> None:
+    """ValueError for the first option of a dataclass that is out of its range, with value and range; nan always is."""
+    for f in fields(part):
+        value, (low, high, above, choices) = getattr(part, f.name), _limits(f)
+        given = f"{name}: {f.name}={value!r}"
+        if choices is not None:
+            if value not in choices:
+                shown = ", ".join("none" if choice is None else str(choice) for choice in choices)
+                raise ValueError(f"{given} must be one of {shown}")
+        elif value is None:
+            continue
+        elif above is not None and not value > above:
+            raise ValueError(f"{given} must be above {above:g}")
+        elif high is not None and not (-float("inf") if low is None else low) <= value <= high:
+            raise ValueError(f"{given} must lie in {low:g}..{high:g}")
+        elif low is not None and not value >= low:
+            raise ValueError(f"{given} must be at least {low:g}")
+
+
+def _limits(f: Any) -> tuple[Any, ...]:
+    return tuple(f.metadata.get(key) for key in ("low", "high", "above", "choices"))
 
 
 def spell(name: str, part: Any, aliases: dict[str, str] | None = None) -> str:

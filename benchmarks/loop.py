@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 import sample_ddp
+from adacorr.files import write_json
 from adacorr.trace import Trace
 from benchmarks.speed import random_model
 from ddp.image_store import STORES
@@ -39,7 +40,8 @@ from ddp.ranks import Ranks
 from ddp.run_folder import RunFolder
 from ddp.worker import Writer, plan
 from models import DiT_models
-from pipeline import Pipeline, environment, write_json
+from pipeline import Pipeline
+from runtime import environment
 
 IMAGES, RANKS = 50_000, 64  # of the plan that is timed
 LAYERS, BRANCH_FLOPS = 28, (1, 2)  # of the statistics that are summed for each batch; the values play no part

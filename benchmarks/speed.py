@@ -16,9 +16,11 @@ import numpy as np
 import torch
 
 from adacorr import CacheManager, make_policy, parse_correction
+from adacorr.files import write_json
 from diffusion import make_sampler
 from models import DiT_models
-from pipeline import DTYPES, environment, find_device, gaussian, sample_latents, write_json
+from pipeline import gaussian, sample_latents
+from runtime import DTYPES, environment, find_device
 
 
 def random_model(name: str, image_size: int, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:

@@ -17,10 +17,12 @@ import numpy as np
 import torch
 
 from adacorr import CacheManager, make_policy, parse_correction
+from adacorr.files import write_json
 from diffusion import make_sampler
 from download import BUNDLED, build_model, load_checkpoint
 from evaluate.fidelity import fidelity
-from pipeline import Pipeline, environment, write_json
+from pipeline import Pipeline
+from runtime import environment
 
 
 def pipeline(checkpoint, model, sampler="ddim", steps=50, cfg_scale=1.5):

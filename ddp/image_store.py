@@ -28,8 +28,8 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from adacorr.files import existing_parent, written_whole
 from download import file_sha256
-from pipeline import existing_parent, written_whole
 
 AGAIN = "run the same command again with --verify"
 HOST = platform.node()  # as in the names of temporaries

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import random_stream
+from runtime import random_stream
 
 DRAWN = ("random", "balanced")
 RANDOM, SHUFFLE = 2**32 - 1, 2**32 - 2  # streams of a seed; those of noise count up from 0

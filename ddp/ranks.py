@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline import find_device
+from runtime import find_device
 
 # Rank 0 may download weights before the others can start; only there does a collective wait for long.
 PATIENCE = timedelta(hours=24)

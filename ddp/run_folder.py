@@ -33,8 +33,8 @@ from typing import Any
 
 import numpy as np
 
+from adacorr.files import existing_parent, write_json, written_whole
 from download import file_sha256
-from pipeline import existing_parent, write_json, written_whole
 
 SCHEMA = 1  # of run.json and SUCCESS.json
 BEAT = 15.0  # seconds between two signs of life

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from adacorr import CacheManager
-from adacorr.spec import Failure
+from adacorr.command import Failure
 from ddp.interrupt import Interrupted, Signals
 from download import build_model
-from pipeline import Pipeline, allow_tf32
+from pipeline import Pipeline
+from runtime import allow_tf32
 
 AHEAD = 2  # batches that may wait to be written while the next one is sampled
 

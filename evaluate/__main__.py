@@ -7,7 +7,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from adacorr.spec import Parser, run_command
+from adacorr.command import Parser, run_command
 from evaluate import compare
 
 

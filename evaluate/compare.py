@@ -30,9 +30,10 @@ import torch
 from torch import Tensor
 
 import pipeline
-from adacorr import CacheManager, Literal, available, make_policy, parse_correction
+import runtime
+from adacorr import Algorithm1, CacheManager, available, files, make_policy, parse_correction
+from adacorr.policy import Knob
 from adacorr.spec import hint
-from adacorr.types import Knob
 from diffusion import make_sampler
 from evaluate.fidelity import fidelity
 
@@ -152,7 +153,7 @@ class Bench:
                 solution_psnr=None if exact is None else _summary(exact),
                 bytes_per_image=0 if manager is None else manager.bytes // count,
             )
-            if manager is not None and isinstance(manager.correction, Literal):
+            if manager is not None and isinstance(manager.correction, Algorithm1):
                 row.weights_at_1 = float((manager.trace.weight[1:] == 1).mean())
             self.rows[setting, count] = row
         return self.rows[setting, count]
@@ -422,7 +423,7 @@ def plot(rows: list[Row], path: Path) -> None:
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize="small", title="hollow: alone, filled: corrected")
-    with pipeline.written_whole(path) as temporary:
+    with files.written_whole(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
 
@@ -502,23 +503,23 @@ def known_rows(file: Path, identity: dict[str, str]) -> dict[tuple[Setting, int]
 def run(args: argparse.Namespace) -> None:
     """The whole job. ValueError or OSError for a mistake, before anything is sampled."""
     methods, levels = parse_methods(args.methods), parse_levels(args.levels)
-    pipeline.check_range("--num-sampling-steps", args.num_sampling_steps, 2, 1000)  # one step leaves nothing to reuse
-    pipeline.check_range("--num-images", args.num_images, 1, 10_000)
-    pipeline.check_range("--search-images", args.search_images, 1, args.num_images)
-    pipeline.check_range("--solution-steps", args.solution_steps, 0, 1000)
-    pipeline.check_range("--repeats", args.repeats, 0, 1000)
+    runtime.check_range("--num-sampling-steps", args.num_sampling_steps, 2, 1000)  # one step leaves nothing to reuse
+    runtime.check_range("--num-images", args.num_images, 1, 10_000)
+    runtime.check_range("--search-images", args.search_images, 1, args.num_images)
+    runtime.check_range("--solution-steps", args.solution_steps, 0, 1000)
+    runtime.check_range("--repeats", args.repeats, 0, 1000)
     if args.timed_images is None:
         args.timed_images = args.num_images
-    pipeline.check_range("--timed-images", args.timed_images, 1, args.num_images)
+    runtime.check_range("--timed-images", args.timed_images, 1, args.num_images)
     files = {kind: args.out.with_name(f"{args.out.name}.{kind}") for kind in ("json", "md", "png")}
     for file in files.values():
-        pipeline.check_writable("--out", file)
+        files.check_writable("--out", file)
     if args.plot:
         try:
             import matplotlib  # noqa: F401
         except ImportError:
             raise ValueError("--plot needs matplotlib: pip install matplotlib, or leave --plot out") from None
-    pipe, _ = pipeline.load(argparse.Namespace(**vars(args), cache=None, adacorr=None, cache_dtype="fp32"))
+    pipe = pipeline.load(pipeline.ModelOptions.of(args))
     labels = torch.arange(args.num_images) % pipe.model.num_classes if pipe.model.num_classes else None
 
     def say(text: str) -> None:
@@ -532,7 +533,7 @@ def run(args: argparse.Namespace) -> None:
     for file in args.known:
         bench.rows |= known_rows(file, identity)
     settings = {key: str(value) for key, value in vars(args).items() if key not in ("run", "made_with", "command")}
-    environment = pipeline.environment()
+    environment = runtime.environment()
 
     def save() -> None:
         content = {
@@ -543,7 +544,7 @@ def run(args: argparse.Namespace) -> None:
             "rows": [row.plain() for row in rows],
             "tried": [row.plain() for row in bench.rows.values()],
         }
-        pipeline.write_json(files["json"], json.loads(json.dumps(content)))
+        files.write_json(files["json"], json.loads(json.dumps(content)))
 
     rows: list[Row] = []
     for row in compare(bench, methods, levels, say):
@@ -559,7 +560,7 @@ def run(args: argparse.Namespace) -> None:
         f"{NEAR:.0%} more compute. Settings were searched on the first {args.search_images} images"
         f"{f'; each row was timed {args.repeats} time(s) on the first {args.timed_images}' if args.repeats else ''}."
     )
-    with pipeline.written_whole(files["md"]) as temporary:
+    with files.written_whole(files["md"]) as temporary:
         temporary.write_text(markdown(rows, levels, intro))
     if args.plot:
         plot(rows, files["png"])

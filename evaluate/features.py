@@ -41,8 +41,9 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
-from adacorr.spec import Parser, run_command
-from pipeline import find_device, written_whole
+from adacorr.command import Parser, run_command
+from adacorr.files import written_whole
+from runtime import find_device
 
 WEIGHTS = Path(__file__).resolve().with_name("cifar10-features.safetensors")
 SIZE = 32  # pixels on each side

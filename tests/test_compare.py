@@ -16,13 +16,13 @@ from PIL import Image
 from toy import tiny_dit
 
 import pipeline
-from adacorr import Literal, available, make_policy, profile
+from adacorr import Algorithm1, available, make_policy, profile
 from adacorr.policies import calibrated
 from adacorr.policies.interval import Interval
 from adacorr.policies.never import Never
 from adacorr.policies.taylorseer import TaylorSeer
+from adacorr.policy import Knob
 from adacorr.spec import parse_spec
-from adacorr.types import Knob
 from download import save_checkpoint
 from evaluate import compare
 from evaluate.__main__ import main
@@ -278,7 +278,7 @@ def test_a_setting_reads_as_flags(setting, text):
     manager = setting.manager()
     assert (manager is None) == (setting.cache is None and setting.adacorr is None)
     if setting.adacorr == "literal":
-        assert isinstance(manager.correction, Literal)
+        assert isinstance(manager.correction, Algorithm1)
 
 
 # ---------------------------------------------------------------------------------------------------- bench, sweep

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from adacorr import AdaCorrection, Literal, blend, correction_weight, parse_correction
+from adacorr import AdaCorrection, Algorithm1, blend, correction_weight, parse_correction
 
 
 def test_weight_is_gamma_times_the_score_held_in_0_to_1():
@@ -47,9 +47,9 @@ def test_options_of_the_practical_form():
 
 
 def test_options_of_the_literal_form():
-    assert parse_correction("literal") == Literal(gamma=1.0, spatial_weight=1.0, form="paper")
-    assert parse_correction("literal:form=squared") == Literal(form="squared")
-    assert parse_correction("literal:gamma=0.5,lambda=2") == Literal(gamma=0.5, spatial_weight=2.0)
+    assert parse_correction("literal") == Algorithm1(gamma=1.0, spatial_weight=1.0, form="paper")
+    assert parse_correction("literal:form=squared") == Algorithm1(form="squared")
+    assert parse_correction("literal:gamma=0.5,lambda=2") == Algorithm1(gamma=0.5, spatial_weight=2.0)
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,13 @@ from torch.testing import assert_close
 from toy import Scheduled, alphas, fitted, make_run, make_view, rows_at, sample, tiny_dit
 
 import adacorr
-from adacorr import AdaCorrection, CacheManager, Literal, Trace, make_policy
+from adacorr import AdaCorrection, Algorithm1, CacheManager, Trace, make_policy
 from adacorr.control import BudgetClock, RefreshClock, RefreshRule
 from adacorr.correct import blend, correction_weight
 from adacorr.offset import innovation
 from adacorr.policies.fastcache import FastCache
-from adacorr.policy_run import ask
-from adacorr.types import relative_change
+from adacorr.policy import relative_change
+from adacorr.policy_run import checked_decision as ask
 from diffusion import make_sampler
 from pipeline import gaussian
 
@@ -287,8 +287,8 @@ def test_adacorrection_forgets_what_was_not_finite(model):
 
 
 def test_the_literal_form_takes_the_fresh_output(model):
-    clean, _ = walk(model, CacheManager(correction=Literal(gamma=0.01)))
-    out, trace = walk(model, CacheManager(correction=Literal(gamma=0.01)), [5])
+    clean, _ = walk(model, CacheManager(correction=Algorithm1(gamma=0.01)))
+    out, trace = walk(model, CacheManager(correction=Algorithm1(gamma=0.01)), [5])
     plain, _ = walk(model, CacheManager(make_policy("never")))
     own = [BAD, BAD + 3]
     assert torch.isnan(out[5, own]).all()

@@ -22,7 +22,7 @@ from toy import (
 )
 
 import adacorr
-from adacorr import AdaCorrection, CacheManager, Literal, Predictor, Unit, by_branch, make_policy, parse_correction
+from adacorr import AdaCorrection, Algorithm1, CacheManager, Predictor, Unit, by_branch, make_policy, parse_correction
 from adacorr.control import split_budget
 from diffusion import make_sampler
 from download import BUNDLED, build_model, load_checkpoint
@@ -356,7 +356,7 @@ def test_a_budget_that_is_too_small_raises_before_any_work(model):
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
 def test_very_few_steps(model, steps):
-    corrections = [AdaCorrection(), AdaCorrection(gamma=1e6), Literal()]
+    corrections = [AdaCorrection(), AdaCorrection(gamma=1e6), Algorithm1()]
     for correction in corrections + [AdaCorrection(budget=8)] * (steps > 1):
         manager = CacheManager(correction=correction)
         out = sample(model, steps=steps, cache=manager)
@@ -466,7 +466,7 @@ def test_every_policy_composes_with_the_correction(model, spec):
 
 def test_literal_with_saturated_weights_is_the_plain_model(model):
     for form in ("paper", "squared"):
-        manager = CacheManager(correction=Literal(gamma=1e6, form=form))
+        manager = CacheManager(correction=Algorithm1(gamma=1e6, form=form))
         near(sample(model, cache=manager), sample(model), rel=1e-6)
         assert (manager.trace.weight == 1.0).all()
         assert (manager.trace.compute, manager.trace.hit_rate) == (1.0, 0.0)
@@ -474,10 +474,10 @@ def test_literal_with_saturated_weights_is_the_plain_model(model):
 
 
 def test_literal_at_weight_0_holds_the_first_step(model):
-    cached, plain = forced(model, CacheManager(correction=Literal(gamma=0)))
+    cached, plain = forced(model, CacheManager(correction=Algorithm1(gamma=0)))
     assert torch.equal(cached[0], plain[0])
     held = Twin("output", (0,), make_sampler("ddim", 10).timesteps)
-    out = sample(model, cache=CacheManager(correction=Literal(gamma=0)))
+    out = sample(model, cache=CacheManager(correction=Algorithm1(gamma=0)))
     near(out, sample_with(held, model), rel=1e-6)
 
 
@@ -487,7 +487,7 @@ def test_literal_blends_with_what_it_stored_which_is_the_blend(form):
     """Algorithm 1 by hand: three steps of two blocks, two images, both halves."""
     model, sampler, labels = tiny_dit(depth=2), make_sampler("ddim", 10), torch.tensor([1, 4])
     gamma, spatial_weight = 0.15, 0.5
-    correction = Literal(gamma, spatial_weight, form)
+    correction = Algorithm1(gamma, spatial_weight, form)
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(2, 3, 8, 8, generator=generator)
     states = [base, base + 0.3 * torch.randn(2, 3, 8, 8, generator=generator), 1.1 * base]
@@ -522,7 +522,7 @@ def test_literal_blends_with_what_it_stored_which_is_the_blend(form):
 
 
 def test_literal_weights_of_an_image_do_not_depend_on_its_batch(model):
-    manager = CacheManager(correction=Literal(gamma=0.05))
+    manager = CacheManager(correction=Algorithm1(gamma=0.05))
     together = sample(model, cache=manager)
     weights = manager.trace.weight.copy()
     assert 0 < weights[1:].min() < 1
@@ -533,12 +533,12 @@ def test_literal_weights_of_an_image_do_not_depend_on_its_batch(model):
 
 def test_literal_takes_no_policy():
     with pytest.raises(ValueError, match="policy 'never'"):
-        CacheManager(make_policy("never"), Literal())
+        CacheManager(make_policy("never"), Algorithm1())
 
 
 # ---------------------------------------------------------------------------------------- birth and death
 
-CORRECTIONS = [AdaCorrection(gamma=0.3), AdaCorrection(budget=4), Literal(gamma=0.05)]
+CORRECTIONS = [AdaCorrection(gamma=0.3), AdaCorrection(budget=4), Algorithm1(gamma=0.05)]
 
 
 @pytest.mark.parametrize("correction", CORRECTIONS, ids=str)
@@ -588,7 +588,7 @@ def call(model, labels=(1, 2), halves=2):
     return model(*rows_at(model, sampler, 0, torch.zeros(len(labels), 3, 8, 8), labels, halves))
 
 
-ANY = [None, AdaCorrection(), Literal()]
+ANY = [None, AdaCorrection(), Algorithm1()]
 
 
 @pytest.mark.parametrize("correction", ANY, ids=str)
@@ -657,8 +657,8 @@ def test_a_cache_needs_something_to_do():
         ("teacache:threshold=0.25,profile=none", None, "teacache:threshold=0.25,profile=none"),
         (None, AdaCorrection(), "adacorr"),
         (None, AdaCorrection(spatial_weight=0.5, rewind=False), "adacorr:lambda=0.5,rewind=false"),
-        (None, Literal(), "literal"),
-        (None, Literal(gamma=2.0, form="squared"), "literal:gamma=2,form=squared"),
+        (None, Algorithm1(), "literal"),
+        (None, Algorithm1(gamma=2.0, form="squared"), "literal:gamma=2,form=squared"),
         ("interval:every=5", AdaCorrection(gamma=2.0), "interval:every=5+adacorr:gamma=2"),
     ],
 )
@@ -692,7 +692,7 @@ def test_half_precision_runs_and_stays_finite(dtype):
     exact = sample(tiny_dit(), steps=20)
     for model_dtype, cache_dtype in ((dtype, torch.float32), (torch.float32, dtype), (dtype, dtype)):
         model = tiny_dit().to(model_dtype)
-        for correction in (AdaCorrection(), Literal()):
+        for correction in (AdaCorrection(), Algorithm1()):
             out = sample(model, steps=20, cache=CacheManager(correction=correction, dtype=cache_dtype))
             assert out.dtype == torch.float32
             assert float((out - exact).norm() / exact.norm()) < 0.3

@@ -10,7 +10,7 @@ import torch
 from toy import tiny_dit
 
 import pipeline
-from adacorr import AdaCorrection, CacheManager, Literal, available, calibrate, make_policy, profile
+from adacorr import AdaCorrection, Algorithm1, CacheManager, available, calibrate, make_policy, profile
 from adacorr.__main__ import Method, main, methods, show
 from adacorr.policies import calibrated, load_file
 from download import save_checkpoint
@@ -93,7 +93,7 @@ def test_bytes_are_those_of_one_image(ckpt, nothing_shipped):
         "first_block": CacheManager(make_policy("first_block")),
         "interval": CacheManager(make_policy("interval")),
         "--adacorr": CacheManager(correction=AdaCorrection()),
-        "--adacorr literal": CacheManager(correction=Literal()),
+        "--adacorr literal": CacheManager(correction=Algorithm1()),
     }
     for name, manager in managers.items():
         pipe.sample(3, np.array([5]), torch.tensor([2]), manager)  # another image, and another label
@@ -119,7 +119,7 @@ def test_a_new_file_is_listed_with_its_reason(ckpt, capsys, tmp_path, monkeypatc
     (tmp_path / "picky.py").write_text(
         "from dataclasses import dataclass\n"
         "from adacorr.policies import register\n"
-        "from adacorr.types import Policy\n"
+        "from adacorr.policy import Policy\n"
         "@register\n"
         "@dataclass\n"
         "class Picky(Policy):\n"

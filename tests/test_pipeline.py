@@ -11,7 +11,8 @@ import torch
 from toy import tiny_dit
 
 import pipeline
-from adacorr import AdaCorrection, CacheManager, Literal, make_policy
+import runtime
+from adacorr import AdaCorrection, Algorithm1, CacheManager, files, make_policy
 from diffusion import make_sampler
 from models import DiT
 from pipeline import VAE_SCALE, Pipeline, gaussian, sample_latents
@@ -296,19 +297,19 @@ def test_latents_are_rescaled_and_decoded_one_by_one():
 
 def test_json_appears_whole_or_not_at_all(tmp_path):
     path = tmp_path / "new" / "folder" / "run.json"
-    pipeline.write_json(path, {"a": 1})
+    files.write_json(path, {"a": 1})
     assert json.loads(path.read_text()) == {"a": 1}
     for broken in ({"a": float("nan")}, {"a": object()}):
         with pytest.raises((ValueError, TypeError)):
-            pipeline.write_json(path, broken)
+            files.write_json(path, broken)
         assert json.loads(path.read_text()) == {"a": 1}
         assert list(path.parent.iterdir()) == [path]
 
 
 def test_environment_is_plain_json_also_without_git(monkeypatch):
-    assert json.loads(json.dumps(pipeline.environment()))["torch"] == torch.__version__
+    assert json.loads(json.dumps(runtime.environment()))["torch"] == torch.__version__
     monkeypatch.setenv("PATH", "")
-    assert pipeline.environment()["git"] is None
+    assert runtime.environment()["git"] is None
 
 
 def test_caches_under_injected_noise_come_with_a_caveat():
@@ -317,15 +318,15 @@ def test_caches_under_injected_noise_come_with_a_caveat():
     assert pipeline.caveat(make_sampler("ddim:eta=1", 5), cached)
     assert pipeline.caveat(make_sampler("ddim", 5), cached) is None
     assert pipeline.caveat(make_sampler("ddpm", 5), None) is None
-    assert pipeline.caveat(make_sampler("ddpm", 5), CacheManager(None, Literal())) is None  # computes everything
+    assert pipeline.caveat(make_sampler("ddpm", 5), CacheManager(None, Algorithm1())) is None  # computes everything
 
 
 def test_check_writable(tmp_path):
     file = tmp_path / "file"
     file.write_text("")
-    pipeline.check_writable("--out", file)
-    pipeline.check_writable("--out", tmp_path / "new" / "folder" / "x.png")
+    files.check_writable("--out", file)
+    files.check_writable("--out", tmp_path / "new" / "folder" / "x.png")
     for path in (tmp_path, file / "x.png", file / "new" / "x.png"):
         with pytest.raises(OSError, match=f"--out {path}"):
-            pipeline.check_writable("--out", path)
+            files.check_writable("--out", path)
     assert sorted(tmp_path.iterdir()) == [file]  # looking leaves nothing behind

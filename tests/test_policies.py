@@ -203,8 +203,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from adacorr.policies import register
-from adacorr.predict import Predictor
-from adacorr.types import Policy, Ran, Run, View
+from adacorr.store import Predictor
+from adacorr.policy import Policy, Ran, RunInfo, View
 
 
 @register
@@ -219,7 +219,7 @@ class Growing(Policy):
     def predictor(self):
         return Predictor("branches", order=1)
 
-    def begin(self, run: Run) -> None:
+    def begin(self, run: RunInfo) -> None:
         self._due, self._gap = np.zeros(run.images), np.full(run.images, float(self.first))
 
     def decide(self, view: View) -> np.ndarray:

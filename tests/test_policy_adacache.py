@@ -8,7 +8,8 @@ from toy import make_run, make_view, sample, tiny_dit
 
 from adacorr import AdaCorrection, CacheManager, make_policy
 from adacorr.policies.adacache import read_codebook
-from adacorr.types import Ran, Unit, check_units
+from adacorr.policy import Ran, Unit
+from adacorr.unit import check_units
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import torch
 from toy import make_run, make_view, sample, sample_with, tiny_dit
 
 from adacorr import AdaCorrection, CacheManager, make_policy
-from adacorr.types import Cached, Ran, Unit
+from adacorr.policy import Cached, Ran, Unit
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from toy import begun, make_run, make_view, obeyed, ran, sample, sample_with, ti
 import adacorr.policies.ertacache as ertacache
 from adacorr import AdaCorrection, CacheManager, make_policy
 from adacorr.policies.ertacache import MAX_LAG, ERTACacheCalibration, adjusted, replay
+from adacorr.policy import Ran
 from adacorr.profile import Profile, save_profile
-from adacorr.types import Ran
 from diffusion import make_sampler
 
 KNOWN = {"model_id": "m", "sampler": "ddim", "cfg_scale": 1.5}

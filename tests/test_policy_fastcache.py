@@ -8,8 +8,8 @@ from toy import make_run, make_view, sample, tiny_dit
 
 from adacorr import AdaCorrection, CacheManager, make_policy
 from adacorr.policies.fastcache import FastCacheCalibration, make_groups, moved, shares
+from adacorr.policy import Cached, Ran, Unit
 from adacorr.profile import Profile, save_profile
-from adacorr.types import Cached, Ran, Unit
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import torch
 from toy import forecast, make_run, make_view, sample, sample_with, tiny_dit
 
 from adacorr import AdaCorrection, CacheManager, Predictor, make_policy
-from adacorr.types import Ran, Unit
+from adacorr.policy import Ran, Unit
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from toy import Twin, make_run, make_view, sample, sample_with, tiny_dit
 
 from adacorr import AdaCorrection, CacheManager, make_policy
 from adacorr.policies.lazydit import LazyDiT, LazyDiTCalibration
+from adacorr.policy import Ran, by_branch
 from adacorr.profile import Profile, save_profile
-from adacorr.types import Ran, by_branch
 from diffusion import make_sampler
 
 TOKENS, WIDTH = 16, 32

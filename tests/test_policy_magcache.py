@@ -8,8 +8,8 @@ from toy import Twin, begun, make_run, make_view, obeyed, ran, sample, sample_wi
 import adacorr.policies.magcache as magcache
 from adacorr import CacheManager, make_policy
 from adacorr.policies.magcache import MagCacheCalibration, skippable
+from adacorr.policy import Ran
 from adacorr.profile import Profile, save_profile
-from adacorr.types import Ran
 from diffusion import make_sampler
 
 KNOWN = {"model_id": "m", "sampler": "ddim", "cfg_scale": 1.5}

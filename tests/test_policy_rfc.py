@@ -8,7 +8,7 @@ import torch
 from toy import make_run, make_view, sample, sample_with, tiny_dit
 
 from adacorr import AdaCorrection, CacheManager, Predictor, make_policy
-from adacorr.types import Cached, Ran, Unit, View, by_branch
+from adacorr.policy import Cached, Ran, Unit, View, by_branch
 
 FIRST = Unit(0, 1, "attn")
 

@@ -8,8 +8,8 @@ from toy import Twin, make_run, make_view, sample, sample_with, tiny_dit
 
 from adacorr import AdaCorrection, CacheManager, Trace, make_policy
 from adacorr.policies.smoothcache import SmoothCacheCalibration, scan
+from adacorr.policy import Ran, Unit, by_branch
 from adacorr.profile import Profile, save_profile
-from adacorr.types import Ran, Unit, by_branch
 from diffusion import make_sampler
 
 KNOWN = {"cfg_scale": 1.5, "model_id": "toy", "sampler": "ddim"}

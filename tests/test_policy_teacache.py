@@ -10,8 +10,8 @@ from toy import make_run, make_view, sample, tiny_dit
 
 from adacorr import CacheManager, make_policy
 from adacorr.policies.teacache import TeaCacheCalibration, fit_polynomial, rescale
+from adacorr.policy import Ran
 from adacorr.profile import Profile, save_profile
-from adacorr.types import Ran
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from adacorr.predict import add_by_branch, add_by_channel
+from adacorr.store import add_by_branch, add_by_channel
 
 
 def sums(device, branches=5, rows=3, entries=4, tokens=6, width=8):

@@ -13,8 +13,8 @@ import safetensors.numpy
 import torch
 
 from adacorr import profile as profiles
+from adacorr.policy import RunInfo
 from adacorr.profile import Calibration, Profile, find_profile, load_profile, mismatch, save_profile
-from adacorr.types import Run
 
 SHA = "0123456789abcdef" * 4
 OTHER = "fedcba9876543210" * 4
@@ -31,7 +31,7 @@ def make(method="rule", arrays=None, **fields):
 def make_run(**fields):
     steps = fields.pop("steps", 10)
     made = {"cfg_scale": 1.5, "model_id": SHA, "sampler": "ddim", **fields}
-    return Run(1, 2, np.arange(steps)[::-1], [], 16, 32, torch.device("cpu"), **made)
+    return RunInfo(1, 2, np.arange(steps)[::-1], [], 16, 32, torch.device("cpu"), (400, 600), **made)
 
 
 @pytest.fixture

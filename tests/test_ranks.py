@@ -127,7 +127,7 @@ def together(part, world=2):
             result = f"{type(error).__name__}: {error}"
         finally:
             own.close()
-        queue.put((rank, result))
+        queue.scatter((rank, result))
 
     processes = [FORK.Process(target=one, args=(rank,), daemon=True) for rank in range(world)]
     for process in processes:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from adacorr.files import write_json
 from ddp import run_folder
 from ddp.run_folder import (
     RankLog,
@@ -25,7 +26,6 @@ from ddp.run_folder import (
     statistics,
     wait_for_ranks,
 )
-from pipeline import write_json
 
 PROTOCOL = {"sampler": {"name": "ddim", "num_steps": 50}, "cfg_scale": 1.5, "cache": None}
 FORK = multiprocessing.get_context("fork")  # children start at once: they need not import torch again
@@ -528,10 +528,10 @@ def race(path, judged, tried, results):
     run_folder._why_dead = slow
     try:
         with RunFolder(path).lock() as notes:
-            results.put(("won", len(notes)))
+            results.scatter(("won", len(notes)))
             tried.wait(LONG)  # nobody leaves before all have tried
     except RunLocked:
-        results.put(("refused", 0))
+        results.scatter(("refused", 0))
         tried.wait(LONG)
 
 

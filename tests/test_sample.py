@@ -344,7 +344,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from adacorr.policies import register
-from adacorr.types import Policy
+from adacorr.policy import Policy
 
 
 @register

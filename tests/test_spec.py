@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 import pytest
 
 import adacorr
-from adacorr import AdaCorrection, Literal, make_policy, parse_correction
+from adacorr import AdaCorrection, Algorithm1, make_policy, parse_correction
+from adacorr.command import Failure, run_command
 from adacorr.correct import ALIASES
-from adacorr.spec import Failure, build, hint, parse_options, parse_spec, parse_value, run_command, spell
+from adacorr.spec import build, hint, parse_options, parse_spec, parse_value, spell
 
 
 @pytest.mark.parametrize(
@@ -205,7 +206,7 @@ def test_policies_are_spelled_as_they_were_given(text):
     [
         ("adacorr:gamma=2,lambda=0.5", AdaCorrection),
         ("adacorr:budget=5.5,difference=false", AdaCorrection),
-        ("literal:lambda=0,form=squared", Literal),
+        ("literal:lambda=0,form=squared", Algorithm1),
     ],
 )
 def test_corrections_are_spelled_as_they_were_given(text, kind):

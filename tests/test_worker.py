@@ -13,9 +13,9 @@ import pytest
 import torch
 from toy import Clock, tiny_dit
 
-import pipeline
+import runtime
 from adacorr import AdaCorrection, CacheManager, make_policy
-from adacorr.spec import Failure
+from adacorr.command import Failure
 from ddp import interrupt, worker
 from ddp.interrupt import Interrupted, Signals
 from ddp.worker import AHEAD, Sampling, Writer, plan
@@ -286,7 +286,7 @@ def test_what_is_made_again_is_rounded_as_float32(pipe, tf32, persistent):
     sampling.tf32 = tf32
     given = ("high" if tf32 else "highest", tf32)
     try:
-        pipeline.allow_tf32(tf32)
+        runtime.allow_tf32(tf32)
         with pytest.raises(Failure) if persistent else nullcontext():
             sampling.batch(np.array([0]))
         assert seen == [given] * STEPS + [("highest", False)] * STEPS

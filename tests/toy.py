@@ -7,8 +7,8 @@ import torch
 
 from adacorr import CacheManager, Policy, Predictor, Trace, make_policy
 from adacorr.policies import calibrated
+from adacorr.policy import Conditioning, Ran, RunInfo, Unit, View
 from adacorr.profile import Profile, save_profile
-from adacorr.types import Conditioning, Ran, Run, Unit, View
 from diffusion import make_sampler
 from download import save_checkpoint
 from models import DiT, DiTBlock, guide
@@ -323,10 +323,11 @@ def practical_reference(model, noise, label, cfg_scale, sampler, nodes, both, or
 
 
 def make_run(model, images=1, halves=1, steps=10, **fields):
-    """A `Run` as a cache manager would make it."""
+    """A `RunInfo` as a cache manager would make it."""
     timesteps = make_sampler("ddim", steps).timesteps.double().numpy()
     tokens, width = model.pos_embed.shape[1:]
-    return Run(images, halves, timesteps, model.blocks, tokens, width, model.pos_embed.device, **fields)
+    flops = model.branch_flops()
+    return RunInfo(images, halves, timesteps, model.blocks, tokens, width, model.pos_embed.device, flops, **fields)
 
 
 def make_view(run, step, x, unit=None, x_in=None, age=None, c=None):
@@ -334,7 +335,7 @@ def make_view(run, step, x, unit=None, x_in=None, age=None, c=None):
     unit = unit or Unit(0, run.depth)
     c = torch.zeros(x.shape[0] * x.shape[1], run.width) if c is None else c
     age = np.full(x.shape[1], 1) if age is None else np.asarray(age)
-    trace = Trace(run.num_steps, run.depth, run.images, run.halves, (400, 600))
+    trace = Trace(run.num_steps, run.depth, run.images, run.visible_halves, (400, 600))
     return View(run, step, unit, x, x if x_in is None else x_in, age, Conditioning(run.blocks, c), trace)
 
 

@@ -4,6 +4,7 @@ A new file in this folder is found by itself: it is on the command line, in `--h
 contract tests, with no other edit.
 """
 
+import functools
 import importlib
 import importlib.util
 import pkgutil
@@ -11,8 +12,8 @@ import sys
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
+from adacorr.policy import Policy
 from adacorr.spec import build, hint, parse_spec
-from adacorr.types import Policy
 
 _POLICIES: dict[str, type[Policy]] = {}
 
@@ -32,6 +33,23 @@ def register(policy: type[Policy]) -> type[Policy]:
     return policy
 
 
+@functools.cache
+def _import_all() -> None:
+    """Every file of this folder, once, when a method is first asked for."""
+    for _, module, _ in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module}")
+
+
+def _known() -> dict[str, type[Policy]]:
+    _import_all()
+    return dict(sorted(_POLICIES.items()))
+
+
+def names() -> list[str]:
+    """All methods by name."""
+    return list(_known())
+
+
 def load_file(path: str | Path) -> None:
     """Import one policy file from elsewhere and so register it."""
     path = Path(path)
@@ -42,21 +60,19 @@ def load_file(path: str | Path) -> None:
 
 def available() -> dict[str, str]:
     """Name -> first line of the docstring, with the options and their defaults."""
-    return {name: f"{_first_line(kind)}{_options(kind)}".strip() for name, kind in sorted(_POLICIES.items())}
+    return {name: f"{_first_line(kind)}{_options(kind)}".strip() for name, kind in _known().items()}
 
 
 def calibrated() -> dict[str, type[Policy]]:
     """The methods that are measured on a model before they run, by name: see `python -m adacorr.calibrate`."""
-    return {name: kind for name, kind in sorted(_POLICIES.items()) if kind.calibration is not None}
+    return {name: kind for name, kind in _known().items() if kind.calibration is not None}
 
 
 def make_policy(spec: str) -> Policy:
     """The policy of a spec NAME[:key=value,...]; ValueError lists the valid names or keys."""
     name, options = parse_spec(spec)
-    if name not in _POLICIES:
-        raise ValueError(
-            f"cache policy {name!r} is unknown; choose one of {', '.join(sorted(_POLICIES))}{hint(name, _POLICIES)}"
-        )
+    if name not in _known():
+        raise ValueError(f"cache policy {name!r} is unknown; choose one of {', '.join(_known())}{hint(name, _known())}")
     policy = build(_POLICIES[name], name, options)
     profile = options.get("profile")
     if profile not in (None, "auto") and not Path(str(profile)).is_file():  # before anything heavy is loaded
@@ -73,7 +89,3 @@ def _first_line(kind: type) -> str:
 
 def _options(kind: type) -> str:
     return "".join(f" [{f.name}={f.default}]" for f in fields(kind) if f.init)
-
-
-for _, _module, _ in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module}")

@@ -7,8 +7,7 @@ import numpy as np
 import torch
 
 from adacorr.policies import register
-from adacorr.predict import Predictor
-from adacorr.types import Knob, Policy, Ran, Run, Unit, View, check_adaptive, put, relative_change
+from adacorr.policy import Knob, Policy, Predictor, Ran, RunInfo, Unit, View, check_adaptive, relative_change, scatter
 
 # Key:rate pairs. `dit` is ours; the other two are the release's for Open-Sora in 30 steps.
 CODEBOOKS = {
@@ -69,10 +68,10 @@ class AdaCache(Policy):
         around = [Unit(0, middle), Unit(middle, middle + 1, "attn"), Unit(middle, middle + 1, "mlp")]
         return [u for u in (*around, Unit(middle + 1, depth)) if u.stop > u.start]
 
-    def begin(self, run: Run) -> None:
+    def begin(self, info: RunInfo) -> None:
         self._keys, self._rates = read_codebook(self.codebook)
-        self._next = np.zeros(run.images)  # the step that is to be computed; nan where no change could be measured
-        self._last = np.full(run.images, -1)  # newest step that was
+        self._next = np.zeros(info.images)  # the step that is to be computed; nan where no change could be measured
+        self._last = np.full(info.images, -1)  # newest step that was
         self._reference = None  # (halves, n, T, D): what the middle attention added at that step
 
     def decide(self, view: View) -> np.ndarray:
@@ -92,7 +91,7 @@ class AdaCache(Policy):
             rates[seen] = np.where(np.isfinite(change), self.rate(change), np.nan)
         self._next[images] = view.step + rates
         self._last[images] = view.step
-        self._reference = put(self._reference, images, added, view.images)
+        self._reference = scatter(self._reference, images, added, view.images)
 
     def rate(self, change: np.ndarray) -> np.ndarray:
         """Steps to the next computed one, for changes (m,): the rate of the smallest scaled key above each."""

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from adacorr.policies import register
-from adacorr.predict import Predictor
-from adacorr.types import Cached, Knob, Policy, Ran, Unit, View, check_adaptive, put, relative_change
+from adacorr.policy import Cached, Knob, Policy, Predictor, Ran, Unit, View, check_adaptive, relative_change, scatter
 
 ERRORS = ("feature", "difference")
 
@@ -69,8 +68,8 @@ class DiCache(Policy):
     def probe(self, depth: int) -> int:
         return self.depth
 
-    def begin(self, run):
-        self._sum = np.zeros(run.images)
+    def begin(self, info):
+        self._sum = np.zeros(info.images)
         self._before = ()  # the probe's output, and its input where the error needs it, at the step before
         self._probes = (None, None)  # (halves, n, T, D): its residual at the newest two computed steps
 
@@ -92,19 +91,19 @@ class DiCache(Policy):
             return
         self._sum[ran.images] = 0.0
         images = torch.from_numpy(ran.images).to(ran.x.device)
-        newest = put(self._probes[0], ran.images, ran.x - view.x_in[:, images], view.images)
+        newest = scatter(self._probes[0], ran.images, ran.x - view.x_in[:, images], view.images)
         past = newest if self._probes[0] is None else self._probes[0]
-        self._probes = newest, put(self._probes[1], ran.images, past[:, images], view.images)
+        self._probes = newest, scatter(self._probes[1], ran.images, past[:, images], view.images)
 
     def reuse(self, view: View, cached: Cached) -> Tensor:
         images = torch.from_numpy(cached.images).to(cached.x.device)
         probe = cached.x - view.x_in[:, images]
         newest, older = (p[:, images] for p in self._probes)
-        change = cached.node(0) + newest - cached.node(1) - older  # R2 - R1, the two units' residuals together
+        change = cached.stored(0) + newest - cached.stored(1) - older  # R2 - R1, the two units' residuals together
         way, gap = ((v.float() - older.float()).abs().mean(dim=(0, 2, 3)) for v in (probe, newest))
         if self.scope == "batch":
             way, gap = (v.mean().expand_as(v) for v in (way, gap))
         g = (way / gap.clamp_min(torch.finfo(torch.float32).tiny)).clamp(1.0, self.g_max)
         g[torch.from_numpy(cached.count < 2).to(g.device)] = 1.0
         # R1 + g (R2 - R1), written from R2, less the probe, which is in the unit's input already.
-        return cached.node(0) + newest + (g - 1.0).view(1, -1, 1, 1) * change - probe
+        return cached.stored(0) + newest + (g - 1.0).view(1, -1, 1, 1) * change - probe

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from adacorr.policies import register
+from adacorr.policy import Cached, Knob, Policy, Ran, RunInfo, View
 from adacorr.profile import Calibration, Profile, find_profile
-from adacorr.types import Cached, Knob, Policy, Ran, Run, View
 
 MAX_LAG = 15  # steps that one residual may serve at most: calibration holds that many
 BY_LAG = ("error", "phi", "slope", "offset", "correlation")
@@ -30,7 +30,7 @@ class ERTACacheCalibration(Calibration):
     def __init__(self):
         self.batches: list[list[list[np.ndarray]]] = []  # for each batch and step, what `computed` measures
 
-    def begin(self, run: Run) -> None:
+    def begin(self, info: RunInfo) -> None:
         self.batches.append([])
         self._past: deque[Tensor] = deque(maxlen=MAX_LAG)  # residuals (halves, n, T, D), the newest first
 
@@ -136,9 +136,9 @@ class ERTACache(Policy):
         if self.rectify not in ("channel", "all", None):
             raise ValueError(f"ertacache: rectify={self.rectify!r} must be channel, all or none")
 
-    def begin(self, run: Run) -> None:
-        self._arrays = checked(find_profile("ertacache", self.profile, run), run.num_steps)
-        self._last = np.full(run.images, -1)  # newest computed step of each image
+    def begin(self, info: RunInfo) -> None:
+        self._arrays = checked(find_profile("ertacache", self.profile, info), info.num_steps)
+        self._last = np.full(info.images, -1)  # newest computed step of each image
 
     def decide(self, view: View) -> np.ndarray:
         error = at(self._arrays["error"], view.step, view.step - self._last, otherwise=np.inf)
@@ -151,19 +151,19 @@ class ERTACache(Policy):
         if self.rectify is None:
             return cached.forecast
         held = cached.forecast
-        factors = rectification(self._arrays, cached.step, cached.node_steps(0), by_channel=self.rectify == "channel")
+        factors = rectification(self._arrays, cached.step, cached.stored_steps(0), by_channel=self.rectify == "channel")
         scale, shift = torch.from_numpy(factors).to(held.device, torch.float32).unsqueeze(2)  # (m, 1, D or 1) each
         return (held.float() * scale + shift).to(held.dtype)
 
-    def grid(self, run: Run) -> np.ndarray:
+    def grid(self, info: RunInfo) -> np.ndarray:
         """The first and last timesteps stay, and so the time between them.
 
         ValueError for a grid of other than whole, strictly falling timesteps.
         """
-        timesteps = run.timesteps
+        timesteps = info.timesteps
         if not self.adjust:
             return timesteps
-        arrays = checked(find_profile("ertacache", self.profile, run), len(timesteps))
+        arrays = checked(find_profile("ertacache", self.profile, info), len(timesteps))
         lag = replay(arrays["error"], self.threshold)
         share = np.ones(len(timesteps))
         for step in np.flatnonzero(lag):

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from adacorr.policies import register
+from adacorr.policy import Cached, Knob, Policy, Ran, RunInfo, Unit, View, check_adaptive
 from adacorr.profile import Calibration, Profile, find_profile
-from adacorr.types import Cached, Knob, Policy, Ran, Run, Unit, View, check_adaptive
 
 FORMS = ("increment", "residual")
 REFERENCES = ("computed", "seen")
@@ -111,19 +111,19 @@ class FastCacheCalibration(Calibration):
     def units(self, depth: int) -> list[Unit]:
         return by_block(depth)
 
-    def begin(self, run: Run) -> None:
+    def begin(self, info: RunInfo) -> None:
         if not self._moments:
-            made = [[Moments(run.num_steps, run.width, run.device) for _ in range(2)] for _ in range(run.depth + 1)]
+            made = [[Moments(info.num_steps, info.width, info.device) for _ in range(2)] for _ in range(info.depth + 1)]
             self._moments = [tuple(pair) for pair in made]
         self._past: list[list[tuple[int, Tensor, Tensor]]] = [[] for _ in self._moments]
-        held = (self._images + np.arange(run.images)) % HELD_OUT == HELD_OUT - 1
+        held = (self._images + np.arange(info.images)) % HELD_OUT == HELD_OUT - 1
         self._sets = [torch.from_numpy(np.flatnonzero(which)) for which in (~held, held)]
-        self._images += run.images
+        self._images += info.images
 
     def computed(self, view: View, ran: Ran) -> None:
         self._observe(view.unit.start, view.step, ran.x, ran.value)
-        if view.unit.stop == view.run.depth:
-            self._observe(view.run.depth, view.step, view.x_in, ran.out - view.x_in)
+        if view.unit.stop == view.info.depth:
+            self._observe(view.info.depth, view.step, view.x_in, ran.out - view.x_in)
 
     def _observe(self, index: int, step: int, x: Tensor, y: Tensor) -> None:
         past = self._past[index]
@@ -227,17 +227,17 @@ class FastCache(Policy):
     def units(self, depth: int) -> list[Unit]:
         return by_block(depth)
 
-    def begin(self, run: Run) -> None:
+    def begin(self, info: RunInfo) -> None:
         self._maps = None  # weight (L + 1, D, D) and bias (S, L + 1, D), the stack's last
         if self.profile is not None:
-            dtype = next(run.blocks[0].parameters()).dtype
-            weight, bias = read_maps(find_profile("fastcache", self.profile, run), self.form, run)
+            dtype = next(info.blocks[0].parameters()).dtype
+            weight, bias = read_maps(find_profile("fastcache", self.profile, info), self.form, info)
             # Intercepts of neighbouring steps are close: their differences need all digits.
-            self._maps = torch.from_numpy(weight).to(run.device, dtype), torch.from_numpy(bias).to(run.device).float()
-        self._known = np.zeros((run.depth, run.images), dtype=bool)  # blocks that ran
+            self._maps = torch.from_numpy(weight).to(info.device, dtype), torch.from_numpy(bias).to(info.device).float()
+        self._known = np.zeros((info.depth, info.images), dtype=bool)  # blocks that ran
         self._before: Tensor | None = None  # (halves, n, T, D): the stack's input one step earlier
         self._saliency: Tensor | None = None  # (n, T) of this step
-        self._whole = np.zeros(run.images, dtype=bool)  # images whose saliency is not finite: all of the step runs
+        self._whole = np.zeros(info.images, dtype=bool)  # images whose saliency is not finite: all of the step runs
         self._groups: list[Group] = []
         self._alone = True  # AdaCorrection needs no state but that of the proposal
         # (halves, n, T, D) under (name, block), block L being the stack: `computed` and `given` are the input of the
@@ -267,7 +267,7 @@ class FastCache(Policy):
         return (share > 0.5) | ~(view.measured(self._change(change, size)) < self.threshold)
 
     def computed(self, view: View, ran: Ran) -> None:
-        block, depth, images = view.unit.start, view.run.depth, torch.from_numpy(ran.images).to(ran.x.device)
+        block, depth, images = view.unit.start, view.info.depth, torch.from_numpy(ran.images).to(ran.x.device)
         self._known[block, ran.images] = True
         if block == 0:
             self._before = view.x_in
@@ -289,7 +289,7 @@ class FastCache(Policy):
             for group in self._groups:
                 at = (slice(None), group.positions[:, None], group.still)
                 place = (slice(None), images[group.positions][:, None], group.still)
-                value[at] = self._map(view, view.run.depth, place, cached.x[at])
+                value[at] = self._map(view, view.info.depth, place, cached.x[at])
         for group, run in zip(self._groups, self._test(view, images, cached.x), strict=True):
             if group.moving.shape[1]:
                 self._pass(view, group, run, cached, images, value)
@@ -304,7 +304,7 @@ class FastCache(Policy):
             then = reference[:, images[group.positions][:, None], group.moving].float()
             sums.append(torch.stack([(now - then).square().sum(dim=(0, 2, 3)), then.square().sum(dim=(0, 2, 3))]))
         change = self._change(*torch.cat(sums, dim=1).double().cpu().numpy())
-        view.trace.fallbacks += int((~np.isfinite(change)).sum())
+        view.measured_in_reuse(change)
         run = ~(change < self.threshold)  # strictly below, so that 0 is never still; not a number runs
         return np.split(run, np.cumsum([len(group.positions) for group in self._groups])[:-1])
 
@@ -317,8 +317,8 @@ class FastCache(Policy):
 
     def _pass(self, view: View, group: Group, run: np.ndarray, cached: Cached, images: Tensor, value: Tensor) -> None:
         """The moving tokens of a group through the block where `run` (g,), through its map elsewhere, into `value`."""
-        block, depth = view.unit.start, view.run.depth
-        condition = view.conditioning.c.unflatten(0, (view.run.halves, -1))
+        block, depth = view.unit.start, view.info.depth
+        condition = view.conditioning.c.unflatten(0, (view.info.visible_halves, -1))
         for runs in (True, False):
             chosen = torch.from_numpy(np.flatnonzero(run == runs)).to(images.device)
             if not len(chosen):
@@ -354,7 +354,7 @@ class FastCache(Policy):
 
     def _keep(self, view: View, index: int, place: tuple, x: Tensor, value: Tensor) -> None:
         """Note a computed pair of map `index` at `place`."""
-        kept = {self.reference: x} if index < view.run.depth else {}
+        kept = {self.reference: x} if index < view.info.depth else {}
         if self.form == "increment" and self._alone:
             bias = 0.0 if self._maps is None else self._maps[1][view.step, index]
             kept |= {"computed": x, "given": value.float() - bias}
@@ -386,7 +386,7 @@ def make_groups(saliency: Tensor, tau: float) -> list[Group]:
 
 def shares(view: View, moving: int) -> tuple[float, float]:
     """Of the FLOPs of a block's attention and MLP for one row: what `moving` of its tokens need."""
-    width, hidden = view.run.width, view.block.mlp.fc1.out_features
+    width, hidden = view.info.width, view.block.mlp.fc1.out_features
 
     def attn(tokens):
         return 4 * tokens * width + 2 * tokens * tokens + 3 * width  # linears; attention; half of adaLN
@@ -394,13 +394,13 @@ def shares(view: View, moving: int) -> tuple[float, float]:
     def mlp(tokens):
         return 2 * tokens * hidden + 3 * width
 
-    return attn(moving) / attn(view.run.tokens), mlp(moving) / mlp(view.run.tokens)
+    return attn(moving) / attn(view.info.tokens), mlp(moving) / mlp(view.info.tokens)
 
 
-def read_maps(profile: Profile, form: str, run: Run) -> tuple[np.ndarray, np.ndarray]:
+def read_maps(profile: Profile, form: str, info: RunInfo) -> tuple[np.ndarray, np.ndarray]:
     """Weight (L + 1, D, D) and bias (S, L + 1, D) of a form; ValueError if the profile has none for the run."""
-    maps, width = run.depth + 1, run.width
-    shapes = {f"{form}_weight": (maps, width, width), f"{form}_bias": (run.num_steps, maps, width)}
+    maps, width = info.depth + 1, info.width
+    shapes = {f"{form}_weight": (maps, width, width), f"{form}_bias": (info.num_steps, maps, width)}
     for name, shape in shapes.items():
         found = profile.arrays[name].shape if name in profile.arrays else "none"
         if found != shape:

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from adacorr.policies import register
-from adacorr.predict import Predictor
-from adacorr.types import Knob, Policy, Ran, Unit, View, check_adaptive, put, relative_change
+from adacorr.policy import Knob, Policy, Predictor, Ran, Unit, View, check_adaptive, relative_change, scatter
 
 
 @register
@@ -73,9 +72,9 @@ class FirstBlock(Policy):
         # The blocks at both ends always run.
         return self.predictor if (unit.start, unit.stop) == (self.front, depth - self.back) else None
 
-    def begin(self, run):
+    def begin(self, info):
         self._reference = None  # (halves, n, T, D): the front's residual at each image's last computed step
-        self._computed = np.zeros(run.images, dtype=int)  # steps
+        self._computed = np.zeros(info.images, dtype=int)  # steps
 
     def decide(self, view: View) -> np.ndarray:
         if view.unit.start != self.front or view.step < self.warmup or self._reference is None:
@@ -91,5 +90,5 @@ class FirstBlock(Policy):
     def computed(self, view: View, ran: Ran) -> None:
         if view.unit.start == self.front:
             residual = ran.x - view.x_in[:, ran.images]
-            self._reference = put(self._reference, ran.images, residual, view.images)
+            self._reference = scatter(self._reference, ran.images, residual, view.images)
             self._computed[ran.images] += 1

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from adacorr.policies import register
-from adacorr.predict import Predictor
-from adacorr.types import Knob, Policy, View
+from adacorr.policy import Knob, Policy, Predictor, View
 
 ALIGNED = ("end", "start")
 

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from adacorr.policies import register
-from adacorr.predict import Predictor
+from adacorr.policy import Knob, Policy, Predictor, Ran, RunInfo, Unit, View, by_branch, check_adaptive, scatter
 from adacorr.profile import Calibration, find_profile
-from adacorr.types import Knob, Policy, Ran, Run, Unit, View, by_branch, check_adaptive, put
 
 STAND_IN = "stand-in"
 ENTRY = re.compile(r"block_(\d+)_(attn|mlp)_lazy_learning_weight_(\d+)")
@@ -41,11 +40,11 @@ class LazyDiTCalibration(Calibration):
     def units(self, depth: int) -> list[Unit]:
         return by_branch(depth)
 
-    def begin(self, run: Run) -> None:
-        self._index = {unit: i for i, unit in enumerate(by_branch(run.depth))}
+    def begin(self, info: RunInfo) -> None:
+        self._index = {unit: i for i, unit in enumerate(by_branch(info.depth))}
         self._before: dict[Unit, Tensor] = {}
-        shape = (len(self._index), run.num_steps - 1, run.images, run.halves)
-        self._batches.append((np.zeros((*shape, run.width), dtype=np.float32), np.zeros(shape, dtype=np.float64)))
+        shape = (len(self._index), info.num_steps - 1, info.images, info.visible_halves)
+        self._batches.append((np.zeros((*shape, info.width), dtype=np.float32), np.zeros(shape, dtype=np.float64)))
 
     def computed(self, view: View, ran: Ran) -> None:
         if view.unit in self._before:
@@ -178,23 +177,23 @@ class LazyDiT(Policy):
     def units(self, depth: int) -> list[Unit]:
         return by_branch(depth)
 
-    def begin(self, run: Run) -> None:
-        units = by_branch(run.depth)
+    def begin(self, info: RunInfo) -> None:
+        units = by_branch(info.depth)
         if self.gates == STAND_IN:
-            arrays = find_profile("lazydit", self.profile, run).arrays
+            arrays = find_profile("lazydit", self.profile, info).arrays
             weight, offset = arrays["weight"][:, None], arrays["offset"]  # (U, 1, D), (U, S)
         else:
             # The published sum over tokens is T times their mean.
-            weight = load_gates(self.gates, run) * run.tokens  # (U, S, D)
+            weight = load_gates(self.gates, info) * info.tokens  # (U, S, D)
             offset = np.zeros(weight.shape[:2])
-        self._weight = torch.as_tensor(np.asarray(weight, dtype=np.float32), device=run.device)
+        self._weight = torch.as_tensor(np.asarray(weight, dtype=np.float32), device=info.device)
         self._offset = np.asarray(offset, dtype=np.float64)
         default = DEFAULTS[self.gates == STAND_IN] if self.threshold is None else self.threshold
         own = {"attn": self.attn_threshold, "mlp": self.mlp_threshold}
         thresholds = [default if own[u.branch] is None else own[u.branch] for u in units]
         self._threshold = np.array(thresholds)[:, None]  # (U, 1)
         self._index = {unit: i for i, unit in enumerate(units)}
-        self._drift = np.zeros((len(units), run.images))  # predicted error of what each branch would reuse
+        self._drift = np.zeros((len(units), info.images))  # predicted error of what each branch would reuse
         self._harm = np.zeros_like(self._drift)  # its sum over the steps since the branch last ran
         self._mean: dict[Unit, Tensor] = {}  # (halves, n, D): of the normalised input at the newest computed step
 
@@ -211,20 +210,20 @@ class LazyDiT(Policy):
         if not view.age.any():
             return np.ones(view.images, dtype=bool)
         inputs, halves = [], view.x.shape[0]
-        for layer in range(view.run.depth):
+        for layer in range(view.info.depth):
             six = [v.unflatten(0, (halves, -1)) for v in view.conditioning(layer)]
             for unit, (shift, scale) in zip(by_branch(layer + 1)[-2:], (six[0:2], six[3:5]), strict=True):
                 inputs.append(gate_input(self._mean[unit][:halves], shift, scale))
         units = np.arange(len(inputs))
         wanted = self._wanted(units, self._score(units, view.step, inputs), view)
-        asked = np.tile(view.trace.branch_flops, view.run.depth) @ wanted
-        return 2 * asked >= view.run.depth * view.trace.block_flops
+        asked = np.tile(view.info.branch_flops, view.info.depth) @ wanted
+        return 2 * asked >= view.info.depth * sum(view.info.branch_flops)
 
     def computed(self, view: View, ran: Ran) -> None:
         for state in (self._drift, self._harm):
             state[self._index[view.unit], ran.images] = 0.0
         mean = mean_norm(view.block, view.unit.branch, ran.x)
-        self._mean[view.unit] = put(self._mean.get(view.unit), ran.images, mean, view.run.images)
+        self._mean[view.unit] = scatter(self._mean.get(view.unit), ran.images, mean, view.info.images)
 
     def _score(self, units: np.ndarray, step: int, inputs: list[Tensor]) -> np.ndarray:
         """w . z + offset (units, n) of inputs (halves, n, D) for each unit: the largest over halves (or all rows)."""
@@ -259,7 +258,7 @@ def gate_input(mean: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return mean * (1 + scale.float()) + shift.float()
 
 
-def load_gates(path: str, run: Run) -> np.ndarray:
+def load_gates(path: str, info: RunInfo) -> np.ndarray:
     """Trained gates (branches, S, D) float32 in sampling order, from a file that the authors' code wrote.
 
     ValueError if there is none, or if its blocks, steps or width are not the run's.
@@ -277,19 +276,19 @@ def load_gates(path: str, run: Run) -> np.ndarray:
         raise ValueError(
             f"lazydit: gates={path} must have entries block_0_attn_lazy_learning_weight_0, ...; it has none"
         )
-    for what, place, wanted in (("blocks", 0, run.depth), ("steps", 2, run.num_steps)):
+    for what, place, wanted in (("blocks", 0, info.depth), ("steps", 2, info.num_steps)):
         count = 1 + max(int(key[place]) for key in found)
         if count != wanted:
             raise ValueError(f"lazydit: gates={path} must be for {wanted} {what}, as this run; it is for {count}")
-    gates = np.zeros((2 * run.depth, run.num_steps, run.width), dtype=np.float32)
-    for index, unit in enumerate(by_branch(run.depth)):
-        for step in range(run.num_steps):
-            name = (str(unit.start), unit.branch, str(run.num_steps - 1 - step))
+    gates = np.zeros((2 * info.depth, info.num_steps, info.width), dtype=np.float32)
+    for index, unit in enumerate(by_branch(info.depth)):
+        for step in range(info.num_steps):
+            name = (str(unit.start), unit.branch, str(info.num_steps - 1 - step))
             entry = "block_{}_{}_lazy_learning_weight_{}".format(*name)
             if name not in found:
                 raise ValueError(f"lazydit: gates={path} must have the entry {entry}; it is missing")
-            if found[name].shape != (1, run.width):
+            if found[name].shape != (1, info.width):
                 shape = tuple(found[name].shape)
-                raise ValueError(f"lazydit: gates={path} must have width {run.width}; {entry} has shape {shape}")
+                raise ValueError(f"lazydit: gates={path} must have width {info.width}; {entry} has shape {shape}")
             gates[index, step] = found[name][0].numpy()
     return gates

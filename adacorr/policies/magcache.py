@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from adacorr.policies import register
+from adacorr.policy import Knob, Policy, Ran, RunInfo, View
 from adacorr.profile import Calibration, Profile, find_profile
-from adacorr.types import Knob, Policy, Ran, Run, View
 
 
 class MagCacheCalibration(Calibration):
@@ -17,7 +17,7 @@ class MagCacheCalibration(Calibration):
     def __init__(self):
         self.batches: list[list[np.ndarray]] = []  # for each batch and step but the first (2, n): mean, deviation
 
-    def begin(self, run: Run) -> None:
+    def begin(self, info: RunInfo) -> None:
         self.batches.append([])
         self._before: Tensor | None = None  # (halves, n, T): norm of each token's residual
 
@@ -77,10 +77,10 @@ class MagCache(Policy):
         if not 0 <= self.retention <= 1:
             raise ValueError(f"magcache: retention={self.retention} must lie in 0..1")
 
-    def begin(self, run: Run) -> None:
-        ratio = ratios(find_profile("magcache", self.profile, run), run.num_steps)
+    def begin(self, info: RunInfo) -> None:
+        ratio = ratios(find_profile("magcache", self.profile, info), info.num_steps)
         self._skippable = skippable(ratio, self.threshold, self.max_skip, self.retention)
-        self._last = np.full(run.images, -1)  # newest computed step of each image
+        self._last = np.full(info.images, -1)  # newest computed step of each image
 
     def decide(self, view: View) -> np.ndarray:
         return (self._last < 0) | ~self._skippable[self._last, view.step]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from adacorr.policies import register
-from adacorr.types import Policy, View
+from adacorr.policy import Policy, View
 
 
 @register

@@ -8,8 +8,19 @@ from torch import Tensor
 
 from adacorr.history import WEIGHTS
 from adacorr.policies import register
-from adacorr.predict import Predictor
-from adacorr.types import Cached, Knob, Policy, Ran, Unit, View, by_branch, check_adaptive, put, relative_change
+from adacorr.policy import (
+    Cached,
+    Knob,
+    Policy,
+    Predictor,
+    Ran,
+    Unit,
+    View,
+    by_branch,
+    check_adaptive,
+    relative_change,
+    scatter,
+)
 
 RULES = {"taylor": "taylor", "exact": "lagrange"}  # this method's names -> the predictor's
 NORMS = {"row": (2, 3), "token": (3,)}  # over tokens and channels, or channels alone
@@ -66,12 +77,12 @@ class RFC(Policy):
     def units(self, depth: int) -> list[Unit]:
         return by_branch(depth)
 
-    def begin(self, run):
-        self._timesteps = run.timesteps
-        self._sum = np.zeros(run.images)
-        self._due = np.ones(run.images, dtype=bool)  # the decision of the current step, for all its units
+    def begin(self, info):
+        self._timesteps = info.timesteps
+        self._sum = np.zeros(info.images)
+        self._due = np.ones(info.images, dtype=bool)  # the decision of the current step, for all its units
         self._inputs: dict[Unit, list[Tensor | None]] = {}  # (halves, n, T, D), newest first
-        self._at = np.full((run.images, self.order + 1), np.nan)  # positions of those of the first module
+        self._at = np.full((info.images, self.order + 1), np.nan)  # positions of those of the first module
         self._alone = False  # decides unit by unit, so that `reuse` will be asked
 
     def decide(self, view: View) -> np.ndarray:
@@ -94,7 +105,7 @@ class RFC(Policy):
         value = view.modulated()[:, images]
         nodes = self._inputs.setdefault(view.unit, [None] * (self.order + 1 if first else 2))
         for k, node in enumerate(nodes):
-            nodes[k] = put(node, ran.images, value, view.images)
+            nodes[k] = scatter(node, ran.images, value, view.images)
             if node is None:
                 break
             value = node[:, images]
@@ -112,7 +123,7 @@ class RFC(Policy):
         images = torch.from_numpy(cached.images).to(cached.x.device)
         dim = NORMS[self.norm]
         now, newest, older = (v[:, images].float() for v in (view.modulated(), *held[:2]))
-        out, out_older = cached.node(0), cached.node(1)
+        out, out_older = cached.stored(0), cached.stored(1)
         change = cached.forecast - out
         size, apart = norm(change, dim), norm(newest - older, dim)
         wanted = norm(out - out_older, dim) / apart.clamp_min(torch.finfo(torch.float32).tiny) * norm(now - newest, dim)

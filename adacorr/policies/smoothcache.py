@@ -6,9 +6,8 @@ import numpy as np
 import torch
 
 from adacorr.policies import register
-from adacorr.predict import Predictor
+from adacorr.policy import BRANCHES, Knob, Policy, Predictor, Ran, RunInfo, Unit, View, by_branch, relative_change
 from adacorr.profile import Calibration, find_profile
-from adacorr.types import BRANCHES, Knob, Policy, Ran, Run, Unit, View, by_branch, relative_change
 
 
 class SmoothCacheCalibration(Calibration):
@@ -27,11 +26,11 @@ class SmoothCacheCalibration(Calibration):
     def units(self, depth: int) -> list[Unit]:
         return by_branch(depth)
 
-    def begin(self, run: Run) -> None:
+    def begin(self, info: RunInfo) -> None:
         if self._sum is None:
-            self._sum = np.zeros((len(BRANCHES), run.num_steps, self.LAGS))
+            self._sum = np.zeros((len(BRANCHES), info.num_steps, self.LAGS))
             self._count = np.zeros_like(self._sum)
-        self._past: dict[Unit, list[torch.Tensor]] = {unit: [] for unit in by_branch(run.depth)}
+        self._past: dict[Unit, list[torch.Tensor]] = {unit: [] for unit in by_branch(info.depth)}
 
     def computed(self, view: View, ran: Ran) -> None:
         branch, past = BRANCHES.index(view.unit.branch), self._past[view.unit]
@@ -91,8 +90,8 @@ class SmoothCache(Policy):
     def units(self, depth: int) -> list[Unit]:
         return by_branch(depth)
 
-    def begin(self, run: Run) -> None:
-        error = find_profile("smoothcache", self.profile, run).arrays["error"]
+    def begin(self, info: RunInfo) -> None:
+        error = find_profile("smoothcache", self.profile, info).arrays["error"]
         if self.max_lag > error.shape[2]:
             raise ValueError(f"smoothcache: max_lag={self.max_lag} must be at most {error.shape[2]}, as in the profile")
         self._table = np.stack([scan(by_type, self.threshold, self.max_lag) for by_type in error])  # (2, S)
@@ -101,8 +100,8 @@ class SmoothCache(Policy):
         return np.full(view.images, self._table[BRANCHES.index(view.unit.branch), view.step])
 
     def propose(self, view: View) -> np.ndarray:
-        asked = self._table[:, view.step] @ np.array(view.trace.branch_flops)
-        return np.full(view.images, 2 * asked >= view.trace.block_flops)
+        asked = self._table[:, view.step] @ np.array(view.info.branch_flops)
+        return np.full(view.images, 2 * asked >= sum(view.info.branch_flops))
 
 
 def scan(error: np.ndarray, threshold: float, max_lag: int) -> np.ndarray:

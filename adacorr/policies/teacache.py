@@ -6,8 +6,8 @@ import numpy as np
 from torch import Tensor
 
 from adacorr.policies import register
+from adacorr.policy import Knob, Policy, Ran, RunInfo, View, check_adaptive, relative_change
 from adacorr.profile import Calibration, Profile, find_profile
-from adacorr.types import Knob, Policy, Ran, Run, View, check_adaptive, relative_change
 
 DEGREE = 4  # of the polynomial, as in every release
 
@@ -19,7 +19,7 @@ class TeaCacheCalibration(Calibration):
         self.change_in: list[np.ndarray] = []  # (n,) for each step but the first of each batch
         self.change_out: list[np.ndarray] = []
 
-    def begin(self, run: Run) -> None:
+    def begin(self, info: RunInfo) -> None:
         self._before: tuple[Tensor, Tensor] | None = None
 
     def computed(self, view: View, ran: Ran) -> None:
@@ -61,10 +61,10 @@ class TeaCache(Policy):
     def __post_init__(self):
         check_adaptive("teacache", self.threshold, self.scope)
 
-    def begin(self, run: Run) -> None:
-        self._fit = None if self.profile is None else polynomial(find_profile("teacache", self.profile, run))
+    def begin(self, info: RunInfo) -> None:
+        self._fit = None if self.profile is None else polynomial(find_profile("teacache", self.profile, info))
         self._previous: Tensor | None = None  # (halves, n, T, D): modulated input of the step before
-        self._sum = np.zeros(run.images)
+        self._sum = np.zeros(info.images)
 
     def decide(self, view: View) -> np.ndarray:
         modulated = view.modulated()

@@ -1,38 +1,68 @@
-"""What a caching method is, and what it sees: views of units, and the policy that decides about them.
+"""What a caching method is, and what it sees: the policy, its views of units, and the predictor it asks for.
 
 A *unit* is what a policy decides about at once: a range of blocks, or one branch of one block. A policy says for each
 image whether a unit runs (`decide`), learns what it gave (`computed`), and may shape what stands in for it (`reuse`).
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adacorr.predict import Predictor, Segment
+from adacorr.history import WEIGHTS
+from adacorr.spec import check_options, option
 from adacorr.trace import Trace
-from adacorr.unit import BRANCHES, Conditioning, Unit, by_branch, check_units
+from adacorr.unit import BRANCHES, Conditioning, Unit, by_branch
+
+if TYPE_CHECKING:
+    from adacorr.store import UnitStore
 
 __all__ = [
+    "BRANCHES",
     "Cached",
     "Conditioning",
     "Knob",
     "Policy",
+    "Predictor",
     "Ran",
-    "Run",
+    "RunInfo",
+    "SCOPES",
     "Unit",
     "View",
     "by_branch",
-    "check_adaptive",
-    "check_units",
-    "put",
+    "option",
     "relative_change",
+    "scatter",
 ]
 
 SCOPES = ("image", "batch")
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """What the cached path stores of a unit, and the order of its forecast.
+
+    kind     residual: output minus input, gates included; a hit adds it to the current input (TeaCache, first block).
+             branches: the pre-gate attention and MLP outputs; a hit adds them under the *current* adaLN gates
+    order    of the polynomial through the newest order + 1 computed steps; 0 holds the newest value
+    weights  lagrange: exact for polynomials in the timestep; taylor: TaylorSeer's, in step indices
+
+    Raises ValueError for values out of range.
+    """
+
+    kind: str = option("branches", choices=("residual", "branches"))
+    order: int = option(2, low=0, high=4)
+    gate_error: float = 0.03
+    weights: str = option("lagrange", choices=tuple(WEIGHTS))
+
+    def __post_init__(self):
+        check_options("predictor", self)
 
 
 @dataclass(frozen=True)
@@ -50,23 +80,29 @@ class Knob:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunInfo:
     """What is fixed for one sampling run; a policy gets it in `begin`.
 
-    images n; halves: guidance halves that views show, conditional first (1 without guidance, and under AdaCorrection
-    where the unconditional half is carried by the guidance difference); timesteps (S,) in sampling order; tokens T and
-    width D of the stream. model_id is the checkpoint's sha256 and sampler its spec, None where the caller gave none:
-    profiles are held to them.
+    images          n
+    visible_halves  guidance halves that views show, conditional first: 1 without guidance, and under AdaCorrection
+                    where the unconditional half follows from the guidance difference
+    timesteps       (S,) in sampling order
+    tokens, width   T and D of the stream
+    branch_flops    FLOPs of the attention and the MLP branch of one block, for one row
+    corrected       whether AdaCorrection decides and forecasts: it then asks `propose`, and never `reuse`
+    model_id, sampler  the checkpoint's sha256 and the sampler's spec, which profiles are held to; None: unknown
     """
 
     images: int
-    halves: int
+    visible_halves: int
     timesteps: np.ndarray
     blocks: Sequence[nn.Module]
     tokens: int
     width: int
     device: torch.device
+    branch_flops: tuple[int, int]
     cfg_scale: float = 1.0
+    corrected: bool = False
     model_id: str | None = None
     sampler: str | None = None
 
@@ -83,18 +119,18 @@ class Run:
 class View:
     """One unit of one step, before it is decided.
 
-    x, x_in (halves, n, T, D): the unit's input and the stack's input. age (n,): steps since the unit was last computed
-    for the image, 1 for the step after, 0 before any computation.
+    x, x_in (halves, n, T, D): the unit's input and the stack's input, in the visible halves. age (n,): steps since the
+    unit was last computed for the image, 1 for the step after, 0 before any computation.
     """
 
-    run: Run
+    info: RunInfo
     step: int
     unit: Unit
     x: Tensor
     x_in: Tensor
     age: np.ndarray
     conditioning: Conditioning
-    trace: Trace
+    account: Trace = field(repr=False)  # where `measured` and `spend` are entered
     failed: np.ndarray = field(init=False)  # (n,) bool: a measure of the image was not finite
 
     def __post_init__(self):
@@ -106,12 +142,16 @@ class View:
 
     @property
     def num_steps(self) -> int:
-        return self.run.num_steps
+        return self.info.num_steps
 
     @property
     def block(self) -> nn.Module:
         """The unit's first block."""
-        return self.run.blocks[self.unit.start]
+        return self.info.blocks[self.unit.start]
+
+    def everyone(self, answer: bool = True) -> np.ndarray:
+        """(n,) bool: one answer for all images."""
+        return np.full(self.images, bool(answer))
 
     @cached_property
     def modulation(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,17 +175,22 @@ class View:
         self.failed |= ~np.isfinite(score).reshape(-1, self.images).all(axis=0)
         return score
 
+    def measured_in_reuse(self, score: np.ndarray) -> np.ndarray:
+        """The same for a measure that `reuse` takes itself and acts on: it is counted, no more."""
+        self.account.fallbacks += int((~np.isfinite(score)).sum())
+        return score
+
     def spend(self, layer: int, branch: str, images: np.ndarray, share: float | np.ndarray) -> None:
         """Account for a branch of block `layer` that `reuse` ran itself, in part or whole, for images (m,), all halves.
 
         share of the branch's FLOPs, one for all or (m,).
         """
         share = np.broadcast_to(np.asarray(share, dtype=np.float32), images.shape)
-        self.trace.executed[self.step, layer, BRANCHES.index(branch), images] = share[:, None]
+        self.account.executed[self.step, layer, BRANCHES.index(branch), images] = share[:, None]
 
     def spend_flops(self, flops: int) -> None:
         """Account for work beside the blocks' own, in FLOPs over all images and halves."""
-        self.trace.extra_flops += int(flops)
+        self.account.extra_flops += int(flops)
 
 
 @dataclass
@@ -170,52 +215,59 @@ class Ran:
 class Cached:
     """What the cache holds for the images (m,) of a unit that does not run.
 
-    x (halves, m, T, D): the unit's input. `forecast` is the predictor's own answer; `node(k)` the k-th newest stored
-    tensor with `count` (m,) nodes so far, and `node_steps(k)` (m,) the steps they came from. Both are of the kind that
-    `Ran.value` is: the pre-gate output of a branch unit, else what the blocks add. For a range of blocks under a
-    predictor of kind "branches" only the forecast exists, since it stores sums of branches.
+    x (halves, m, T, D): the unit's input. `forecast` is the predictor's own answer; `stored(k)` the tensor of the k-th
+    newest computed step, with `count` (m,) of them so far, and `stored_steps(k)` (m,) the steps they came from. All are
+    of the kind that `Ran.value` is: the pre-gate output of a branch unit, else what the blocks add. For a range of
+    blocks under a predictor of kind "branches" only the forecast exists, since sums of branches are stored.
+
+    Raises ValueError for a policy without a predictor.
     """
 
     images: np.ndarray
     x: Tensor
     step: int
-    segment: Segment | None  # None for a method that keeps its own
+    store: UnitStore | None  # None for a method that keeps its own
 
     @cached_property
     def forecast(self) -> Tensor:
         return torch.stack([half[:, 0] for half in self._kept.predict(self.images, np.array([self.step]))])
 
     @property
-    def _kept(self) -> Segment:
-        if self.segment is None:
+    def _kept(self) -> UnitStore:
+        if self.store is None:
             raise ValueError("a policy without a predictor must override `reuse`: nothing was stored for it")
-        return self.segment
+        return self.store
 
-    def node(self, k: int) -> Tensor:
-        """(halves, m, T, D) stored at the k-th newest computed step, 0 the newest; zeros where there is none."""
-        return self._kept.node(self.images, k)
+    def stored(self, k: int) -> Tensor:
+        """(halves, m, T, D) of the k-th newest computed step, 0 the newest; zeros where there is none."""
+        return self._kept.stored(self.images, k)
 
-    def node_steps(self, k: int) -> np.ndarray:
-        """(m,) int: the step of that node; -1 where there is none."""
-        return self._kept.node_steps(self.images, k)
+    def stored_steps(self, k: int) -> np.ndarray:
+        """(m,) int: the k-th newest computed step; -1 where there is none."""
+        return self._kept.stored_steps(self.images, k)
 
     @property
     def count(self) -> np.ndarray:
-        """(m,) nodes computed so far."""
+        """(m,) computed steps so far."""
         return self._kept.count[self.images]
 
 
 class Policy:
     """A caching method; every method of this class may be overridden.
 
-    Subclasses are dataclasses whose fields are their options; they keep their state in attributes made by `begin`. A
-    run works on a copy. The class attributes describe the method in `python -m adacorr methods`.
+    Subclasses are dataclasses whose fields are their options, with ranges where they are made by `option`; they keep
+    their state in attributes made by `begin`. A run works on a copy. The class attributes describe the method in
+    `python -m adacorr methods`.
     """
 
     name: str
     granularity: str = "step"  # what one decision covers: step, branch, token, ...
     knob: Knob | None = None  # None for a method without one
-    calibration: type["Policy"] | None = None  # see adacorr.profile.Calibration
+    calibration: type[Policy] | None = None  # see adacorr.calibration.Calibration
+
+    def __post_init__(self):
+        """ValueError for an option out of its range. A subclass with rules of its own calls this first."""
+        check_options(self.name, self)
 
     @property
     def predictor(self) -> Predictor | None:
@@ -230,19 +282,19 @@ class Policy:
         """Leading blocks that run in every step, because the rule looks at what they give; `units` starts with them."""
         return 0
 
-    def begin(self, run: Run) -> None:
+    def begin(self, info: RunInfo) -> None:
         """Make the state of one run. ValueError for a run that the options or the profile do not fit."""
 
     def predictor_of(self, unit: Unit, depth: int) -> Predictor | None:
         """What is stored for one of the units: nothing for the probe, which always runs."""
         return None if unit.stop <= self.probe(depth) else self.predictor
 
-    def grid(self, run: Run) -> np.ndarray:
+    def grid(self, info: RunInfo) -> np.ndarray:
         """(S,) training timesteps to sample on, in sampling order: the run's own, unless the method moves them.
 
-        Asked before the run, without AdaCorrection only; `run` has the moved ones afterwards.
+        Asked before the run, without AdaCorrection only; `info` has the moved ones afterwards.
         """
-        return run.timesteps
+        return info.timesteps
 
     def decide(self, view: View) -> np.ndarray:
         """(n,) bool: True where the unit is to run. A unit without a past runs whatever this says."""
@@ -303,7 +355,7 @@ def relative_change(now: Tensor, before: Tensor, scope: str = "image") -> np.nda
     return ratio.where(size.isfinite(), torch.nan).double().cpu().numpy()
 
 
-def put(state: Tensor | None, images: np.ndarray, values: Tensor, total: int) -> Tensor:
+def scatter(state: Tensor | None, images: np.ndarray, values: Tensor, total: int) -> Tensor:
     """A policy's per-image state with `values` (halves, m, ...) put in for images (m,), as a new tensor.
 
     state (halves, n, ...), or None before the first time, which makes zeros of `total` images.

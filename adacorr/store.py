@@ -1,6 +1,6 @@
 """The cached path: what a unit of the stack would have given, from what it gave at earlier steps.
 
-A predictor is a frozen description; `Segment` holds its state for one run. All of them forecast with polynomials
+A predictor is a frozen description; `UnitStore` holds its state for one run. All of them forecast with polynomials
 through the newest nodes (order 0 holds the newest value); they differ in what is stored.
 """
 
@@ -12,40 +12,16 @@ import torch
 from torch import Tensor
 
 from adacorr.gates import GateBasis
-from adacorr.history import WEIGHTS, History
+from adacorr.history import History
+from adacorr.policy import Predictor
 from adacorr.unit import Unit
-
-KINDS = ("residual", "branches")
 
 # Branch outputs that a GPU holds until they are summed up: more of them make the sums cheaper and take more memory.
 BRANCHES_AT_ONCE = 24
 
 
 @dataclass(frozen=True)
-class Predictor:
-    """What the cached path stores, and the order of its forecast.
-
-    residual  output minus input, gates included; a hit adds it to the current input (TeaCache, first-block cache)
-    branches  the pre-gate attention and MLP outputs; a hit adds them under the *current* adaLN gates
-    weights   lagrange: exact for polynomials in the timestep; taylor: TaylorSeer's, in step indices
-    """
-
-    kind: str = "branches"
-    order: int = 2
-    gate_error: float = 0.03
-    weights: str = "lagrange"
-
-    def __post_init__(self):
-        if self.kind not in KINDS:
-            raise ValueError(f"predictor {self.kind!r} is unknown; choose one of {', '.join(KINDS)}")
-        if not 0 <= self.order <= 4:
-            raise ValueError(f"forecast order={self.order} must lie in 0..4")
-        if self.weights not in WEIGHTS:
-            raise ValueError(f"forecast weights={self.weights!r} are unknown; choose one of {', '.join(WEIGHTS)}")
-
-
-@dataclass(frozen=True)
-class Active:
+class ComputedRows:
     """The images that a unit computes in a step: conditional halves, and those with the other half too.
 
     cond (a,) image indices; uncond (b,) image indices, all of them in cond.
@@ -64,7 +40,7 @@ class Active:
         return np.searchsorted(self.cond, self.uncond)
 
 
-class Segment:
+class UnitStore:
     """What is remembered of one unit, for every image and guidance half, under one predictor.
 
     `basis` holds the gates of all blocks where the unit is a range of blocks and the kind "branches": the history then
@@ -125,7 +101,7 @@ class Segment:
             values.append(values[0] - self._read(self.gap, images, steps))
         return values
 
-    def node(self, images: np.ndarray, k: int) -> Tensor:
+    def stored(self, images: np.ndarray, k: int) -> Tensor:
         """(halves, m, T, D) as stored at the k-th newest node of `images` (m,), zeros where there is none.
 
         ValueError where sums of branches are stored, or fewer nodes than k + 1 are kept.
@@ -139,14 +115,14 @@ class Segment:
         rows = torch.from_numpy(images)
         return torch.stack([h.values[rows, slots, 0].unflatten(-1, h.shape) for h in self.base])
 
-    def node_steps(self, images: np.ndarray, k: int) -> np.ndarray:
+    def stored_steps(self, images: np.ndarray, k: int) -> np.ndarray:
         """(m,) the steps of those nodes, -1 where there is none."""
         return np.where(self.count[images] > k, self.step[images, self.base[0].slot(images, k)[:, 0]], -1)
 
-    def collect(self, active: Active) -> "Collected":
-        return Collected(self, active)
+    def collect(self, active: ComputedRows) -> "FreshStep":
+        return FreshStep(self, active)
 
-    def store(self, fresh: "Collected", step: int) -> None:
+    def store(self, fresh: "FreshStep", step: int) -> None:
         """Make the collected step a node of the images it was computed for."""
         images, both, values, place = fresh.active.cond, fresh.active.uncond, fresh.values, self.place[step]
         self.step[images, self.count[images] % self.step.shape[1]] = step
@@ -166,13 +142,13 @@ class Segment:
         return history.read(images, weights)
 
 
-class Collected:
+class FreshStep:
     """What one computed step of a unit leaves to be stored, gathered while it runs.
 
     `values[half]` (rows, E, T, D).
     """
 
-    def __init__(self, segment: Segment, active: Active):
+    def __init__(self, segment: UnitStore, active: ComputedRows):
         self.segment, self.active = segment, active
         self.values: list[Tensor] = []
         self._loads: list[Tensor] = []  # for each half (B, rows, E, D)

@@ -1,0 +1,55 @@
+"""Files that appear whole or not at all, and their digests."""
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def written_whole(path: str | Path) -> Iterator[Path]:
+    """A temporary file in the folder of `path`, which takes its name at the end: a reader never sees half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # With the host: two nodes on one shared folder may have processes of the same number.
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, content: dict[str, Any]) -> None:
+    """A JSON file, whole or not at all. Raises ValueError for numbers that JSON does not have."""
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def file_sha256(path: str | Path) -> str:
+    """The sha256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_writable(flag: str, path: Path) -> None:
+    """OSError unless the file can be made, or made again, along with its parent folders."""
+    if path.is_dir():
+        raise OSError(f"{flag} {path} is a folder: give the name of a file")
+    parent = existing_parent(path)
+    if not parent.is_dir():
+        raise OSError(f"{flag} {path}: {parent} is a file, not a folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OSError(f"{flag} {path}: the folder {parent} is not writable")
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest of the folders above `path` that is there (or a file in their place)."""
+    return next(parent for parent in path.absolute().parents if parent.exists())
