@@ -478,7 +478,7 @@ def _check_options(
         if key not in valid:
             raise ValueError(f"{name} has no option {key!r}{hint(key, valid)}; valid: {', '.join(valid)}")
         default, annotation = parameters[key].default, parameters[key].annotation
-        choices = typing.get_args(annotation) if typing.get_origin(annotation) is typing.Algorithm1 else ()
+        choices = typing.get_args(annotation) if typing.get_origin(annotation) is typing.Literal else ()
         # An option without a default value, such as sigma_min, is a number.
         number = {float: (float, int), type(None): (float, int, type(None))}
         kinds = number.get(type(default), (type(default),))

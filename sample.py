@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import pipeline
 import runtime
-from adacorr import CacheManager, files
+from adacorr import CacheManager
 from adacorr.command import Parser, run_command
 from download import BUNDLED
 from evaluate.fidelity import fidelity
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
         picture = side_by_side(grid(reference), picture, captions)
     save_png(args.out, picture)
     if args.record is not None:
-        files.write_json(args.record, record)
+        write_json(args.record, record)
     report(args, record, method, pipe.checkpoint.class_names)
 
 
@@ -114,9 +114,9 @@ def check(args: argparse.Namespace) -> None:
         runtime.check_range("--num-images", args.num_images, 1, 100_000)
     if args.out.suffix.lower() != ".png":
         raise ValueError(f"--out {args.out} does not end in .png, the one format that is written")
-    files.check_writable("--out", args.out)
+    check_writable("--out", args.out)
     if args.record is not None:
-        files.check_writable("--record", args.record)
+        check_writable("--record", args.record)
 
 
 def describe(
@@ -222,7 +222,7 @@ def side_by_side(left: Image.Image, right: Image.Image, captions: Sequence[str])
 
 def save_png(path: Path, picture: Image.Image) -> None:
     """A PNG, whole or not at all."""
-    with files.written_whole(path) as temporary:
+    with written_whole(path) as temporary:
         picture.save(temporary, format="PNG")
 
 

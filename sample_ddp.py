@@ -31,18 +31,18 @@ from tqdm import tqdm
 
 import pipeline
 import runtime
-from adacorr import AdaCorrection, CacheManager, files
+from adacorr import AdaCorrection, CacheManager
 from adacorr.command import Failure, Parser, run_command
 from adacorr.compiled import compile_blocks
 from ddp.image_store import STORES, Store, StoreError, pack
 from ddp.interrupt import Interrupted, Signals
 from ddp.labels import DRAWN, histogram, in_class_order, make_labels, read_labels
 from ddp.protocol import PRESETS, describe, folder_name, image_size
-from ddp.ranks import PATIENCE, LeaderFailed, NoGPU, Ranks
 from ddp.run_folder import RankLog, RunFolder, RunMismatch, await_session, run_id, statistics, wait_for_ranks
 from ddp.worker import Sampling, Writer, plan
 from download import model_name
 from pipeline import Pipeline
+from ranks import PATIENCE, LeaderFailed, NoGPU, Ranks
 
 WARM_UP = 6  # steps of the one image that the cache's memory is measured on: by then every store is in use
 QUIET = 30  # seconds between two lines of progress where there is no terminal to draw a bar on
@@ -130,7 +130,7 @@ def _check(args: argparse.Namespace) -> None:
         runtime.check_range("--threads", args.threads, 1, 1024)
     if args.sample_dir.exists() and not args.sample_dir.is_dir():
         raise OSError(f"--sample-dir {args.sample_dir} is a file, not a folder")
-    files.check_writable("--sample-dir", args.sample_dir / "run.json")
+    check_writable("--sample-dir", args.sample_dir / "run.json")
     if args.labels not in DRAWN:
         read_labels(Path(args.labels), args.num_fid_samples)
 

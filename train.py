@@ -42,12 +42,12 @@ from tqdm import tqdm
 import pipeline
 import runtime
 import sample
-from adacorr import files
 from adacorr.command import Parser
-from ddp.ranks import Ranks
+from adacorr.files import check_writable, write_json, written_whole
 from diffusion import NUM_TRAIN, make_sampler, respace, respaced_schedule
 from download import Checkpoint, build_model, save_checkpoint
 from models import DiT, DiT_models
+from ranks import Ranks
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 ORDER, STEP = 0, 1  # what a random stream is for
@@ -550,7 +550,7 @@ def trim_log(path: Path, start: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    with files.written_whole(path) as temporary:
+    with written_whole(path) as temporary:
         temporary.write_text("".join(kept))
 
 
@@ -559,7 +559,7 @@ def write_state(args: argparse.Namespace, data: Data, trainer: Trainer, done: in
     options = {key: getattr(args, key) for key in (*FIXED, "steps")}
     state = {"step": done, "seconds": seconds, "options": options, "data": data.digest}
     state |= {"config": trainer.model.config, "class_names": data.class_names, **trainer.state()}
-    with files.written_whole(args.out / "state.pt") as temporary:
+    with written_whole(args.out / "state.pt") as temporary:
         torch.save(state, temporary)
     path, config = args.out / "ema.safetensors", trainer.model.config
     save_checkpoint(path, trainer.ema, config, class_names=data.class_names, step=str(done))
@@ -618,7 +618,7 @@ def check(args: argparse.Namespace, ranks: Ranks) -> None:
         raise ValueError(f"--batch-size {args.batch_size} cannot be divided among {ranks.world} ranks")
     if args.out.exists() and not args.out.is_dir():
         raise OSError(f"--out {args.out} is a file, not a folder")
-    files.check_writable("--out", args.out / "state.pt")
+    check_writable("--out", args.out / "state.pt")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -655,7 +655,7 @@ def run(args: argparse.Namespace) -> int:
     del state  # as large as everything on the device
     if ranks.rank == 0:
         prepare_folder(args, start)
-        files.write_json(args.out / "run.json", describe(args, data, trainer))
+        write_json(args.out / "run.json", describe(args, data, trainer))
     say(f"{'model':8} {args.model}, {sum(p.numel() for p in trainer.weights) / 1e6:.2f} M parameters")
     say(f"{'data':8} {len(data.images)} of {tuple(data.images.shape[1:])} in {data.num_classes} classes")
     say(f"{'device':8} {device}, {ranks.world} rank{'s' * (ranks.world > 1)}, {args.precision}")

@@ -136,7 +136,7 @@ def checked_decision(policy: Policy, view: View, question) -> np.ndarray:
             f"policy {policy.name!r} decided with shape {want.shape}; one truth value for each of {view.images} "
             "images is needed"
         )
-    view.trace.fallbacks += int(view.failed.sum())
+    view.account.fallbacks += int(view.failed.sum())
     return want | view.failed
 
 

@@ -1,7 +1,7 @@
 """Profiles: what a caching method knows about one model under one sampler, measured beforehand on uncached runs.
 
 A profile is one file, `.json` or `.safetensors`, that carries the checkpoint's sha256, the sampler, the number of steps
-and the guidance it was made with, and is refused elsewhere. `python -m adacorr.calibrate` makes them. Those of the
+and the guidance it was made with, and is refused elsewhere. `python calibrate.py` makes them. Those of the
 bundled checkpoint ship in adacorr/profiles/ and are what `profile=auto` finds.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from adacorr.policy import Policy, RunInfo
+from adacorr.policy import RunInfo
 
 FOLDER = Path(__file__).parent / "profiles"
 SUFFIXES = (".json", ".safetensors")
@@ -40,6 +40,18 @@ class Profile:
     @property
     def header(self) -> dict:
         return {name: getattr(self, name) for name in KINDS}
+
+    def require(self, **shapes: tuple[int | None, ...]) -> dict[str, np.ndarray]:
+        """The named arrays. Raises ValueError unless each is there in its shape, where None is any length."""
+        for name, shape in shapes.items():
+            found = np.shape(self.arrays.get(name, ()))
+            if len(found) != len(shape) or any(b not in (None, a) for a, b in zip(found, shape, strict=True)):
+                wanted = ", ".join("any" if length is None else str(length) for length in shape)
+                raise ValueError(
+                    f"{self.method}: the profile's {name} must have shape ({wanted}), and has {found or 'none'}; make "
+                    f"one with {command(self.method)}"
+                )
+        return {name: self.arrays[name] for name in shapes}
 
 
 def save_profile(path: str | Path, profile: Profile) -> None:
@@ -83,9 +95,7 @@ def load_profile(path: str | Path) -> Profile:
         return Profile(arrays=arrays, **checked_header(content))
     except Exception as error:  # safetensors has error types of its own
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"  # one line, whatever the file holds
-        raise ValueError(
-            f"profile {path} cannot be read ({reason}): make one with python -m adacorr.calibrate"
-        ) from None
+        raise ValueError(f"profile {path} cannot be read ({reason}): make one with python calibrate.py") from None
 
 
 def checked_header(content: dict) -> dict:
@@ -105,18 +115,24 @@ def check_suffix(path: Path) -> None:
         raise ValueError(f"profile {path}: the name must end in {' or '.join(SUFFIXES)}")
 
 
+def command(method: str) -> str:
+    """How a profile is made."""
+    return f"python calibrate.py --cache {method} --out FILE"
+
+
 def find_profile(method: str, name: str, info: RunInfo) -> Profile:
     """The profile that the option profile=`name` of a method means for a run: a file, or `auto` for the shipped one.
 
     ValueError if there is none, or if it was made for another method, model, sampler, number of steps or guidance.
     """
-    command = f"python -m adacorr.calibrate --cache {method} --out FILE"
     if name != "auto":
         if not Path(name).is_file():
-            raise ValueError(f"{method}: profile={name} does not exist; make one with {command}")
+            raise ValueError(f"{method}: profile={name} does not exist; make one with {command(method)}")
         profile = load_profile(name)
         if wrong := mismatch(profile, method, info):
-            raise ValueError(f"{method}: profile={name} does not fit this run ({wrong}); make one with {command}")
+            raise ValueError(
+                f"{method}: profile={name} does not fit this run ({wrong}); make one with {command(method)}"
+            )
         return profile
     reasons = []
     for path in sorted(p for p in FOLDER.glob(f"{method}*") if p.suffix in SUFFIXES):
@@ -126,7 +142,9 @@ def find_profile(method: str, name: str, info: RunInfo) -> Profile:
             return profile
         reasons.append(f"{path.name}: {wrong}")
     found = "; ".join(reasons) or "none is shipped"
-    raise ValueError(f"{method} has no profile for this run ({found}); make one with {command} and give profile=FILE")
+    raise ValueError(
+        f"{method} has no profile for this run ({found}); make one with {command(method)} and give profile=FILE"
+    )
 
 
 def mismatch(profile: Profile, method: str, info: RunInfo) -> str:
@@ -139,27 +157,3 @@ def mismatch(profile: Profile, method: str, info: RunInfo) -> str:
         "guidance": (profile.cfg_scale, info.cfg_scale),
     }
     return ", ".join(f"{name} {made} there, {here} here" for name, (made, here) in pairs.items() if made != here)
-
-
-class Calibration(Policy):
-    """Observes uncached runs for a method: a policy that computes everything, and sums up what it saw in `fit`.
-
-    A method names its subclass in `calibration`; `computed` sees every unit of `units`, in every step of every batch,
-    and `begin` is called once a batch, so that state over batches belongs in __init__.
-    """
-
-    name = "calibration"
-
-    @property
-    def predictor(self):
-        return None
-
-    def __deepcopy__(self, memo):
-        return self  # it collects over runs
-
-    def decide(self, view) -> np.ndarray:
-        return np.ones(view.images, dtype=bool)
-
-    def fit(self) -> tuple[dict[str, np.ndarray], dict]:
-        """(arrays of the profile, notes: plain numbers on how well they fit). ValueError for too little data."""
-        raise NotImplementedError

@@ -36,11 +36,11 @@ from benchmarks.speed import random_model
 from ddp.image_store import STORES
 from ddp.interrupt import Signals
 from ddp.labels import make_labels
-from ddp.ranks import Ranks
 from ddp.run_folder import RunFolder
 from ddp.worker import Writer, plan
 from models import DiT_models
 from pipeline import Pipeline
+from ranks import Ranks
 from runtime import environment
 
 IMAGES, RANKS = 50_000, 64  # of the plan that is timed

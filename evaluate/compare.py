@@ -31,7 +31,7 @@ from torch import Tensor
 
 import pipeline
 import runtime
-from adacorr import Algorithm1, CacheManager, available, files, make_policy, parse_correction
+from adacorr import Algorithm1, CacheManager, available, make_policy, parse_correction
 from adacorr.policy import Knob
 from adacorr.spec import hint
 from diffusion import make_sampler
@@ -423,7 +423,7 @@ def plot(rows: list[Row], path: Path) -> None:
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize="small", title="hollow: alone, filled: corrected")
-    with files.written_whole(path) as temporary:
+    with written_whole(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
 
@@ -513,7 +513,7 @@ def run(args: argparse.Namespace) -> None:
     runtime.check_range("--timed-images", args.timed_images, 1, args.num_images)
     files = {kind: args.out.with_name(f"{args.out.name}.{kind}") for kind in ("json", "md", "png")}
     for file in files.values():
-        files.check_writable("--out", file)
+        check_writable("--out", file)
     if args.plot:
         try:
             import matplotlib  # noqa: F401
@@ -544,7 +544,7 @@ def run(args: argparse.Namespace) -> None:
             "rows": [row.plain() for row in rows],
             "tried": [row.plain() for row in bench.rows.values()],
         }
-        files.write_json(files["json"], json.loads(json.dumps(content)))
+        write_json(files["json"], json.loads(json.dumps(content)))
 
     rows: list[Row] = []
     for row in compare(bench, methods, levels, say):
@@ -560,7 +560,7 @@ def run(args: argparse.Namespace) -> None:
         f"{NEAR:.0%} more compute. Settings were searched on the first {args.search_images} images"
         f"{f'; each row was timed {args.repeats} time(s) on the first {args.timed_images}' if args.repeats else ''}."
     )
-    with files.written_whole(files["md"]) as temporary:
+    with written_whole(files["md"]) as temporary:
         temporary.write_text(markdown(rows, levels, intro))
     if args.plot:
         plot(rows, files["png"])

@@ -1,4 +1,4 @@
-"""`python -m adacorr.calibrate`: the profile it writes is the one that its method takes, on this model and run only."""
+"""`python calibrate.py`: the profile it writes is the one that its method takes, on this model and run only."""
 
 import argparse
 import json
@@ -89,7 +89,7 @@ def test_the_report_and_the_header(ckpt, tmp_path, capsys):
     notes = profile.notes
     assert (notes["checkpoint"], notes["seed"], notes["images"]) == ("tiny.safetensors", 2**31 + 5, IMAGES)
     assert notes["pairs"] == (STEPS - 1) * IMAGES
-    assert notes["made_with"][:5] == ["python", "-m", "adacorr.calibrate", "--cache", "teacache"]
+    assert notes["made_with"][:5] == ["python", "-m", "calibrate", "--cache", "teacache"]
     assert [p.name for p in out.parent.iterdir()] == ["p.json"]
     text, errors = capsys.readouterr()
     assert errors == ""
@@ -213,7 +213,7 @@ def test_no_cache_is_left_after_an_interrupt(pipe):
 def one_line(capsys, *words):
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("adacorr.calibrate: error: ")
+    assert err.startswith("calibrate: error: ")
     assert err.count("\n") == 1
     assert err.endswith("\n")
     assert all(word in err for word in words), err

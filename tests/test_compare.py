@@ -694,7 +694,7 @@ def test_a_method_without_a_profile_is_named_before_the_work(ckpt, tmp_path, mon
     monkeypatch.setattr(profile, "FOLDER", tmp_path)
     monkeypatch.setattr(Bench, "states", lambda *_: pytest.fail("began the work"))
     assert code("compare", "--methods", f"interval,{name}", "--out", tmp_path / "x", *flags(ckpt)) == 2
-    one_line(capsys, name, "no profile for this run", "adacorr.calibrate")
+    one_line(capsys, name, "no profile for this run", "calibrate.py")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -361,7 +361,7 @@ def test_a_policy_says_what_it_measured_and_is_overruled_and_counted(model):
 
     policy = Never()
     assert ask(policy, view, policy.decide).tolist() == [False, True, False, True]
-    assert view.trace.fallbacks == 2
+    assert view.account.fallbacks == 2
 
 
 @pytest.mark.parametrize("score", [np.nan, np.inf, -np.inf])

@@ -64,7 +64,7 @@ def test_every_method_has_a_line(ckpt, capsys, nothing_shipped):
         if held == "-":
             assert name in calibrated()
             assert "no profile for this run" in text
-            assert f"python -m adacorr.calibrate --cache {name} --out FILE" in text
+            assert f"python calibrate.py --cache {name} --out FILE" in text
         else:
             assert re.fullmatch(r"\d+\.\d\d", held)
             assert name not in available() or text == available()[name]

@@ -41,11 +41,11 @@ class Walk:
             if self.policy.decide(view).any():
                 out = view.block(x.flatten(0, 1), view.conditioning.c).view_as(x)
                 self.policy.computed(view, Ran(self.everyone, x, out))
-                view.trace.executed[self.step, layer] = 1
+                view.account.executed[self.step, layer] = 1
             else:
                 out = x + self.policy.reuse(view, Cached(self.everyone, x, self.step, None))
-            executed.append(view.trace.executed[self.step, layer, :, :, 0])
-            x, self.flops = out, view.trace.extra_flops
+            executed.append(view.account.executed[self.step, layer, :, :, 0])
+            x, self.flops = out, view.account.extra_flops
         self.step += 1
         return x, np.stack(executed)
 

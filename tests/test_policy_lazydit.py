@@ -306,7 +306,7 @@ def test_modulations_for_a_proposal_are_left_for_the_run_to_count(plain, tmp_pat
     view = make_view(run, 1, stream([[0.0]]))
     policy.propose(view)
     assert set(view.conditioning.made) == {0, 1}
-    assert view.trace.extra_flops == 0
+    assert view.account.extra_flops == 0
     assert policy.bytes >= 4 * WIDTH * 4  # the means that proposals go by
 
 

@@ -110,7 +110,7 @@ def test_a_whole_step_is_proposed_for_half_of_the_flops(model, shelf, halves):
     found = np.stack([policy.propose(view) for view in views])  # attention has 0.4 of the FLOPs, the MLP 0.6
     assert [steps_of(column) for column in found.T] == [[0, 2, 4, 6, 7]] * 2
     for view in views:
-        view.trace = Trace(8, run.depth, 2, halves, (500, 500))
+        view.account = Trace(8, run.depth, 2, halves, (500, 500))
     found = np.stack([policy.propose(view) for view in views])
     assert [steps_of(column) for column in found.T] == [[0, 2, 3, 4, 6, 7]] * 2
 

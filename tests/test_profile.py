@@ -13,8 +13,9 @@ import safetensors.numpy
 import torch
 
 from adacorr import profile as profiles
+from adacorr.calibration import Calibration
 from adacorr.policy import RunInfo
-from adacorr.profile import Calibration, Profile, find_profile, load_profile, mismatch, save_profile
+from adacorr.profile import Profile, find_profile, load_profile, mismatch, save_profile
 
 SHA = "0123456789abcdef" * 4
 OTHER = "fedcba9876543210" * 4
@@ -156,7 +157,7 @@ def is_one_clear_line(path, *words):
     text = str(caught.value)
     assert text.isprintable()  # so it is one line
     assert len(text) < 600 + len(str(path))
-    assert all(word in text for word in (str(path), "python -m adacorr.calibrate", *words)), text
+    assert all(word in text for word in (str(path), "python calibrate.py", *words)), text
 
 
 @pytest.mark.parametrize(
@@ -260,7 +261,7 @@ def test_every_field_that_differs_is_named(tmp_path, run, method, text):
         find_profile(method, str(path), make_run(**run))
     assert f"profile={path}" in str(caught.value)
     assert f"({text})" in str(caught.value)
-    assert f"python -m adacorr.calibrate --cache {method} --out FILE" in str(caught.value)
+    assert f"python calibrate.py --cache {method} --out FILE" in str(caught.value)
 
 
 def test_all_fields_that_differ_are_named_at_once():
@@ -297,7 +298,7 @@ def test_auto_takes_the_one_that_fits(shipped):
     assert "rule-10.json: guidance 1.5 there, 4.0 here; rule-50.safetensors: steps 50 there, 10 here, guidance" in text
     assert all(name in text for name in made)
     assert "rule.txt" not in text
-    assert text.endswith("python -m adacorr.calibrate --cache rule --out FILE and give profile=FILE")
+    assert text.endswith("python calibrate.py --cache rule --out FILE and give profile=FILE")
 
 
 def test_auto_without_any_profile(shipped, monkeypatch):

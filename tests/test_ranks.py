@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from ddp import ranks
-from ddp.ranks import LeaderFailed, NoGPU, Ranks
+from ranks import LeaderFailed, NoGPU, Ranks
 
 FORK = multiprocessing.get_context("fork")
 LONG = 60  # seconds after which a test that waits has failed

@@ -146,7 +146,7 @@ def one_line(capsys, *words):
         (["--adacorr", "gama=1"], ["gama", "gamma"]),
         (["--adacorr", "gamma=-1"], ["gamma=-1"]),
         (["--adacorr", "budget=8,gamma=2"], ["budget=8", "gamma=2"]),
-        (["--cache", "teacache:profile=nowhere.json"], ["nowhere.json", "adacorr.calibrate"]),
+        (["--cache", "teacache:profile=nowhere.json"], ["nowhere.json", "calibrate.py"]),
         (["--compare"], ["--compare", "--adacorr"]),
         (["--out", "picture.jpg"], ["picture.jpg", ".png"]),
         (["--out", f"{__file__}/x.png"], ["--out", "test_sample.py"]),
@@ -390,5 +390,5 @@ def test_a_profile_for_other_steps_is_refused(tmp_path, capsys):
     assert sample.main(flags) == 2
     err = capsys.readouterr().err
     assert "steps 50 there, 6 here" in err
-    assert "python -m adacorr.calibrate --cache teacache" in err
+    assert "python calibrate.py --cache teacache" in err
     assert err.count("\n") == 1

@@ -64,7 +64,7 @@ def available() -> dict[str, str]:
 
 
 def calibrated() -> dict[str, type[Policy]]:
-    """The methods that are measured on a model before they run, by name: see `python -m adacorr.calibrate`."""
+    """The methods that are measured on a model before they run, by name: see `python calibrate.py`."""
     return {name: kind for name, kind in _known().items() if kind.calibration is not None}
 
 
@@ -77,7 +77,7 @@ def make_policy(spec: str) -> Policy:
     profile = options.get("profile")
     if profile not in (None, "auto") and not Path(str(profile)).is_file():  # before anything heavy is loaded
         raise ValueError(
-            f"{name}: profile={profile} does not exist; make one with python -m adacorr.calibrate --cache {name} "
+            f"{name}: profile={profile} does not exist; make one with python calibrate.py --cache {name} "
             "--out FILE, or give profile=auto for the shipped one"
         )
     return policy

@@ -7,9 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adacorr.calibration import Calibration
 from adacorr.policies import register
 from adacorr.policy import Cached, Knob, Policy, Ran, RunInfo, View
-from adacorr.profile import Calibration, Profile, find_profile
+from adacorr.profile import Profile, find_profile
 
 MAX_LAG = 15  # steps that one residual may serve at most: calibration holds that many
 BY_LAG = ("error", "phi", "slope", "offset", "correlation")
@@ -101,7 +102,7 @@ class ERTACache(Policy):
     rectify    take the calibrated linear part of the error off the residual: channel by channel (channel), as one for
                all channels (all), or not (none)
     adjust     move the timesteps: short steps where the residual is reused, longer ones elsewhere
-    profile    auto: the shipped errors; or a file of `python -m adacorr.calibrate`
+    profile    auto: the shipped errors; or a file of `python calibrate.py`
 
     The schedule is that of a replay over stored uncached runs: with R_c from the last computed step, step i reuses it
     if |R_c - R_i|_1 / |R_i|_1 < threshold, and else is computed and R_i held from then on. No residual serves more than
@@ -227,7 +228,7 @@ def checked(profile: Profile, steps: int) -> dict[str, np.ndarray]:
     if any(len(group) > 1 or any(len(shape) != 2 or shape[0] != steps for shape in group) for group in groups):
         raise ValueError(
             f"ertacache: the profile holds arrays {shapes} that are not ({steps}, lags) and ({steps}, channels); make "
-            "one with python -m adacorr.calibrate --cache ertacache --out FILE"
+            "one with python calibrate.py --cache ertacache --out FILE"
         )
     return profile.arrays
 

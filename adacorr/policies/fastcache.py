@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adacorr.calibration import Calibration
 from adacorr.policies import register
 from adacorr.policy import Cached, Knob, Policy, Ran, RunInfo, Unit, View, check_adaptive
-from adacorr.profile import Calibration, Profile, find_profile
+from adacorr.profile import Profile, find_profile
 
 FORMS = ("increment", "residual")
 REFERENCES = ("computed", "seen")
@@ -173,7 +174,7 @@ class FastCache(Policy):
     reference  what a block's input is compared with: computed, its input when it last ran; seen, its input at the step
                before, as documented
     scope      image: each image's blocks are tested with both its guidance halves; batch: one test for all
-    profile    auto: the shipped maps; a file of `python -m adacorr.calibrate`; none: plain reuse (form=increment only)
+    profile    auto: the shipped maps; a file of `python calibrate.py`; none: plain reuse (form=increment only)
 
     Sources: docs/methods/fastcache.md, xfuser/model_executor/cache/utils.py. In each step after the first, the tokens
     whose squared change S_i (the larger of both halves) is at least tau * max S, rounded up to a multiple of 8 by the
@@ -406,6 +407,6 @@ def read_maps(profile: Profile, form: str, info: RunInfo) -> tuple[np.ndarray, n
         if found != shape:
             raise ValueError(
                 f"fastcache: the profile's {name} must have shape {shape}, and has {found}; make one with "
-                "python -m adacorr.calibrate --cache fastcache --out FILE"
+                "python calibrate.py --cache fastcache --out FILE"
             )
     return tuple(profile.arrays[name] for name in shapes)

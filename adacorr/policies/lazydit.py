@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from adacorr.calibration import Calibration
 from adacorr.policies import register
 from adacorr.policy import Knob, Policy, Predictor, Ran, RunInfo, Unit, View, by_branch, check_adaptive, scatter
-from adacorr.profile import Calibration, find_profile
+from adacorr.profile import find_profile
 
 STAND_IN = "stand-in"
 ENTRY = re.compile(r"block_(\d+)_(attn|mlp)_lazy_learning_weight_(\d+)")
@@ -118,7 +119,7 @@ class LazyDiT(Policy):
     attn_threshold  the same for attention alone; none: threshold
     mlp_threshold   the same for the MLP alone; none: threshold
     gates           stand-in, or a file of trained gates as the authors' code writes it
-    profile         of the stand-in: auto (the one shipped for this model and run) or a file of `adacorr.calibrate`
+    profile         of the stand-in: auto (the one shipped for this model and run) or a file of `calibrate.py`
     max_lag         most steps in a row that reuse one output; none, as released, for no limit
     scope           image: an image skips a branch only if both its halves agree; batch: only if all images do
 

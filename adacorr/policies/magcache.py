@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adacorr.calibration import Calibration
 from adacorr.policies import register
 from adacorr.policy import Knob, Policy, Ran, RunInfo, View
-from adacorr.profile import Calibration, Profile, find_profile
+from adacorr.profile import Profile, find_profile
 
 
 class MagCacheCalibration(Calibration):
@@ -50,7 +51,7 @@ class MagCache(Policy):
     threshold  accumulated |1 - p| up to which a step is skipped; 0 skips only where the growth is exactly 1
     max_skip   most steps skipped in a row (K)
     retention  share of the steps, from the first, that are always computed
-    profile    auto: the shipped table of ratios; or a file of `python -m adacorr.calibrate`
+    profile    auto: the shipped table of ratios; or a file of `python calibrate.py`
     The table holds gamma_t, the mean over tokens of |R_t| / |R_t-1| for the stack's residual R of an uncached run. At
     each step after a computed one p *= gamma_t and err += |1 - p|; it is skipped while err <= threshold. The residual
     is reused as it was. The defaults are those of diffusers; the authors use 0.24, 5 and 0.1 for FLUX. Holds one tensor
@@ -107,6 +108,6 @@ def ratios(profile: Profile, steps: int) -> np.ndarray:
     if ratio.shape != (steps,):
         raise ValueError(
             f"magcache: the profile's ratio has shape {ratio.shape} and not ({steps},); make one with "
-            "python -m adacorr.calibrate --cache magcache --out FILE"
+            "python calibrate.py --cache magcache --out FILE"
         )
     return ratio

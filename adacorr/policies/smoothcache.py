@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from adacorr.calibration import Calibration
 from adacorr.policies import register
 from adacorr.policy import BRANCHES, Knob, Policy, Predictor, Ran, RunInfo, Unit, View, by_branch, relative_change
-from adacorr.profile import Calibration, find_profile
+from adacorr.profile import find_profile
 
 
 class SmoothCacheCalibration(Calibration):
@@ -55,7 +56,7 @@ class SmoothCache(Policy):
     threshold  largest error (alpha), mean over the blocks of the relative L1 change, at which outputs are reused; 0
                never reuses. The release ships schedules for 0.08, 0.18 and 0.22 of DiT-XL/2 on 50 steps
     max_lag    most steps in a row that reuse one output; 3 as released
-    profile    auto (the one shipped for this model and run) or a file of `python -m adacorr.calibrate`
+    profile    auto (the one shipped for this model and run) or a file of `python calibrate.py`
 
     Rule: after a computed step the type's branches are skipped for the largest k <= max_lag at which the errors of all
     lags 1..k are at most the threshold, then computed; the first and the last step are computed. The table is fixed for

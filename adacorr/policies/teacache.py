@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from adacorr.calibration import Calibration
 from adacorr.policies import register
 from adacorr.policy import Knob, Policy, Ran, RunInfo, View, check_adaptive, relative_change
-from adacorr.profile import Calibration, Profile, find_profile
+from adacorr.profile import Profile, find_profile
 
 DEGREE = 4  # of the polynomial, as in every release
 
@@ -43,7 +44,7 @@ class TeaCache(Policy):
 
     threshold  sum of estimated relative L1 changes of the stack's residual at which a step is computed; 0 computes
                every step
-    profile    auto: the shipped polynomial from input to output change; a file of `python -m adacorr.calibrate`; none:
+    profile    auto: the shipped polynomial from input to output change; a file of `python calibrate.py`; none:
                the input change as it is ("raw" TeaCache)
     scope      image: each image decides with both its guidance halves; batch: one decision for all, as released
     Each change is to the step before, computed or not. The first and last steps are computed, and the stack's residual
@@ -101,6 +102,6 @@ def polynomial(profile: Profile) -> dict[str, np.ndarray]:
     if len(shapes.get("coefficients", ())) != 1 or shapes.get("range") != (2,):
         raise ValueError(
             f"teacache: the profile holds arrays {shapes} in place of coefficients (k,) and range (2,); make one with "
-            "python -m adacorr.calibrate --cache teacache --out FILE"
+            "python calibrate.py --cache teacache --out FILE"
         )
     return profile.arrays

@@ -1,6 +1,6 @@
 """Measure what a caching method needs to know about a model, on uncached runs; the profile is one file.
 
-    python -m adacorr.calibrate --cache teacache --out teacache.json
+    python calibrate.py --cache teacache --out teacache.json
     python sample.py --cache teacache:threshold=0.1,profile=teacache.json --compare
 
 A profile holds for the checkpoint, sampler, steps and guidance that it was made with, and is refused elsewhere. The
@@ -19,12 +19,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import pipeline
+from adacorr.calibration import Calibration
 from adacorr.command import Parser, run_command
 from adacorr.files import check_writable
 from adacorr.manager import CacheManager
 from adacorr.policies import calibrated
-from adacorr.profile import Calibration, Profile, check_suffix, save_profile
+from adacorr.profile import Profile, check_suffix, save_profile
 from adacorr.spec import hint
+from runtime import check_range
 
 # Calibration noise is that of --seed plus this, so that no seed anybody evaluates on is ever fitted.
 SEED_OFFSET = 2**31
@@ -40,10 +43,8 @@ def observe(calibration: Calibration, pipe, seed: int, images: int, batch_size: 
         pipe.sample(seed, indices, labels, CacheManager(calibration))
 
 
-def run(args: argparse.Namespace, pipeline) -> None:
+def run(args: argparse.Namespace) -> None:
     """Load, observe, fit and write. ValueError or OSError for a mistake."""
-    from runtime import check_range
-
     if args.cache not in calibrated():
         close = hint(args.cache.partition(":")[0], calibrated())
         raise ValueError(f"--cache {args.cache}: only {', '.join(calibrated())} are measured on a model{close}")
@@ -74,16 +75,9 @@ def run(args: argparse.Namespace, pipeline) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns its exit code."""
-    try:
-        import pipeline
-    except ModuleNotFoundError as error:
-        if error.name != "pipeline":
-            raise
-        sys.stderr.write("adacorr.calibrate: error: pipeline.py is not here: run from the root of a clone\n")
-        return 2
     argv = list(sys.argv[1:] if argv is None else argv)
     raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser("adacorr.calibrate", description=__doc__, formatter_class=raw)
+    parser = Parser("calibrate.py", description=__doc__, formatter_class=raw)
     parser.add_argument(
         "--cache", required=True, metavar="METHOD", help=f"the method to measure for: {', '.join(calibrated())}"
     )
@@ -97,8 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=8, help="images at a time (default %(default)s)")
     pipeline.add_model_flags(parser)
     args = parser.parse_args(argv)
-    args.made_with = ["python", "-m", "adacorr.calibrate", *argv]
-    return run_command("adacorr.calibrate", lambda: run(args, pipeline))
+    args.made_with = ["python", "-m", "calibrate.py", *argv]
+    return run_command("calibrate.py", lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,32 @@
+"""Calibration: what a caching method learns from uncached runs before it is used, a file for each method.
+
+`python calibrate.py` runs it, and writes what it finds as a profile (adacorr/profile.py).
+"""
+
+import numpy as np
+
+from adacorr.policy import Policy
+
+
+class Calibration(Policy):
+    """Observes uncached runs for a method: a policy that computes everything, and sums up what it saw in `fit`.
+
+    A method names its subclass in `calibration`; `computed` sees every unit of `units`, in every step of every batch,
+    and `begin` is called once a batch, so that state over batches belongs in __init__.
+    """
+
+    name = "calibration"
+
+    @property
+    def predictor(self):
+        return None
+
+    def __deepcopy__(self, memo):
+        return self  # it collects over runs
+
+    def decide(self, view) -> np.ndarray:
+        return np.ones(view.images, dtype=bool)
+
+    def fit(self) -> tuple[dict[str, np.ndarray], dict]:
+        """(arrays of the profile, notes: plain numbers on how well they fit). ValueError for too little data."""
+        raise NotImplementedError
