@@ -27,6 +27,7 @@ import pipeline
 import runtime
 from adacorr import CacheManager
 from adacorr.command import Parser, run_command
+from adacorr.files import check_writable, write_json, written_whole
 from download import BUNDLED
 from evaluate.fidelity import fidelity
 

@@ -34,6 +34,7 @@ import runtime
 from adacorr import AdaCorrection, CacheManager
 from adacorr.command import Failure, Parser, run_command
 from adacorr.compiled import compile_blocks
+from adacorr.files import check_writable
 from ddp.image_store import STORES, Store, StoreError, pack
 from ddp.interrupt import Interrupted, Signals
 from ddp.labels import DRAWN, histogram, in_class_order, make_labels, read_labels

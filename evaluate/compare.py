@@ -32,6 +32,7 @@ from torch import Tensor
 import pipeline
 import runtime
 from adacorr import Algorithm1, CacheManager, available, make_policy, parse_correction
+from adacorr.files import check_writable, write_json, written_whole
 from adacorr.policy import Knob
 from adacorr.spec import hint
 from diffusion import make_sampler

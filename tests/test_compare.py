@@ -677,7 +677,7 @@ def test_a_folder_in_the_place_of_a_file(tmp_path, capsys, suffix):
 
 
 def test_a_folder_that_is_not_writable(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(pipeline.os, "access", lambda *_: False)  # tests may run as root, who may write anywhere
+    monkeypatch.setattr("os.access", lambda *_: False)  # tests may run as root, who may write anywhere
     assert code("compare", "--methods", "interval", "--out", tmp_path / "x") == 2
     one_line(capsys, "--out", "not writable")
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from toy import tiny_dit
 
+import calibrate
 import pipeline
-from adacorr import AdaCorrection, Algorithm1, CacheManager, available, calibrate, make_policy, profile
+from adacorr import AdaCorrection, Algorithm1, CacheManager, available, make_policy, profile
 from adacorr.__main__ import Method, main, methods, show
 from adacorr.policies import calibrated, load_file
 from download import save_checkpoint

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ddp import ranks
+import ranks
 from ranks import LeaderFailed, NoGPU, Ranks
 
 FORK = multiprocessing.get_context("fork")
