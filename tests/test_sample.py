@@ -249,7 +249,7 @@ def test_num_images_goes_through_the_labels_in_turn(tmp_path):
 
 def test_every_image_of_the_grid_is_the_decoded_one(tmp_path):
     picture, _ = run(tmp_path)
-    pipe, _ = pipeline.load(sample.make_parser().parse_args(["--num-sampling-steps", "6", "--device", "cpu"]))
+    pipe = pipeline.load(pipeline.ModelOptions(num_sampling_steps=6, device="cpu"))
     images = pipe.decode(pipe.sample(0, np.arange(2), torch.tensor([3, 0])))
     pixels = torch.from_numpy(np.array(picture))
     assert torch.equal(pixels[::2, :64:2], images[0])
