@@ -71,7 +71,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--sampler", metavar="NAME[:key=value,...]", help=f"{', '.join(names())}, or a diffusers scheduler class")
     add("--num-sampling-steps", type=int, help="1 to 1000 (default %(default)s)")
-    add("--seed", "--global-seed", type=int, default=0, help="image i is drawn from (seed, i) alone (default 0)")
+    add("--seed", "--global-seed", type=_seed, default=0, help="image i is drawn from (seed, i) alone (default 0)")
     add("--dtype", choices=sorted(DTYPES), help="of the model (default %(default)s)")
     add("--device", help="default: cuda where there is one, else cpu")
     add("--offline", action="store_true", help="never download; say what is missing")
@@ -79,6 +79,17 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--allow-unverified", action="store_true", help="go on when a checkpoint's digest differs from the recorded one"
     )
     parser.set_defaults(**asdict(ModelOptions()))
+
+
+def _seed(text: str) -> int:
+    """A seed from the command line."""
+    try:
+        seed = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if not 0 <= seed < 2**63:
+        raise argparse.ArgumentTypeError(f"{seed} is outside 0..{2**63 - 1}")
+    return seed
 
 
 def add_cache_flags(parser: argparse.ArgumentParser) -> None:
@@ -216,35 +227,6 @@ def describe_cache(cache: CacheManager | None) -> dict[str, Any] | None:
         return None
     parts = {"policy": cache.policy, "correction": cache.correction}
     return {key: {"name": type(part).__name__, **asdict(part)} for key, part in parts.items() if part is not None}
-
-
-def parse_labels(text: str | None, model: DiT) -> Tensor | None:
-    """Comma-separated labels -> (n,) int64; None gives one image of each of the first (at most 16) classes.
-
-    ValueError names the first bad label and the range. An unconditional model takes a number of images instead.
-    """
-    if model.num_classes == 0:
-        if text is not None:
-            raise ValueError("--class-labels has no meaning for an unconditional model; leave it out")
-        return None
-    if text is None:
-        return torch.arange(min(model.num_classes, 16))
-    labels = label_numbers(text)
-    for label in labels:
-        if not 0 <= label < model.num_classes:
-            raise ValueError(f"--class-labels: {label} is outside 0..{model.num_classes - 1}")
-    return torch.tensor(labels)
-
-
-def label_numbers(text: str) -> list[int]:
-    """The whole numbers of a comma-separated list, before there is a model; ValueError names the first that is none."""
-    labels = []
-    for item in text.split(","):
-        try:
-            labels.append(int(item))
-        except ValueError:
-            raise ValueError(f"--class-labels: {item.strip()!r} is not a whole number; give e.g. 0,3,7") from None
-    return labels
 
 
 # ----------------------------------------------------------------------------------------- noise and loop
