@@ -14,6 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,10 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from runtime import Progress
+from runtime import Progress, random_stream
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # of images in a folder; other files are passed over
+ORDER = 0  # the random streams of a seed for the order of images, an epoch each
 Files = Iterable[tuple[str, bytes]]  # names, for messages, and contents of encoded images
 
 
@@ -76,6 +78,19 @@ def read_images(path: Path) -> Data:
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
         raise ValueError(f"{path}: expected uint8 (N, H, H, 3), got {images.dtype} {images.shape}")
     return Data(torch.from_numpy(images).permute(0, 3, 1, 2), digest_arrays(images))
+
+
+@lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """The images of one epoch in their order: (count,) int64."""
+    return random_stream(seed, ORDER, epoch).permutation(count)
+
+
+def order(seed: int, count: int, start: int, length: int) -> np.ndarray:
+    """Images at positions start..start + length - 1 of all epochs, one after another: (length,) int64."""
+    first, last = start // count, (start + length - 1) // count
+    epochs = [epoch_order(seed, epoch, count) for epoch in range(first, last + 1)]
+    return np.concatenate(epochs)[start - first * count :][:length]
 
 
 # ------------------------------------------------------------------------------------------------- images

@@ -5,8 +5,7 @@
     torchrun --nproc-per-node 4 train.py --data cifar10-train.npz --model DiT-S/2 --out runs/z --precision bf16
 
 The same command again goes on from the last checkpoint in --out; sample.py --ckpt runs/x/ema.safetensors draws from
-the averaged weights. --data is a folder of class folders, an .npz of packed images, or an .npz of latents; data.py
-describes them.
+the averaged weights. --data is a folder of class folders, or an .npz of packed images or of latents: see data.py.
 
 The exit code is 0 at the end or after --minutes, 1 after a loss that is not finite, 2 after an error (one line on
 stderr), 75 after SIGTERM or SIGUSR1 and 130 after Ctrl-C. A signal during training saves first.
@@ -21,7 +20,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -34,18 +33,18 @@ import pipeline
 import runtime
 from adacorr.command import Failure, Parser, run_command
 from adacorr.files import check_writable, write_json, written_whole
-from data import Data, read_data
-from diffusion import NUM_TRAIN, make_sampler, respace, respaced_schedule
+from data import Data, order, read_data
+from diffusion import NUM_TRAIN, make_sampler
 from download import Checkpoint, build_model, save_checkpoint
 from models import DiT, DiT_models
+from objective import Objective
 from pictures import grid, save_png
 from ranks import NoGPU, Ranks
 from runtime import Interrupted, Progress, Signals, seed_words
 
-ORDER, STEP = 0, 1  # the random streams of a seed: the order of an epoch, the draws of a step
+STEP = 1  # the random streams of a seed for the draws of a step; data.ORDER numbers those for the order of images
 TIME_IS_UP = 1  # why a run stops early; the other reasons are numbers of signals, which are higher
 SAMPLE_STEPS, SAMPLE_CFG = 25, 1.5
-
 
 # ------------------------------------------------------------------------------------------------- options
 
@@ -132,88 +131,20 @@ def check(options: Options, ranks: Ranks) -> None:
     check_writable("--out", options.out / "state.pt")
 
 
-# ------------------------------------------------------------------------------------------------- loss
-
-
-class Objective:
-    """Mean squared error of the predicted noise and, with `learn_sigma`, the variational bound for the variances.
-
-    The sum is L_hybrid = L_simple + 0.001 L_vlb of Nichol & Dhariwal 2021, Eq. 16: L_vlb is a sum over 1000 timesteps,
-    of which a row is one, so that the factors cancel. In the bound the predicted noise is a constant.
-    """
-
-    def __init__(self, learn_sigma: bool, device: torch.device | str = "cpu") -> None:
-        beta, abar, before = respaced_schedule(respace(NUM_TRAIN))
-        posterior = beta * (1 - before) / (1 - abar)  # Ho et al. 2020, Eq. 7
-        posterior[0] = posterior[1]  # 0 has no logarithm; the samplers put the same for it
-        rows = [np.sqrt(abar), np.sqrt(1 - abar), beta * np.sqrt(before) / (1 - abar), np.log(posterior), np.log(beta)]
-        self.learn_sigma = learn_sigma
-        self.table = torch.tensor(np.stack(rows), dtype=torch.float32, device=device)  # (5, 1000)
-
-    def _at(self, t: Tensor) -> Tensor:
-        return self.table[:, t].view(5, -1, 1, 1, 1)  # (5, N, 1, 1, 1)
-
-    def diffuse(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps: (N, C, H, W)."""
-        signal, sigma = self._at(t)[:2]
-        return signal * x0 + sigma * noise
-
-    def __call__(self, out: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """The loss, a scalar, of the network's output (N, C or 2C, H, W)."""
-        out, channels = out.float(), x0.shape[1]
-        eps, v = out[:, :channels], out[:, channels:]
-        loss = (eps - noise).square().mean()
-        if self.learn_sigma:
-            loss = loss + self.bound(eps.detach(), v, x0, x_t, t).mean()
-        return loss
-
-    def bound(self, eps: Tensor, v: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The term of L_vlb at each row's timestep, in bits per dimension: (N,).
-
-        For t > 0 the divergence of p(x_{t-1} | x_t) from q(x_{t-1} | x_t, x_0), for t = 0 minus the log likelihood of
-        x_0 among 256 levels of [-1, 1]. The log variance of p goes from the posterior's at v = -1 to log beta at 1.
-        """
-        signal, sigma, mean_x0, log_posterior, log_beta = self._at(t)
-        share = (v + 1) / 2
-        log_variance = share * log_beta + (1 - share) * log_posterior
-        error = x0 - (x_t - sigma * eps) / signal  # of the predicted x_0, which is the mean at t = 0
-        divergence = log_variance - log_posterior - 1 + (log_posterior - log_variance).exp()
-        divergence = 0.5 * (divergence + (mean_x0 * error).square() * (-log_variance).exp())
-        scale, half = (-0.5 * log_variance).exp(), 1 / 255
-        above = torch.special.ndtr((error + half) * scale).masked_fill(x0 > 0.999, 1.0)  # the end levels are open
-        below = torch.special.ndtr((error - half) * scale).masked_fill(x0 < -0.999, 0.0)
-        likelihood = (above - below).clamp_min(1e-12).log()
-        nats = torch.where((t == 0).view(-1, 1, 1, 1), -likelihood, divergence)
-        return nats.flatten(1).mean(1) / math.log(2)
-
-
 # ------------------------------------------------------------------------------------------------- training
-
-# Nothing random is carried on from step to step. What a step draws follows from (seed, step) alone, and the order of
-# the images from (seed, epoch): the step in a checkpoint is all the random state there is. Every rank draws for the
-# whole batch and takes its own rows, so the number of ranks plays no part either.
-
-
-@lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
-    """The images of one epoch in their order: (count,) int64."""
-    return runtime.random_stream(seed, ORDER, epoch).permutation(count)
-
-
-def order(seed: int, count: int, start: int, length: int) -> np.ndarray:
-    """Images at positions start..start + length - 1 of all epochs, one after another: (length,) int64."""
-    first, last = start // count, (start + length - 1) // count
-    epochs = [epoch_order(seed, epoch, count) for epoch in range(first, last + 1)]
-    return np.concatenate(epochs)[start - first * count :][:length]
 
 
 class Trainer:
-    """Weights, their average and the optimiser, and one step of them."""
+    """Weights, their average and the optimiser, and one step of them.
 
-    def __init__(
-        self, recipe: Recipe, data: Data, model: DiT, ranks: Ranks, device: torch.device, compiled: bool = False
-    ) -> None:
+    Nothing random is carried on from step to step. What a step draws follows from (seed, step) alone, and the order of
+    the images from (seed, epoch): the step in a checkpoint is all the random state there is. Every rank draws for the
+    whole batch and takes its own rows, so the number of ranks plays no part either.
+    """
+
+    def __init__(self, recipe: Recipe, data: Data, model: DiT, ranks: Ranks, device: torch.device) -> None:
         self.recipe, self.data, self.ranks, self.device = recipe, data, ranks, device
+        self.done, self.seconds = 0, 0.0  # steps of the run, and the time they took, all calls together
         self.model = model.to(device).train()
         # Labels are dropped in `batch`: the embedder's own dropout draws from the global generator, which a resumed
         # run and the other ranks cannot know.
@@ -227,8 +158,6 @@ class Trainer:
         if ranks.world > 1:
             ids = [device.index] if device.type == "cuda" else None
             self.net = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
-        if compiled:
-            self.net = torch.compile(self.net, dynamic=False)
         self.generator = torch.Generator(device)
         self.images, self.labels = data.images, data.labels.to(device)
         if device.type == "cuda" and data.images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
@@ -277,53 +206,50 @@ class Trainer:
             torch._foreach_lerp_(self.averages, self.weights, 1 - recipe.decay(step))
         return torch.stack([loss.detach(), norm])
 
-    def load(self, state: dict[str, Any]) -> tuple[int, float]:
-        """Go on from what `write_state` has written -> steps done, seconds spent."""
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what `write_state` has written."""
+        self.done, self.seconds = state["step"], state["seconds"]
         self.model.load_state_dict(state["model"])
         for name, tensor in self.ema.items():
             tensor.copy_(state["ema"][name])
         self.optimizer.load_state_dict(state["optimizer"])
-        return state["step"], state["seconds"]
 
 
-def train(
-    options: Options, trainer: Trainer, start: int, seconds: float, deadline: float, signals: Signals
-) -> tuple[int, int]:
-    """Steps `start`.. until --steps, the deadline (time.perf_counter) or a signal -> (steps done, why it stopped).
+def train(options: Options, trainer: Trainer, deadline: float, signals: Signals) -> int:
+    """Steps until --steps, the deadline (time.perf_counter) or a signal; returns TIME_IS_UP, the signal or 0.
 
-    `seconds` were spent in earlier calls. Losses stay on the device until a line is logged. Failure names the first
-    step whose loss or gradient is not finite, before anything of it is saved.
+    Losses stay on the device until a line is logged. Failure names the first step whose loss or gradient is not finite,
+    before anything of it is saved.
     """
-    ranks, out, began = trainer.ranks, options.out, time.perf_counter()
-    leader, logged, loss = ranks.rank == 0, start, math.nan
+    ranks, out = trainer.ranks, options.out
+    leader, logged, loss, began = ranks.rank == 0, trainer.done, math.nan, time.perf_counter() - trainer.seconds
     pending = torch.zeros(options.log_every, 2, device=trainer.device)  # loss and norm of the steps not yet logged
 
     def said() -> str:
         return f"loss {loss:.4f}, {progress.rate * options.batch_size:,.0f} images/s"
 
     show = {"shown": leader, "line": partial(print, flush=True)}
-    with Progress(options.steps, "step", str(out), done=start, **show) as progress:
-        for step in range(start, options.steps):
-            done = step + 1
+    with Progress(options.steps, "step", str(out), done=trainer.done, **show) as progress:
+        for step in range(trainer.done, options.steps):
             pending[step - logged] = trainer.update(step)
+            done = trainer.done = step + 1
             stop = ranks.highest(signals.number or TIME_IS_UP * (time.perf_counter() > deadline))
             last = done == options.steps or stop > 0
             save = last or done % options.save_every == 0
             if save or done % options.log_every == 0:
                 values = ranks.mean(pending[: done - logged].clone()).cpu()
                 check_finite(values, logged, out)
-                loss, logged = values[:, 0].mean().item(), done
-                spent = seconds + time.perf_counter() - began
+                loss, logged, trainer.seconds = values[:, 0].mean().item(), done, time.perf_counter() - began
                 if leader:
-                    log(out, options, done, values.double().mean(0).tolist(), spent)
+                    log(out / "log.jsonl", trainer, values.double().mean(0).tolist())
             if save and leader:
-                write_state(out, trainer, done, spent)
+                write_state(out, trainer)
             if options.sample_every and (last or done % options.sample_every == 0) and leader:
                 write_samples(out / "samples" / f"{done:07d}.png", trainer)
             progress.update(1, said)
             if last:
                 break
-    return done, stop
+    return stop
 
 
 def check_finite(values: Tensor, before: int, out: Path) -> None:
@@ -339,23 +265,25 @@ def check_finite(values: Tensor, before: int, out: Path) -> None:
 # ------------------------------------------------------------------------------------------------- files
 
 
-def log(out: Path, recipe: Recipe, done: int, means: list[float], seconds: float) -> None:
+def log(path: Path, trainer: Trainer, means: list[float]) -> None:
     """One line of log.jsonl: means since the line before, totals since the first step."""
+    done, recipe = trainer.done, trainer.recipe
     line = {"step": done, "loss": means[0], "grad_norm": means[1], "lr": recipe.rate(done - 1)}
-    with open(out / "log.jsonl", "a") as file:
-        file.write(json.dumps({**line, "images": done * recipe.batch_size, "seconds": round(seconds, 3)}) + "\n")
+    line |= {"images": done * recipe.batch_size, "seconds": round(trainer.seconds, 3)}
+    with open(path, "a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
-def write_state(out: Path, trainer: Trainer, done: int, seconds: float) -> None:
+def write_state(out: Path, trainer: Trainer) -> None:
     """state.pt, all that a resumed run needs, and then ema.safetensors; each appears whole or not at all."""
-    data, model, config = trainer.data, trainer.model, trainer.model.config
+    data, model, done = trainer.data, trainer.model, trainer.done
     options = {f.name: getattr(trainer.recipe, f.name) for f in fields(Recipe)}
-    state = {"step": done, "seconds": seconds, "options": options, "data": data.digest, "config": config}
+    state = {"step": done, "seconds": trainer.seconds, "options": options, "data": data.digest, "config": model.config}
     state |= {"class_names": data.class_names, "model": model.state_dict()}
     state |= {"ema": trainer.ema, "optimizer": trainer.optimizer.state_dict()}
     with written_whole(out / "state.pt") as temporary:
         torch.save(state, temporary)
-    save_checkpoint(out / "ema.safetensors", trainer.ema, config, class_names=data.class_names, step=str(done))
+    save_checkpoint(out / "ema.safetensors", trainer.ema, model.config, class_names=data.class_names, step=str(done))
 
 
 def read_state(out: Path, recipe: Recipe) -> dict[str, Any] | None:
@@ -432,9 +360,12 @@ def run(options: Options, ranks: Ranks, signals: Signals) -> None:
         **shape, learn_sigma=options.learn_sigma, class_dropout_prob=options.label_dropout
     )
     ranks.open(device)
-    trainer = Trainer(options, data, model, ranks, device, options.compile)
-    start, seconds = (0, 0.0) if state is None else trainer.load(state)
-    del state  # as large as everything on the device
+    trainer = Trainer(options, data, model, ranks, device)
+    if options.compile:
+        trainer.net = torch.compile(trainer.net, dynamic=False)
+    if state is not None:
+        trainer.load(state)
+    start, state = trainer.done, None  # the state is as large as everything on the device
     record = {
         "options": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()},
         "environment": runtime.environment(),
@@ -452,9 +383,9 @@ def run(options: Options, ranks: Ranks, signals: Signals) -> None:
     say(f"{'resumed' if start else 'new':8} at step {start}, in {out}")
     deadline = math.inf if options.minutes is None else began + 60 * options.minutes
     with signals.deferred():
-        done, stop = train(options, trainer, start, seconds, deadline, signals)
+        stop = train(options, trainer, deadline, signals)
         ranks.close()
-        say(f"{'saved':8} {out / 'ema.safetensors'} and state.pt at step {done} of {options.steps}")
+        say(f"{'saved':8} {out / 'ema.safetensors'} and state.pt at step {trainer.done} of {options.steps}")
     if stop > TIME_IS_UP:  # another rank was sent the signal
         raise Interrupted(stop)
 

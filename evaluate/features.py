@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from adacorr.command import Parser, run_command
-from adacorr.files import file_sha256, written_whole
+from adacorr.files import file_sha256, record_digest, recorded_digest, written_whole
 from data import Data, read_data, read_images
 from evaluate.frechet import Moments, frechet_distance
 from runtime import find_device
@@ -171,9 +171,9 @@ def load_features(path: str | os.PathLike | None = None, device: str | torch.dev
             f"the feature weights {path} are missing: check the clone is whole, or make them with "
             "`python -m evaluate.features train`"
         )
-    network.sha256, sidecar = file_sha256(path), _sidecar(path)
-    if sidecar.is_file() and sidecar.read_text(errors="replace").split()[:1] != [network.sha256]:
-        raise ValueError(f"{path} is not the file that was recorded: {sidecar.name} has not {network.sha256}")
+    network.sha256 = file_sha256(path)
+    if (recorded := recorded_digest(path)) not in (None, network.sha256):
+        raise ValueError(f"{path} is not the file that was recorded: {network.sha256} is not {recorded}")
     try:
         network.load_state_dict({key: t.float() for key, t in safetensors.torch.load_file(path).items()})
     except SafetensorError as error:
@@ -199,13 +199,8 @@ def save_features(network: CifarFeatures, path: Path, **metadata: str) -> str:
         safetensors.torch.save_file(round_weights(network), temporary, {"format": "pt", **metadata})
         temporary.chmod(0o644)  # safetensors writes private files
         digest = file_sha256(temporary)
-        with written_whole(_sidecar(path)) as sidecar:
-            sidecar.write_text(f"{digest}  {path.name}\n")
+        record_digest(path, digest)
     return digest
-
-
-def _sidecar(path: Path) -> Path:
-    return path.with_name(f"{path.name}.sha256")
 
 
 def load_images(path: Path, labelled: bool = False) -> tuple[Tensor, Data]:
