@@ -208,17 +208,6 @@ def test_weights_survive_the_file(tmp_path, network):
     torch.testing.assert_close(before, after, rtol=0.02, atol=0.02)
 
 
-def test_missing_weights_are_one_clear_error(tmp_path):
-    path = tmp_path / "none.safetensors"
-    with pytest.raises(FileNotFoundError) as caught:
-        load_features(path)
-    message = str(caught.value)
-    assert message == (
-        f"the feature weights {path} are missing: check the clone is whole, or make them with "
-        "`python -m evaluate.features train`"
-    )
-
-
 def test_damaged_weights_are_refused(tmp_path):
     path = tmp_path / "w.safetensors"
     save_features(CifarFeatures(), path)

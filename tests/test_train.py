@@ -177,6 +177,9 @@ def test_checkpoint_samples(tmp_path, data):
         assert checkpoint.class_names == ["class0", "class1"]
         assert checkpoint.config["num_classes"] == 2
         assert_same(dict(checkpoint.state_dict), dict(state(out)["ema"]))
+    parts = "class_names config data ema model optimizer options seconds step"  # what older checkpoints have, too
+    assert sorted(state(out)) == parts.split()
+    assert state(out)["options"].keys() == vars(train.Recipe()).keys()
     png = tmp_path / "x.png"
     argv = ["--ckpt", out / "ema.safetensors", "--num-sampling-steps", 3, "--device", "cpu", "--out", png]
     assert sample.main([str(a) for a in argv]) == 0
@@ -208,7 +211,7 @@ def test_signals_save_and_stop(tmp_path, data, monkeypatch, number, code):
     assert_same(state(out), state(tmp_path / "whole"))
 
 
-def test_minutes(tmp_path, data, capsys):
+def test_minutes_and_steps(tmp_path, data, capsys):
     out, flags = tmp_path / "run", ["--data", data, "--model", "tiny", *FEW, "--minutes", 0]
     for done in (1, 2):
         assert main(*flags, "--out", out) == 0
@@ -216,8 +219,10 @@ def test_minutes(tmp_path, data, capsys):
     assert [line["step"] for line in lines(out)] == [1, 2]
     assert main(*flags, "--out", out, "--steps", 2) == 0
     assert "is done: 2 steps" in capsys.readouterr().out
-    assert main(*flags, "--out", out, "--overwrite") == 0
+    assert main(*flags, "--out", out, "--overwrite", "--schedule", "cosine") == 0
     assert [line["step"] for line in lines(out)] == [1]
+    assert main(*flags, "--out", out, "--schedule", "cosine", "--steps", 20) == 2
+    assert "steps was 10, is 20" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("column", "word"), [(0, "loss"), (1, "gradient")])
@@ -457,10 +462,3 @@ def test_resuming_another_run(tmp_path, data, capsys):
         (out / "state.pt").write_bytes(content) if content else (out / "state.pt").unlink()
         assert main("--data", other, "--out", out, *flags) == 2
         assert message in capsys.readouterr().err
-
-
-def test_cosine_fixes_the_steps(tmp_path, data, capsys):
-    flags = ["--data", data, "--out", tmp_path / "run", "--model", "tiny", *FEW, "--schedule", "cosine"]
-    assert main(*flags, "--minutes", 0) == 0
-    assert main(*flags, "--steps", 20) == 2
-    assert "steps was 10, is 20" in capsys.readouterr().err
