@@ -14,6 +14,14 @@ def tensor(values):
     return values.view(1, -1, 1, 1) if values.dim() == 1 else values
 
 
+def show(info, step, x, unit, x_in=0.0, age=None):
+    """A view whose modules are computed from the stream x itself, so that their inputs can be written down."""
+    x = tensor(x)
+    view = make_view(info, step, x, unit, x_in=tensor(x_in).expand_as(x), age=age)
+    view.modulated = lambda: x
+    return view
+
+
 def start(spec, images=1, halves=1, steps=100):
     """(policy, its run, the unit that it decides about: the first one after the probe)."""
     policy, info = make_policy(spec), make_run(tiny_dit(), images, halves, steps)
@@ -23,10 +31,18 @@ def start(spec, images=1, halves=1, steps=100):
 
 def compute(policy, info, unit, step, x, x_in=0.0, images=None):
     """Tell the policy that a unit ran for some images: x (halves, n, T, D) is its input, x_in the stack's."""
-    x = tensor(x)
-    view = make_view(info, step, x, unit, x_in=tensor(x_in).expand_as(x))
+    view = show(info, step, x, unit, x_in)
     images = np.arange(view.images) if images is None else np.array(images)
-    policy.computed(view, Ran(images, x[:, images], x[:, images], x[:, images]))
+    policy.computed(view, Ran(images, *[view.x[:, images]] * 3))
+
+
+def told(spec, *inputs, x_in=0.0, unit=None):
+    """(policy, its run, the unit) after computed steps with these inputs of the unit."""
+    halves, images = tensor(inputs[0]).shape[:2]
+    policy, info, first = start(spec, images, halves)
+    for step, x in enumerate(inputs):
+        compute(policy, info, unit or first, step, x, x_in)
+    return policy, info, unit or first
 
 
 def walk(spec, states, x_in=0.0, granted=None, steps=100, question="decide"):
@@ -34,24 +50,22 @@ def walk(spec, states, x_in=0.0, granted=None, steps=100, question="decide"):
 
     Images that want it are computed, or only in the first `granted` steps.
     """
-    states = list(map(tensor, states))
-    policy, info, unit = start(spec, states[0].shape[1], states[0].shape[0], steps)
-    inputs = list(map(tensor, x_in)) if isinstance(x_in, list) else [torch.tensor(x_in)] * len(states)
-    last, decided = np.full(info.images, -1), []
+    halves, images = tensor(states[0]).shape[:2]
+    policy, info, unit = start(spec, images, halves, steps)
+    inputs = x_in if isinstance(x_in, list) else [x_in] * len(states)
+    last, decided = np.full(images, -1), []
     for step, (x, before) in enumerate(zip(states, inputs, strict=True)):
-        age = np.where(last < 0, 0, step - last)
-        want = getattr(policy, question)(make_view(info, step, x, unit, x_in=before.expand_as(x), age=age))
+        want = getattr(policy, question)(show(info, step, x, unit, before, np.where(last < 0, 0, step - last)))
         decided.append(want.tolist())
-        images = np.flatnonzero(want)
-        if len(images) and (granted is None or step < granted):
-            compute(policy, info, unit, step, x, before, images)
-            last[images] = step
+        if want.any() and (granted is None or step < granted):
+            compute(policy, info, unit, step, x, before, np.flatnonzero(want))
+            last[want] = step
     return decided
 
 
 def column(decided, image=0):
-    """The decisions about one image."""
-    return [row[image] for row in decided]
+    """The decisions about one image as a text: x where it is computed, else a dot."""
+    return "".join(".x"[row[image]] for row in decided)
 
 
 class Held:
@@ -69,16 +83,14 @@ class Held:
 
 
 def reused(policy, info, unit, held, x, x_in=0.0, images=None):
-    """What the policy puts in the place of the unit for some images."""
-    x = tensor(x)
-    view = make_view(info, 5, x, unit, x_in=tensor(x_in).expand_as(x))
+    """What the policy puts in the place of the unit for some images, as a flat list."""
+    view = show(info, 5, x, unit, x_in)
     images = np.arange(view.images) if images is None else np.array(images)
-    return policy.reuse(view, Cached(images, x[:, images], 5, held))
+    return policy.reuse(view, Cached(images, view.x[:, images], 5, held)).flatten().tolist()
 
 
 def schedule(spec, steps, images=2, halves=1):
     """Steps that a method computes which never looks at the stream; a step is never computed for some images only."""
-    policy, info, unit = start(spec, images, halves, steps)
-    decided = [policy.decide(make_view(info, step, torch.zeros(halves, images, 1, 1), unit)) for step in range(steps)]
-    assert all(d.shape == (images,) and d.all() == d.any() for d in decided)
-    return [step for step, d in enumerate(decided) if d.any()]
+    decided = np.array(walk(spec, [torch.zeros(halves, images, 1, 1)] * steps, steps=steps))
+    assert (decided == decided[:, :1]).all()
+    return np.flatnonzero(decided[:, 0]).tolist()

@@ -2,15 +2,17 @@
 
 import inspect
 import sys
-from dataclasses import fields
+from dataclasses import fields, make_dataclass
 
 import pytest
 
 from adacorr import AdaCorrection, Algorithm1, policies
-from adacorr.__main__ import main
-from adacorr.policies import calibrated, load_file
+from adacorr.__main__ import allowed, assignment, main
+from adacorr.policies import calibrated
+from adacorr.spec import option
 
 HEADS = [*(f"--cache {name}" for name in policies.names()), "--adacorr", "--adacorr literal"]
+KINDS = [*policies.policies().values(), AdaCorrection, Algorithm1]
 
 
 def code(*argv):
@@ -22,79 +24,52 @@ def code(*argv):
 
 
 def listing(capsys):
-    """Head -> (granularity, calibration, source, summary, lines of options) of what is printed."""
+    """Head -> (source, summary, *options) of what is printed."""
     assert code("methods") == 0
     out, err = capsys.readouterr()
     assert err == ""
-    found = {}
-    for paragraph in out.strip().split("\n\n"):
-        (head, about), (source, summary), options = (
-            paragraph.splitlines()[0].split("  ("), paragraph.splitlines()[1:3], paragraph.splitlines()[3:]
-        )  # fmt: skip
-        granularity, calibration = about.rstrip(")").split("; ")
-        found[head] = granularity, calibration, source.strip(), summary.strip(), [" ".join(o.split()) for o in options]
-    return found
+    paragraphs = [[" ".join(line.split()) for line in text.splitlines()] for text in out.split("\n\n")]
+    return {head: lines for head, *lines in paragraphs}
 
 
 def test_every_method_is_listed_with_its_source_and_its_options(capsys):
     found = listing(capsys)
-    assert list(found) == HEADS
-    for name, kind in policies.policies().items():
-        granularity, calibration, source, summary, options = found[f"--cache {name}"]
-        assert granularity == f"granularity: {kind.granularity}"
-        assert calibration == f"calibration: {'profile' if name in calibrated() else 'none'}"
-        assert sys.modules[kind.__module__].__doc__.startswith(source)
-        assert kind.__doc__.startswith(summary)
-        assert [o.partition("=")[0] for o in options] == [f.name for f in fields(kind)]
-    assert "arXiv 2407.01425" in found["--cache interval"][2]
-    assert found["--adacorr"][:2] == ("granularity: step", "calibration: none")
-    assert found["--adacorr literal"][0] == "granularity: block"
-    for head, kind in (("--adacorr", AdaCorrection), ("--adacorr literal", Algorithm1)):
+    assert [head.partition(" (")[0] for head in found] == HEADS
+    for (head, lines), kind in zip(found.items(), KINDS, strict=True):
+        granularity = {AdaCorrection: "step", Algorithm1: "block"}.get(kind) or kind.granularity
+        calibration = "profile" if kind in calibrated().values() else "none"
+        assert head.endswith(f" (granularity: {granularity}; calibration: {calibration})")
+        assert sys.modules[kind.__module__].__doc__.startswith(lines[0])
+        assert kind.__doc__.startswith(lines[1])
         keys = ["lambda" if f.name == "spatial_weight" else f.name for f in fields(kind)]
-        assert [o.partition("=")[0] for o in found[head][4]] == keys
+        assert [line.partition("=")[0] for line in lines[2:]] == keys
+    interval = found["--cache interval (granularity: step; calibration: none)"]
+    assert "arXiv 2407.01425" in interval[0]
+    assert interval[2:] == ["every=3 at least 1", "order=0 0..4", "warmup=0 at least 0", "align=end end, start"]
 
 
 @pytest.mark.parametrize(
-    ("name", "options"),
+    ("field", "shown"),
     [
-        ("adacache", ["scale=1 at least 0", "codebook=dit", "gates=fresh fresh, frozen", "scope=image image, batch"]),
-        ("interval", ["every=3 at least 1", "order=0 0..4", "warmup=0 at least 0", "align=end end, start"]),
-        ("rfc", ["threshold=0.05 at least 0", "order=1 1..2", "weights=taylor taylor, exact", "rfe=true true, false",
-                 "norm=row row, token", "scope=image image, batch"]),
-        ("never", []),
+        (option(1, high=3), "key=1 at most 3"),
+        (option(0.2, low=0, high=0.5), "key=0.2 0..0.5"),
+        (option(1e-4, above=0), "key=0.0001 above 0"),
+        (option(None, choices=(None, 2)), "key=none none, 2"),
+        (option(None, low=1), "key=none at least 1"),
+        (option(True), "key=true true, false"),
+        (option("auto"), "key=auto "),
     ],
-)  # fmt: skip
-def test_defaults_and_ranges(capsys, name, options):
-    assert listing(capsys)[f"--cache {name}"][4] == options
+)
+def test_defaults_and_ranges(field, shown):
+    (made,) = fields(make_dataclass("Kind", [("key", object, field)]))
+    assert f"{assignment(made)} {allowed(made)}" == shown
 
 
-def test_ranges_of_every_kind(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(policies, "_POLICIES", dict(policies._POLICIES))
-    (tmp_path / "picky.py").write_text(
-        "from dataclasses import dataclass\n"
-        "from adacorr.policies import register\n"
-        "from adacorr.policy import Policy, option\n"
-        "@register\n"
-        "@dataclass\n"
-        "class Picky(Policy):\n"
-        "    'Takes little.'\n"
-        "    most: int = option(1, high=3)\n"
-        "    more: float = option(1e-4, above=0)\n"
-        "    lag: int | None = option(None, choices=(None, 2))\n"
-        "    granularity = 'whim'\n"
-    )
-    load_file(tmp_path / "picky.py")
-    granularity, _, source, summary, options = listing(capsys)["--cache picky"]
-    assert (granularity, source, summary) == ("granularity: whim", "", "Takes little.")
-    assert options == ["most=1 at most 3", "more=0.0001 above 0", "lag=none none, 2"]
-
-
-@pytest.mark.parametrize("head", HEADS)
-def test_one_method_is_described_in_full(capsys, head):
-    name = head.rpartition(" ")[2].removeprefix("--")
-    kind = {"adacorr": AdaCorrection, "literal": Algorithm1}.get(name) or policies.policies()[name]
-    assert code("methods", name) == 0
+@pytest.mark.parametrize(("head", "kind"), list(zip(HEADS, KINDS, strict=True)), ids=HEADS)
+def test_one_method_is_described_in_full(capsys, head, kind):
+    assert code("methods", head.rpartition(" ")[2].removeprefix("--")) == 0
     out = capsys.readouterr().out
+    assert out.startswith(f"{head}\n")
     assert inspect.getdoc(kind) in out
     assert inspect.getdoc(sys.modules[kind.__module__]) in out
 

@@ -1,6 +1,5 @@
 """The policies: the contract that every one of them keeps, their options, and how a new one is added."""
 
-import importlib
 import json
 import math
 import re
@@ -17,7 +16,7 @@ from toy import Scheduled, alphas, fitted, forced, sample, sample_with, save_tin
 
 import adacorr
 import sample as script
-from adacorr import AdaCorrection, CacheManager, Predictor, Unit, View, by_branch, make_policy
+from adacorr import AdaCorrection, CacheManager, Predictor, Unit, by_branch, make_policy
 from adacorr.__main__ import main
 from adacorr.policies import calibrated, load_file, policies, register
 from diffusion import make_sampler
@@ -193,28 +192,18 @@ def test_no_reuse_is_the_plain_model_to_the_bit(name, folder, model):
 # ----------------------------------------------------------------------------------- rules that measure a change
 
 
-@pytest.fixture
-def _input_is_x(monkeypatch):
-    """Modules are computed from the stream itself, so that their inputs can be written down."""
-    monkeypatch.setattr(View, "modulated", lambda self: self.x)
-
-
 # Leading steps that are always computed.
-by_hand = pytest.mark.usefixtures("_input_is_x")
 measuring = pytest.mark.parametrize(
     ("spec", "lead"), [("dicache:retention=0", 1), ("first_block:back=0", 1), ("rfc:order=1", 2)]
 )
 
 
-@by_hand
 @measuring
 def test_thresholds_0_and_infinity(spec, lead):
-    assert column(walk(f"{spec},threshold=0", [[1.0]] * 4)) == [True] * 4
-    moving = [[1.0], [9.0], [-9.0], [20.0]]
-    assert column(walk(f"{spec},threshold=inf", moving)) == [True] * lead + [False] * (4 - lead)
+    assert column(walk(f"{spec},threshold=0", [[1.0]] * 4)) == "xxxx"
+    assert column(walk(f"{spec},threshold=inf", [[1.0], [9.0], [-9.0], [20.0]])) == "xxxx"[:lead] + "...."[lead:]
 
 
-@by_hand
 @pytest.mark.parametrize("halves", [1, 2])
 @measuring
 def test_scope_is_the_image_with_its_halves_or_the_batch(spec, lead, halves):
@@ -233,45 +222,31 @@ def test_scope_is_the_image_with_its_halves_or_the_batch(spec, lead, halves):
 RFC_INPUTS = [1.0, 1.1, 1.25, 1.4, 1.55, 1.6, 1.6]  # see test_policy_rfc.py
 
 
-@by_hand
 @pytest.mark.parametrize(
-    ("spec", "states", "decided"),
+    ("spec", "one", "other", "decided"),
     [
-        # Changes 0.1, 0.1, 0, 0 of image 0, each to the step before, and 0, 0.1, 0.1, 0 of image 1.
-        (
-            "dicache:threshold=0.15,retention=0",
-            [[1.0, 1.1, 1.21, 1.21, 1.21], [1.0, 1.0, 1.1, 1.21, 1.21]],
-            [[True, False, True, False, False], [True, False, False, True, False]],
-        ),
-        # Image 0: 0.3 to 1, 0 and 0.08 to 1.3. Image 1: 0.1 and 0.2 to 1, 0.04 to 1.2.
-        (
-            "first_block:threshold=0.12",
-            [[1.0, 1.3, 1.3, 1.4], [1.0, 1.1, 1.2, 1.25]],
-            [[True, True, False, False], [True, False, True, False]],
-        ),
-        # Image 1 is forecast as 1 (it is 2), 2.5 (2), 2 (3), and 4 at the end, as it is.
-        (
-            "rfc:threshold=0.1",
-            [RFC_INPUTS, [1.0, 1.0, 1.0, 2.0, 2.0, 3.0, 4.0]],
-            [[True, True, False, True, False, False, True], [True, True, False, True, True, True, False]],
-        ),
+        # Changes of 0.1, 0.1, 0, 0, each to the step before, and of 0, 0.1, 0.1, 0.
+        ("dicache:threshold=0.15,retention=0", [1, 1.1, 1.21, 1.21, 1.21], [1, 1, 1.1, 1.21, 1.21], "x.x.. x..x."),
+        # 0.3 to 1, 0 and 0.08 to 1.3; 0.1 and 0.2 to 1, 0.04 to 1.2.
+        ("first_block:threshold=0.12", [1, 1.3, 1.3, 1.4], [1, 1.1, 1.2, 1.25], "xx.. x.x."),
+        # The other image is forecast as 1 (it is 2), 2.5 (2), 2 (3), and 4 at the end, as it is.
+        ("rfc:threshold=0.1", RFC_INPUTS, [1, 1, 1, 2, 2, 3, 4], "xx.x..x xx.xxx."),
     ],
     ids=["dicache", "first_block", "rfc"],
 )
-def test_images_are_measured_by_themselves(spec, states, decided):
-    together = walk(spec, [list(row) for row in zip(*states, strict=True)])
-    assert [column(together, image) for image in (0, 1)] == decided
-    for own, expected in zip(states, decided, strict=True):
+def test_images_are_measured_by_themselves(spec, one, other, decided):
+    together = walk(spec, [list(pair) for pair in zip(one, other, strict=True)])
+    assert f"{column(together, 0)} {column(together, 1)}" == decided
+    for own, expected in zip((one, other), decided.split(), strict=True):
         assert column(walk(spec, [[x] for x in own])) == expected
 
 
-@by_hand
 @pytest.mark.parametrize(
     ("spec", "states", "granted", "decided"),
     [
-        ("dicache:threshold=0.1,retention=0", [1.0, 1.2, 1.2, 1.2], 1, [True] * 4),
-        ("first_block:threshold=0.5", [1.0, 2.0, 2.0], 1, [True] * 3),
-        ("rfc:threshold=0.1", RFC_INPUTS, 2, [True, True, False, True, True, True, True]),
+        ("dicache:threshold=0.1,retention=0", [1.0, 1.2, 1.2, 1.2], 1, "xxxx"),
+        ("first_block:threshold=0.5", [1.0, 2.0, 2.0], 1, "xxx"),
+        ("rfc:threshold=0.1", RFC_INPUTS, 2, "xx.xxxx"),
     ],
     ids=["dicache", "first_block", "rfc"],
 )
@@ -287,8 +262,8 @@ REFUSED = {
     "codebook=0:2 codebook=0.1:0 codebook=0.1 codebook=inf:2 codebook=0.1:2/ codebook=0.1:2.5 codebook=nan:2 "
     "codebook=0.1:3/inf:2",
     "dicache": "threshold=-0.1 threshold=nan scope=row error=input depth=0 retention=1.01 retention=-0.01 g_max=0.99",
-    "first_block": "threshold=-0.1 threshold=nan scope=pair front=0 back=-1 warmup=-1 max_continuous=-2 order=5 order=-1 "
-    "max_cached=-2",
+    "first_block": "threshold=-0.1 threshold=nan scope=pair front=0 back=-1 warmup=-1 max_continuous=-2 order=5 "
+    "max_cached=-2 order=-1",
     "interval": "every=0 every=2.5 warmup=-1 order=5 order=-1 align=middle",
     "rfc": "threshold=-0.1 threshold=nan scope=row order=0 order=3 weights=lagrange norm=tensor rfe=1",
     "taylorseer": "every=0 order=5 order=-1 first_enhance=0 weights=lagrange",
@@ -350,8 +325,9 @@ def test_a_name_can_be_taken_once_and_by_a_dataclass(registry):
         register(Plain)
 
 
-GROWING = '''"""A policy as somebody would write it."""
-{imports}
+GROWING = '''
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import numpy as np
@@ -384,24 +360,6 @@ class Growing(Policy):
 '''
 
 
-@pytest.fixture
-def drop_in(registry, tmp_path, monkeypatch):
-    """Puts a file into (what stands for) the folder of policies."""
-    monkeypatch.setattr(adacorr.policies, "__path__", [*adacorr.policies.__path__, str(tmp_path)])
-
-    def put(name, text):
-        monkeypatch.delitem(sys.modules, f"adacorr.policies.{name}", raising=False)
-        monkeypatch.delattr(adacorr.policies, name, raising=False)
-        (tmp_path / f"{name}.py").write_text(text)
-        importlib.invalidate_caches()
-        return tmp_path / f"{name}.py"
-
-    yield put
-    for module in [m for m in sys.modules if m.startswith("adacorr.policies.")]:
-        if module.rpartition(".")[2] not in NAMES:
-            del sys.modules[module]
-
-
 def on_the_page(page):
     """The policy that a page of the documentation shows."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
@@ -411,26 +369,25 @@ def on_the_page(page):
 @pytest.mark.parametrize(
     ("name", "options", "text"),
     [
-        ("growing", "factor=2,first=1", GROWING.format(imports="")),
-        ("growing", "factor=2", GROWING.format(imports="from __future__ import annotations")),
+        ("growing", "factor=2", GROWING),
         ("middle", "share=0.5", on_the_page("README.md")),
         ("lazy_attention", "every=4", on_the_page("docs/policies.md")),
     ],
-    ids=["plain", "quoted-types", "README", "docs"],
+    ids=["growing", "README", "docs"],
 )
-def test_a_new_policy_is_one_short_file_and_no_other_edit(drop_in, tmp_path, capsys, name, options, text):
+def test_a_new_policy_is_one_short_file_and_no_other_edit(registry, monkeypatch, tmp_path, capsys, name, options, text):
     assert len(text.splitlines()) < 80
     with pytest.raises(ValueError, match="unknown"):
         make_policy(name)
-    drop_in(name, text)
+    (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.setattr(adacorr.policies, "__path__", [str(tmp_path)])  # as if it were in the folder of policies
+    monkeypatch.delitem(sys.modules, f"adacorr.policies.{name}", raising=False)
     summary = policies()[name].__doc__.splitlines()[0]
     assert adacorr.available()[name].startswith(f"{summary} [")
     assert re.search(rf"\b{name}\b", script.make_parser().format_help())
     assert main(["methods"]) == 0
-    assert f"--cache {name}  (" in (listed := capsys.readouterr().out)
-    assert summary in listed
-    key = options.partition("=")[0]
-    assert f"      {key}=" in listed
+    listed, key = capsys.readouterr().out, options.partition("=")[0]
+    assert all(words in listed for words in (f"--cache {name}  (", summary, f"      {key}="))
     ckpt, record = save_tiny(tmp_path / "tiny.safetensors"), tmp_path / "x.json"
     flags = ["--ckpt", ckpt, "--class-labels", "1", "--device", "cpu", "--out", tmp_path / "x.png", "--record", record]
     for correction in ([], ["--adacorr"]):
@@ -441,9 +398,11 @@ def test_a_new_policy_is_one_short_file_and_no_other_edit(drop_in, tmp_path, cap
         make_policy(f"{name}:{key}s=2")
 
 
-def test_a_policy_file_from_elsewhere(drop_in, tmp_path, model):
-    path = drop_in("growing", GROWING.format(imports=""))
+def test_a_policy_file_from_elsewhere(registry, tmp_path, model):
+    path = tmp_path / "growing.py"
+    path.write_text(GROWING)
     load_file(path)
+    assert adacorr.available()["growing"] == "Intervals that grow by a factor. [factor=1.5] [first=1]"
     manager, _ = run(model, "growing:factor=2,first=1", steps=16)
     assert computed(manager) == [[0, 1, 3, 7, 15]] * 3
     with pytest.raises(ValueError, match="growing: factor=0.5 must be at least 1"):

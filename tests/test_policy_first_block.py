@@ -1,41 +1,35 @@
 """First-block cache and DBCache: the rule by hand, its limits, and runs against a cache kept in the plainest way."""
 
-import numpy as np
 import pytest
 import torch
-from by_hand import column, walk
-from toy import forecast, make_run, make_view, sample, sample_with, tiny_dit
+from by_hand import column, compute, show, start, walk
+from toy import forecast, sample, sample_with, tiny_dit
 
 from adacorr import CacheManager, Predictor, make_policy
-from adacorr.policy import Ran, Unit
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_dit()
+from adacorr.policy import Unit
 
 
 def test_it_compares_with_the_last_computed_step():
     residuals = [[[[[1.0, 1.0]]]], [[[[1.1, 0.9]]]], [[[[1.2, 0.9]]]], [[[[1.3, 1.0]]]], [[[[1.4, 1.0]]]]]
     # 0.2 / 2, 0.3 / 2 to the first; 0.2 / 2.1, 0.3 / 2.1 to the third.
-    assert column(walk("first_block:threshold=0.12", residuals)) == [True, False, True, False, True]
+    assert column(walk("first_block:threshold=0.12", residuals)) == "x.x.x"
     # 0.2 / 2 to the first; 0.1 / 2, 0.3 / 2 to the second; 0.1 / 2.3 to the fourth.
-    assert column(walk("first_block:threshold=0.099", residuals)) == [True, True, False, True, False]
+    assert column(walk("first_block:threshold=0.099", residuals)) == "xx.x."
 
 
 def test_it_measures_the_residual_and_not_the_stream():
-    assert column(walk("first_block:threshold=0.1", [[101.0], [101.2]], x_in=100.0)) == [True, True]
-    assert column(walk("first_block:threshold=0.3", [[0.0], [0.2]], x_in=-1.0)) == [True, False]
+    assert column(walk("first_block:threshold=0.1", [[101.0], [101.2]], x_in=100.0)) == "xx"
+    assert column(walk("first_block:threshold=0.3", [[0.0], [0.2]], x_in=-1.0)) == "x."
 
 
 @pytest.mark.parametrize(
     ("option", "decided"),
     [
-        ("warmup=3", [True] * 3 + [False] * 4),
-        ("max_continuous=2", [True, False, False] * 2 + [True]),
-        ("max_continuous=0", [True] * 7),
-        ("max_cached=3", [True] + [False] * 3 + [True] * 3),
-        ("max_cached=0", [True] * 7),
+        ("warmup=3", "xxx...."),
+        ("max_continuous=2", "x..x..x"),
+        ("max_continuous=0", "xxxxxxx"),
+        ("max_cached=3", "x...xxx"),
+        ("max_cached=0", "xxxxxxx"),
     ],
 )
 def test_warm_up_and_limits(option, decided):
@@ -45,9 +39,9 @@ def test_warm_up_and_limits(option, decided):
 def test_limits_count_for_each_image():
     residuals = [[1.0, 1.0], [2.0, 1.0], [4.0, 1.0], [4.0, 1.0], [4.0, 1.0]]
     decided = walk("first_block:threshold=0.5,max_continuous=2,max_cached=3", residuals)
-    assert column(decided, 0) == [True, True, True, False, False]
-    assert column(decided, 1) == [True, False, False, True, False]
-    assert column(walk("first_block:threshold=0.5,max_cached=1", residuals), 1) == [True, False, True, True, True]
+    assert column(decided, 0) == "xxx.."
+    assert column(decided, 1) == "x..x."
+    assert column(walk("first_block:threshold=0.5,max_cached=1", residuals), 1) == "x.xxx"
 
 
 def test_units_of_front_middle_and_back():
@@ -55,25 +49,16 @@ def test_units_of_front_middle_and_back():
     policy = make_policy("first_block:front=2,back=3")
     assert policy.units(12) == [Unit(0, 2), Unit(2, 9), Unit(9, 12)]
     assert policy.probe(12) == 2
-    stored = make_policy("first_block:order=2,front=2,back=3")
-    assert [stored.predictor_of(unit, 12) for unit in stored.units(12)] == [
-        None,
-        Predictor("residual", 2, 0.03, "taylor"),
-        None,
-    ]
+    assert make_policy("first_block:order=2").predictor == Predictor("residual", order=2, weights="taylor")
+    assert [policy.predictor_of(unit, 12) for unit in policy.units(12)] == [None, policy.predictor, None]
     with pytest.raises(ValueError, match="front=2 and back=3 must leave a block to reuse, and the model has 5"):
         policy.units(5)
-    info = make_run(tiny_dit(depth=4), 2)
-    policy = make_policy("first_block:threshold=inf,front=2,back=1")
-    policy.begin(info)
-    x = torch.ones(1, 2, 16, 32)
+    policy, info, middle = start("first_block:threshold=inf,back=1", images=2)
     for step in range(2):
-        for unit in policy.units(4):
-            view = make_view(info, step, x, unit, x_in=x * 0)
-            want = policy.decide(view)
-            assert want.tolist() == [unit.start != 2 or step == 0] * 2  # front and back run in every step
-            if want.any():
-                policy.computed(view, Ran(np.arange(2), x, x, x))
+        for unit in policy.units(3):
+            want = policy.decide(show(info, step, [1.0, 1.0], unit))
+            assert want.tolist() == [unit != middle or step == 0] * 2  # front and back run in every step
+            compute(policy, info, unit, step, [1.0, 1.0])
 
 
 class Dual:
@@ -111,9 +96,9 @@ def test_a_run_is_the_plain_dual_cache(front, back, order):
     torch.testing.assert_close(out, sample_with(Dual(front, back, steps, order), model), rtol=1e-3, atol=1e-4)
 
 
-def test_at_threshold_infinity_the_front_alone_runs(model):
+def test_at_threshold_infinity_the_front_alone_runs():
     manager = CacheManager(make_policy("first_block:threshold=inf"))
-    sample(model, cache=manager)
+    sample(tiny_dit(), cache=manager)
     assert manager.trace.executed[:, 0].all()
     assert not manager.trace.executed[1:, 1:].any()
     assert manager.trace.compute == pytest.approx((3 + 9) / 30)

@@ -5,22 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from by_hand import Held, column, compute, reused, start, tensor, walk
-from toy import make_view, sample, sample_with, tiny_dit
+from by_hand import Held, column, compute, reused, show, start, told, walk
+from toy import sample, sample_with, tiny_dit
 
 from adacorr import CacheManager, Predictor, make_policy
-from adacorr.policy import Ran, Unit, View, by_branch
+from adacorr.policy import Unit, by_branch
 
 FIRST = Unit(0, 1, "attn")
-
-
-@pytest.fixture
-def _input_is_x(monkeypatch):
-    """Modules are computed from the stream itself, so that inputs can be written down."""
-    monkeypatch.setattr(View, "modulated", lambda self: self.x)
-
-
-by_hand = pytest.mark.usefixtures("_input_is_x")
 
 
 # ------------------------------------------------------------------------------------------------ schedule
@@ -30,29 +21,24 @@ by_hand = pytest.mark.usefixtures("_input_is_x")
 INPUTS = [[1.0], [1.1], [1.25], [1.4], [1.55], [1.6], [1.6]]
 
 
-@by_hand
 @pytest.mark.parametrize("weights", ["taylor", "exact"])
 @pytest.mark.parametrize("question", ["decide", "propose"])
 def test_errors_of_the_forecast_input_add_up(question, weights):
-    decided = walk(f"rfc:threshold=0.1,weights={weights}", INPUTS, question=question)
-    assert column(decided) == [True, True, False, True, False, False, True]
+    assert column(walk(f"rfc:threshold=0.1,weights={weights}", INPUTS, question=question)) == "xx.x..x"
     # 0.04 alone is due at once; 1.4 and 1.55 are forecast from steps 1 and 2; 1.6 is missed by 0.1, then by 0.117.
-    decided = walk(f"rfc:threshold=0.039,weights={weights}", INPUTS, question=question)
-    assert column(decided) == [True, True, True, False, False, True, True]
+    assert column(walk(f"rfc:threshold=0.039,weights={weights}", INPUTS, question=question)) == "xxx..xx"
 
 
-@by_hand
 @pytest.mark.parametrize(("weights", "due"), [("exact", False), ("taylor", True)])
 def test_order_2_and_its_weights_over_uneven_intervals(weights, due):
-    assert column(walk(f"rfc:order=2,threshold=inf,weights={weights}", INPUTS)) == [True] * 3 + [False] * 4
+    assert column(walk(f"rfc:order=2,threshold=inf,weights={weights}", INPUTS)) == "xxx...."
     # s ** 2 + 1 at steps 0, 1, 3 is 26 at step 5. TaylorSeer: 10 + 4 * 2 + 1.5 * 2 ** 2 / 2 = 21, off by 0.19.
     policy, info, unit = start(f"rfc:order=2,threshold=0.15,weights={weights}")
     for step in (0, 1, 3):
         compute(policy, info, unit, step, [step**2 + 1.0])
-    assert policy.propose(make_view(info, 5, tensor([26.0]), unit)).tolist() == [due]
+    assert policy.propose(show(info, 5, [26.0], unit)).tolist() == [due]
 
 
-@by_hand
 @pytest.mark.parametrize(("weights", "due"), [("exact", False), ("taylor", True)])
 def test_exact_weights_are_in_timesteps_and_taylors_in_step_index(weights, due):
     policy, info, unit = start(f"rfc:threshold=0.1,weights={weights}", steps=10)
@@ -61,113 +47,80 @@ def test_exact_weights_are_in_timesteps_and_taylors_in_step_index(weights, due):
     for step, x in enumerate((1.0, 2.0)):
         compute(policy, info, unit, step, [x])
     # A line in the timestep gives 2 + 4; in the step index 3, which is half.
-    assert policy.decide(make_view(info, 2, tensor([6.0]), unit)).tolist() == [due]
+    assert policy.decide(show(info, 2, [6.0], unit)).tolist() == [due]
 
 
-@by_hand
 def test_all_units_follow_the_decision_at_the_head():
-    policy, info, unit = start("rfc:threshold=0.1", images=2)
-    assert policy.units(info.depth) == by_branch(3)
-    assert unit == FIRST
-    states = [[1.0, 1.0], [1.1, 1.1], [1.5, 1.2]]  # image 0 is due at step 2
-    for step, state in enumerate(states):
-        decided = []
+    policy, info, head = start("rfc:threshold=0.1", images=2)
+    assert (policy.units(info.depth), head) == (by_branch(3), FIRST)
+    for step, state in enumerate([[1.0, 1.0], [1.1, 1.1], [1.5, 1.2]]):  # image 0 is due at step 2
         for unit in by_branch(3):
-            x = tensor(state) if unit == FIRST else torch.full((1, 2, 1, 1), 50.0 * step)
-            view = make_view(info, step, x, unit)
-            decided.append(policy.decide(view).tolist())
-            images = np.flatnonzero(decided[-1])
-            policy.computed(view, Ran(images, x[:, images], x[:, images], x[:, images]))
-        assert decided == [[True, True] if step < 2 else [True, False]] * 6
+            x = state if unit == FIRST else [50.0 * step] * 2
+            want = policy.decide(show(info, step, x, unit))
+            assert want.tolist() == [True, step < 2]
+            compute(policy, info, unit, step, x, images=np.flatnonzero(want))
 
 
 # ----------------------------------------------------------------------------------------------- magnitude
 
 
-def told(spec, newest, older, images=1, halves=1, unit=FIRST):
-    """A policy that saw two inputs of a unit, its run and the unit."""
-    policy, info, _ = start(spec, images, halves)
-    for step, x in enumerate((older, newest)):
-        compute(policy, info, unit, step, x)
-    return policy, info, unit
-
-
-@by_hand
 @pytest.mark.parametrize("unit", [FIRST, Unit(2, 3, "mlp")])
-def test_the_inputs_set_the_size_and_the_forecast_the_direction(unit):
-    parts = told("rfc", [[[[1.0, 2.0]]]], [[[[1.0, 0.0]]]], unit=unit)
-    # |F0 - F1| / |a0 - a1| = 5 / 2; |a - a0| = 4; T = (0, -2): F = F0 + 10 * (0, -1).
-    held = Held([[[[[3.0, 4.0]]]], [[[[0.0, 0.0]]]]], [2], [[[[3.0, 2.0]]]])
-    assert reused(*parts, held, [[[[1.0, 6.0]]]]).flatten().tolist() == pytest.approx([3.0, -6.0])
-
-
-@by_hand
-@pytest.mark.parametrize(
-    ("norm", "sizes"),
-    # 1 / 2 * 3 and 4 / 4 * 1, each in T's direction; both tokens together.
-    [("token", [1.5, 1.0]), ("row", [(17 / 20 * 10) ** 0.5 / 2**0.5] * 2)],
-)
-def test_norms_of_a_row_or_of_a_token(norm, sizes):
-    newest, older, now = [[[[2.0], [0.0]]]], [[[[0.0], [4.0]]]], [[[[5.0], [1.0]]]]
-    held = Held([[[[[1.0], [1.0]]]], [[[[2.0], [5.0]]]]], [2], [[[[2.0], [0.0]]]])  # T = 1, -1
-    value = reused(*told(f"rfc:norm={norm}", newest, older), held, now)
-    assert value.flatten().tolist() == pytest.approx([1 + sizes[0], 1 - sizes[1]])
-
-
-@by_hand
-def test_each_image_and_half_has_a_size_of_its_own():
-    newest, older = torch.ones(2, 2, 1, 1), torch.zeros(2, 2, 1, 1)
-    parts = told("rfc", newest, older, images=2, halves=2)
-    now = 1 + torch.tensor([[1.0, 2.0], [3.0, 4.0]]).view(2, 2, 1, 1)
-    held = Held([newest, older], [2, 2], torch.full((2, 2, 1, 1), 9.0))
-    assert reused(*parts, held, now).flatten().tolist() == [2.0, 3.0, 4.0, 5.0]
-    assert reused(*parts, held, now, images=[1]).flatten().tolist() == [3.0, 5.0]
-
-
-@by_hand
-def test_images_computed_at_steps_of_their_own():
-    parts = told("rfc", [2.0, 20.0], [1.0, 10.0], images=2)
-    compute(*parts, 2, [4.0, 99.0], images=[0])  # a0 - a1 is 2 for image 0 and 10 for image 1
-    held = Held([[0.0, 0.0], [-6.0, -6.0]], [3, 2], [1.0, 1.0])
-    assert reused(*parts, held, [5.0, 21.0]).flatten().tolist() == pytest.approx([3.0, 0.6])
-
-
-@by_hand
 @pytest.mark.parametrize(
     ("spec", "older", "guess", "expected"),
     [
+        # |F0 - F1| / |a0 - a1| = 5 / 2; |a - a0| = 4; T = (0, -2): F = F0 + 10 * (0, -1).
+        ("rfc", [1.0, 0.0], [3.0, 2.0], [3.0, -6.0]),
         ("rfc", [1.0, 0.0], [3.0, 4.0], [3.0, 4.0]),  # T = 0: F0
         ("rfc", [1.0, 0.0], [3.0 + 5e-7, 4.0], [3.0, 4.0]),  # a rounding error has no direction
         ("rfc", [1.0, 2.0], [5.0, 5.0], [5.0, 5.0]),  # inputs that did not move tell no rate
         ("rfc:rfe=false", [1.0, 0.0], [5.0, 5.0], [5.0, 5.0]),
     ],
 )
-def test_fallbacks(spec, older, guess, expected):
+def test_the_inputs_set_the_size_and_the_forecast_the_direction(spec, older, guess, expected, unit):
     held = Held([[[[[3.0, 4.0]]]], [[[[0.0, 0.0]]]]], [2], [[[guess]]])
-    value = reused(*told(spec, [[[[1.0, 2.0]]]], [[[older]]]), held, [[[[9.0, 9.0]]]])
-    assert value.flatten().tolist() == expected
+    parts = told(spec, [[[older]]], [[[[1.0, 2.0]]]], unit=unit)
+    assert reused(*parts, held, [[[[1.0, 6.0]]]]) == pytest.approx(expected, abs=1e-7)
 
 
-@by_hand
+@pytest.mark.parametrize(
+    ("norm", "sizes"),
+    # 1 / 2 * 3 and 4 / 4 * 1, each in T's direction; both tokens together.
+    [("token", [1.5, 1.0]), ("row", [(17 / 20 * 10) ** 0.5 / 2**0.5] * 2)],
+)
+def test_norms_of_a_row_or_of_a_token(norm, sizes):
+    parts = told(f"rfc:norm={norm}", [[[[0.0], [4.0]]]], [[[[2.0], [0.0]]]])
+    held = Held([[[[[1.0], [1.0]]]], [[[[2.0], [5.0]]]]], [2], [[[[2.0], [0.0]]]])  # T = 1, -1
+    assert reused(*parts, held, [[[[5.0], [1.0]]]]) == pytest.approx([1 + sizes[0], 1 - sizes[1]])
+
+
+def test_each_image_and_half_has_a_size_of_its_own():
+    newest, older = torch.ones(2, 2, 1, 1), torch.zeros(2, 2, 1, 1)
+    parts, held = told("rfc", older, newest), Held([newest, older], [2, 2], torch.full((2, 2, 1, 1), 9.0))
+    now = 1 + torch.tensor([[1.0, 2.0], [3.0, 4.0]]).view(2, 2, 1, 1)
+    assert reused(*parts, held, now) == [2.0, 3.0, 4.0, 5.0]
+    assert reused(*parts, held, now, images=[1]) == [3.0, 5.0]
+
+
+def test_images_computed_at_steps_of_their_own():
+    parts = told("rfc", [1.0, 10.0], [2.0, 20.0])
+    compute(*parts, 2, [4.0, 99.0], images=[0])  # a0 - a1 is 2 for image 0 and 10 for image 1
+    held = Held([[0.0, 0.0], [-6.0, -6.0]], [3, 2], [1.0, 1.0])
+    assert reused(*parts, held, [5.0, 21.0]) == pytest.approx([3.0, 0.6])
+
+
 def test_one_computed_step_is_held():
-    policy, info, unit = start("rfc")
-    compute(policy, info, unit, 0, [1.0])
-    assert reused(policy, info, unit, Held([[7.0], [0.0]], [1], [7.0]), [2.0]).flatten().tolist() == [7.0]
+    assert reused(*told("rfc", [1.0]), Held([[7.0], [0.0]], [1], [7.0]), [2.0]) == [7.0]
 
 
-@by_hand
 @pytest.mark.parametrize(
     ("spec", "corrected", "tensors"),
     [("rfc", False, 12), ("rfc:order=2", False, 13), ("rfc", True, 2), ("rfc:rfe=false", False, 2)],
 )
 def test_only_what_is_needed_is_stored(spec, corrected, tensors):
     policy, info, _ = start(spec)
-    info = replace(info, corrected=corrected)
-    policy.begin(info)
     for step in range(4):
         for unit in by_branch(3):
-            view = make_view(info, step, tensor([step + 1.0]), unit)
-            policy.computed(view, Ran(np.arange(1), view.x, view.x, view.x))
+            compute(policy, replace(info, corrected=corrected), unit, step, [step + 1.0])
     assert policy.bytes == 4 * tensors
 
 

@@ -21,16 +21,14 @@ class FirstBlock(Policy):
     warmup          leading steps that are all computed (cache-dit: 8)
     max_continuous  reused steps in a row after which one is computed; -1: no limit
     max_cached      reused steps of a run after which all are computed; -1: no limit
-    order           0 reuses the middle's residual as it was; 1 to 4 forecasts it by TaylorSeer's difference quotients
-                    (cache-dit's calibrator, which ships with order 1)
-    scope           image: each image decides and counts with both its guidance halves
-                    batch: one decision for all, as released
-    As in the releases, the change is measured against the last computed step and not accumulated, and the residual is
-    reused without fresh gates. cache-dit takes a threshold of 1 or more as "always reuse"; here it is compared like any
-    other.
+    order           0 reuses the middle's residual as it was; a higher order forecasts it by TaylorSeer's difference
+                    quotients (cache-dit's calibrator, which ships with order 1)
+    scope           image: each image decides and counts with both its guidance halves; batch: one decision for all,
+                    as released
+    As in the releases, the change is not accumulated, and the residual is reused without fresh gates. cache-dit takes a
+    threshold of 1 or more as "always reuse"; here it is compared like any other.
 
-    Stored for each image and half: order + 1 residuals of the middle, and the front's residual of the last computed
-    step.
+    Stored for each image and half: order + 1 residuals of the middle, the front's residual of the last computed step.
     """
 
     threshold: float = option(0.05, low=0)
@@ -55,8 +53,7 @@ class FirstBlock(Policy):
                 f"first_block: front={self.front} and back={self.back} must leave a block to reuse, and the model "
                 f"has {depth}"
             )
-        back = [Unit(end, depth)] if self.back else []
-        return [Unit(0, self.front), Unit(self.front, end), *back]
+        return [Unit(0, self.front), Unit(self.front, end), *([Unit(end, depth)] if self.back else [])]
 
     def probe(self, depth: int) -> int:
         return self.front

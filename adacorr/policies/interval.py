@@ -14,17 +14,16 @@ class Interval(Policy):
     """Compute one step in `every` and reuse the branch outputs in between (FORA).
 
     every   steps from one computation to the next; 1 computes every step, and the release's README uses 3
-    order   of the forecast through the newest computed steps: 0 holds the outputs, as released; 1 to 4 extrapolates by
-            the exact polynomial
+    order   of the forecast through the newest computed steps: 0 holds the outputs, as released; a higher order
+            extrapolates by the exact polynomial
     warmup  further steps after the first that are always computed
-    align   end: steps are counted back from the last one, which is always computed. This is the released rule: the
-            release counts its steps down and computes the first step and those divisible by N
-            start: steps are counted from the last step of the warm-up
+    align   end: counted back from the last step, which is always computed, as released (the release counts its steps
+            down and computes the first one and those divisible by N); start: counted from the last step of the warm-up
     The alignment matters: with N = 3 and 50 steps, "end" computes 18 of them, the published 2.77x.
 
-    Stored for each image and half: the pre-gate branch outputs of order + 1 computed steps. They are compressed to the
-    few sums of the gates' basis (see adacorr/gates.py), where the release holds two tensors a block. They are reused
-    under the gates of the current step.
+    Stored for each image and half: the pre-gate branch outputs of order + 1 computed steps, compressed to the few sums
+    of the gates' basis (see adacorr/gates.py) where the release holds two tensors a block. They are reused under the
+    gates of the current step.
     """
 
     every: int = option(3, low=1)
