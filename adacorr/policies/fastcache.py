@@ -20,7 +20,7 @@ class FastCache(Policy):
     threshold  relative Frobenius change of a block's input below which its map stands in for it; 0 never
     tau        a token moves if its squared change since the last step is at least tau times the image's largest; 0: all
     form       increment: the map corrects what was computed last; residual: the map alone, as documented
-    reference  a block's input is held against: computed, that of its last run; seen, that of the step before, as documented
+    reference  a block's input is compared with its last computed one, or (as documented) that seen the step before
     scope      image: each image's blocks are tested with both its guidance halves; batch: one test for all
     profile    auto: the shipped maps; a file of `python calibrate.py`; none: plain reuse (form=increment only)
 
@@ -58,18 +58,16 @@ class FastCache(Policy):
     def begin(self, info: RunInfo) -> None:
         self._maps = None if self.profile is None else load_maps(self.form, self.profile, info)
         self._known = np.zeros((info.depth, info.images), dtype=bool)  # blocks that ran
-        self._before = self._saliency = (
-            None  # (halves, n, T, D) the stack's input one step earlier; (n, T) of this step
-        )
+        self._before: Tensor | None = None  # (halves, n, T, D): the stack's input one step earlier
         self._whole = np.zeros(info.images, dtype=bool)  # images whose saliency is not finite: all of the step runs
         self._groups: list[tuple[Tokens, Tokens]] = []  # moving and still tokens of this step
         # (halves, n, T, D) under (name, block), block L being the stack: "computed" and "given" are the input of the
-        # last computed pair and what was added less the bias; "seen" is the last input. A proposal needs block 0's only.
+        # last computed pair and what was added less the bias; "seen" is the last input. Proposals need block 0's.
         self._state: dict[tuple[str, int], Tensor] = {}
 
     def decide(self, view: View) -> np.ndarray:
         if view.unit.start == 0 and self._before is not None:
-            self._saliency = moved(view.x, self._before)
+            self._saliency = moved(view.x, self._before)  # (n, T)
             view.measured(self._saliency.sum(dim=1).cpu().numpy())
             self._whole = view.failed
         return ~self._known[view.unit.start] | self._whole
@@ -84,8 +82,8 @@ class FastCache(Policy):
         change, size = ((v.float().square() * moving).sum(dim=(0, 2, 3)) for v in (view.x_in - then, then))
         sums = torch.stack([moving.float().mean(dim=(1, 2)), change, size, saliency.sum(dim=1)])
         share, change, size, total = sums.double().cpu().numpy()
-        view.measured(total)
-        return (share > 0.5) | ~(view.measured(relative_norms(change, size, self.scope)) < self.threshold)
+        change, _ = view.measured(np.stack([relative_norms(change, size, self.scope), total]))
+        return (share > 0.5) | ~(change < self.threshold)
 
     def computed(self, view: View, ran: Ran) -> None:
         block, depth, alone = view.unit.start, view.info.depth, not view.info.corrected

@@ -49,15 +49,12 @@ class LazyDiT(Policy):
     granularity = "branch"
     calibration = LazyDiTCalibration
     knob = Knob("threshold", 0.01, 10.0, ("", "max_lag=3", "max_lag=8"))
+    predictor = Predictor("branches", order=0)
 
     def __post_init__(self):
         super().__post_init__()
         if self.gates == STAND_IN and not self.profile:
             raise ValueError(f"lazydit: profile={self.profile} must be auto or a file: the stand-in's gates are in it")
-
-    @property
-    def predictor(self) -> Predictor:
-        return Predictor("branches", order=0)
 
     def units(self, depth: int) -> list[Unit]:
         return by_branch(depth)
