@@ -5,11 +5,10 @@ The stand-in's gates are fitted to uncached runs by ridge regression.
 
 import argparse
 import re
-from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from adacorr.calibration import Calibration
 from adacorr.calibration.ridge import Moments
@@ -47,9 +46,8 @@ class LazyDiTCalibration(Calibration):
         if view.unit in self._before:
             now, before = ran.value.float(), self._before[view.unit].float()
             inputs, changes = (v[self._index[view.unit], view.step - 1] for v in self._batches[-1])
-            shift, scale, _ = view.modulation
-            mean = gate_input(mean_norm(view.block, view.unit.branch, ran.x), shift[:, :, 0], scale[:, :, 0])
-            inputs.copy_(mean.transpose(0, 1))
+            shift, scale, _ = (v[:, :, 0] for v in view.modulation)
+            inputs.copy_(gate_input(mean_norm(view, ran.x), shift, scale).transpose(0, 1))
             change = (now - before).norm(dim=(2, 3)) / now.norm(dim=(2, 3)).clamp_min(1e-12)
             changes.copy_(change.clamp_min(1e-6).double().log().T)
         self._before[view.unit] = ran.value
@@ -93,9 +91,9 @@ def moments(z: Tensor, change: Tensor) -> Moments:
     return made
 
 
-def mean_norm(block: nn.Module, branch: str, x: Tensor) -> Tensor:
-    """Token mean of a branch's normalised input: x (halves, m, T, D) -> (halves, m, D) float32."""
-    return (block.norm1 if branch == "attn" else block.norm2)(x).float().mean(dim=2)
+def mean_norm(view: View, x: Tensor) -> Tensor:
+    """Token mean of the branch's normalised input: x (halves, m, T, D) -> (halves, m, D) float32."""
+    return (view.block.norm1 if view.unit.branch == "attn" else view.block.norm2)(x).float().mean(dim=2)
 
 
 def gate_input(mean: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -112,15 +110,13 @@ def load_gates(path: str, info: RunInfo) -> np.ndarray:
     that cannot be read, or whose blocks, steps or width are not the run's.
     """
     given = f"lazydit: gates={path} must"
-    if not Path(path).is_file():
-        raise ValueError(f"{given} be {STAND_IN} or a file of trained gates; there is no such file")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the trainer's arguments lie beside the gates
             stored = torch.load(path, map_location="cpu", weights_only=True)["model"]
         found = {m.groups(): w.float() for name, w in stored.items() if (m := ENTRY.fullmatch(name))}
     except Exception as error:  # torch.load has many
         reason = f"{type(error).__name__}: {' '.join(str(error).splitlines()[:1])}"
-        raise ValueError(f"{given} be a torch file with the key 'model' ({reason})") from None
+        raise ValueError(f"{given} be {STAND_IN}, or a torch file with the key 'model' ({reason})") from None
     blocks, steps = (1 + max((int(key[i]) for key in found), default=-1) for i in (0, 2))
     if (blocks, steps) != (info.depth, info.num_steps):
         raise ValueError(

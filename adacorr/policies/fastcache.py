@@ -9,7 +9,7 @@ from torch import Tensor
 from adacorr.calibration.fastcache import FastCacheCalibration, load_maps
 from adacorr.policies import register
 from adacorr.policy import SCOPES, Cached, Knob, Policy, Ran, RunInfo, Unit, View, option
-from adacorr.tokens import Tokens, moved, relative_norms, spend_tokens, split_tokens
+from adacorr.tokens import Places, moved, relative_norms, spend_tokens, split_tokens
 
 
 @register
@@ -29,11 +29,11 @@ class FastCache(Policy):
     by d = |H - H_ref| / |H_ref| < threshold is replaced by its map: residual F ~ H W + b[s] for what it adds, increment
     F ~ F_ref + (H - H_ref) W + b[s] - b[ref] from the token's last computed pair (W = 0, b = 0 is plain reuse).
 
-    Departures: the release's maps are random, these are ridge fits to uncached runs (see FastCacheCalibration); its
-    chi-square test passes everything at these sizes (docs/policies.md), so `threshold` is the code's rel_thresh; it
-    compares a block with the state of this very step; one token mask serves all images; and reference=seen lets slow
-    drift pass. Under AdaCorrection a step is proposed if block 0's test fails or, as in its accelerator variant, more
-    than half of the tokens move.
+    Departures: the release's maps are random, these are ridge fits to uncached runs (see FastCacheCalibration). Its
+    chi-square test passes everything (docs/policies.md), so `threshold` is its code's rel_thresh. It compares a block
+    with the state of this very step, and one token mask serves all images. reference=seen would let slow drift pass.
+    Under AdaCorrection a step is proposed if block 0's test fails or, as in its accelerator variant for full
+    computation, more than half of the tokens move.
     """
 
     threshold: float = option(0.05, low=0)
@@ -60,7 +60,7 @@ class FastCache(Policy):
         self._known = np.zeros((info.depth, info.images), dtype=bool)  # blocks that ran
         self._before: Tensor | None = None  # (halves, n, T, D): the stack's input one step earlier
         self._whole = np.zeros(info.images, dtype=bool)  # images whose saliency is not finite: all of the step runs
-        self._groups: list[tuple[Tokens, Tokens]] = []  # moving and still tokens of this step
+        self._groups: list[tuple[Places, Places]] = []  # moving and still tokens of this step
         # (halves, n, T, D) under (name, block), block L being the stack: "computed" and "given" are the input of the
         # last computed pair and what was added less the bias; "seen" is the last input. Proposals need block 0's.
         self._state: dict[tuple[str, int], Tensor] = {}
@@ -97,59 +97,60 @@ class FastCache(Policy):
             self._keep(view, depth, place, view.x_in[place], ran.out - view.x_in[place])
 
     def reuse(self, view: View, cached: Cached) -> Tensor:
-        value = torch.zeros_like(cached.x)
+        value, images = torch.zeros_like(view.x), torch.from_numpy(cached.images).to(view.x.device)
         if view.unit.start == 0:
-            images = torch.from_numpy(cached.images).to(cached.x.device)
-            self._groups = split_tokens(images, self._saliency[images], self.tau)
+            self._groups = split_tokens(self._saliency, images, self.tau)
             self._before = view.x_in
             for _, still in self._groups:
-                value[still.here] = self._map(view, view.info.depth, still.kept, cached.x[still.here])
-        for (moving, _), runs in zip(self._groups, self._test(view, cached.x), strict=True):
-            for own, run in ((moving.of(runs), True), (moving.of(~runs), False)):
-                if own.tokens.numel():
-                    value[own.here] = self._pass(view, own, cached.x[own.here], run)
-        return value
+                value[still] = self._map(view, view.info.depth, still, view.x[still])
+        for (moving, _), runs in zip(self._groups, self._test(view), strict=True):
+            for run in (True, False):
+                chosen = torch.from_numpy(np.flatnonzero(runs == run)).to(images.device)
+                at = slice(None), moving[1][chosen], moving[2][chosen]
+                if at[2].numel():
+                    value[at] = self._pass(view, at, run)
+        return value if len(images) == view.images else value[:, images]
 
-    def _test(self, view: View, x: Tensor) -> list[np.ndarray]:
-        """(g,) bool for each group: True where the block is to run for its moving tokens, x (halves, m, T, D)."""
+    def _test(self, view: View) -> list[np.ndarray]:
+        """(g,) bool for each group: True where the block is to run for its moving tokens."""
         sums = []
         for moving, _ in self._groups:
-            now, then = x[moving.here].float(), self._state[self.reference, view.unit.start][moving.kept].float()
+            now, then = (v[moving].float() for v in (view.x, self._state[self.reference, view.unit.start]))
             sums.append(torch.stack([v.square().sum(dim=(0, 2, 3)) for v in (now - then, then)]))
         change = view.measured_in_reuse(relative_norms(*torch.cat(sums, dim=1).double().cpu().numpy(), self.scope))
         runs = ~(change < self.threshold)  # strictly below, so that 0 is never still; not a number runs
-        return np.split(runs, np.cumsum([len(moving.images) for moving, _ in self._groups])[:-1])
+        return np.split(runs, np.cumsum([len(moving[1]) for moving, _ in self._groups])[:-1])
 
-    def _pass(self, view: View, own: Tokens, x: Tensor, runs: bool) -> Tensor:
-        """What the block adds to x (halves, g, M, D): computed if it runs, else from its map."""
-        block, depth, halves = view.unit.start, view.info.depth, len(x)
+    def _pass(self, view: View, at: Places, runs: bool) -> Tensor:
+        """What the block adds to the tokens at these places, (halves, g, M, D): computed, or from its map."""
+        block, depth, x = view.unit.start, view.info.depth, view.x[at]
         if runs:
-            condition = view.conditioning.c.unflatten(0, (halves, -1))[:, own.images]
+            condition = view.conditioning.c.unflatten(0, (len(x), -1))[:, at[1][:, 0]]
             value = view.block(x.flatten(0, 1), condition.flatten(0, 1)).view_as(x) - x
-            self._keep(view, block, own.kept, x, value)
-            spend_tokens(view, own)
+            self._keep(view, block, at, x, value)
+            spend_tokens(view, at)
         else:
-            value = self._map(view, block, own.kept, x)
+            value = self._map(view, block, at, x)
             if self.reference == "seen":
-                self._state["seen", block][own.kept] = x
+                self._state["seen", block][at] = x
         if view.unit.stop == depth:
             # Block maps never look at the stack's pair, so no error can go round through it.
-            self._keep(view, depth, own.kept, view.x_in[own.kept], x + value - view.x_in[own.kept])
+            self._keep(view, depth, at, view.x_in[at], x + value - view.x_in[at])
         return value
 
-    def _map(self, view: View, index: int, place: tuple, x: Tensor) -> Tensor:
-        """What map `index` gives for x (halves, g, M, D), which lies at `place` in the state."""
+    def _map(self, view: View, index: int, at: Places, x: Tensor) -> Tensor:
+        """What map `index` gives for x (halves, g, M, D), the input at these places."""
         if self._maps is None:
-            return self._state["given", index][place].to(x.dtype)
+            return self._state["given", index][at].to(x.dtype)
         weight, bias = self._maps[0][index], self._maps[1][view.step, index]
         view.spend_flops(2 * x.numel() * x.shape[-1])
         if self.form == "residual":
             return (x @ weight + bias).to(x.dtype)
-        computed, given = (self._state[name, index][place] for name in ("computed", "given"))
+        computed, given = (self._state[name, index][at] for name in ("computed", "given"))
         return (given + (x - computed) @ weight + bias).to(x.dtype)
 
-    def _keep(self, view: View, index: int, place: tuple, x: Tensor, value: Tensor) -> None:
-        """Note a computed pair of map `index` at `place`."""
+    def _keep(self, view: View, index: int, at: tuple, x: Tensor, value: Tensor) -> None:
+        """Note a computed pair of map `index` at these places."""
         kept = {self.reference: x} if index < view.info.depth else {}
         if self.form == "increment" and not view.info.corrected:
             bias = 0.0 if self._maps is None else self._maps[1][view.step, index]
@@ -157,4 +158,4 @@ class FastCache(Policy):
         for name, now in kept.items():
             if (name, index) not in self._state:
                 self._state[name, index] = torch.zeros_like(view.x, dtype=now.dtype)
-            self._state[name, index][place] = now
+            self._state[name, index][at] = now

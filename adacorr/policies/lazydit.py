@@ -82,10 +82,9 @@ class LazyDiT(Policy):
     def decide(self, view: View) -> np.ndarray:
         if not view.age.any():
             return view.everyone()
-        shift, scale, _ = view.modulation
-        mean = mean_norm(view.block, view.unit.branch, view.x)
+        shift, scale, _ = (v[:, :, 0] for v in view.modulation)
         units = np.array([self._index[view.unit]])
-        return self._wanted(units, [gate_input(mean, shift[:, :, 0], scale[:, :, 0])], view)[0]
+        return self._wanted(units, [gate_input(mean_norm(view, view.x), shift, scale)], view)[0]
 
     def propose(self, view: View) -> np.ndarray:
         if not view.age.any():
@@ -102,8 +101,8 @@ class LazyDiT(Policy):
     def computed(self, view: View, ran: Ran) -> None:
         for state in (self._drift, self._harm):
             state[self._index[view.unit], ran.images] = 0.0
-        mean = mean_norm(view.block, view.unit.branch, ran.x)
-        self._mean[view.unit] = scatter(self._mean.get(view.unit), ran.images, mean, view.info.images)
+        known = self._mean.get(view.unit)
+        self._mean[view.unit] = scatter(known, ran.images, mean_norm(view, ran.x), view.info.images)
 
     def _score(self, units: np.ndarray, step: int, inputs: list[Tensor]) -> np.ndarray:
         """w . z + offset (units, n) of inputs (halves, n, D) for each unit: the largest over halves (or all rows)."""
