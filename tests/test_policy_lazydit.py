@@ -11,7 +11,8 @@ from torch.testing import assert_close
 from toy import Twin, make_run, make_view, sample, sample_with, tiny_dit
 
 from adacorr import AdaCorrection, CacheManager, make_policy
-from adacorr.policies.lazydit import LazyDiT, LazyDiTCalibration
+from adacorr.calibration.lazydit import LazyDiTCalibration
+from adacorr.policies.lazydit import LazyDiT
 from adacorr.policy import Ran, by_branch
 from adacorr.profile import Profile, save_profile
 from diffusion import make_sampler
@@ -221,12 +222,12 @@ def test_halves_of_an_image_skip_only_together(plain, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"depth": 3}, "must be for 2 blocks, as this run; it is for 3"),
-        ({"steps": 5}, "must be for 4 steps, as this run; it is for 5"),
-        ({"width": 64}, r"must have width 32; .* has shape \(1, 64\)"),
+        ({"depth": 3}, "for 2 blocks and 4 steps, as this run; it has them for 3 blocks and 4 steps"),
+        ({"steps": 5}, "for 2 blocks and 4 steps, as this run; it has them for 2 blocks and 5 steps"),
+        ({"width": 64}, r"must have the entry .* of shape \(1, 32\); its shape is \(1, 64\)"),
         (
             {"edit": lambda g: g.pop("block_1_mlp_lazy_learning_weight_2")},
-            "block_1_mlp_lazy_learning_weight_2; it is miss",
+            "block_1_mlp_lazy_learning_weight_2 .* its shape is none",
         ),
         ({"edit": dict.clear}, "must have entries block_0_attn"),
     ],
@@ -249,10 +250,10 @@ def test_files_that_are_no_gates_are_refused_unexecuted(plain, tmp_path, monkeyp
     torch.save({"weights": {}}, tmp_path / "other.pt")
     (tmp_path / "text.pt").write_text("no gates")
     for name, words in (
-        ("trap.pt", "must be a torch file with the key 'model'"),
-        ("other.pt", "must be a torch file with the key 'model'"),
-        ("text.pt", "must be a torch file with the key 'model'"),
-        ("none.pt", "there is no such file"),
+        ("trap.pt", "must be stand-in, or a torch file with the key 'model'"),
+        ("other.pt", "must be stand-in, or a torch file with the key 'model'"),
+        ("text.pt", "must be stand-in, or a torch file with the key 'model'"),
+        ("none.pt", "No such file"),
     ):
         with pytest.raises(ValueError, match=f"lazydit: gates=.*{words}") as caught:
             begun(plain, f"lazydit:gates={tmp_path / name}", steps=4)
@@ -313,23 +314,6 @@ def test_modulations_for_a_proposal_are_left_for_the_run_to_count(plain, tmp_pat
 # ------------------------------------------------------------------------------------------------- the options
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ("threshold=-1", "threshold=-1.0 must"),
-        ("threshold=nan", "threshold=nan must"),
-        ("attn_threshold=-1", "attn_threshold=-1.0 must"),
-        ("mlp_threshold=-1", "mlp_threshold=-1.0 must"),
-        ("max_lag=0", "max_lag=0 must"),
-        ("scope=half", "scope='half' is unknown"),
-        ("profile=none", "profile=None must"),
-    ],
-)
-def test_options_are_checked(options, words):
-    with pytest.raises(ValueError, match=f"lazydit: {words}"):
-        make_policy(f"lazydit:{options}")
-
-
 # ---------------------------------------------------------------------------------------------- the calibration
 
 
@@ -382,16 +366,6 @@ def test_calibration_does_not_take_chance_for_a_gate():
     assert_close(arrays["offset"][0, 1:], np.float32(-2 - 0.1 * np.arange(1, 6)), atol=0.3, rtol=0)
 
 
-def test_calibration_refuses_too_little_data():
-    model = tiny_dit(depth=1)
-    with pytest.raises(ValueError, match="lazydit: nothing was observed"):
-        LazyDiTCalibration().fit()
-    with pytest.raises(ValueError, match="lazydit: nothing was observed"):
-        observe(model, 2, 1, lambda i, s, z: z[..., 0] * 0).fit()
-    with pytest.raises(ValueError, match="lazydit: one image is too few"):
-        observe(model, 1, 3, lambda i, s, z: z[..., 0] * 0 - 2).fit()
-
-
 # --------------------------------------------------------------------------------------------------- whole runs
 
 
@@ -407,18 +381,6 @@ def test_equal_changes_hold_the_branches_under_fresh_gates(model, tmp_path, thre
     expected = sample(model, cfg_scale=cfg_scale) if threshold == "0" else sample_with(twin, model, cfg_scale=cfg_scale)
     assert_close(found, expected)
     assert [manager.trace.computed_steps(i) for i in range(3)] == [steps] * 3
-
-
-def test_an_image_does_not_depend_on_its_neighbours(model, tmp_path):
-    change = 0.15 + 0.1 * np.random.default_rng(0).random((6, 10))
-    profile = fitted(tmp_path / "p.safetensors", 3.0, change, units=6)
-    spec = f"lazydit:threshold=0.6,profile={profile}"
-    together, alone = CacheManager(make_policy(spec)), CacheManager(make_policy(spec))
-    images = sample(model, cache=together)
-    assert_close(sample(model, cache=alone, labels=(0,), first=1), images[1:2], atol=1e-3, rtol=1e-4)
-    executed = together.trace.executed
-    assert (alone.trace.executed[:, :, :, 0] == executed[:, :, :, 1]).all()
-    assert (executed[:, :, :, 0] != executed[:, :, :, 1]).any()  # the gates look at the input
 
 
 def test_trained_gates_run(model, tmp_path):

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from toy import make_run, make_view, sample, tiny_dit
 
 from adacorr import CacheManager, make_policy
-from adacorr.policies.teacache import TeaCacheCalibration, fit_polynomial, rescale
+from adacorr.calibration.teacache import TeaCacheCalibration, fit_polynomial, rescale
 from adacorr.policy import Ran
 from adacorr.profile import Profile, save_profile
 
@@ -148,18 +148,6 @@ def test_a_profile_rescales_the_change(model, tmp_path, suffix):
     assert obeyed(policy, views) == [[True], [False], [True], [False]]
 
 
-def test_a_profile_of_something_else_is_refused(model, tmp_path):
-    for fields in ({"model_id": "other"}, {"num_sampling_steps": 50}, {"cfg_scale": 4.0}):
-        path = a_profile(tmp_path / "profile.json", **fields)
-        with pytest.raises(ValueError, match="does not fit this run"):
-            begun(model, f"teacache:profile={path}", [one(1.0)], steps=9, **KNOWN)
-    path = a_profile(tmp_path / "profile.json", arrays={"coefficients": np.array([1.0])})
-    with pytest.raises(ValueError, match="in place of coefficients"):
-        begun(model, f"teacache:profile={path}", [one(1.0)], steps=9, **KNOWN)
-    with pytest.raises(ValueError, match="teacache has no profile for this run"):
-        begun(model, "teacache", [one(1.0)], steps=9, **KNOWN)  # auto: none is shipped for model m
-
-
 def test_the_polynomial_is_held_in_its_range_and_above_0():
     fit = {"coefficients": np.array([1.0, 0.0, -0.01]), "range": np.array([0.05, 0.5])}
     wanted = [0.03, 0.24, 0.24, 0.0, 0.0]
@@ -199,19 +187,6 @@ def test_the_calibration_pairs_each_images_changes_within_a_batch(model):
     assert notes["relative_error"] < 1e-4
 
 
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("teacache:threshold=-0.1", "threshold=-0.1"),
-        ("teacache:threshold=nan", "threshold=nan"),
-        ("teacache:scope=row", "scope='row'"),
-    ],
-)
-def test_a_wrong_option_raises(spec, message):
-    with pytest.raises(ValueError, match=message):
-        make_policy(spec)
-
-
 # ------------------------------------------------------------------------------------------------ whole runs
 
 
@@ -224,11 +199,3 @@ def test_thresholds_0_and_infinity(model):
     ran_at = manager.trace.executed.min(axis=(1, 2, 4))  # (S, n)
     assert np.flatnonzero(ran_at.all(axis=1)).tolist() == [0, 9]
     assert not manager.trace.executed[1:9].any()
-
-
-def test_an_image_decides_as_it_would_alone(model):
-    spec = "teacache:threshold=0.3,profile=none"
-    together = sample(model, labels=(3, 0, 4), cache=CacheManager(make_policy(spec)))
-    for i, label in enumerate((3, 0, 4)):
-        alone = sample(model, labels=(label,), first=i, cache=CacheManager(make_policy(spec)))
-        assert_close(alone[0], together[i], rtol=1e-3, atol=1e-3)

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 import stat
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+import toy
+from toy import make_view, tiny_dit
 
 from adacorr import profile as profiles
 from adacorr.calibration import Calibration
@@ -114,10 +117,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, suffix):
         target.write_bytes(b'{"half')
         raise OSError("disk full")
 
-    if suffix == "json":
-        monkeypatch.setattr(Path, "write_text", disk_full)
-    else:
-        monkeypatch.setattr(safetensors.numpy, "save_file", disk_full)
+    monkeypatch.setattr(*((Path, "write_text") if suffix == "json" else (profiles, "save_file")), disk_full)
     with pytest.raises(OSError, match="disk full"):
         save_profile(path, make(sampler="ddpm"))
     assert load_profile(path).sampler == "ddim"
@@ -129,12 +129,12 @@ def test_the_new_file_takes_the_place_of_the_old_one_at_once(tmp_path, monkeypat
     path, complete = tmp_path / f"p.{suffix}", []
     save_profile(path, make())
 
-    def stopped(self, target):
-        complete.append(self.read_bytes())
+    def stopped(source, target):
+        complete.append(source.read_bytes())
         raise OSError("stopped")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", stopped)
+        patch.setattr(os, "replace", stopped)
         with pytest.raises(OSError, match="stopped"):
             save_profile(path, make(sampler="ddpm"))
     assert load_profile(path).sampler == "ddim"
@@ -165,7 +165,7 @@ def is_one_clear_line(path, *words):
     [
         ("", "JSON"),
         ("{", "JSON"),
-        (b"\x80\x04\x95\x00", "decode"),  # a pickle is not even text
+        (b"\x80\x04\x95\x00", "utf-8"),  # a pickle is not even text
         ("[]", ""),
         ("null", ""),
         ('"text"', ""),
@@ -227,7 +227,7 @@ def test_the_header_needs_no_notes(tmp_path):
 def test_a_missing_file_is_one_line(tmp_path):
     is_one_clear_line(tmp_path / "nowhere.json")
     for name in (str(tmp_path / "nowhere.json"), str(tmp_path)):  # a folder is none, either
-        with pytest.raises(ValueError, match=r"rule: profile=.* does not exist; .*calibrate --cache rule --out FILE"):
+        with pytest.raises(ValueError, match=r"rule: profile=.* does not exist; .*calibrate.py --cache rule --out"):
             find_profile("rule", name, make_run())
 
 
@@ -320,9 +320,8 @@ def test_a_file_named_auto_is_given_by_its_path(shipped, tmp_path):
 
 
 def test_a_calibration_computes_everything_and_is_shared_by_its_runs():
-    observer = Calibration()
-    view = type("FakeView", (), {"images": 3})()
-    assert observer.decide(view).tolist() == [True] * 3
+    observer, model = Calibration(), tiny_dit()
+    assert observer.decide(make_view(toy.make_run(model, 3), 0, torch.zeros(1, 3, 16, 32))).tolist() == [True] * 3
     assert copy.deepcopy(observer) is observer
     assert observer.predictor is None
     with pytest.raises(NotImplementedError):

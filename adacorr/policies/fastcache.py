@@ -32,8 +32,7 @@ class FastCache(Policy):
     Departures: the release's maps are random, these are ridge fits to uncached runs (see FastCacheCalibration). Its
     chi-square test passes everything (docs/policies.md), so `threshold` is its code's rel_thresh. It compares a block
     with the state of this very step, and one token mask serves all images. reference=seen would let slow drift pass.
-    Under AdaCorrection a step is proposed if block 0's test fails or, as in its accelerator variant for full
-    computation, more than half of the tokens move.
+    Under AdaCorrection a step is proposed if block 0's test fails or, as in its accelerator variant, most tokens move.
     """
 
     threshold: float = option(0.05, low=0)
