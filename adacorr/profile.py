@@ -50,15 +50,12 @@ class Profile:
         """The named arrays. Raises ValueError unless each is there in its shape, where None is any length."""
         for name, shape in shapes.items():
             found = np.shape(self.arrays[name]) if name in self.arrays else None
-            if (
-                found is None
-                or len(found) != len(shape)
-                or any(b not in (None, a) for a, b in zip(found, shape, strict=True))
-            ):
+            lengths = zip(found or (), shape, strict=False)
+            if found is None or len(found) != len(shape) or any(b not in (None, a) for a, b in lengths):
                 wanted = ", ".join("any" if length is None else str(length) for length in shape)
                 raise ValueError(
-                    f"{self.method}: the profile's {name} must have shape ({wanted}), and has {found or 'none'}; make one with "
-                    f"{command(self.method)}"
+                    f"{self.method}: the profile's {name} must have shape ({wanted}), and has {found or 'none'}; make "
+                    f"one with {command(self.method)}"
                 )
         return {name: self.arrays[name] for name in shapes}
 

@@ -77,9 +77,6 @@ def labels(count):
     return torch.arange(count) % CLASSES
 
 
-# ----------------------------------------------------------------------------------------------- what is written
-
-
 def test_the_report_and_the_header(ckpt, tmp_path, capsys):
     out = tmp_path / "new" / "p.json"
     profile = measure(ckpt, "teacache", out, "--seed", 5, "--cfg-scale", 4)
@@ -177,9 +174,6 @@ def test_an_unconditional_model_without_guidance(tmp_path):
     assert profile.arrays["ratio"].shape == (STEPS,)
 
 
-# ------------------------------------------------------------------------------------------------ what is observed
-
-
 @pytest.mark.parametrize(
     ("images", "batch", "expected"),
     [
@@ -233,8 +227,6 @@ def test_no_cache_is_left_after_an_interrupt(pipe):
         calibrate.observe(Stops(), pipe, 0, 2, 2)
     assert pipe.model.cache is None
 
-
-# --------------------------------------------------------------------------------------------- all methods alike
 
 SKIPPING = {  # settings under which images skip, and not all at once
     "ertacache": "threshold=0.3",
@@ -290,9 +282,6 @@ def test_options_are_refused(name, options, words):
 def test_a_calibration_that_saw_nothing_cannot_fit(name):
     with pytest.raises(ValueError, match="too few|nothing was observed|at least 2 steps|0 pairs"):
         calibrated()[name].calibration().fit()
-
-
-# --------------------------------------------------------------------------------------------------------- errors
 
 
 def one_line(capsys, *words):

@@ -47,9 +47,6 @@ def use(monkeypatch):
     return use
 
 
-# ------------------------------------------------------------------------------------------------- schedule
-
-
 ERRORS = [
     [0.0, 0.0, 0.0],
     [0.3, 0.0, 0.0],
@@ -89,9 +86,6 @@ def test_the_schedule_follows_what_was_really_computed(model, use):
     assert policy.propose(views[4]).tolist() == [True, False]  # lag 4; 0.1 at lag 1
 
 
-# ---------------------------------------------------------------------------------------------- correction
-
-
 def cached(step, forecast, held_from):
     return SimpleNamespace(step=step, forecast=forecast, stored_steps=lambda k: {0: np.array(held_from)}[k])
 
@@ -127,9 +121,6 @@ def test_the_correction_is_that_of_the_step_and_of_each_images_lag(model, use, h
     assert policy.reuse(views[4], cached(4, held.bfloat16(), [3, 2, 0])).dtype == torch.bfloat16
     plain, views = begun(model, "ertacache:rectify=none", steps=7, images=3, halves=halves)
     assert torch.equal(plain.reuse(views[4], cached(4, held, [3, 2, 0])), held)
-
-
-# ----------------------------------------------------------------------------------------------- timesteps
 
 
 @pytest.mark.parametrize(
@@ -183,9 +174,6 @@ def test_steps_that_reuse_are_shortened_by_their_phi(use, model):
     assert moved(use, model, old, "adjust=false", error, phi=phi).tolist() == old.tolist()
     with pytest.raises(ValueError, match="must have shape"):
         moved(use, model, [900, 0], "adjust=true", error, phi=phi)
-
-
-# --------------------------------------------------------------------------------------------- calibration
 
 
 def calibrate(calibration, model, residuals):
@@ -275,9 +263,6 @@ def test_long_runs_measure_15_lags(model):
     np.testing.assert_allclose(arrays["error"][17], 1 - 0.5 ** np.arange(1, 16), rtol=1e-5)
     np.testing.assert_allclose(arrays["error"][2], [0.5, 0.75] + [0] * 13, rtol=1e-5)
     np.testing.assert_allclose(arrays["phi"][2], [0.5, 0.25] + [0] * 13)  # |R_2 - R_3| is 4, |R_0 - R_2| is 3
-
-
-# ------------------------------------------------------------------------------------------------ whole runs
 
 
 def test_thresholds_0_and_infinity(model, use):

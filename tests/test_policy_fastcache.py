@@ -61,9 +61,6 @@ def nudged(x, tokens, by=0.3):
     return x
 
 
-# ------------------------------------------------------------------------------------------------ tokens
-
-
 def test_saliency_is_the_larger_of_both_halves_over_the_largest_of_the_image():
     before = torch.zeros(2, 2, 3, 1)
     now = torch.tensor([[[1.0, 2, 0], [0, 0, 0]], [[3.0, 1, 0], [0, 10, 5]]]).unsqueeze(-1)
@@ -116,9 +113,6 @@ def test_shares_are_those_of_the_models_own_flops():
     assert not executed.any()
 
 
-# ------------------------------------------------------------------------------------------------ blocks
-
-
 def test_a_block_is_skipped_below_the_threshold_only(model):
     x = stream()
     change = float(0.1 * x.norm() / x.norm())
@@ -167,9 +161,6 @@ def test_both_halves_share_tokens_and_tests(model):
         for block in model.blocks:
             alone = block(alone, torch.zeros(1, 32))
         assert_close(out[half][:, :8], alone)
-
-
-# ------------------------------------------------------------------------------------------------ maps
 
 
 def test_increments_correct_the_last_computed_pair(model, tmp_path):
@@ -242,9 +233,6 @@ def test_calibration_finds_the_maps_that_were_put_in(model):
     assert np.abs(arrays["residual_bias"][:, 0] - bias[:, 0].numpy()).max() < 0.2
 
 
-# ------------------------------------------------------------------------------------------------ AdaCorrection
-
-
 def test_proposals(model):
     policy, run = make_policy("fastcache:threshold=0.1,profile=none"), make_run(model, corrected=True)
     policy.begin(run)
@@ -261,9 +249,6 @@ def test_proposals(model):
     assert proposed(2, nudged(x, slice(0, 9), 0.02))  # against step 1, where 9 tokens differ now
     assert not proposed(3, nudged(x, slice(0, 9), 0.02))  # nothing moved
     assert proposed(4, nudged(x, slice(0, 2), 3.0))  # two tokens, far away
-
-
-# ------------------------------------------------------------------------------------------------ options, runs
 
 
 def run(model, options, **arguments):

@@ -10,9 +10,8 @@ import torch
 from torch.testing import assert_close
 from toy import Twin, make_run, make_view, sample, sample_with, tiny_dit
 
-from adacorr import AdaCorrection, CacheManager, make_policy
+from adacorr import CacheManager, make_policy
 from adacorr.calibration.lazydit import LazyDiTCalibration
-from adacorr.policies.lazydit import LazyDiT
 from adacorr.policy import Ran, by_branch
 from adacorr.profile import Profile, save_profile
 from diffusion import make_sampler
@@ -95,9 +94,6 @@ def tell(policy, run, step, x, images=None, units=None):
 ATTN, MLP = by_branch(1)
 
 
-# --------------------------------------------------------------------------------------------- the stand-in's rule
-
-
 def test_predicted_errors_add_up_until_the_threshold(plain, tmp_path):
     # Image 0 changes by 0.1 a step, image 1 by 0.1 e^(ln 4 * 0.5) = 0.2, image 2 by 0.1 e^(ln 4) = 0.4.
     profile = fitted(tmp_path / "p.safetensors", math.log(4), 0.1)
@@ -174,9 +170,6 @@ def test_types_may_have_thresholds_of_their_own(plain, tmp_path):
     assert [ask(policy, run, 1, stream([[0.0]]), unit)[0] for unit in (ATTN, MLP)] == [True, False]
     policy, run = begun(plain, f"lazydit:threshold=inf,mlp_threshold=0,profile={profile}")
     assert [ask(policy, run, 1, stream([[0.0]]), unit)[0] for unit in (ATTN, MLP)] == [False, True]
-
-
-# ------------------------------------------------------------------------------------------------ trained gates
 
 
 def test_trained_gates_sum_over_tokens_and_skip_below_the_threshold(plain, tmp_path):
@@ -261,9 +254,6 @@ def test_files_that_are_no_gates_are_refused_unexecuted(plain, tmp_path, monkeyp
     assert not (tmp_path / "sprung").exists()
 
 
-# ----------------------------------------------------------------------------------------- under AdaCorrection
-
-
 def test_a_step_is_proposed_for_half_of_the_flops(plain, tmp_path):
     # Attention has 0.4 of the FLOPs: 0.2 in each of two blocks, the MLPs 0.3 each.
     for wanting, expected in (([0], False), ([0, 2], False), ([0, 1], True), ([1, 3], True), ([2, 1], True)):
@@ -309,12 +299,6 @@ def test_modulations_for_a_proposal_are_left_for_the_run_to_count(plain, tmp_pat
     assert set(view.conditioning.made) == {0, 1}
     assert view.account.extra_flops == 0
     assert policy.bytes >= 4 * WIDTH * 4  # the means that proposals go by
-
-
-# ------------------------------------------------------------------------------------------------- the options
-
-
-# ---------------------------------------------------------------------------------------------- the calibration
 
 
 def observe(model, images, steps, log_change, batches=1):
@@ -366,9 +350,6 @@ def test_calibration_does_not_take_chance_for_a_gate():
     assert_close(arrays["offset"][0, 1:], np.float32(-2 - 0.1 * np.arange(1, 6)), atol=0.3, rtol=0)
 
 
-# --------------------------------------------------------------------------------------------------- whole runs
-
-
 @pytest.mark.parametrize("cfg_scale", [1.0, 1.5])
 @pytest.mark.parametrize(
     ("threshold", "steps"), [("0", list(range(10))), ("0.35", [0, 3, 6, 9]), ("inf", [0])], ids=["0", "0.35", "inf"]
@@ -389,20 +370,3 @@ def test_trained_gates_run(model, tmp_path):
     manager = CacheManager(make_policy(f"lazydit:gates={path}"))
     assert bool(torch.isfinite(sample(model, cache=manager)).all())
     assert 0.1 < manager.trace.hit_rate < 0.9
-
-
-@pytest.mark.parametrize("cfg_scale", [1.0, 1.5])
-@pytest.mark.parametrize(("threshold", "proposed"), [(0, range(20)), (math.inf, [0])])
-def test_adacorrection_asks_for_proposals(model, tmp_path, monkeypatch, cfg_scale, threshold, proposed):
-    answers = []
-
-    def propose(policy, view, real=LazyDiT.propose):
-        answers.append(real(policy, view))
-        return answers[-1]
-
-    monkeypatch.setattr(LazyDiT, "propose", propose)
-    profile = fitted(tmp_path / "p.safetensors", 3.0, 0.1, steps=20, units=6, cfg_scale=cfg_scale)
-    manager = CacheManager(make_policy(f"lazydit:threshold={threshold},profile={profile}"), AdaCorrection())
-    assert bool(torch.isfinite(sample(model, steps=20, cache=manager, cfg_scale=cfg_scale)).all())
-    assert (np.array(answers) == np.isin(np.arange(20), proposed)[:, None]).all()
-    assert 0 < manager.trace.hit_rate < 1

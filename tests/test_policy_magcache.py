@@ -107,9 +107,6 @@ def test_the_table_has_no_past_and_no_first_step():
     assert np.array_equal(table, np.triu(np.ones((6, 6), dtype=bool), k=1))
 
 
-# ------------------------------------------------------------------------------------------------- profiles
-
-
 def calibrate(calibration, model, residuals):
     """Show a batch of residuals, each (halves, n, T, D), step by step."""
     halves, images = residuals[0].shape[:2]
@@ -139,9 +136,6 @@ def test_the_calibration_means_the_ratios_of_tokens_images_and_halves(model):
     np.testing.assert_allclose(arrays["ratio"], [1.0, (2.5 + 3 * 1) / 4, (1 + 3 * 3) / 4], rtol=1e-6)
     assert notes["images"] == 4
     np.testing.assert_allclose(notes["spread_over_images"], [0.649519, 0.866025], atol=1e-6)
-
-
-# ------------------------------------------------------------------------------------------------ whole runs
 
 
 def test_thresholds_0_and_infinity(model, use_table):

@@ -45,9 +45,6 @@ def steps_of(table):
     return np.flatnonzero(table).tolist()
 
 
-# ---------------------------------------------------------------------------------------------------- the scan
-
-
 @pytest.mark.parametrize(
     ("threshold", "expected"),
     [
@@ -61,29 +58,24 @@ def test_scan_skips_as_long_as_the_error_allows(threshold, expected):
     assert steps_of(scan(growing(), threshold, 3)) == expected
 
 
-def test_scan_asks_for_the_error_of_the_skipped_step_at_its_lag():
-    error = np.zeros((8, 2))
-    assert steps_of(scan(error, 0.5, 2)) == [0, 3, 6, 7]
-    error[4, 0] = 1.0  # step 4 cannot stand on step 3
-    assert steps_of(scan(error, 0.5, 2)) == [0, 3, 4, 7]
-    error[4, 0], error[5, 1] = 0.0, 1.0  # step 5 cannot stand on step 3, but on 4 it could
-    assert steps_of(scan(error, 0.5, 2)) == [0, 3, 5, 7]
-
-
-def test_scan_does_not_jump_over_a_lag_that_is_too_large():
-    error = np.zeros((6, 3))
-    error[1, 0] = 1.0  # lags 2 and 3 to step 0 are fine
-    assert steps_of(scan(error, 0.5, 3)) == [0, 1, 5]
-
-
-def test_scan_holds_to_max_lag_and_ends_of_short_runs():
-    assert steps_of(scan(np.zeros((9, 8)), 1.0, 1)) == [0, 2, 4, 6, 8]
-    assert steps_of(scan(np.zeros((9, 8)), 1.0, 8)) == [0, 8]
-    assert steps_of(scan(np.zeros((1, 8)), 1.0, 8)) == [0]
-    assert steps_of(scan(np.zeros((2, 8)), 1.0, 8)) == [0, 1]
-
-
-# --------------------------------------------------------------------------------------------------- the policy
+@pytest.mark.parametrize(
+    ("large", "steps", "max_lag", "expected"),
+    [
+        ([], 8, 2, [0, 3, 6, 7]),
+        ([(4, 1)], 8, 2, [0, 3, 4, 7]),  # step 4 cannot stand on step 3
+        ([(5, 2)], 8, 2, [0, 3, 5, 7]),  # step 5 cannot stand on step 3, but on 4 it could
+        ([(1, 1)], 6, 3, [0, 1, 5]),  # lags 2 and 3 to step 0 are fine, and not jumped to
+        ([], 9, 1, [0, 2, 4, 6, 8]),
+        ([], 9, 8, [0, 8]),
+        ([], 1, 8, [0]),
+        ([], 2, 8, [0, 1]),
+    ],
+)
+def test_scan_asks_for_the_error_of_the_skipped_step_at_its_lag(large, steps, max_lag, expected):
+    error = np.zeros((steps, max_lag))
+    for step, lag in large:
+        error[step, lag - 1] = 1.0
+    assert steps_of(scan(error, 0.5, max_lag)) == expected
 
 
 def two_tables(steps=8):
@@ -116,9 +108,6 @@ def test_a_whole_step_is_proposed_for_half_of_the_flops(model, shelf, halves):
         view.info = replace(run, branch_flops=(500, 500))
     found = np.stack([policy.propose(view) for view in views])
     assert [steps_of(column) for column in found.T] == [[0, 2, 3, 4, 6, 7]] * 2
-
-
-# ---------------------------------------------------------------------------------------------- the calibration
 
 
 def observe(calibration, model, values, images=1):
@@ -162,9 +151,6 @@ def test_calibration_counts_batches_alike_and_never_compares_across_them():
     assert_close(error[0, 1], np.array([0.5, 0, 0, 0, 0, 0, 0, 0]))
     assert not error[0, 0].any()
     assert not error[1].any()
-
-
-# --------------------------------------------------------------------------------------------------- whole runs
 
 
 def test_a_threshold_below_all_errors_leaves_the_samples_alone(model, shelf):

@@ -47,9 +47,6 @@ def shipped(tmp_path, monkeypatch):
     return folder
 
 
-# --------------------------------------------------------------------------------------------------- formats
-
-
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_round_trip(tmp_path, suffix):
     path = tmp_path / "new" / "folder" / f"p.{suffix}"
@@ -143,9 +140,6 @@ def test_the_new_file_takes_the_place_of_the_old_one_at_once(tmp_path, monkeypat
     assert load_profile(path).sampler == "ddpm"
 
 
-# ------------------------------------------------------------------------------------------- unreadable files
-
-
 def good(**changes):
     header = {**make().header, "arrays": {"table": [0.0]}, **changes}
     return json.dumps({key: value for key, value in header.items() if value != "left out"})
@@ -231,9 +225,6 @@ def test_a_missing_file_is_one_line(tmp_path):
             find_profile("rule", name, make_run())
 
 
-# ---------------------------------------------------------------------------------------------- what fits what
-
-
 def test_a_profile_fits_the_run_it_was_made_for(tmp_path):
     path = tmp_path / "p.json"
     save_profile(path, make())
@@ -314,9 +305,6 @@ def test_a_file_named_auto_is_given_by_its_path(shipped, tmp_path):
     path = tmp_path / "auto.json"
     save_profile(path, make())
     assert find_profile("rule", str(path), make_run()).method == "rule"
-
-
-# ------------------------------------------------------------------------------------------------- calibration
 
 
 def test_a_calibration_computes_everything_and_is_shared_by_its_runs():
