@@ -28,7 +28,7 @@ import runtime
 from adacorr import CacheManager
 from adacorr.command import Parser, run_command
 from adacorr.files import check_writable, write_json, written_whole
-from download import BUNDLED
+from checkpoint import BUNDLED
 from evaluate.fidelity import fidelity
 
 WARM_UP = 6  # steps of both runs before anything is timed: enough for a forecast to be used

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from download import BUNDLED, BUNDLED_PATH, build_model, file_sha256, load_checkpoint
+from adacorr.files import file_sha256
+from checkpoint import BUNDLED, BUNDLED_PATH, build_model, load_checkpoint
 from evaluate.features import CLASSES, FEATURES, WEIGHTS, extract, load_features
 from models import DiT_models
 

@@ -14,7 +14,7 @@ import pipeline
 from adacorr import AdaCorrection, Algorithm1, CacheManager, available, make_policy, profile
 from adacorr.__main__ import Method, main, methods, show
 from adacorr.policies import calibrated, load_file
-from download import save_checkpoint
+from checkpoint import save_checkpoint
 
 FORMS = ("--adacorr", "--adacorr literal")
 
