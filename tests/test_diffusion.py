@@ -13,7 +13,6 @@ from diffusion import (
     DDIM,
     DDPM,
     SCHEDULERS,
-    SchedulerSampler,
     linear_betas,
     make_sampler,
     names,
@@ -21,6 +20,7 @@ from diffusion import (
     respace,
     respaced_schedule,
 )
+from schedulers import SchedulerSampler
 
 # Of NumPy, about array protocols, in the diffusers modules.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
