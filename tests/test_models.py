@@ -31,30 +31,22 @@ def inputs(rows=2, channels=4, size=8, classes=5):
 
 def released_shapes(width, depth, patch, channels, out_channels, tokens, rows):
     """What the released state dicts hold, written down from the files and not from models.py."""
-    shapes = {
-        "pos_embed": (1, tokens, width),
-        "x_embedder.proj.weight": (width, channels, patch, patch),
-        "x_embedder.proj.bias": (width,),
-        "t_embedder.mlp.0.weight": (width, 256),
-        "t_embedder.mlp.0.bias": (width,),
-        "t_embedder.mlp.2.weight": (width, width),
-        "t_embedder.mlp.2.bias": (width,),
-        "y_embedder.embedding_table.weight": (rows, width),
-        "final_layer.linear.weight": (patch * patch * out_channels, width),
-        "final_layer.linear.bias": (patch * patch * out_channels,),
-        "final_layer.adaLN_modulation.1.weight": (2 * width, width),
-        "final_layer.adaLN_modulation.1.bias": (2 * width,),
+    layers = {
+        "t_embedder.mlp.0": (width, 256),
+        "t_embedder.mlp.2": (width, width),
+        "final_layer.linear": (patch * patch * out_channels, width),
+        "final_layer.adaLN_modulation.1": (2 * width, width),
+        "x_embedder.proj": (width, channels, patch, patch),
     }
     for i in range(depth):
-        for name, out, inside in (
-            ("attn.qkv", 3 * width, width),
-            ("attn.proj", width, width),
-            ("mlp.fc1", 4 * width, width),
-            ("mlp.fc2", width, 4 * width),
-            ("adaLN_modulation.1", 6 * width, width),
-        ):
-            shapes[f"blocks.{i}.{name}.weight"] = (out, inside)
-            shapes[f"blocks.{i}.{name}.bias"] = (out,)
+        layers[f"blocks.{i}.attn.qkv"] = (3 * width, width)
+        layers[f"blocks.{i}.attn.proj"] = (width, width)
+        layers[f"blocks.{i}.mlp.fc1"] = (4 * width, width)
+        layers[f"blocks.{i}.mlp.fc2"] = (width, 4 * width)
+        layers[f"blocks.{i}.adaLN_modulation.1"] = (6 * width, width)
+    shapes = {"pos_embed": (1, tokens, width), "y_embedder.embedding_table.weight": (rows, width)}
+    for name, shape in layers.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
     return shapes
 
 
@@ -84,11 +76,10 @@ def test_the_pixel_model_has_no_sigma_and_the_unconditional_one_no_table():
 
 
 def test_table_has_a_null_row_exactly_when_labels_are_dropped():
-    assert tiny(class_dropout_prob=0.1).y_embedder.embedding_table.num_embeddings == 6
-    assert tiny(class_dropout_prob=0.1).null_label == 5
-    without = tiny(class_dropout_prob=0.0)
-    assert without.y_embedder.embedding_table.num_embeddings == 5
-    for model in (without, tiny(num_classes=0)):
+    dropped, kept = tiny(class_dropout_prob=0.1), tiny(class_dropout_prob=0.0)
+    assert [model.y_embedder.embedding_table.num_embeddings for model in (dropped, kept)] == [6, 5]
+    assert dropped.null_label == 5
+    for model in (kept, tiny(num_classes=0)):
         with pytest.raises(ValueError, match="no null label"):
             _ = model.null_label
 
@@ -100,8 +91,8 @@ def test_the_named_sizes():
         size, patch = name[4:].split("/")
         with torch.device("meta"):
             config = build().config
-        assert (config["depth"], config["hidden_size"], config["num_heads"]) == published[size]
-        assert config["patch_size"] == int(patch)
+        found = config["depth"], config["hidden_size"], config["num_heads"], config["patch_size"]
+        assert found == (*published[size], int(patch))
 
 
 def test_config_rebuilds_the_model():
