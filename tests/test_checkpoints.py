@@ -142,11 +142,14 @@ def test_config_is_inferred_from_shapes(arguments):
     assert infer_config(state_dict) == config
 
 
-def test_mlp_ratio_survives_truncation(tiny):
-    for hidden in range(1, 3 * 192):
-        fc1 = torch.empty(hidden, 192, device="meta")
-        config = infer_config({**tiny.state_dict(), "blocks.0.mlp.fc1.weight": fc1})
-        assert int(192 * config["mlp_ratio"]) == hidden
+def test_mlp_ratio_survives_truncation():
+    width = 196  # where DiT would truncate one ratio in seven to a layer too narrow
+    shapes = {"x_embedder.proj.weight": (width, 4, 2, 2), "pos_embed": (1, 16, width)}
+    shapes |= {"final_layer.linear.weight": (32, width)}
+    for hidden in range(1, 3 * width):
+        state_dict = {name: torch.empty(shape) for name, shape in shapes.items()}
+        state_dict["blocks.0.mlp.fc1.weight"] = torch.empty(hidden, width)
+        assert int(width * infer_config(state_dict, num_heads=7)["mlp_ratio"]) == hidden
 
 
 @pytest.mark.parametrize(

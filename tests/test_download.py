@@ -49,6 +49,8 @@ def server(tmp_path, monkeypatch):
 
 
 def test_download_once_then_check_at_every_load(server):
+    server.home.mkdir()
+    (server.home / f"{NAME}.sha256").write_text("of an older file")
     checkpoint = load_checkpoint(NAME)
     target = server.home / NAME
     assert checkpoint.path == target
