@@ -25,7 +25,7 @@ import runtime
 from adacorr import CacheManager
 from adacorr.command import Parser, run_command
 from adacorr.files import check_writable, write_json
-from download import BUNDLED
+from checkpoint import BUNDLED
 from evaluate.fidelity import fidelity
 from pictures import grid, save_png, side_by_side
 from runtime import Progress
