@@ -33,9 +33,9 @@ import pipeline
 import runtime
 from adacorr.command import Failure, Parser, run_command
 from adacorr.files import check_writable, write_json, written_whole
+from checkpoint import Checkpoint, build_model, save_checkpoint
 from data import Data, order, read_data
 from diffusion import NUM_TRAIN, make_sampler
-from download import Checkpoint, build_model, save_checkpoint
 from models import DiT, DiT_models
 from objective import Objective
 from pictures import grid, save_png

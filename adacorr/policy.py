@@ -334,14 +334,6 @@ def _tensor_bytes(values) -> int:
     return total
 
 
-def check_adaptive(name: str, threshold: float, scope: str) -> None:
-    """ValueError unless threshold >= 0 and the scope exists: the two options that adaptive methods share."""
-    if not threshold >= 0:
-        raise ValueError(f"{name}: threshold={threshold} must be at least 0")
-    if scope not in SCOPES:
-        raise ValueError(f"{name}: scope={scope!r} is unknown; choose one of {', '.join(SCOPES)}")
-
-
 def relative_change(now: Tensor, before: Tensor, scope: str = "image") -> np.ndarray:
     """mean |now - before| / mean |before| for each image over halves, tokens and channels (or over the whole batch).
 

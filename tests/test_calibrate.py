@@ -15,8 +15,8 @@ import pipeline
 from adacorr import CacheManager, make_policy
 from adacorr.policies import calibrated
 from adacorr.profile import FOLDER, load_profile, save_profile
+from checkpoint import load_checkpoint, save_checkpoint
 from diffusion import make_sampler
-from download import load_checkpoint, save_checkpoint
 
 STEPS, IMAGES, CLASSES = 10, 6, 5
 NAMES = sorted(calibrated())

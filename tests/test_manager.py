@@ -23,7 +23,6 @@ from toy import (
 
 from adacorr import AdaCorrection, Algorithm1, CacheManager, Predictor, Unit, by_branch, make_policy, parse_correction
 from adacorr.control import split_budget
-from checkpoint import BUNDLED, build_model, load_checkpoint
 from diffusion import make_sampler
 from pipeline import gaussian
 

@@ -21,9 +21,9 @@ import models
 import pipeline
 import sample
 import train
+from checkpoint import build_model, load_checkpoint
 from data import order, read_data
 from diffusion import linear_betas, make_sampler
-from download import build_model, load_checkpoint
 from objective import Objective
 
 ROOT = Path(__file__).resolve().parents[1]
