@@ -31,61 +31,40 @@ from fid_run.presets import PRESETS
 
 
 def add_own_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--preset", choices=list(PRESETS), metavar="NAME", help="a published protocol, see below; other flags win"
-    )
+    """The flags of this script alone. Those of model, sampler and cache are in pipeline.py."""
     add = parser.add_argument_group("images and output").add_argument
+    add("--preset", choices=list(PRESETS), metavar="NAME", help="a published protocol, see below; other flags win")
     add("--num-fid-samples", type=int, default=50_000, metavar="N", help="images in all (default %(default)s)")
     add(
         "--labels", default="random", metavar="random|balanced|FILE", help="FILE has the label of image i in line i + 1"
     )
-    add("--sample-dir", type=Path, default=Path("samples"), help="the run's folder is made in it (default %(default)s)")
-    add(
-        "--format",
-        choices=["png", "npz-shards"],
-        default="png",
-        help="npz-shards: a file for each batch (default %(default)s)",
-    )
+    add("--sample-dir", type=Path, default=Path("samples"), help="where the run's folder is made (default %(default)s)")
+    add("--format", choices=["png", "npz-shards"], default="png", help="npz-shards: one file for each batch")
     add("--no-pack", action="store_true", help="leave out the .npz; --pack DIR makes it later")
     add("--pack", type=Path, metavar="DIR", help="only make the .npz of a finished run folder")
     add("--overwrite", action="store_true", help="delete what the folder holds of a run and begin anew")
     add("--verify", action="store_true", help="decode every image that is there, and make damaged ones again")
-
     add = parser.add_argument_group("speed and precision").add_argument
+    yes_no = argparse.BooleanOptionalAction
     add("--per-proc-batch-size", type=int, default=32, metavar="B", help="images at once (default %(default)s)")
-    add("--tf32", action=argparse.BooleanOptionalAction, default=True, help="of a GPU in fp32 (default on)")
+    add("--tf32", action=yes_no, default=True, help="of a GPU in fp32 (default on)")
     add("--compile", action="store_true", help="torch.compile the blocks: slow to start, then faster")
-    add(
-        "--deterministic",
-        action=argparse.BooleanOptionalAction,
-        help="equal to the bit for any batch size, by sampling images one after another; the default on a CPU",
-    )
+    add("--deterministic", action=yes_no, help="one image at a time, for equal bits; the default on a CPU")
     add("--threads", type=int, metavar="N", help="of each process on a CPU; results are held to it (default 1)")
-    add(
-        "--grace",
-        type=float,
-        default=20.0,
-        metavar="SECONDS",
-        help="finish the batch after a signal if that takes no longer, else drop it (default %(default)s)",
-    )
+    add("--grace", type=float, default=20.0, metavar="S", help="seconds to end a batch after a signal (default 20)")
     add("--debug", action="store_true", help="show where an error was raised")
 
 
-def parse(argv: Sequence[str], silent: bool = False) -> argparse.Namespace:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The flags, over those of the preset, once all mistakes are out that show without the heavy imports.
 
-    ValueError or OSError names the flag and the value. argparse ends the process; it is `silent` where another says it.
+    ValueError or OSError names the flag and the value; argparse ends the process.
     """
     from adacorr.command import Parser
 
-    def new(**options) -> Parser:
-        parser = Parser("sample_ddp.py", allow_abbrev=False, **options)
-        add_own_flags(parser)
-        if silent:
-            parser.exit = lambda status=0, message=None: sys.exit(status)
-        return parser
-
-    args, rest = new(add_help=False).parse_known_args(argv)
+    own = Parser("sample_ddp.py", allow_abbrev=False, add_help=False)
+    add_own_flags(own)
+    args, rest = own.parse_known_args(argv)
     if not {"-h", "--help"} & {*rest}:
         check(args, argv)
 
@@ -93,7 +72,9 @@ def parse(argv: Sequence[str], silent: bool = False) -> argparse.Namespace:
 
     lines = [f"  {name:22} FID {p.fid}: {p.source}" for name, p in PRESETS.items()]
     epilog = "presets, with the published FID of 50000 uncached images:\n" + "\n".join(lines)
-    parser = new(description=__doc__, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser("sample_ddp.py", allow_abbrev=False, description=__doc__, epilog=epilog, formatter_class=raw)
+    add_own_flags(parser)
     pipeline.add_model_flags(parser)
     pipeline.add_cache_flags(parser)
     if args.preset is not None:
@@ -132,25 +113,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a folder may have letters that the terminal has not
     argv = sys.argv[1:] if argv is None else argv
-    name = "sample_ddp.py" + (f": process {os.environ['RANK']}" if os.environ.get("RANK", "0") != "0" else "")
+    rank = os.environ.get("RANK", "0")
 
     def job() -> int:
         from ranks import LeaderFailed, Ranks
         from runtime import Interrupted
 
         ranks = Ranks.find()
-        args = None
-        try:
-            args = parse(argv, silent=ranks.rank > 0)
-        except (SystemExit, ValueError, OSError) as mistake:
-            # Rank 0 says it. torchrun ends all processes with the first, so the others wait until it has come to that.
-            if ranks.rank == 0 or (isinstance(mistake, SystemExit) and not mistake.code):
-                raise
+        if ranks.rank > 0 and {"-h", "--help", "--pack"} & {word.partition("=")[0] for word in argv}:
+            return 0
+        # Rank 0 reads the options, says what is wrong with them, and hands them on. Until it has, the others wait.
+        args = parse(argv) if ranks.rank == 0 else None
 
         from fid_run import job
 
         try:
-            return job.run(args, ranks) if args is None or args.pack is None else job.pack_folder(args.pack, ranks)
+            return job.run(args, ranks) if args is None or args.pack is None else job.pack_folder(args.pack)
         except LeaderFailed:
             return 2
         except Interrupted as stop:
@@ -158,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 job.warn(f"{stop}; the same command goes on from here")
             return stop.code
 
-    return run_command(name, job, "--debug" in argv)
+    return run_command("sample_ddp.py" if rank == "0" else f"sample_ddp.py: process {rank}", job, "--debug" in argv)
 
 
 def end_on_signals() -> None:

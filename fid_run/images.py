@@ -140,7 +140,7 @@ class Store:
         """
         places, unusable = {}, {}
         for path in sorted(self.folder.glob("*")):
-            if not is_temporary(path.name):
+            if not is_temporary(path):
                 try:
                     indices = self._read(path, verify).indices.tolist()
                 except Unusable as why:
@@ -191,10 +191,9 @@ class Store:
         return found
 
 
-def is_temporary(name: str) -> bool:
-    """Whether `written_whole` makes such a name while it writes an image or the record."""
-    ours = "|".join([r"run\.json|SUCCESS\.json|labels\.npy", *(form.names for form in FORMATS.values())])
-    return re.fullmatch(rf"\.(?:{ours})\..+\.\d+\.tmp", name) is not None
+def is_temporary(path: Path) -> bool:
+    """Whether `written_whole` gives such names to files that are not finished."""
+    return path.name.startswith(".") and path.suffix == ".tmp"
 
 
 @contextmanager

@@ -17,14 +17,13 @@ import torch
 
 import pipeline
 import runtime
-from adacorr import AdaCorrection, CacheManager
+from adacorr import CacheManager
 from adacorr.command import Failure
 from adacorr.compiled import compile_blocks
-from download import model_name
 from fid_run.images import Store, pack
 from fid_run.labels import make_labels
 from fid_run.presets import PRESETS
-from fid_run.protocol import describe, folder_name, image_size, run_id
+from fid_run.protocol import canonical, describe, folder_name, image_size, run_id
 from fid_run.record import RunFolder, append, statistics
 from fid_run.worker import Sampling, plan, written_behind
 from pipeline import Pipeline
@@ -139,10 +138,10 @@ def work(
                 submit(images, lines)
                 progress.update(len(lines), f"{progress.rate:.3g} images/s a process")
     except torch.OutOfMemoryError as error:
-        held = "" if cache is None else f", of which the cache held {cache.bytes / 2**30:.2f} GiB"
+        held = "" if cache is None else f" (the cache held {cache.bytes / 2**30:.2f} GiB)"
         raise Failure(
             f"--per-proc-batch-size {args.per_proc_batch_size} does not fit into the memory of {pipe.device}{held}: "
-            f"{knobs(cache)}; finished images are kept"
+            "lower it, or give --cache-dtype bf16 or --adacorr order=1; finished images are kept"
         ) from error
     except OSError as error:
         raise Failure(f"{error}; finished images are kept, and the same command goes on from there") from error
@@ -168,13 +167,13 @@ class Leader:
         self.folder = folder = RunFolder(args.sample_dir / folder_name(args, pipe, cache, run))
         self.store = Store(folder.images, run, image_size(pipe.model.config, pipe.vae), args.format)
         record = None if args.overwrite else folder.check(protocol)
-        self._say_protocol(labels)
+        self._say(protocol, labels)
         for key in ("git", "torch", "device", "pillow") if record else ():
             if (before := record["sessions"][-1]["environment"].get(key)) != environment[key]:
                 say("note", f"{key} was {before} in the session before and is {environment[key]} now")
         self.stack.enter_context(folder.lock(lambda text: say("note", text)))
         if left := folder.tidy():
-            say("note", f"{count_of(left, 'unfinished file')} of a killed process removed")
+            say("note", f"unfinished files of killed processes removed: {left}")
         if args.overwrite:
             clear(folder)
         missing = look_around(self.store, count, args.verify)
@@ -191,24 +190,22 @@ class Leader:
         token = folder.begin(protocol, labels, session)
         return Job(args, folder.path, run, token, len(folder.record["sessions"]), missing, labels)
 
-    def _say_protocol(self, labels: np.ndarray | None) -> None:
-        args, pipe, cache = self.args, self.pipe, self.cache
-        say("model", f"{model_name(pipe.model.config)} from {pipe.checkpoint.path.name}, {self.store.size} px")
-        guidance = f"guidance {pipe.cfg_scale:g} on {pipe.cfg_channels} channels"
-        say("sampler", f"{pipe.sampler.spec}, {pipe.sampler.num_steps} steps, {guidance}")
-        say("cache", "none" if cache is None else cache.spec)
+    def _say(self, protocol: dict[str, Any], labels: np.ndarray | None) -> None:
+        args = self.args
+        for name, value in protocol.items():
+            say(name, canonical(value))
         if args.preset is not None:
-            preset = PRESETS[args.preset]
-            changed = [f"{k} {getattr(args, k)}" for k, v in preset.options.items() if getattr(args, k) != v]
-            fid = f"published without a cache: FID {preset.fid} ({preset.source})"
-            say("preset", f"{args.preset}, {'but for ' + ', '.join(changed) if changed else fid}")
-        kind = f"{args.dtype}{', TF32' * args.tf32}{', compiled' * args.compile}"
-        size = "one image at a time" if args.deterministic else f"{args.per_proc_batch_size} images at once"
-        say("processes", f"{self.ranks.world} on {pipe.device.type}, {kind}, {size}")
+            _, fid, source = PRESETS[args.preset]
+            changed = [
+                f"{k} {getattr(args, k)}" for k, v in PRESETS[args.preset].options.items() if getattr(args, k) != v
+            ]
+            published = f"published without a cache: FID {fid} ({source})"
+            say("preset", f"{args.preset}, {'but for ' + ', '.join(changed) if changed else published}")
+        say("processes", f"{self.ranks.world}, {1 if args.deterministic else args.per_proc_batch_size} images at once")
         say("folder", str(self.folder.path))
         if labels is not None and len(labels) >= 10 and labels[0] < labels[-1] and (np.diff(labels) >= 0).all():
             warn("--labels is sorted by class: the Inception Score takes splits in this order; shuffle it")
-        if doubt := pipeline.caveat(pipe.sampler, cache):
+        if doubt := pipeline.caveat(self.pipe.sampler, self.cache):
             warn(doubt)
 
     @contextmanager
@@ -267,56 +264,32 @@ def finish(folder: RunFolder, store: Store, count: int, packed: bool) -> str | N
     return pack(store.read(count), count, store.size, folder.npz) if packed else None
 
 
-def pack_folder(path: Path, ranks: Ranks) -> int:
+def pack_folder(path: Path) -> int:
     """--pack: make the .npz of a run folder in which every image is there."""
     folder = RunFolder(path)
     if (record := folder.read()) is None:
         raise ValueError(f"{path} is no run folder: it has no run.json")
     store, count = store_of(folder, record), record["sessions"][-1]["count"]
-    if ranks.rank == 0:
-        with Signals(), folder.lock(lambda text: say("note", text)):
-            sha = finish(folder, store, count, True)
-            folder.succeed(store.run, count, sha)
-            report(statistics(folder, count), folder, sha)
+    with Signals(), folder.lock(lambda text: say("note", text)):
+        sha = finish(folder, store, count, True)
+        folder.succeed(store.run, count, sha)
+        report(statistics(folder, count), folder, sha)
     return 0
 
 
 def report(totals: dict[str, Any], folder: RunFolder, sha: str | None) -> None:
-    """The numbers of a finished run, over all its sessions, in a few aligned lines."""
-    if totals["images"]:
-        text = f"{count_of(totals['images'], 'image')}, {totals['images_per_second']:.3g}/s a process"
-        if totals["cache_bytes"]:
-            text += f", hit rate {totals['hit_rate']:.1%}, compute {totals['compute']:.1%}"
-            text += f", {totals['saved_flops'] / 1e12:.4g} TFLOPs saved, cache {totals['cache_bytes'] / 2**20:.1f} MiB"
-            if totals["hit_rate"] == 0:
-                warn("nothing was skipped: the method asked for every block of every step")
-        say("in all", text)
-    if totals["fallbacks"]:
-        say("fallbacks", f"{totals['fallbacks']} decisions to compute, because a measured offset was not finite")
-    for fault in totals["recomputed"]:
-        say("recomputed", "image {index} (seed {seed}, label {label}) was not finite after {after}".format(**fault))
-    say("images", str(folder.images))
-    if sha is not None:
-        say("packed", f"{folder.npz}, sha256 {sha}")
-
-
-def knobs(cache: CacheManager | None) -> str:
-    """What can be turned when memory is short."""
-    words = ["lower --per-proc-batch-size"]
-    if cache is not None and cache.dtype == torch.float32:
-        words.append("halve the cache by --cache-dtype bf16")
-    if cache is not None and isinstance(cache.correction, AdaCorrection) and cache.correction.order > 1:
-        words.append("store less by --adacorr order=1")
-    return ", or ".join(words)
-
-
-def count_of(count: int, what: str) -> str:
-    return f"{count} {what}{('es' if what.endswith('s') else 's') * (count != 1)}"
+    """The numbers of a finished run, over all its sessions."""
+    for name, value in totals.items():
+        if value:
+            say(name, f"{value:.6g}" if isinstance(value, float) else f"{value}")
+    if totals["cache_bytes"] and totals["hit_rate"] == 0:
+        warn("nothing was skipped: the method asked for every block of every step")
+    say("finished", f"{folder.images}" if sha is None else f"{folder.npz}, sha256 {sha}")
 
 
 def say(name: str, text: str) -> None:
     try:
-        print(f"{name:12} {text}", flush=True)
+        print(f"{name:18} {text}", flush=True)
     except OSError:  # whoever read it has left, or the log's disk is full, which is no reason to stop
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 

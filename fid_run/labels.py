@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,21 +33,16 @@ class LabelFile:
             raise ValueError(f"--labels {path} is neither {' nor '.join(DRAWN)} nor a text file ({why})") from None
         return cls(Path(path), lines if lines != [""] else [], hashlib.sha256(content).hexdigest())
 
-    def labels(self, count: int, num_classes: int = 2**63) -> np.ndarray:
+    def labels(self, count: int, num_classes: int = 10**18) -> np.ndarray:
         """The first `count` lines as (count,) int64. ValueError names the file, the line, the value and the range."""
         if len(self.lines) < count:
             raise ValueError(f"--labels {self.path}: {len(self.lines)} labels, but {count} images need one each")
-        labels = np.empty(count, dtype=np.int64)
-        for i, line in enumerate(self.lines[:count]):
-            try:
-                label = int(line)
-            except ValueError:
-                label = -1
+        labels = [int(line) if re.fullmatch(r"\s*\d{1,18}\s*", line) else -1 for line in self.lines[:count]]
+        for number, label in enumerate(labels, start=1):
             if not 0 <= label < num_classes:
-                text = f"{line.strip()!r} is not a whole number in 0..{num_classes - 1}"
-                raise ValueError(f"--labels {self.path}, line {i + 1}: {text}")
-            labels[i] = label
-        return labels
+                why = f"{self.lines[number - 1].strip()!r} is not a whole number in 0..{num_classes - 1}"
+                raise ValueError(f"--labels {self.path}, line {number}: {why}")
+        return np.array(labels, dtype=np.int64)
 
 
 def make_labels(source: str | LabelFile, seed: int, count: int, num_classes: int) -> np.ndarray | None:

@@ -1,11 +1,9 @@
 """Published protocols. This module imports nothing heavy, so that the command line is checked at once."""
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True)
-class Preset:
+class Preset(NamedTuple):
     """The options of a published protocol, and the FID that was published for it without a cache."""
 
     options: dict[str, Any]

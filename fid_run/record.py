@@ -5,9 +5,9 @@ a lock when its holder ends, however it ends. So a held lock means a living proc
 of another job is left, and finishes only when all of its own are through.
 """
 
+import glob
 import json
 import os
-import re
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -72,7 +72,7 @@ class RunFolder:
         if record is None:
             found = [path for path in (*self.path.rglob("*"), self.npz) if path.is_file()]
             found = [path for path in found if path.suffix != ".lock" and path.name != "lock"]
-            if found := [path for path in found if not is_temporary(path.name)]:
+            if found := [path for path in found if not is_temporary(path)]:
                 raise RunMismatch(
                     f"{self.path} has no run.json but files of something else, such as {found[0]}; {WAYS_OUT}"
                 )
@@ -94,19 +94,18 @@ class RunFolder:
             yield
 
     def _acquire(self, path: Path, note: Callable[[str], None]) -> FileLock:
-        lock, holder = FileLock(path), "another job"
-        for wait in (0.0, WAIT):
-            try:
-                return lock.acquire(timeout=wait, poll_interval=0.2).lock
-            except Timeout:
-                if wait == 0.0:
-                    if record := self.read():
-                        holder = "{host}, pid {pid}, since {started}".format(**record["sessions"][-1])
-                    note(f"{self.path} is in use by {holder}: waiting up to {WAIT:.0f} s for {path.name}")
-        raise RunMismatch(
-            f"{self.path} is in use by {holder} ({path.name} is locked): wait for that job, end all of its processes, "
-            "or give another --sample-dir"
-        )
+        lock = FileLock(path)
+        try:
+            return lock.acquire(timeout=0).lock
+        except Timeout:
+            session = (self.read() or {"sessions": [{"host": "another job", "pid": "unknown"}]})["sessions"][-1]
+            held = "{0} is in use by {host}, pid {pid} ({1} is locked)".format(self.path, path.name, **session)
+            note(f"{held}: waiting for up to {WAIT:.0f} s")
+        try:
+            return lock.acquire(timeout=WAIT, poll_interval=0.2).lock
+        except Timeout:
+            way_out = "wait for that job, end all of its processes, or give another --sample-dir"
+            raise RunMismatch(f"{held}: {way_out}") from None
 
     def join(self, token: str, rank: int) -> FileLock:
         """This rank's lock, held until it is released. OSError if run.json does not show the session in time."""
@@ -136,9 +135,8 @@ class RunFolder:
 
     def tidy(self) -> int:
         """Delete the unfinished files that killed processes left: how many there were."""
-        packed = rf"\.{re.escape(self.npz.name)}\..+\.\d+\.tmp"
-        left = [path for path in self.path.rglob(".*.tmp") if is_temporary(path.name)]
-        left += [path for path in self.path.parent.glob(".*.tmp") if re.fullmatch(packed, path.name)]
+        left = [*filter(is_temporary, self.path.rglob("*"))]
+        left += self.path.parent.glob(f".{glob.escape(self.npz.name)}.*.tmp")
         for path in left:
             path.unlink()
         return len(left)
