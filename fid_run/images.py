@@ -105,13 +105,13 @@ class Shards:
     def read(self, path: Path, size: int, pixels: bool) -> tuple[str | None, Content]:
         """As `Png.read`."""
         with zipfile.ZipFile(path) as archive:
-
-            def load(name: str, wanted: bool = True) -> np.ndarray | None:
-                if not wanted or f"{name}.npy" not in archive.namelist():
-                    return None
-                return np.load(io.BytesIO(archive.read(f"{name}.npy")))  # read whole, so the checksum is compared
-
-            return str(load("run")), Content(load("indices"), load("labels"), load("images", pixels))
+            names = {name.removesuffix(".npy") for name in archive.namelist()}
+            if not {"run", "indices", "images"} <= names <= {"run", *Content._fields}:
+                raise Unusable(f"it holds {', '.join(sorted(names))}")
+            wanted = names if pixels else names - {"images"}
+            # Each is read whole, since only then is its checksum compared.
+            found = {name: np.load(io.BytesIO(archive.read(f"{name}.npy"))) for name in wanted}
+            return str(found["run"]), Content(found["indices"], found.get("labels"), found.get("images"))
 
 
 FORMATS = {"png": Png(), "npz-shards": Shards()}
@@ -186,8 +186,12 @@ class Store:
             if pixels and found.images.shape != (len(found.indices), self.size, self.size, 3):
                 raise Unusable(f"its images are {found.images.shape}")
         except BROKEN as error:
-            why = str(error) if isinstance(error, Unusable) else f"it is cut, changed or something else ({error})"
-            raise Unusable(" ".join(why.split())) from None
+            why = (
+                str(error)
+                if isinstance(error, Unusable)
+                else f"it is cut, changed or something else ({type(error).__name__})"
+            )
+            raise Unusable(why) from None
         return found
 
 

@@ -70,12 +70,9 @@ class RunFolder:
         """
         record = self.read()
         if record is None:
-            found = [path for path in (*self.path.rglob("*"), self.npz) if path.is_file()]
-            found = [path for path in found if path.suffix != ".lock" and path.name != "lock"]
-            if found := [path for path in found if not is_temporary(path)]:
-                raise RunMismatch(
-                    f"{self.path} has no run.json but files of something else, such as {found[0]}; {WAYS_OUT}"
-                )
+            for path in (*self.path.rglob("*"), self.npz):
+                if path.is_file() and not path.name.endswith("lock") and not is_temporary(path):
+                    raise RunMismatch(f"{self.path} has no run.json but {path}, which may be another run's; {WAYS_OUT}")
         elif lines := differences(record["protocol"], protocol):
             raise RunMismatch(f"{self.path} holds another run: {'; '.join(lines)}; {WAYS_OUT}")
         return record
