@@ -14,7 +14,7 @@ import struct
 import time
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -149,10 +149,10 @@ class Store:
                     places |= {index: (path, row) for row, index in enumerate(indices) if index < count}
         return places, unusable
 
-    def set_aside(self, paths: Iterator[Path]) -> list[Path]:
-        """Rename those that stand where the run's files go, and return their new names."""
+    def set_aside(self, paths: Iterable[Path]) -> dict[Path, Path]:
+        """Rename those that stand where the run's files go: old and new names."""
         stamp, ours = time.time_ns(), [path for path in paths if re.fullmatch(self.format.names, path.name)]
-        return [path.rename(path.with_name(f"{path.name}.{stamp}.foreign")) for path in ours]
+        return {path: path.rename(path.with_name(f"{path.name}.{stamp}.foreign")) for path in ours}
 
     def clear(self) -> None:
         """Delete the run's images; other files stay."""

@@ -124,7 +124,7 @@ def work(
 
     def write(images: np.ndarray, lines: list[dict[str, Any]]) -> None:
         if not folder.has(job.token):
-            raise Failure(f"{folder.path} was deleted or changed while the job was at work")
+            raise OSError(f"{folder.path} is gone")
         indices = np.array([line["index"] for line in lines])
         store.write(indices, None if job.labels is None else job.labels[indices], images)
         append(log, [{"session": job.session, "rank": ranks.rank, **line} for line in lines])
@@ -144,6 +144,8 @@ def work(
             "lower it, or give --cache-dtype bf16 or --adacorr order=1; finished images are kept"
         ) from error
     except OSError as error:
+        if not folder.has(job.token):
+            raise Failure(f"{folder.path} was deleted, or its record changed, while the job was at work") from error
         raise Failure(f"{error}; finished images are kept, and the same command goes on from there") from error
 
 
@@ -159,6 +161,7 @@ class Leader:
     def prepare(self) -> Job | None:
         """All that comes before the first batch; None if the run is complete. The lock is held until the stack ends."""
         args, count = self.args, self.args.num_fid_samples
+        runtime.check_range("--seed", args.seed, 0, 2**63 - 1)
         set_up(args, self.ranks)
         self.pipe, self.cache = pipe, cache = load(args)
         labels = make_labels(args.labels, args.seed, count, pipe.model.num_classes)
@@ -215,9 +218,10 @@ class Leader:
             yield
         except BaseException as error:
             message = " ".join(str(error).split())
+            state = "interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
             with suppress(OSError):  # the exception matters more
-                state = "interrupted" if isinstance(error, Interrupted) else "failed"
-                self.folder.end(state, statistics(self.folder, self.args.num_fid_samples), message)
+                if self.folder.has(self.folder.record["sessions"][-1]["token"]):  # else somebody deleted the folder
+                    self.folder.end(state, statistics(self.folder, self.args.num_fid_samples), message)
             if isinstance(error, OSError):
                 raise Failure(message) from error
             raise
@@ -234,8 +238,9 @@ class Leader:
 def look_around(store: Store, count: int, verify: bool) -> np.ndarray:
     """Indices (m,) int64 of images that are to be made, with unusable files out of their way."""
     places, unusable = store.scan(count, verify)
-    tell("not used", [f"{path}: {why}" for path, why in unusable.items()])
-    tell("set aside", store.set_aside(unusable))
+    moved = store.set_aside(unusable)
+    tell("set aside", [f"{path}: {unusable[path]}" for path in moved])
+    tell("not used", [f"{path}: {why}" for path, why in unusable.items() if path not in moved])
     missing = np.setdiff1d(np.arange(count), np.fromiter(places, np.int64))
     say("images", f"{count - len(missing)} of {count} are there, {len(missing)} to make")
     return missing

@@ -48,8 +48,11 @@ class RunFolder:
 
     # --------------------------------------------------------------------------------------- before the work
 
-    def read(self) -> dict[str, Any] | None:
-        """The record of whatever run is here, None where there is none; RunMismatch for one that is damaged."""
+    def read(self, protocol: dict[str, Any] | None = None) -> dict[str, Any] | None:
+        """The record of the run that is here, None where there is none.
+
+        RunMismatch for one that is damaged, and with every field that differs from a given protocol.
+        """
         try:
             record = json.loads(self.run_json.read_bytes())
             if record["schema"] != SCHEMA:
@@ -61,20 +64,16 @@ class RunFolder:
             return None
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise RunMismatch(f"{self.run_json} is damaged or of another version ({error}); {WAYS_OUT}") from None
+        if protocol is not None and (lines := differences(record["protocol"], protocol)):
+            raise RunMismatch(f"{self.path} holds another run: {'; '.join(lines)}; {WAYS_OUT}")
         return record
 
     def check(self, protocol: dict[str, Any]) -> dict[str, Any] | None:
-        """The record if the folder holds this run, None if it holds nothing; RunMismatch with every field that differs.
-
-        A folder with files but without a record is refused: they may be another run's.
-        """
-        record = self.read()
-        if record is None:
-            for path in (*self.path.rglob("*"), self.npz):
-                if path.is_file() and not path.name.endswith("lock") and not is_temporary(path):
-                    raise RunMismatch(f"{self.path} has no run.json but {path}, which may be another run's; {WAYS_OUT}")
-        elif lines := differences(record["protocol"], protocol):
-            raise RunMismatch(f"{self.path} holds another run: {'; '.join(lines)}; {WAYS_OUT}")
+        """As `read`. A folder with files but without a record is refused, too: they may be another run's."""
+        record = self.read(protocol)
+        for path in (*self.path.rglob("*"), self.npz) if record is None else ():
+            if path.is_file() and not path.name.endswith("lock") and not is_temporary(path):
+                raise RunMismatch(f"{self.path} has no run.json but {path}, which may be another run's; {WAYS_OUT}")
         return record
 
     @contextmanager
@@ -156,7 +155,7 @@ class RunFolder:
         A session that is still "running" becomes "killed": its process had no time to say so. The mark of success goes.
         """
         run = {"schema": SCHEMA, "run_id": run_id(protocol), "protocol": protocol, "sessions": [], "statistics": None}
-        self.record = self.check(protocol) or run
+        self.record = self.read(protocol) or run
         for earlier in self.record["sessions"]:
             if earlier["state"] == "running":
                 earlier["state"] = "killed"

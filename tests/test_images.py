@@ -167,7 +167,7 @@ def test_a_damaged_file_is_set_aside_and_made_again(full, damage):
     assert missing == ([1] if full.format is FORMATS["png"] else [2, 3])
     with pytest.raises(Failure, match=rf"image {missing[0]}: .*: run the same command again|image {missing[0]}: "):
         list(full.read(COUNT))
-    (moved,) = full.set_aside(full.scan(COUNT)[1])
+    (moved,) = full.set_aside(full.scan(COUNT)[1]).values()
     assert re.fullmatch(rf"{path.name}\.\d+\.foreign", moved.name)
     assert moved.read_bytes() == damage(whole)
     full.write(np.array(missing), np.array(missing) + 10, pictures(COUNT)[missing])
@@ -239,7 +239,7 @@ def test_a_foreign_file_at_a_name_of_the_run_is_never_an_image(png, put, message
     with pytest.raises(Failure, match="image 2: "):
         list(png.read(COUNT))
     content = path.read_bytes() if path.is_file() else None
-    (moved,) = png.set_aside(png.scan(COUNT)[1])
+    (moved,) = png.set_aside(png.scan(COUNT)[1]).values()
     assert content is None or moved.read_bytes() == content
     assert not os.path.lexists(path)
     missing = np.setdiff1d(np.arange(COUNT), there(png))
@@ -269,7 +269,7 @@ def test_other_names_are_foreign_and_stay(png, name):
     os.rename(png.folder / "000002.png", path)
     places, unusable = png.scan(COUNT)
     assert (sorted(places), list(unusable)) == ([0, 1, 3, 4, 5], [path])
-    assert png.set_aside(unusable) == []
+    assert png.set_aside(unusable) == {}
     png.clear()
     assert files(png.folder) == [name]
 
