@@ -11,8 +11,8 @@ The exit code is 0, 2 after an error (one line on stderr) and 130 after Ctrl-C.
 import argparse
 import math
 import sys
-import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from tqdm import tqdm
 
 import pipeline
 import runtime
@@ -30,6 +29,7 @@ from adacorr.command import Parser, run_command
 from adacorr.files import check_writable, write_json, written_whole
 from download import BUNDLED
 from evaluate.fidelity import fidelity
+from runtime import Progress
 
 WARM_UP = 6  # steps of both runs before anything is timed: enough for a forecast to be used
 SMALLEST = 64  # pixels at which an image is shown at least; smaller ones are enlarged by repeating pixels
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     pipe = pipeline.load(pipeline.ModelOptions.of(args))
     if doubt := pipeline.caveat(pipe.sampler, cache):
         print(f"sample.py: warning: {doubt}", file=sys.stderr)
-    labels = pipeline.parse_labels(args.class_labels, pipe.model)
+    labels = parse_labels(args.class_labels, pipe.model)
     count = args.num_images or (8 if labels is None else len(labels))
     if labels is not None:
         labels = labels[torch.arange(count) % len(labels)]
@@ -109,7 +109,7 @@ def check(args: argparse.Namespace) -> None:
     if args.compare and args.cache is None and args.adacorr is None:
         raise ValueError("--compare needs a cache to compare with: add --adacorr, --cache POLICY or both")
     if args.class_labels is not None:
-        pipeline.label_numbers(args.class_labels)
+        label_numbers(args.class_labels)
     runtime.check_range("--repeats", args.repeats, 1, 1000)
     if args.num_images is not None:
         runtime.check_range("--num-images", args.num_images, 1, 100_000)
@@ -118,6 +118,35 @@ def check(args: argparse.Namespace) -> None:
     check_writable("--out", args.out)
     if args.record is not None:
         check_writable("--record", args.record)
+
+
+def parse_labels(text: str | None, model: torch.nn.Module) -> Tensor | None:
+    """Comma-separated labels -> (n,) int64; None gives one image of each of the first (at most 16) classes.
+
+    ValueError names the first bad label and the range. An unconditional model takes a number of images instead.
+    """
+    if model.num_classes == 0:
+        if text is not None:
+            raise ValueError("--class-labels has no meaning for an unconditional model; leave it out")
+        return None
+    if text is None:
+        return torch.arange(min(model.num_classes, 16))
+    labels = label_numbers(text)
+    for label in labels:
+        if not 0 <= label < model.num_classes:
+            raise ValueError(f"--class-labels: {label} is outside 0..{model.num_classes - 1}")
+    return torch.tensor(labels)
+
+
+def label_numbers(text: str) -> list[int]:
+    """The whole numbers of a comma-separated list, before there is a model; ValueError names the first that is none."""
+    labels = []
+    for item in text.split(","):
+        try:
+            labels.append(int(item))
+        except ValueError:
+            raise ValueError(f"--class-labels: {item.strip()!r} is not a whole number; give e.g. 0,3,7") from None
+    return labels
 
 
 def describe(
@@ -163,21 +192,13 @@ def timed(
     stop: int | None = None,
 ) -> tuple[Tensor, float]:
     """States (count, C, H, W) of images 0..count-1, final or after `stop` steps, and the seconds without decoding."""
-    synchronize = torch.cuda.synchronize if pipe.device.type == "cuda" else lambda: None
-    with tqdm(
-        total=min(stop or pipe.sampler.num_steps, pipe.sampler.num_steps), desc=title, unit="step", disable=None
-    ) as bar:
+    with Progress(len(range(pipe.sampler.num_steps)[:stop]), "step", title) as progress:
 
         def observe(step: int, x: Tensor, manager: CacheManager | None) -> None:
-            # The rate is counted only when the bar is drawn, because it reads the whole trace.
-            if bar.update() and manager is not None:
-                bar.set_postfix_str(f"hit rate {manager.trace.hit_rate:.0%}")
+            progress.update(1, "" if manager is None else lambda: f"hit rate {manager.trace.hit_rate:.0%}")
 
-        synchronize()
-        start = time.perf_counter()
-        x = pipe.sample(seed, np.arange(count), labels, cache, observe, stop)
-        synchronize()
-        return x, time.perf_counter() - start
+        job = partial(pipe.sample, seed, np.arange(count), labels, cache, observe, stop)
+        return runtime.timed(job, pipe.device)
 
 
 def decode(pipe: pipeline.Pipeline, x: Tensor) -> Tensor:

@@ -64,6 +64,10 @@ class Predictor:
     def __post_init__(self):
         check_options("predictor", self)
 
+    def stands_before_gate(self, unit: Unit) -> bool:
+        """Whether what is stored of a unit is one branch's output before its gate, which a hit then applies."""
+        return self.kind == "branches" and unit.branch is not None
+
 
 @dataclass(frozen=True)
 class Knob:

@@ -10,12 +10,12 @@ from toy import Scheduled, alphas, fitted, make_run, make_view, rows_at, sample,
 
 import adacorr
 from adacorr import AdaCorrection, Algorithm1, CacheManager, Trace, make_policy
-from adacorr.control import BudgetClock, RefreshClock, RefreshRule
+from adacorr.control import AdaptiveClock, BudgetClock, RefreshRule
 from adacorr.correct import blend, correction_weight
 from adacorr.offset import innovation
 from adacorr.policies.fastcache import FastCache
 from adacorr.policy import relative_change
-from adacorr.policy_run import checked_decision as ask
+from adacorr.run import checked_decision
 from diffusion import make_sampler
 from pipeline import gaussian
 
@@ -204,7 +204,7 @@ def test_an_offset_that_is_not_finite_makes_the_next_step_due(monkeypatch, value
     def broken(*arguments):
         score = innovation(*arguments)
         calls.append(1)
-        if len(calls) == 1:  # at the second node, which is the same for all images
+        if len(calls) == 1:  # at the second computed step, which is the same for all images
             score[BAD] = value
         return score
 
@@ -213,7 +213,7 @@ def test_an_offset_that_is_not_finite_makes_the_next_step_due(monkeypatch, value
     same_for_mates(found, clean)
     assert trace.fallbacks == 1
     assert (trace.executed[second + 1, :, :, BAD] == 1).all()
-    assert (trace.executed[second + 2, :, :, BAD] == 0).all()  # and then as after any node
+    assert (trace.executed[second + 2, :, :, BAD] == 0).all()  # and then as after any computed step
     assert bool(torch.isfinite(out).all())
 
 
@@ -229,7 +229,7 @@ def test_a_guidance_difference_that_is_not_finite_makes_the_next_step_due(monkey
             score[BAD] = np.nan
         return score
 
-    # The offsets of the nodes up to this one come first, then that of the difference.
+    # The offsets of the computed steps up to this one come first, then that of the difference.
     at = sum(0 < step <= both for step in clean[1].computed_steps(BAD)) + 1
     monkeypatch.setattr("adacorr.corrected_run.innovation", broken)
     found = run(model, CacheManager(correction=AdaCorrection()))
@@ -258,7 +258,7 @@ def walk(model, manager, steps_lost=()):
     return torch.stack(outputs), manager.trace
 
 
-@pytest.mark.parametrize("name", ["teacache", "first_block", "adacache"])  # with one node to reuse
+@pytest.mark.parametrize("name", ["teacache", "first_block", "adacache"])  # with one computed step to reuse
 def test_a_policy_forgets_what_was_not_finite(name, folder, model):
     policy = make(name, model, folder)
     clean, clean_trace = walk(model, CacheManager(policy))
@@ -272,7 +272,7 @@ def test_a_policy_forgets_what_was_not_finite(name, folder, model):
 
 
 def test_adacorrection_forgets_what_was_not_finite(model):
-    """Steps are computed until an offset was measured on a forecast none of whose three nodes is lost."""
+    """Steps are computed until an offset was measured on a forecast none of whose three steps is lost."""
     correction = AdaCorrection(difference=False, gamma=0.05)
     clean = walk(model, CacheManager(correction=correction))[1].computed_steps(BAD)
     lost = clean[2]
@@ -360,35 +360,35 @@ def test_a_policy_says_what_it_measured_and_is_overruled_and_counted(model):
             return np.zeros(4, dtype=bool)
 
     policy = Never()
-    assert ask(policy, view, policy.decide).tolist() == [False, True, False, True]
+    assert checked_decision(policy, view, policy.decide).tolist() == [False, True, False, True]
     assert view.account.fallbacks == 2
 
 
 @pytest.mark.parametrize("score", [np.nan, np.inf, -np.inf])
 def test_a_clock_without_an_offset_is_due_at_once_and_goes_on_from_there(score):
-    """Gaps of 60 timesteps, 5 apart: 12 steps."""
+    """Intervals of 60 timesteps, 5 apart: 12 steps."""
     images, timesteps = np.array([0, 1]), make_sampler("ddim", 200).timesteps.double().numpy()
-    clock = RefreshClock(RefreshRule(tolerance=0.1, warmup=1), timesteps, lambda t: 60.0, 2, 1.0)
-    clock.restart(images, 0, np.full(2, np.nan))  # the first node has no forecast
-    assert not clock.lost.any()
+    clock = AdaptiveClock(RefreshRule(tolerance=0.1, warmup=1), timesteps, lambda t: 60.0, 2, gamma=1.0)
+    clock.restart(images, 0, np.full(2, np.nan))  # the first computed step has no forecast
+    assert not clock.nonfinite.any()
     assert clock.due.tolist() == [12, 12]
     clock.restart(images, 12, np.array([0.1, score]))
-    assert clock.lost.tolist() == [False, True]
+    assert clock.nonfinite.tolist() == [False, True]
     assert clock.due.tolist() == [24, 13]
-    assert clock.stretch.tolist() == [1, 1]  # nothing was learned
+    assert clock.interval_scale.tolist() == [1, 1]  # nothing was learned
     clock.restart(np.array([1]), 13, np.array([0.1]))
-    assert not clock.lost.any()
+    assert not clock.nonfinite.any()
     assert clock.due.tolist() == [24, 25]
 
 
 def test_a_budget_yields_to_an_offset_that_is_lost():
     timesteps = make_sampler("ddim", 200).timesteps.double().numpy()
-    clock = BudgetClock(RefreshRule(0.1, 1), timesteps, lambda t: 60.0, 1, nodes=2)
+    clock = BudgetClock(RefreshRule(0.1, 1), timesteps, lambda t: 60.0, 1, count=2)
     one = np.array([0])
     clock.restart(one, 0, np.array([np.nan]))
     clock.restart(one, int(clock.due[0]), np.array([np.nan]))
     assert clock.left.tolist() == [0]
-    assert clock.due[0] == clock.node[0] + 1  # and only there
+    assert clock.due[0] == clock.newest[0] + 1  # and only there
     clock.restart(one, int(clock.due[0]), np.array([0.1]))
     assert clock.due[0] == len(timesteps)
 

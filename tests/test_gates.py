@@ -11,7 +11,6 @@ from diffusion import make_sampler
 
 @pytest.fixture(scope="module")
 def model():
-    torch.set_num_threads(1)
     return tiny_dit(depth=3)
 
 
@@ -38,7 +37,7 @@ def exact(model, labels):
 
 def rebuilt(basis, half=0):
     """(B, labels, S, D) from the factors."""
-    return torch.einsum("sq,blqd->blsd", basis.phi, basis.load[half])
+    return torch.einsum("sq,blqd->blsd", basis.basis, basis.loadings[half])
 
 
 def test_at_tolerance_0_the_factors_reproduce_every_gate(model):
@@ -51,8 +50,8 @@ def test_at_tolerance_0_the_factors_reproduce_every_gate(model):
 
 
 def test_the_basis_is_orthonormal(model):
-    phi = fit(model, [0], 0.03).phi
-    assert_close(phi.T @ phi, torch.eye(phi.shape[1]), rtol=0, atol=1e-5)
+    columns = fit(model, [0], 0.03).basis
+    assert_close(columns.T @ columns, torch.eye(columns.shape[1]), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("tolerance", [0.01, 0.1, 0.3])
@@ -66,7 +65,7 @@ def test_the_error_reported_is_the_largest_over_steps_and_labels(model, toleranc
         errors.append((off / torch.linalg.vector_norm(gates, dim=(0, 3))).max())
     assert basis.error == pytest.approx(float(max(errors)), rel=1e-3)
     assert float(errors[1]) <= tolerance * 1.001  # of the null label, from which the basis comes
-    smaller = basis.phi[:, :-1]  # and one direction fewer would not have done
+    smaller = basis.basis[:, :-1]  # and one direction fewer would not have done
     gates = exact(model, [model.null_label])[:, 0].transpose(0, 1).flatten(1)
     rest = torch.linalg.vector_norm(gates - smaller @ (smaller.T @ gates), dim=1)
     assert float((rest / torch.linalg.vector_norm(gates, dim=1)).max()) > tolerance
@@ -81,5 +80,5 @@ def test_the_rank_falls_with_the_tolerance(model):
 
 def test_the_basis_does_not_depend_on_the_labels_in_the_batch(model):
     one, many = fit(model, [2], 0.03), fit(model, [4, 2, 0, 1], 0.03)
-    assert torch.equal(one.phi, many.phi)
-    assert_close(one.load[0][:, 0], many.load[0][:, 1], rtol=1e-5, atol=1e-6)
+    assert torch.equal(one.basis, many.basis)
+    assert_close(one.loadings[0][:, 0], many.loadings[0][:, 1], rtol=1e-5, atol=1e-6)

@@ -15,7 +15,7 @@ import runtime
 from adacorr import AdaCorrection, Algorithm1, CacheManager, files, make_policy
 from diffusion import make_sampler
 from models import DiT
-from pipeline import VAE_SCALE, Pipeline, gaussian, sample_latents
+from pipeline import VAE_SCALE, ModelOptions, Pipeline, gaussian, sample_latents
 
 SHAPE = (3, 8, 8)
 
@@ -29,7 +29,7 @@ def flags(*argv):
 
 @pytest.fixture(scope="module")
 def bundled():
-    return pipeline.load(flags("--device", "cpu"))[0]
+    return pipeline.load(ModelOptions.of(flags("--device", "cpu")))
 
 
 def with_steps(pipe, steps, sampler="ddim", cfg_scale=1.5):
@@ -224,8 +224,9 @@ def test_samplers_with_a_history_are_never_rewound(bundled):
     [
         (["--cfg-scale", "nan"], ["--cfg-scale", "nan"]),
         (["--cfg-scale", "-1"], ["--cfg-scale", "-1"]),
-        (["--seed", "-1"], ["--seed", "-1"]),
-        (["--num-sampling-steps", "1001"], ["1001"]),
+        (["--ckpt", ""], ["--ckpt", "empty"]),
+        (["--num-sampling-steps", "1001"], ["--num-sampling-steps", "1001"]),
+        (["--device", "meta"], ["--device", "meta"]),
         (["--device", "abacus"], ["--device", "abacus"]),
         (["--cache", "intervall"], ["intervall", "did you mean interval"]),
         (["--adacorr", "gama=2"], ["gama", "did you mean gamma"]),
@@ -235,28 +236,11 @@ def test_samplers_with_a_history_are_never_rewound(bundled):
 )
 def test_cheap_mistakes_are_refused_before_loading(monkeypatch, argv, words):
     monkeypatch.setattr(pipeline, "load_checkpoint", lambda *_, **__: pytest.fail("loaded a checkpoint"))
+    args = flags(*argv)
     with pytest.raises(ValueError, match=".") as error:
-        pipeline.load(flags(*argv))
+        pipeline.make_cache(args) or pipeline.load(ModelOptions.of(args))
     assert all(word in str(error.value) for word in words)
     assert "\n" not in str(error.value)
-
-
-def test_labels():
-    model = tiny(num_classes=4)
-    assert pipeline.parse_labels("0, 3,0", model).tolist() == [0, 3, 0]
-    assert pipeline.parse_labels(None, model).tolist() == [0, 1, 2, 3]
-    assert len(pipeline.parse_labels(None, SimpleNamespace(num_classes=1000))) == 16
-    assert pipeline.parse_labels(None, tiny(num_classes=0)) is None
-    for text, words in {
-        "0,4": "4 is outside 0..3",
-        "-1": "-1 is outside 0..3",
-        "0,cat": "'cat'",
-        "": "''",
-    }.items():
-        with pytest.raises(ValueError, match=words):
-            pipeline.parse_labels(text, model)
-    with pytest.raises(ValueError, match="unconditional"):
-        pipeline.parse_labels("0", tiny(num_classes=0))
 
 
 # --------------------------------------------------------------------------------------- decoding and record
