@@ -74,23 +74,22 @@ def search(
         return 0.0 if near else math.log(compute / goal)
 
     known = {value: excess(value) for value in tried}
-    if 0.0 in known.values():
-        pass  # nothing left to search
-    elif isinstance(knob.low, int):
-        values = range(knob.low, knob.high + 1)
-        bisect.bisect_left(values, 0.0, key=lambda value: -excess(value))  # runs both neighbours of the goal
-    else:
-        ends = max(math.log(ENDS[0] / goal), 0.1), min(math.log(ENDS[1] / goal), -0.1)
-        known = {knob.low: ends[0], knob.high: ends[1], **known}
+    if 0.0 not in known.values():
+        guess = max(math.log(ENDS[0] / goal), 0.1), min(math.log(ENDS[1] / goal), -0.1)
+        known = {knob.low: guess[0], knob.high: guess[1], **known}
         values = sorted(known, reverse=knob.low > knob.high)
         last = max((i for i, value in enumerate(values[:-1]) if known[value] > 0), default=0)
-        low, high = values[last : last + 2]  # the goal lies between them
+        low, high = values[last], values[: last + 2][-1]  # the goal lies between them
 
         def at(logarithm: float) -> float:
             value = float(f"{math.exp(logarithm):.4g}")
             return known[value] if value in (low, high) else excess(value)
 
-        if known[low] > 0 > known[high]:
+        if isinstance(knob.low, int):
+            step = 1 if low <= high else -1
+            whole = range(int(low), int(high) + step, step)
+            bisect.bisect_left(whole, 0.0, key=lambda value: -excess(value))  # runs both neighbours of the goal
+        elif known[low] > 0 > known[high]:
             brentq(at, math.log(low), math.log(high), xtol=NARROW, maxiter=TRIES, disp=False)
     allowed = [row for row in tried.values() if row.compute <= most] or list(tried.values())
     return min(allowed, key=lambda row: abs(math.log(row.compute / target)))
