@@ -18,7 +18,7 @@ import torch
 from adacorr.command import Parser, run_command
 from benchmarks.tables import show
 from diffusion import make_sampler
-from download import Checkpoint
+from checkpoint import Checkpoint
 from evaluate.bench import Bench, Setting
 from models import DiT_models
 from pipeline import Pipeline

@@ -23,7 +23,7 @@ from adacorr.policies.never import Never
 from adacorr.policies.taylorseer import TaylorSeer
 from adacorr.policy import Knob
 from adacorr.spec import parse_spec
-from download import save_checkpoint
+from checkpoint import save_checkpoint
 from evaluate import compare, report
 from evaluate.__main__ import main
 from evaluate.bench import NEAR, Bench, Row, Setting

@@ -295,8 +295,8 @@ def test_the_trace_says_what_was_computed_and_rewound(model):
     assert (trace.score[scored] > 0).all()
     blocks = 3 * sum(len(s) for half in (0, 1) for s in computed(manager, half))
     total = 30 * 3 * 3 * 2
-    executed = blocks * model.block_flops() + total * model.gate_flops()
-    assert trace.compute == pytest.approx(executed / (total * model.block_flops()))
+    executed = blocks * sum(model.branch_flops()) + total * model.gate_flops()
+    assert trace.compute == pytest.approx(executed / (total * sum(model.branch_flops())))
     assert trace.hit_rate == pytest.approx(1 - blocks / total)
     between = [b - a - 1 for steps in computed(manager) for a, b in zip(steps, steps[1:], strict=False)]
     assert trace.rewound == sum(between) > 0
@@ -324,7 +324,7 @@ def test_a_budget_is_used_up_and_never_exceeded(model, steps, cfg_scale):
         for difference in (True, False):
             manager = corrected(budget=budget, difference=difference)
             sample(model, steps=steps, cfg_scale=cfg_scale, cache=manager)
-            gates = steps * model.gate_flops() / model.block_flops()
+            gates = steps * model.gate_flops() / sum(model.branch_flops())
             halves = manager.trace.halves
             infers = difference and halves == 2
             ran, both = split_budget(budget - gates, steps, halves, cfg_scale - 1 if infers else None)

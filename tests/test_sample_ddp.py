@@ -21,7 +21,7 @@ from toy import save_tiny
 import pipeline
 import sample_ddp
 from diffusion import DDIM
-from download import save_checkpoint
+from checkpoint import save_checkpoint
 from fid_run import images, job, record, worker
 from fid_run.labels import make_labels
 from models import DiT
