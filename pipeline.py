@@ -14,8 +14,9 @@ from torch import Tensor
 
 from adacorr import Algorithm1, CacheManager
 from adacorr.policies import names as policy_names
+from adacorr.run import take_rows
+from checkpoint import BUNDLED, VAES, Checkpoint, build_model, load_checkpoint, load_vae, released_name
 from diffusion import Sampler, linear_betas, make_sampler, names
-from download import BUNDLED, VAES, Checkpoint, build_model, load_checkpoint, load_vae, released_name
 from models import DiT, DiT_models, guide_first, guided_channels
 from runtime import DTYPES, check_range, find_device, random_stream
 
@@ -70,7 +71,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--sampler", metavar="NAME[:key=value,...]", help=f"{', '.join(names())}, or a diffusers scheduler class")
     add("--num-sampling-steps", type=int, help="1 to 1000 (default %(default)s)")
-    add("--seed", "--global-seed", type=int, default=0, help="image i is drawn from (seed, i) alone (default 0)")
+    add("--seed", "--global-seed", type=_seed, default=0, help="image i is drawn from (seed, i) alone (default 0)")
     add("--dtype", choices=sorted(DTYPES), help="of the model (default %(default)s)")
     add("--device", help="default: cuda where there is one, else cpu")
     add("--offline", action="store_true", help="never download; say what is missing")
@@ -78,6 +79,17 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--allow-unverified", action="store_true", help="go on when a checkpoint's digest differs from the recorded one"
     )
     parser.set_defaults(**asdict(ModelOptions()))
+
+
+def _seed(text: str) -> int:
+    """A seed from the command line."""
+    try:
+        seed = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if not 0 <= seed < 2**63:
+        raise argparse.ArgumentTypeError(f"{seed} is outside 0..{2**63 - 1}")
+    return seed
 
 
 def add_cache_flags(parser: argparse.ArgumentParser) -> None:
@@ -217,35 +229,6 @@ def describe_cache(cache: CacheManager | None) -> dict[str, Any] | None:
     return {key: {"name": type(part).__name__, **asdict(part)} for key, part in parts.items() if part is not None}
 
 
-def parse_labels(text: str | None, model: DiT) -> Tensor | None:
-    """Comma-separated labels -> (n,) int64; None gives one image of each of the first (at most 16) classes.
-
-    ValueError names the first bad label and the range. An unconditional model takes a number of images instead.
-    """
-    if model.num_classes == 0:
-        if text is not None:
-            raise ValueError("--class-labels has no meaning for an unconditional model; leave it out")
-        return None
-    if text is None:
-        return torch.arange(min(model.num_classes, 16))
-    labels = label_numbers(text)
-    for label in labels:
-        if not 0 <= label < model.num_classes:
-            raise ValueError(f"--class-labels: {label} is outside 0..{model.num_classes - 1}")
-    return torch.tensor(labels)
-
-
-def label_numbers(text: str) -> list[int]:
-    """The whole numbers of a comma-separated list, before there is a model; ValueError names the first that is none."""
-    labels = []
-    for item in text.split(","):
-        try:
-            labels.append(int(item))
-        except ValueError:
-            raise ValueError(f"--class-labels: {item.strip()!r} is not a whole number; give e.g. 0,3,7") from None
-    return labels
-
-
 # ----------------------------------------------------------------------------------------- noise and loop
 
 
@@ -283,47 +266,32 @@ def sample_latents(
     profiles of caching methods are held to; `stop` ends the run after that many steps. Returns the final state
     (n, C, H, W) float32.
 
-    After an image was computed again, the steps since its last computation are taken once more with activations that
-    are interpolated instead of extrapolated (`CacheRun.rewind`). They cost no block, and the state that the image goes
-    on from is the corrected one.
+    Under AdaCorrection the steps before a computed one are taken once more with activations that are interpolated
+    instead of extrapolated (`CachedRun.rewind`). They cost no block, and the image goes on from the corrected state.
     """
     n, dtype = len(noise), next(model.parameters()).dtype
     everyone = np.arange(n)
     guided = cfg_scale != 1.0
     null = torch.full_like(labels, model.null_label) if guided else None
 
-    def evaluate(step: int, x: Tensor, rows: np.ndarray) -> Tensor:
+    def evaluate(step: int, x: Tensor, images: np.ndarray) -> Tensor:
         z = sampler.model_input(step, x).to(dtype)
         t = sampler.timesteps[step].to(z.device).expand(1 if labels is not None else len(z))
         if not guided:
-            return model(z, t, pick(labels, rows)).float()
-        y = torch.cat([pick(labels, rows), null[: len(rows)]])
+            return model(z, t, take_rows(labels, images)).float()
+        y = torch.cat([take_rows(labels, images), null[: len(images)]])
         return guide_first(model(z, t, y), cfg_scale, model.in_channels, cfg_channels).float()
 
-    def advance(step: int, x: Tensor, out: Tensor, rows: np.ndarray) -> Tensor:
+    def advance(step: int, x: Tensor, out: Tensor, images: np.ndarray) -> Tensor:
         wanted = sampler.stochastic and step_noise is not None
-        return sampler.step(step, x, out, step_noise(step, rows) if wanted else None)
+        return sampler.step(step, x, out, step_noise(step, images) if wanted else None)
 
-    def pick(values: Tensor | None, rows: np.ndarray) -> Tensor | None:
-        """values[rows], without a copy where that is all of them."""
-        if values is None or len(rows) == len(values):
-            return values
-        return values[torch.from_numpy(rows).to(values.device)]
-
-    def put(values: Tensor, rows: np.ndarray, new: Tensor) -> Tensor:
-        """`values` with the rows replaced, a new tensor."""
-        if len(rows) == len(values):
-            return new
-        return values.index_copy(0, torch.from_numpy(rows).to(values.device), new)
-
-    if cache is not None:
+    if cache is None:
+        opened = nullcontext()
+    else:
         grid = cache.grid(model, sampler.timesteps, cfg_scale, model_id, sampler.spec)
         sampler = sampler if grid is sampler.timesteps else sampler.on(grid.numpy())
-    x = sampler.prepare(noise)
-    opened = (
-        nullcontext()
-        if cache is None
-        else cache.run(
+        opened = cache.run(
             model,
             labels,
             sampler.timesteps,
@@ -334,28 +302,15 @@ def sample_latents(
             model_id=model_id,
             sampler=sampler.spec,
         )
-    )
+    x = sampler.prepare(noise)
     with opened as run:
-        anchor = x  # each image's state where its next rewind starts
         for step in range(sampler.num_steps)[:stop]:
             if run is not None:
                 run.begin_step(step)
             out = evaluate(step, x, everyone)
-            if run is not None and run.rewind is not None:
-                images, start = run.rewind.images, run.rewind.start
-                z = pick(anchor, images)
-                for past in range(start.min(), step):
-                    rows = np.flatnonzero(start <= past)
-                    state = pick(z, rows)
-                    with run.replay(images[rows], past):
-                        again = evaluate(past, state, images[rows])
-                    z = put(z, rows, advance(past, state, again, images[rows]))
-                with run.replay(images, step):
-                    out = put(out, images, evaluate(step, z, images))
-                x = put(x, images, z)
+            if run is not None:
+                x, out = run.rewind(x, out, evaluate, advance)
             x = advance(step, x, out, everyone)
-            if run is not None and len(run.anchored):
-                anchor = put(anchor, run.anchored, pick(x, run.anchored))
             if observe is not None:
                 observe(step, x, cache)
     return x

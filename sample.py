@@ -9,31 +9,28 @@ The exit code is 0, 2 after an error (one line on stderr) and 130 after Ctrl-C.
 """
 
 import argparse
-import math
 import sys
-import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from tqdm import tqdm
 
 import pipeline
 import runtime
 from adacorr import CacheManager
 from adacorr.command import Parser, run_command
-from adacorr.files import check_writable, write_json, written_whole
-from download import BUNDLED
+from adacorr.files import check_writable, write_json
+from checkpoint import BUNDLED
 from evaluate.fidelity import fidelity
+from pictures import grid, save_png, side_by_side
+from runtime import Progress
 
 WARM_UP = 6  # steps of both runs before anything is timed: enough for a forecast to be used
-SMALLEST = 64  # pixels at which an image is shown at least; smaller ones are enlarged by repeating pixels
-GAP = 2  # pixels between images; between the two grids of --compare it is four times as much
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -64,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     pipe = pipeline.load(pipeline.ModelOptions.of(args))
     if doubt := pipeline.caveat(pipe.sampler, cache):
         print(f"sample.py: warning: {doubt}", file=sys.stderr)
-    labels = pipeline.parse_labels(args.class_labels, pipe.model)
+    labels = parse_labels(args.class_labels, pipe.model)
     count = args.num_images or (8 if labels is None else len(labels))
     if labels is not None:
         labels = labels[torch.arange(count) % len(labels)]
@@ -109,7 +106,7 @@ def check(args: argparse.Namespace) -> None:
     if args.compare and args.cache is None and args.adacorr is None:
         raise ValueError("--compare needs a cache to compare with: add --adacorr, --cache POLICY or both")
     if args.class_labels is not None:
-        pipeline.label_numbers(args.class_labels)
+        label_numbers(args.class_labels)
     runtime.check_range("--repeats", args.repeats, 1, 1000)
     if args.num_images is not None:
         runtime.check_range("--num-images", args.num_images, 1, 100_000)
@@ -118,6 +115,35 @@ def check(args: argparse.Namespace) -> None:
     check_writable("--out", args.out)
     if args.record is not None:
         check_writable("--record", args.record)
+
+
+def parse_labels(text: str | None, model: torch.nn.Module) -> Tensor | None:
+    """Comma-separated labels -> (n,) int64; None gives one image of each of the first (at most 16) classes.
+
+    ValueError names the first bad label and the range. An unconditional model takes a number of images instead.
+    """
+    if model.num_classes == 0:
+        if text is not None:
+            raise ValueError("--class-labels has no meaning for an unconditional model; leave it out")
+        return None
+    if text is None:
+        return torch.arange(min(model.num_classes, 16))
+    labels = label_numbers(text)
+    for label in labels:
+        if not 0 <= label < model.num_classes:
+            raise ValueError(f"--class-labels: {label} is outside 0..{model.num_classes - 1}")
+    return torch.tensor(labels)
+
+
+def label_numbers(text: str) -> list[int]:
+    """The whole numbers of a comma-separated list, before there is a model; ValueError names the first that is none."""
+    labels = []
+    for item in text.split(","):
+        try:
+            labels.append(int(item))
+        except ValueError:
+            raise ValueError(f"--class-labels: {item.strip()!r} is not a whole number; give e.g. 0,3,7") from None
+    return labels
 
 
 def describe(
@@ -163,21 +189,13 @@ def timed(
     stop: int | None = None,
 ) -> tuple[Tensor, float]:
     """States (count, C, H, W) of images 0..count-1, final or after `stop` steps, and the seconds without decoding."""
-    synchronize = torch.cuda.synchronize if pipe.device.type == "cuda" else lambda: None
-    with tqdm(
-        total=min(stop or pipe.sampler.num_steps, pipe.sampler.num_steps), desc=title, unit="step", disable=None
-    ) as bar:
+    with Progress(len(range(pipe.sampler.num_steps)[:stop]), "step", title) as progress:
 
         def observe(step: int, x: Tensor, manager: CacheManager | None) -> None:
-            # The rate is counted only when the bar is drawn, because it reads the whole trace.
-            if bar.update() and manager is not None:
-                bar.set_postfix_str(f"hit rate {manager.trace.hit_rate:.0%}")
+            progress.update(1, "" if manager is None else lambda: f"hit rate {manager.trace.hit_rate:.0%}")
 
-        synchronize()
-        start = time.perf_counter()
-        x = pipe.sample(seed, np.arange(count), labels, cache, observe, stop)
-        synchronize()
-        return x, time.perf_counter() - start
+        job = partial(pipe.sample, seed, np.arange(count), labels, cache, observe, stop)
+        return runtime.timed(job, pipe.device)
 
 
 def decode(pipe: pipeline.Pipeline, x: Tensor) -> Tensor:
@@ -188,43 +206,6 @@ def decode(pipe: pipeline.Pipeline, x: Tensor) -> Tensor:
             f"image {broken[0]} holds infinite or undefined values: sample with --dtype and --cache-dtype fp32"
         )
     return pipe.decode(x)
-
-
-# --------------------------------------------------------------------------------------------- the pictures
-
-
-def grid(images: Tensor) -> Image.Image:
-    """uint8 (n, H, W, 3) -> one picture, row by row; a full rectangle where n has one not too wide."""
-    n, height, width, _ = images.shape
-    zoom = max(1, SMALLEST // height)
-    width, height = width * zoom, height * zoom
-    narrowest = math.isqrt(n - 1) + 1
-    columns = next((c for c in range(narrowest, 2 * narrowest) if n % c == 0), narrowest)
-    rows = math.ceil(n / columns)
-    sheet = Image.new("RGB", (columns * (width + GAP) - GAP, rows * (height + GAP) - GAP), "white")
-    for i, image in enumerate(images.numpy()):
-        tile = Image.fromarray(image.repeat(zoom, axis=0).repeat(zoom, axis=1))
-        sheet.paste(tile, (i % columns * (width + GAP), i // columns * (height + GAP)))
-    return sheet
-
-
-def side_by_side(left: Image.Image, right: Image.Image, captions: Sequence[str]) -> Image.Image:
-    """Two pictures of one size with a caption over each."""
-    font = ImageFont.load_default()
-    boxes = [font.getbbox(caption) for caption in captions]
-    top = math.ceil(max(box[3] for box in boxes)) + 2 * GAP
-    width = max(left.width, *(math.ceil(box[2]) for box in boxes))
-    sheet = Image.new("RGB", (2 * width + 4 * GAP, top + left.height), "white")
-    for x, picture, caption in zip((0, width + 4 * GAP), (left, right), captions, strict=True):
-        sheet.paste(picture, (x, top))
-        ImageDraw.Draw(sheet).text((x, GAP), caption, fill="black", font=font)
-    return sheet
-
-
-def save_png(path: Path, picture: Image.Image) -> None:
-    """A PNG, whole or not at all."""
-    with written_whole(path) as temporary:
-        picture.save(temporary, format="PNG")
 
 
 # --------------------------------------------------------------------------------------------- what is said

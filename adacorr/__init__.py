@@ -12,24 +12,23 @@ print(manager.trace.compute, manager.trace.hit_rate)
 """
 
 from adacorr.correct import AdaCorrection, Algorithm1, blend, correction_weight, parse_correction
-from adacorr.corrected_run import Rewind
-from adacorr.manager import CacheManager, CacheRun
+from adacorr.manager import CacheManager
 from adacorr.offset import innovation, offset_score, spatial_variation, temporal_deviation
 from adacorr.policies import available, make_policy
 from adacorr.policy import Cached, Policy, Predictor, Ran, RunInfo, View
+from adacorr.run import CachedRun
 from adacorr.trace import Trace
 from adacorr.unit import Unit, by_branch
 
 __all__ = [
     "AdaCorrection",
     "CacheManager",
-    "CacheRun",
+    "CachedRun",
     "Cached",
     "Algorithm1",
     "Policy",
     "Predictor",
     "Ran",
-    "Rewind",
     "RunInfo",
     "Trace",
     "Unit",

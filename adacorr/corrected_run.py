@@ -1,11 +1,10 @@
 """AdaCorrection's practical form: steps are computed or forecast as a whole, and computed ones correct the forecast.
 
-All branches of an image are forecast from the same computed steps (*nodes*) with the same weights; treating branches
-differently makes the parts of a step disagree. A policy, if there is one, proposes steps; the offset decides.
+All branches of an image are forecast from the same computed steps with the same weights; treating branches differently
+makes the parts of a step disagree. A policy, if there is one, proposes steps; the offset decides.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,9 +15,18 @@ from adacorr.control import Controller
 from adacorr.correct import AdaCorrection
 from adacorr.offset import innovation
 from adacorr.policy import Policy, Ran, RunInfo, View, scatter
-from adacorr.policy_run import checked_decision, count_modulations, make_view
+from adacorr.run import (
+    Advance,
+    CachedRun,
+    Evaluate,
+    checked_decision,
+    count_modulations,
+    make_view,
+    put_rows,
+    take_rows,
+)
 from adacorr.store import ComputedRows, FreshStep, UnitStore
-from adacorr.trace import Trace, check_call
+from adacorr.trace import Trace
 from adacorr.unit import Conditioning, Unit, check_units, run_unit
 
 # Most steps that one forecast covers: it holds that many outputs of the stack besides the history.
@@ -26,248 +34,275 @@ LOOK_AHEAD = 8
 
 
 @dataclass(frozen=True)
-class Rewind:
-    """Images (m,) whose steps `start` (m,) .. now - 1 are to be taken again with interpolated activations."""
+class Probe:
+    """What the policy's leading blocks gave in this step, for all rows that it sees."""
 
-    images: np.ndarray
-    start: np.ndarray
+    out: Tensor  # (visible halves * n, T, D)
+    branches: list[tuple[Tensor, ...]]  # of each block
 
 
-class CorrectedRun:
-    """One run's state. The sampling loop calls `begin_step`, then the model; after the model it looks at `rewind`."""
+@dataclass(frozen=True)
+class Plan:
+    """What one step computes, and why.
+
+    rows      rows of the stacked batch that are computed, None for all of them
+    weight    (n,) of Eq. 6, read as urgency
+    forecast  what the stack is forecast to add to all images, (n, T, D) for each half; None without a past
+    """
+
+    computed: ComputedRows
+    rows: Tensor | None
+    weight: np.ndarray
+    forecast: list[Tensor] | None
+    probe: Probe | None
+    view: View | None  # what the policy sees, if there is one
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What the stack gave for the computed rows of a plan. inferred (a, T, D): what their unconditional halves add."""
+
+    out: Tensor
+    added: Tensor
+    fresh: FreshStep
+    inferred: Tensor | None
+
+
+class CorrectedRun(CachedRun):
+    """State of one sampling run under AdaCorrection.
+
+    With `infers` the unconditional half of an image follows from the conditional one and the guidance difference
+    wherever it is not computed; the policy then sees one half only. `rewindable`: the sampler can take a step again.
+    """
 
     def __init__(
         self,
         policy: Policy | None,
         correction: AdaCorrection,
         controller: Controller,
-        run: RunInfo,
+        info: RunInfo,
         trace: Trace,
-        segment: UnitStore,
+        store: UnitStore,
         rewindable: bool,
     ):
-        """`run` is what the policy sees: one half where the unconditional one is carried."""
-        self.policy, self.correction, self.controller = policy, correction, controller
-        self.info, self.trace, self.segment = run, trace, segment
-        self.images, self.halves, self.depth = trace.images, trace.halves, run.depth
-        self.everyone = np.arange(self.images)
-        self.carries = segment.gap is not None
-        self.rewinds = rewindable and correction.rewind
-        self.step: int | None = None
-        self.rewind: Rewind | None = None
-        self.last = np.full(self.images, -1)  # newest step that computed the stack
-        self._replay: tuple[np.ndarray, int] | None = None
+        super().__init__(info, trace)
+        self.policy, self.correction, self.controller, self.store = policy, correction, controller, store
+        self.halves, self.infers = trace.halves, controller.infers
+        self.everyone = np.arange(info.images)
+        self.last = np.full(info.images, -1)  # newest computed step of each image,
+        self.previous = self.last  # and the one before the current step
         self._ahead: tuple[range, list[Tensor]] = (range(0), [])  # forecasts of coming steps
+        self.rewinds = rewindable and correction.rewind
+        self._anchor: Tensor | None = None  # (n, ...): each image's state where its next rewind starts
         self._added: Tensor | None = None  # (halves * n, T, D): what the stack added in the current step
-        self._between: list[Tensor] | None = None
-        self.units = [Unit(0, self.depth)] if policy is None else policy.units(self.depth)
-        self.probe = 0 if policy is None else policy.probe(self.depth)
-        if policy is not None:
-            check_units(policy.name, self.units, self.depth)
-        # The probe runs in every step; the policy is told about the units after it, once they ran.
-        self.units = [unit for unit in self.units if unit.start >= self.probe] or [Unit(self.depth, self.depth)]
+        self._replayed: Tensor | None = None  # what it is to add in a step that is taken again
+        self._set_units(policy, info.depth)
 
-    # ------------------------------------------------------------------ the sampling loop's side
+    def _set_units(self, policy: Policy | None, depth: int) -> None:
+        """The probe runs in every step; the policy is told about the units after it, once they ran."""
+        units = [Unit(0, depth)] if policy is None else policy.units(depth)
+        self.probe = 0 if policy is None else policy.probe(depth)
+        if policy is not None:
+            check_units(policy.name, units, depth)
+        self.units = [unit for unit in units if unit.start >= self.probe] or [Unit(depth, depth)]
 
     @property
     def bytes(self) -> int:
-        """Bytes of stored tensors."""
-        return self.segment.bytes + (0 if self.policy is None else self.policy.bytes)
-
-    def begin_step(self, step: int) -> None:
-        """Announce the step (0..S-1, in sampling order) that the next model call belongs to."""
-        self.step, self.rewind, self._replay, self._between = step, None, None, None
-
-    @contextmanager
-    def replay(self, images: np.ndarray, step: int) -> Iterator[None]:
-        """Within, the model is called on `images` (m,) at an earlier step or this one again; no block runs."""
-        self._replay = (images, step)
-        try:
-            yield
-        finally:
-            self._replay = None
-
-    @property
-    def anchored(self) -> np.ndarray:
-        """(m,) images whose next rewind starts right after the current step: their state there is to be kept."""
-        return np.flatnonzero(self.last == self.step) if self.rewinds else self.everyone[:0]
-
-    # ------------------------------------------------------------------ the model's side
+        return self.store.bytes + (0 if self.policy is None else self.policy.bytes)
 
     def run_blocks(self, blocks: Sequence[nn.Module], x: Tensor, c: Tensor) -> Tensor:
-        """The stack of blocks through the cache: x (halves * n, T, D), c (halves * n, D) -> (halves * n, T, D)."""
-        if self._replay is not None:
-            return x + self._replayed().to(x.dtype)
-        check_call(self.trace, self.step, x)
-        probed = self._run_probe(blocks, x, c)
-        view, want = self._ask_policy(blocks, x, c, probed)
+        if self._replayed is not None:
+            return x + self._replayed.to(x.dtype)
+        self.check_call(x)
+        plan = self._plan(x, c)
+        computed = self._compute(plan, x, c)
+        self._learn(plan, computed)
+        out = self._assemble(plan, computed, x)
+        self._finish(plan, computed, out - x if self.rewinds else None)
+        return out
+
+    # ------------------------------------------------------------------ the plan of a step
+
+    def _plan(self, x: Tensor, c: Tensor) -> Plan:
+        """Ask the policy and the controller what is computed, and forecast the rest."""
+        probe = self._run_probe(x, c)
+        view, wanted = self._ask_policy(x, c, probe)
         # Nothing to forecast from yet, or no telling how good the forecast is: a measure was not finite.
-        empty, lost = self.segment.empty, self.controller.lost
-        must = empty | lost if view is None else empty | lost | view.failed
-        self.trace.fallbacks += int((lost if view is None else lost & ~view.failed).sum())  # `ask` counts the others
-        weight, cond, uncond = self.controller.decide(self.step, want | empty, must)
-        active = ComputedRows(np.flatnonzero(cond), np.flatnonzero(uncond) if self.halves == 2 else self.everyone[:0])
-        everything = bool(cond.all() and (uncond.all() or self.halves == 1))
-        rows = None if everything else torch.from_numpy(active.rows(self.images)).to(x.device)
-        head = out = fresh = None
-        if cond.any():
-            head = x if rows is None else x[rows]
-            out, fresh = self._compute(active, head, c if rows is None else c[rows], probed, view)
+        empty, nonfinite = self.store.empty, self.controller.nonfinite
+        failed = np.zeros_like(empty) if view is None else view.failed
+        self.trace.fallbacks += int((nonfinite & ~failed).sum())  # `checked_decision` counts the others
+        weight, cond, uncond = self.controller.decide(self.step, wanted | empty, empty | nonfinite | failed)
+        both = np.flatnonzero(uncond) if self.halves == 2 else self.everyone[:0]
+        computed = ComputedRows(np.flatnonzero(cond), both)
+        everything = cond.all() and (uncond.all() or self.halves == 1)
+        rows = None if everything else torch.from_numpy(computed.rows(self.info.images)).to(x.device)
+        return Plan(computed, rows, weight, None if empty.any() else self._forecast(), probe, view)
 
-        # The forecast is for images that skip, to measure offsets against, and for the half that is carried: that one
-        # adds what the computed half did, less the forecast difference of the two.
-        guess = None if empty.any() else self._forecast()
-        carried, score = None, np.full(self.images, np.nan)
-        if out is not None:
-            added = out - head
-            if guess is not None and self.carries:
-                own = torch.from_numpy(active.cond).to(x.device)
-                carried = added[: len(active.cond)] + (guess[1] - guess[0])[own]
-            score = self._measure(guess, carried, added, active)
-        result = out if everything else self._merge(x, guess, carried, out, rows, active)
-        self._finish(fresh, active, result, x, score, weight, view)
-        return result
-
-    # ------------------------------------------------------------------ parts of a step
-
-    def _run_probe(self, blocks, x, c) -> tuple[Tensor, list[tuple[Tensor, ...]]] | None:
-        """The probe's output for all rows that the policy sees, with its branches: they are computed once only."""
+    def _run_probe(self, x: Tensor, c: Tensor) -> Probe | None:
         if not self.probe:
             return None
-        seen, branches = self.info.visible_halves * self.images, []
-        out = x[:seen]
-        for block in blocks[: self.probe]:
-            out = block(out, c[:seen], lambda *pair: branches.append(pair))
+        visible, branches = self.info.visible_halves * self.info.images, []
+        out = x[:visible]
+        for block in self.info.blocks[: self.probe]:
+            out = block(out, c[:visible], lambda *pair: branches.append(pair))
         self.trace.executed[self.step, : self.probe, :, :, : self.info.visible_halves] = 1
-        return out, branches
+        return Probe(out, branches)
 
-    def _ask_policy(self, blocks, x, c, probed) -> tuple[View | None, np.ndarray]:
+    def _ask_policy(self, x: Tensor, c: Tensor, probe: Probe | None) -> tuple[View | None, np.ndarray]:
         """(what the policy sees, (n,) bool: images for which it proposes to compute the step)."""
         if self.policy is None:
-            return None, np.zeros(self.images, dtype=bool)
-        seen = self.info.visible_halves * self.images
-        head, conditioning = x[:seen] if probed is None else probed[0], Conditioning(blocks, c[:seen])
-        view = make_view(self.info, self.step, self.units[0], head, x[:seen], self.last, conditioning, self.trace)
+            return None, np.zeros(self.info.images, dtype=bool)
+        visible = self.info.visible_halves * self.info.images
+        head = x[:visible] if probe is None else probe.out
+        conditioning = Conditioning(self.info.blocks, c[:visible])
+        view = make_view(self.info, self.step, self.units[0], head, x[:visible], self.last, conditioning, self.trace)
         return view, checked_decision(self.policy, view, self.policy.propose)
-
-    def _compute(
-        self, active: ComputedRows, x: Tensor, c: Tensor, probed, view: View | None
-    ) -> tuple[Tensor, FreshStep]:
-        """The stack for the active rows: x (rows, T, D) -> (its output, what is to be stored)."""
-        fresh = self.segment.collect(active)
-        conditioning = Conditioning(self.info.blocks, c)
-        if probed is not None:
-            x = self._resume(active, x, conditioning, probed, fresh)
-        for unit in self.units:
-            out, branch = run_unit(unit, x, conditioning, fresh.tap())
-            if self.policy is not None:
-                self._tell(view, unit, active, x, out, branch)
-            x = out
-        fresh.finish()
-        return x, fresh
-
-    def _resume(self, active: ComputedRows, x: Tensor, conditioning: Conditioning, probed, fresh: FreshStep) -> Tensor:
-        """Where the probe ends, for the active rows x: rows that it saw are taken from it, the others run."""
-        out, branches = probed
-        own = torch.from_numpy(active.rows(self.images) if self.info.visible_halves == self.halves else active.cond)
-        own = own.to(x.device)
-        rest, done = x[len(own) :], out[own]
-        for block, pair in zip(conditioning.blocks, branches, strict=False):
-            ran: list[Tensor] = []
-            if len(rest):
-                rest = block(rest, conditioning.c[len(own) :], lambda *new, to=ran: to.extend(new))
-            fresh.tap()(*(torch.cat([seen[own], *ran[i : i + 1]]) for i, seen in enumerate(pair)))
-        return torch.cat([done, rest])
-
-    def _tell(
-        self, view: View, unit: Unit, active: ComputedRows, x: Tensor, out: Tensor, branch: Tensor | None
-    ) -> None:
-        """Let the policy know what a unit gave, in the halves that it sees."""
-        shape = (self.info.visible_halves, len(active.cond))
-        x, out, branch = (None if v is None else v[: shape[0] * shape[1]].unflatten(0, shape) for v in (x, out, branch))
-        if unit is not self.units[0]:
-            view = replace(view, unit=unit, x=scatter(None, active.cond, x, self.images))
-        self.policy.computed(view, Ran(active.cond, x, out, branch))
 
     def _forecast(self) -> list[Tensor]:
         """What the stack is forecast to add for all images at this step: (n, T, D) for each half.
 
-        Where the steps up to the next node are known, one pass over the stored tensors serves them all.
+        Where the steps up to the next computed one are known, one pass over the stored tensors serves them all.
         """
         steps, ahead = self._ahead
         if self.step not in steps:
             stop = self.step + 1
             if self.policy is None:
-                due = self.controller.next_due() + 1  # the offset is measured at the node itself
+                due = self.controller.next_due() + 1  # the offset is measured at the computed step itself
                 stop = int(np.clip(due, stop, min(self.step + LOOK_AHEAD, self.info.num_steps)))
             steps = range(self.step, stop)
-            ahead = self.segment.predict(self.everyone, np.arange(self.step, stop))
+            ahead = self.store.predict(self.everyone, np.arange(self.step, stop))
             self._ahead = steps, ahead
         return [half[:, self.step - steps.start] for half in ahead]
 
-    def _merge(self, x, guess, carried, out, rows, active) -> Tensor:
-        """Output of the stack for all rows from its forecast, the carried halves and the computed rows."""
-        n = self.images
-        result = torch.empty_like(x)
-        for half, value in enumerate(guess or ()):
-            own = slice(half * n, (half + 1) * n)
-            torch.add(x[own], value.to(x.dtype), out=result[own])
-        if carried is not None:
-            null_rows = torch.from_numpy(active.cond + n).to(x.device)
-            result[null_rows] = x[null_rows] + carried.to(x.dtype)
-        if out is not None:
-            result[rows] = out
-        return result
+    # ------------------------------------------------------------------ what is computed
 
-    def _measure(self, guess, carried, added, active) -> np.ndarray:
-        """Offsets (n,) of what was just computed against its forecast; the controller learns them."""
-        offset, gap_offset = np.full(len(active.cond), np.nan), np.full(len(active.uncond), np.nan)
-        lam, a = self.correction.spatial_weight, len(active.cond)
-        index = torch.from_numpy(active.cond).to(added.device)
-        if guess is not None and not self.carries:
-            fresh = added.unflatten(0, (self.halves, -1)).transpose(0, 1).flatten(1, 2)
-            offset = innovation(fresh, torch.cat([g[index] for g in guess], dim=1), lam).cpu().numpy()
-        elif guess is not None:
-            offset = innovation(added[:a], guess[0][index], lam).cpu().numpy()
-            if len(active.uncond):
-                known = carried[torch.from_numpy(active.shared).to(added.device)]
-                gap_offset = innovation(added[a:], known, lam).cpu().numpy()
-        score = np.full(self.images, np.nan)
-        score[active.cond] = self.controller.learn(self.step, active.cond, offset, active.uncond, gap_offset)
-        return score
+    def _compute(self, plan: Plan, x: Tensor, c: Tensor) -> Computed | None:
+        """The stack for the plan's rows, None where there are none: x (halves * n, T, D)."""
+        if not len(plan.computed.cond):
+            return None
+        head, c = (x, c) if plan.rows is None else (x[plan.rows], c[plan.rows])
+        conditioning, fresh = Conditioning(self.info.blocks, c), self.store.collect(plan.computed)
+        out = head if plan.probe is None else self._resume(plan, head, conditioning, fresh)
+        for unit in self.units:
+            unit_in = out
+            out, branch = run_unit(unit, unit_in, conditioning, fresh.tap)
+            if plan.view is not None:
+                self._tell(plan, unit, unit_in, out, branch)
+        fresh.finish(head, out, None)
+        added, inferred = out - head, None
+        if plan.forecast is not None and self.infers:
+            # The inferred half adds what the computed one did, less the forecast difference of the two.
+            own = torch.from_numpy(plan.computed.cond).to(x.device)
+            inferred = added[: len(own)] + (plan.forecast[1] - plan.forecast[0])[own]
+        return Computed(out, added, fresh, inferred)
 
-    def _finish(self, fresh, active, result, x, score, weight, view) -> None:
-        """Store the node, ask for the rewind, write the trace."""
-        if fresh is not None:
-            self.segment.store(fresh, self.step)
+    def _resume(self, plan: Plan, x: Tensor, conditioning: Conditioning, fresh: FreshStep) -> Tensor:
+        """Where the probe ends, for the computed rows x: rows that it saw are taken from it, the others run."""
+        sees_all = self.info.visible_halves == self.halves
+        own = torch.from_numpy(plan.computed.rows(self.info.images) if sees_all else plan.computed.cond).to(x.device)
+        rest, done = x[len(own) :], plan.probe.out[own]
+        for block, pair in zip(conditioning.blocks, plan.probe.branches, strict=False):
+            ran: list[Tensor] = []
+            if len(rest):
+                rest = block(rest, conditioning.c[len(own) :], lambda *new, to=ran: to.extend(new))
+            fresh.tap(*(torch.cat([seen[own], *ran[i : i + 1]]) for i, seen in enumerate(pair)))
+        return torch.cat([done, rest])
+
+    def _tell(self, plan: Plan, unit: Unit, x: Tensor, out: Tensor, branch: Tensor | None) -> None:
+        """Let the policy know what a unit gave, in the halves that it sees."""
+        images, view = plan.computed.cond, plan.view
+        shape = (self.info.visible_halves, len(images))
+        x, out, branch = (None if v is None else v[: shape[0] * shape[1]].unflatten(0, shape) for v in (x, out, branch))
+        if unit is not self.units[0]:
+            view = replace(view, unit=unit, x=scatter(None, images, x, self.info.images))
+        self.policy.computed(view, Ran(images, x, out, branch))
+
+    def _learn(self, plan: Plan, computed: Computed | None) -> None:
+        """Measure the offsets of what was computed against its forecast, and tell the controller."""
+        self.trace.score[self.step], self.trace.weight[self.step] = np.nan, plan.weight
+        if computed is None:
+            return
+        cond, uncond, lam = plan.computed.cond, plan.computed.uncond, self.correction.spatial_weight
+        offset, difference_offset = np.full(len(cond), np.nan), np.full(len(uncond), np.nan)
+        index = torch.from_numpy(cond).to(computed.added.device)
+        if plan.forecast is not None and not self.infers:
+            fresh = computed.added.unflatten(0, (self.halves, -1)).transpose(0, 1).flatten(1, 2)
+            offset = innovation(fresh, torch.cat([half[index] for half in plan.forecast], dim=1), lam).cpu().numpy()
+        elif plan.forecast is not None:
+            offset = innovation(computed.added[: len(cond)], plan.forecast[0][index], lam).cpu().numpy()
+            if len(uncond):
+                known = computed.inferred[torch.from_numpy(plan.computed.shared).to(index.device)]
+                difference_offset = innovation(computed.added[len(cond) :], known, lam).cpu().numpy()
+        score = np.full(self.info.images, np.nan)
+        score[cond] = self.controller.learn(self.step, cond, offset, uncond, difference_offset)
+        self.trace.score[self.step] = score
+
+    # ------------------------------------------------------------------ the step's result
+
+    def _assemble(self, plan: Plan, computed: Computed | None, x: Tensor) -> Tensor:
+        """Output of the stack for all rows: forecast ones, then inferred halves, then computed rows."""
+        if plan.rows is None:
+            return computed.out
+        images, out = self.info.images, torch.empty_like(x)
+        for half, value in enumerate(plan.forecast or ()):
+            own = slice(half * images, (half + 1) * images)
+            torch.add(x[own], value.to(x.dtype), out=out[own])
+        if computed is not None:
+            if computed.inferred is not None:
+                null_rows = torch.from_numpy(plan.computed.cond + images).to(x.device)
+                out[null_rows] = x[null_rows] + computed.inferred.to(x.dtype)
+            out[plan.rows] = computed.out
+        return out
+
+    def _finish(self, plan: Plan, computed: Computed | None, added: Tensor | None) -> None:
+        """Store what was computed, and write the trace."""
+        if computed is not None:
+            self.store.keep(computed.fresh, self.step)
             self._ahead = (range(0), [])
-        if self.rewinds:
-            self._added = result - x
-            gap = active.cond[(self.last[active.cond] >= 0) & (self.step - self.last[active.cond] > 1)]
-            if len(gap):
-                self.rewind = Rewind(gap, self.last[gap] + 1)
-        self.last[active.cond] = self.step
-        trace, step = self.trace, self.step
-        trace.score[step], trace.weight[step] = score, weight
-        trace.executed[step, :, :, active.cond, 0] = 1
+        self._added, self.previous = added, self.last.copy()
+        self.last[plan.computed.cond] = self.step
+        executed = self.trace.executed[self.step]
+        executed[:, :, plan.computed.cond, 0] = 1
         if self.halves == 2:
-            trace.executed[step, :, :, active.uncond, 1] = 1
-        if view is not None:
-            count_modulations(trace, step, view.conditioning, self.info)
-        trace.done = step + 1
+            executed[:, :, plan.computed.uncond, 1] = 1
+        if plan.view is not None:
+            count_modulations(self.trace, self.step, plan.view.conditioning, self.info)
+        self.trace.done = self.step + 1
 
-    def _replayed(self) -> Tensor:
-        """What the stack adds to the images of the replay at its step: (halves * m, T, D)."""
-        images, step = self._replay
-        if step == self.step:
-            added = self._added.unflatten(0, (self.halves, -1))
-            return (added if len(images) == self.images else added[:, torch.from_numpy(images)]).flatten(0, 1)
-        self.trace.rewound += len(images)
-        first = self.rewind.start.min()
-        if self._between is None:  # the whole gap in one pass over the stored tensors
-            self._between = self.segment.predict(self.rewind.images, np.arange(first, self.step))
-        added = [half[:, step - first] for half in self._between]
-        if len(images) < len(self.rewind.images):
-            rows = torch.from_numpy(np.searchsorted(self.rewind.images, images))
-            added = [half[rows] for half in added]
-        return torch.cat(added)
+    # ------------------------------------------------------------------ rewinding
+
+    def rewind(self, x: Tensor, out: Tensor, evaluate: Evaluate, advance: Advance) -> tuple[Tensor, Tensor]:
+        """Take the steps since an image's last computed one again, with interpolated activations; no block runs.
+
+        x (n, ...) the state at this step and out the network's output for it -> both, for the corrected state.
+        """
+        if not self.rewinds:
+            return x, out
+        # Where a rewind starts is the state after a computed step, which is what this step begins with.
+        new = np.flatnonzero(self.previous == self.step - 1)
+        self._anchor = x if self._anchor is None else put_rows(self._anchor, new, take_rows(x, new))
+        again = np.flatnonzero((self.last == self.step) & (self.previous >= 0) & (self.step - self.previous > 1))
+        if not len(again):
+            return x, out
+        start, state = self.previous[again] + 1, take_rows(self._anchor, again)
+        first = start.min()
+        between = self.store.predict(again, np.arange(first, self.step))  # in one pass over the stored tensors
+        for past in range(first, self.step):
+            rows = np.flatnonzero(start <= past)
+            added = torch.cat([take_rows(half[:, past - first], rows) for half in between])
+            now = take_rows(state, rows)
+            replayed = self._replay(past, now, again[rows], added, evaluate)
+            state = put_rows(state, rows, advance(past, now, replayed, again[rows]))
+            self.trace.rewound += len(rows)
+        added = self._added.unflatten(0, (self.halves, -1))
+        added = torch.cat([take_rows(half, again) for half in added])
+        replayed = self._replay(self.step, state, again, added, evaluate)
+        return put_rows(x, again, state), put_rows(out, again, replayed)
+
+    def _replay(self, step: int, x: Tensor, images: np.ndarray, added: Tensor, evaluate: Evaluate) -> Tensor:
+        """The network's output at a step for `images` (m,), the stack adding `added` (halves * m, T, D)."""
+        self._replayed = added
+        try:
+            return evaluate(step, x, images)
+        finally:
+            self._replayed = None

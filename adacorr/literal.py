@@ -7,58 +7,48 @@ from torch import Tensor, nn
 
 from adacorr.correct import Algorithm1, blend, correction_weight
 from adacorr.offset import offset_score, spatial_variation, temporal_deviation
-from adacorr.trace import Trace, check_call
+from adacorr.policy import RunInfo
+from adacorr.run import CachedRun
+from adacorr.trace import Trace
 
 
-class LiteralRun:
+class Algorithm1Run(CachedRun):
     """State of one run: each layer's previous input and previous (blended) output, (halves * n, T, D) each.
 
     The score is one for each image, over both guidance halves, in place of the paper's one for the whole batch.
     """
 
-    rewind = None  # every step is computed: there is nothing to take again
-    anchored = ()
-
-    def __init__(self, correction: Algorithm1, trace: Trace):
-        self.correction, self.trace = correction, trace
-        self.step: int | None = None
+    def __init__(self, correction: Algorithm1, info: RunInfo, trace: Trace):
+        super().__init__(info, trace)
+        self.correction = correction
         self.previous: list[tuple[Tensor, Tensor]] = []
 
     @property
     def bytes(self) -> int:
         return sum(t.numel() * t.element_size() for pair in self.previous for t in pair)
 
-    def begin_step(self, step: int) -> None:
-        self.step = step
-
     def run_blocks(self, blocks: Sequence[nn.Module], x: Tensor, c: Tensor) -> Tensor:
-        check_call(self.trace, self.step, x)
-        current = []
+        self.check_call(x)
+        trace, step, current = self.trace, self.step, []
         for layer, block in enumerate(blocks):
             fresh = out = block(x, c)
-            weight = np.ones(self.trace.images)
+            trace.weight[step, layer] = 1.0
             if self.previous:
-                h_prev, cached = self.previous[layer]
-                h, before = self._by_image(x), self._by_image(h_prev)
-                score = offset_score(
-                    temporal_deviation(h, before),
-                    spatial_variation(h),
-                    self.correction.spatial_weight,
-                    self.correction.form,
-                )
-                lam = correction_weight(score, self.correction.gamma)
-                out = blend(cached, fresh, lam.repeat(self.trace.halves))
-                self.trace.score[self.step, layer] = measured = score.cpu().numpy()
-                self.trace.fallbacks += int((~np.isfinite(measured)).sum())
-                weight = lam.cpu().numpy()
-            self.trace.weight[self.step, layer] = weight
-            self.trace.executed[self.step, layer] = 1  # a blended block costs as much as a fresh one
+                score = self._score(x, self.previous[layer][0])
+                weight = correction_weight(score, self.correction.gamma)
+                out = blend(self.previous[layer][1], fresh, weight.repeat(trace.halves))
+                trace.score[step, layer] = measured = score.cpu().numpy()
+                trace.weight[step, layer] = weight.cpu().numpy()
+                trace.fallbacks += int((~np.isfinite(measured)).sum())
+            trace.executed[step, layer] = 1  # a blended block costs as much as a fresh one
             current.append((x, out))  # step 2c of Algorithm 1 stores the blend, not the fresh output
             x = out
         self.previous = current
-        self.trace.done = self.step + 1
+        trace.done = step + 1
         return x
 
-    def _by_image(self, h: Tensor) -> Tensor:
-        """(halves * n, T, D) -> (n, halves * T, D)."""
-        return h.unflatten(0, (self.trace.halves, -1)).transpose(0, 1).flatten(1, 2)
+    def _score(self, h: Tensor, h_cached: Tensor) -> Tensor:
+        """Eq. 3 for each image, (n,), from the layer's input now and the cached one, (halves * n, T, D) both."""
+        h, h_cached = (v.unflatten(0, (self.trace.halves, -1)).transpose(0, 1).flatten(1, 2) for v in (h, h_cached))
+        temporal, spatial = temporal_deviation(h, h_cached), spatial_variation(h)
+        return offset_score(temporal, spatial, self.correction.spatial_weight, self.correction.form)

@@ -1,14 +1,7 @@
 """The cache manager: attaches a caching method, AdaCorrection, or both to a model for one sampling run.
 
-A run's state is born in `CacheManager.run` and dies with it, also on an exception:
-
-    manager = CacheManager(policy=make_policy("interval:every=5"), correction=AdaCorrection())
-    with manager.run(model, labels, sampler.timesteps, alpha_bar, cfg_scale=1.5) as run:
-        for step in range(len(timesteps)):
-            run.begin_step(step)
-            out = model(x, t, y)          # rows [conditional; unconditional]; the blocks go through run.run_blocks
-            ...
-    manager.trace.compute                 # executed block FLOPs over uncached ones
+A run's state is born in `CacheManager.run` and dies with it, also on an exception; `adacorr/__init__.py` shows the
+calls, and `pipeline.sample_latents` is the whole loop.
 """
 
 import copy
@@ -19,20 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adacorr.control import Controller, carries_difference
+from adacorr.control import Controller, infers_unconditional
 from adacorr.correct import ALIASES, AdaCorrection, Algorithm1, parse_correction
 from adacorr.corrected_run import CorrectedRun
 from adacorr.gates import GateBasis, fit_gate_basis
-from adacorr.literal import LiteralRun
+from adacorr.literal import Algorithm1Run
 from adacorr.policies import make_policy
 from adacorr.policy import Policy, Predictor, RunInfo
 from adacorr.policy_run import PolicyRun
+from adacorr.run import CachedRun
 from adacorr.spec import spell
-from adacorr.store import UnitStore
+from adacorr.store import GateSumStore, StoreShape, UnitStore, ValueStore
 from adacorr.trace import Trace
 from adacorr.unit import Unit
-
-CacheRun = PolicyRun | CorrectedRun | LiteralRun
 
 
 class CacheManager:
@@ -98,7 +90,7 @@ class CacheManager:
         rewindable: bool = True,
         model_id: str | None = None,
         sampler: str | None = None,
-    ) -> Iterator[CacheRun]:
+    ) -> Iterator[CachedRun]:
         """Attach to `model` for one sampling run.
 
         labels (n,) on any device, or None with `images` for an unconditional model; timesteps (S,) in sampling order
@@ -112,11 +104,7 @@ class CacheManager:
         n = images if labels is None else len(labels)
         halves = 1 if cfg_scale == 1.0 else 2
         self.trace = Trace(len(timesteps), len(model.blocks), n, halves, model.branch_flops())
-        carries = isinstance(self.correction, AdaCorrection) and carries_difference(self.correction, halves)
-        seen = 1 if carries else halves
-        info = _describe(
-            model, n, seen, timesteps, cfg_scale, model_id, sampler, isinstance(self.correction, AdaCorrection)
-        )
+        info = self._describe(model, n, halves, timesteps, cfg_scale, model_id, sampler)
         with torch.no_grad():
             run = self._open(model, labels, timesteps, np.asarray(alpha_bar), info, rewindable)
             model.cache = run
@@ -130,88 +118,78 @@ class CacheManager:
         """(S,) the timesteps to sample on, those given unless the policy moves them; arguments as in `run`."""
         if self.policy is None or self.correction is not None:
             return timesteps
-        moved = self.policy.grid(_describe(model, 0, 1, timesteps, cfg_scale, model_id, sampler))
+        moved = self.policy.grid(self._describe(model, 0, 1, timesteps, cfg_scale, model_id, sampler))
         return torch.from_numpy(moved) if (moved != timesteps.numpy()).any() else timesteps
 
-    def _open(self, model, labels, timesteps, alpha_bar, info: RunInfo, rewindable: bool) -> CacheRun:
+    def _describe(self, model, images, halves, timesteps, cfg_scale, model_id, sampler) -> RunInfo:
+        corrected = isinstance(self.correction, AdaCorrection)
+        return RunInfo(
+            images=images,
+            visible_halves=1 if corrected and infers_unconditional(self.correction, halves) else halves,
+            timesteps=timesteps.double().cpu().numpy(),
+            blocks=model.blocks,
+            tokens=model.pos_embed.shape[1],
+            width=model.pos_embed.shape[2],
+            device=model.pos_embed.device,
+            branch_flops=model.branch_flops(),
+            cfg_scale=cfg_scale,
+            corrected=corrected,
+            model_id=model_id,
+            sampler=sampler,
+        )
+
+    def _open(self, model, labels, timesteps, alpha_bar, info: RunInfo, rewindable: bool) -> CachedRun:
         """The run's state, by what this manager was given."""
         if isinstance(self.correction, Algorithm1):
-            return LiteralRun(self.correction, self.trace)
-        policy = copy.deepcopy(self.policy)
+            return Algorithm1Run(self.correction, info, self.trace)
+        policy, trace = copy.deepcopy(self.policy), self.trace
         if policy is not None:
             policy.begin(info)
-        maker = _StoreMaker(model, labels, timesteps, self.trace, self.dtype)
+        stores = _Stores(model, labels, timesteps, info, trace, self.dtype)
         if self.correction is None:
-            segments = [maker(unit, policy.predictor_of(unit, info.depth)) for unit in policy.units(info.depth)]
-            return PolicyRun(policy, info, self.trace, segments)
+            return PolicyRun(policy, info, trace, stores.make)
         predictor = Predictor("branches", self.correction.order, self.correction.gate_error)
-        carries = carries_difference(self.correction, self.trace.halves)
-        segment = maker(Unit(0, info.depth), predictor, difference=carries)
+        store = stores.make(Unit(0, info.depth), predictor, infers_unconditional(self.correction, trace.halves))
+        spent = trace.extra_flops / trace.evaluation_flops
         controller = Controller(
-            self.correction,
-            info.timesteps,
-            alpha_bar,
-            info.images,
-            self.trace.halves,
-            info.cfg_scale,
-            spent=self.trace.extra_flops / self.trace.evaluation_flops,
+            self.correction, info.timesteps, alpha_bar, info.images, trace.halves, info.cfg_scale, spent
         )
-        return CorrectedRun(policy, self.correction, controller, info, self.trace, segment, rewindable)
+        return CorrectedRun(policy, self.correction, controller, info, trace, store, rewindable)
 
 
-def _describe(model, images, visible_halves, timesteps, cfg_scale, model_id, sampler, corrected=False) -> RunInfo:
-    return RunInfo(
-        images=images,
-        visible_halves=visible_halves,
-        branch_flops=model.branch_flops(),
-        corrected=corrected,
-        timesteps=timesteps.double().cpu().numpy(),
-        blocks=model.blocks,
-        tokens=model.pos_embed.shape[1],
-        width=model.pos_embed.shape[2],
-        device=model.pos_embed.device,
-        cfg_scale=cfg_scale,
-        model_id=model_id,
-        sampler=sampler,
-    )
-
-
-class _StoreMaker:
+class _Stores:
     """Makes the stores of one run; the gates of all blocks are factored once, when the first of them needs it."""
 
-    def __init__(self, model: nn.Module, labels: Tensor | None, timesteps: Tensor, trace: Trace, dtype: torch.dtype):
-        self.model, self.labels, self.timesteps, self.trace, self.dtype = model, labels, timesteps, trace, dtype
+    def __init__(
+        self,
+        model: nn.Module,
+        labels: Tensor | None,
+        timesteps: Tensor,
+        info: RunInfo,
+        trace: Trace,
+        dtype: torch.dtype,
+    ):
+        self.model, self.labels, self.trace = model, labels, trace
+        self.timesteps = timesteps.to(info.device)
+        self.shape = StoreShape(
+            info.images, trace.halves, (info.tokens, info.width), info.timesteps, info.device, dtype
+        )
         self.index = torch.zeros(trace.images, dtype=torch.long)  # of each image's label among the run's labels
         if labels is not None:
             self.unique, self.index = torch.unique(labels, return_inverse=True)
         self.basis: GateBasis | None = None
 
-    def __call__(self, unit: Unit, predictor: Predictor | None, difference: bool = False) -> UnitStore | None:
-        """The store of one unit, or None where the policy keeps its own."""
-        if predictor is None:
-            return None
-        if predictor.kind == "branches" and unit.branch is None and self.basis is None:
+    def make(self, unit: Unit, predictor: Predictor, difference: bool = False) -> UnitStore:
+        """The store of one unit under a predictor."""
+        if predictor.kind == "residual" or predictor.stands_before_gate(unit):
+            return ValueStore(unit, predictor, self.shape)
+        if self.basis is None:
             self.basis = self._fit_gates(predictor.gate_error)
-        model, device = self.model, self.model.pos_embed.device
-        shape, timesteps = tuple(model.pos_embed.shape[1:]), self.timesteps.double().cpu().numpy()
-        return UnitStore(
-            unit,
-            predictor,
-            self.basis,
-            self.index.to(device),
-            self.trace.halves,
-            shape,
-            timesteps,
-            device,
-            self.dtype,
-            difference,
-        )
+        return GateSumStore(unit, predictor, self.shape, self.basis, self.index.to(self.shape.device), difference)
 
     def _fit_gates(self, gate_error: float) -> GateBasis:
-        model, t = self.model, self.timesteps.to(self.model.pos_embed.device)
-        self.trace.extra_flops += (
-            len(t) * len(model.blocks) * model.gate_flops() * self.trace.images * self.trace.halves
-        )
+        model, trace, t = self.model, self.trace, self.timesteps
+        trace.extra_flops += len(t) * trace.layers * model.gate_flops() * trace.images * trace.halves
         if self.labels is None:
             reference = model.condition(t)
             return fit_gate_basis(model.blocks, reference, [reference[None]], gate_error)
@@ -220,6 +198,6 @@ class _StoreMaker:
         # The last row of the label table: the null label where the model has one.
         last = torch.full(t.shape, model.y_embedder.embedding_table.num_embeddings - 1, device=t.device)
         reference = model.condition(t, last)
-        if self.trace.halves == 2:
+        if trace.halves == 2:
             conditions.append(reference[None])
         return fit_gate_basis(model.blocks, reference, conditions, gate_error)

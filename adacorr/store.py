@@ -1,10 +1,14 @@
-"""The cached path: what a unit of the stack would have given, from what it gave at earlier steps.
+"""What the cache remembers of a unit, and the forecast that it makes from it.
 
-A predictor is a frozen description; `UnitStore` holds its state for one run. All of them forecast with polynomials
-through the newest nodes (order 0 holds the newest value); they differ in what is stored.
+A store keeps the newest computed steps of one unit, for every image and guidance half, and forecasts with polynomials
+through them (order 0 holds the newest value). Two kinds differ in what they keep:
+
+    ValueStore    one tensor a half: what the blocks add, or the pre-gate output of a branch
+    GateSumStore  sums of all branches under the basis of the gates, so that gates stay fresh at a skipped step
 """
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,173 +44,221 @@ class ComputedRows:
         return np.searchsorted(self.cond, self.uncond)
 
 
-class UnitStore:
-    """What is remembered of one unit, for every image and guidance half, under one predictor.
+@dataclass(frozen=True)
+class StoreShape:
+    """The sizes that all stores of a run share: n images, guidance halves, (T, D) tokens and width, timesteps (S,)."""
 
-    `basis` holds the gates of all blocks where the unit is a range of blocks and the kind "branches": the history then
-    has one entry for each direction of the gates. A branch unit stores its pre-gate output and takes its gate later.
+    images: int
+    halves: int
+    tokens: tuple[int, int]
+    timesteps: np.ndarray
+    device: torch.device
+    dtype: torch.dtype
 
-    With `difference` the unconditional half has no history of its own: it is the conditional half minus the guidance
-    difference, whose history has nodes only where both halves were computed. Storing carried halves as if they had
-    been computed is unstable, so the two histories are kept apart.
-    """
+    def history(self, steps: int, entries: int) -> History:
+        return History(self.images, steps, entries, *self.tokens, self.device, self.dtype)
 
-    def __init__(
-        self,
-        unit: Unit,
-        predictor: Predictor,
-        basis: GateBasis | None,
-        labels: Tensor,
-        halves: int,
-        shape: tuple[int, int],
-        timesteps: np.ndarray,
-        device,
-        dtype,
-        difference: bool = False,
-    ):
-        self.unit, self.predictor, self.labels, self.halves = unit, predictor, labels, halves
-        self.sums = predictor.kind == "branches" and unit.branch is None
-        self.entries = basis.rank if self.sums else 1
-        self.place = timesteps if predictor.weights == "lagrange" else np.arange(len(timesteps), dtype=np.float64)
-        self.step = np.full((len(labels), predictor.order + 1), -1)  # of each slot of the first history
 
-        def history():
-            return History(len(labels), predictor.order + 1, self.entries, *shape, device, dtype)
+class UnitStore(ABC):
+    """The newest order + 1 computed steps of one unit, for every image and guidance half."""
 
-        self.base = [history() for _ in range(1 if difference else halves)]
-        self.gap = history() if difference else None
-        if self.sums:
-            # (B, labels, E, D) for each half
-            self.loads = [load[2 * unit.start : 2 * unit.stop].to(device, dtype) for load in basis.load]
-            self.phi = basis.phi.to(device, dtype)
+    def __init__(self, predictor: Predictor, shape: StoreShape, halves: int, entries: int):
+        self.predictor, self.shape = predictor, shape
+        self.positions = shape.timesteps  # of the steps in time, as the forecast's polynomial counts it
+        if predictor.weights == "taylor":
+            self.positions = np.arange(len(shape.timesteps), dtype=np.float64)
+        self.steps = np.full((shape.images, predictor.order + 1), -1)  # of each slot of the histories
+        self.histories = [shape.history(predictor.order + 1, entries) for _ in range(halves)]
 
     @property
     def bytes(self) -> int:
-        return sum(h.bytes for h in (*self.base, self.gap) if h is not None)
+        return sum(history.bytes for history in self.histories)
 
     @property
     def count(self) -> np.ndarray:
-        """(n,) nodes so far."""
-        return self.base[0].count
+        """(n,) computed steps so far."""
+        return self.histories[0].count
 
     @property
     def empty(self) -> np.ndarray:
-        """(n,) True for images without a node."""
+        """(n,) True for images without a computed step."""
         return self.count == 0
 
     def predict(self, images: np.ndarray, steps: np.ndarray) -> list[Tensor]:
-        """What the unit adds to `images` (m,) at some steps (s,): (m, s, T, D) for each half; pre-gate for a branch."""
-        values = [self._read(history, images, steps) for history in self.base]
-        if self.gap is not None:
-            values.append(values[0] - self._read(self.gap, images, steps))
-        return values
+        """What the unit gives for `images` (m,) at some steps (s,): (m, s, T, D) for each half; pre-gate for a branch.
+
+        At steps before the newest computed one the same polynomial interpolates.
+        """
+        return [history.read(images, self._coefficients(history, images, steps)) for history in self.histories]
 
     def stored(self, images: np.ndarray, k: int) -> Tensor:
-        """(halves, m, T, D) as stored at the k-th newest node of `images` (m,), zeros where there is none.
+        """(halves, m, T, D) of the k-th newest computed step of `images` (m,), zeros where there is none.
 
-        ValueError where sums of branches are stored, or fewer nodes than k + 1 are kept.
+        Raises ValueError where sums of branches are kept, or fewer than k + 1 steps.
         """
-        if self.sums or k >= self.step.shape[1]:
-            raise ValueError(
-                f"node {k} of unit {self.unit} is not kept: the predictor stores "
-                f"{'sums of branches' if self.sums else f'{self.step.shape[1]} node(s)'}"
-            )
-        slots = torch.from_numpy(self.base[0].slot(images, k)[:, 0])
-        rows = torch.from_numpy(images)
-        return torch.stack([h.values[rows, slots, 0].unflatten(-1, h.shape) for h in self.base])
+        raise ValueError(f"computed step {k} is not kept as it was: the predictor stores sums of branches")
 
     def stored_steps(self, images: np.ndarray, k: int) -> np.ndarray:
-        """(m,) the steps of those nodes, -1 where there is none."""
-        return np.where(self.count[images] > k, self.step[images, self.base[0].slot(images, k)[:, 0]], -1)
+        """(m,) the k-th newest computed step, -1 where there is none."""
+        return np.where(self.count[images] > k, self.steps[images, self.histories[0].slot(images, k)[:, 0]], -1)
 
-    def collect(self, active: ComputedRows) -> "FreshStep":
-        return FreshStep(self, active)
+    @abstractmethod
+    def collect(self, computed: ComputedRows) -> "FreshStep":
+        """Gather what a computed step gives for these rows."""
 
-    def store(self, fresh: "FreshStep", step: int) -> None:
-        """Make the collected step a node of the images it was computed for."""
-        images, both, values, place = fresh.active.cond, fresh.active.uncond, fresh.values, self.place[step]
-        self.step[images, self.count[images] % self.step.shape[1]] = step
-        self.base[0].push(images, place, values[0])
-        if self.gap is not None:
-            self.gap.push(both, place, values[0][fresh.active.shared] - values[1])
-        elif self.halves == 2:
-            self.base[1].push(both, place, values[1])
+    def keep(self, fresh: "FreshStep", step: int) -> None:
+        """Store a computed step for the images that it was computed for."""
+        rows = fresh.computed.cond, fresh.computed.uncond
+        self.steps[rows[0], self.count[rows[0]] % self.steps.shape[1]] = step
+        for history, images, values in zip(self.histories, rows, fresh.values, strict=False):
+            history.push(images, self.positions[step], values)
 
-    def _read(self, history: History, images: np.ndarray, steps: np.ndarray) -> Tensor:
-        """(m, s, T, D): forecast weight of each node times the gates' phi of each entry, in one pass."""
-        predictor = self.predictor
-        weights = torch.from_numpy(history.weights(images, self.place[steps], predictor.order, predictor.weights))
-        weights = weights.to(history.values.device, history.values.dtype)[..., None]  # (m, s, K, 1)
-        if self.sums:
-            weights = weights * self.phi[torch.from_numpy(steps)][:, None, :]
-        return history.read(images, weights)
+    def _coefficients(self, history: History, images: np.ndarray, steps: np.ndarray) -> Tensor:
+        """(m, s, K, 1): forecast weight of each kept step."""
+        weights = history.weights(images, self.positions[steps], self.predictor.order, self.predictor.weights)
+        return torch.from_numpy(weights).to(history.values.device, history.values.dtype)[..., None]
 
 
 class FreshStep:
-    """What one computed step of a unit leaves to be stored, gathered while it runs.
+    """What one computed step of a unit leaves to be stored, gathered while the unit runs.
 
-    `values[half]` (rows, E, T, D).
+    `values[half]` (rows, E, T, D) once it is finished; `tap`, to be passed to each block in turn, takes the branches
+    and is None where they are not wanted.
     """
 
-    def __init__(self, segment: UnitStore, active: ComputedRows):
-        self.segment, self.active = segment, active
+    tap = None
+
+    def __init__(self, computed: ComputedRows):
+        self.computed = computed
         self.values: list[Tensor] = []
-        self._loads: list[Tensor] = []  # for each half (B, rows, E, D)
+
+    def finish(self, x: Tensor, out: Tensor, branch: Tensor | None) -> None:
+        """After the unit ran on x (rows, T, D): its output and, for a branch unit, its pre-gate output."""
+        raise NotImplementedError
+
+
+# ------------------------------------------------------------------------------------------- one tensor a half
+
+
+class ValueStore(UnitStore):
+    """What a unit adds to the stream, or the output of a branch unit before its gate (kind "branches")."""
+
+    def __init__(self, unit: Unit, predictor: Predictor, shape: StoreShape):
+        super().__init__(predictor, shape, shape.halves, entries=1)
+        self.before_gate = predictor.stands_before_gate(unit)
+
+    def stored(self, images: np.ndarray, k: int) -> Tensor:
+        if k >= self.steps.shape[1]:
+            raise ValueError(f"computed step {k} is not kept: the predictor stores {self.steps.shape[1]}")
+        slots, rows = torch.from_numpy(self.histories[0].slot(images, k)[:, 0]), torch.from_numpy(images)
+        return torch.stack([h.values[rows, slots, 0].unflatten(-1, h.shape) for h in self.histories])
+
+    def collect(self, computed: ComputedRows) -> "FreshValue":
+        return FreshValue(computed, self.shape.halves, self.before_gate)
+
+
+class FreshValue(FreshStep):
+    def __init__(self, computed: ComputedRows, halves: int, before_gate: bool):
+        super().__init__(computed)
+        self._rows = [len(computed.cond), len(computed.uncond)][:halves]
+        self._before_gate = before_gate
+
+    def finish(self, x: Tensor, out: Tensor, branch: Tensor | None) -> None:
+        value = branch if self._before_gate else out - x
+        self.values = list(value.unsqueeze(1).split(self._rows))
+
+
+# ------------------------------------------------------------------------------------------- sums under the gates
+
+
+class GateSumStore(UnitStore):
+    """Sums of a unit's branches under the basis of the gates, one entry for each of its directions (adacorr.gates).
+
+    With `difference` the second history is that of the guidance difference, with a step only where both halves were
+    computed: the unconditional half is the conditional one minus it. Inferred halves are never stored: what follows
+    from them would feed on itself, which is unstable.
+
+    labels (n,): index of each image's label among those of the basis.
+    """
+
+    def __init__(self, unit: Unit, predictor: Predictor, shape: StoreShape, basis: GateBasis, labels, difference=False):
+        super().__init__(predictor, shape, shape.halves, basis.rank)
+        self.labels, self.difference = labels, difference
+        own = slice(2 * unit.start, 2 * unit.stop)
+        self.loadings = [half[own].to(shape.device, shape.dtype) for half in basis.loadings]  # (B, labels, E, D) each
+        self.basis = basis.basis.to(shape.device, shape.dtype)  # (S, E)
+
+    def predict(self, images: np.ndarray, steps: np.ndarray) -> list[Tensor]:
+        values = super().predict(images, steps)
+        if self.difference:
+            values[1] = values[0] - values[1]
+        return values
+
+    def collect(self, computed: ComputedRows) -> "FreshSums":
+        loadings = [self.loadings[0][:, self.labels[torch.from_numpy(computed.cond)]]]
+        if self.shape.halves == 2:
+            loadings.append(self.loadings[1].expand(-1, len(computed.uncond), -1, -1))
+        return FreshSums(computed, loadings)
+
+    def keep(self, fresh: "FreshStep", step: int) -> None:
+        if self.difference:
+            cond, uncond = fresh.values
+            fresh.values = [cond, cond[fresh.computed.shared] - uncond]
+        super().keep(fresh, step)
+
+    def _coefficients(self, history: History, images: np.ndarray, steps: np.ndarray) -> Tensor:
+        """(m, s, K, E): forecast weight of each kept step times the gates' basis at the step."""
+        return super()._coefficients(history, images, steps) * self.basis[torch.from_numpy(steps)][:, None, :]
+
+
+class FreshSums(FreshStep):
+    """Adds the branches up as they come. loadings: for each half (B, rows, E, D)."""
+
+    def __init__(self, computed: ComputedRows, loadings: list[Tensor]):
+        super().__init__(computed)
+        self._loadings = loadings
         self._pending: list[Tensor] = []
         self._branch = 0
-        if segment.sums:
-            self._loads = [segment.loads[0][:, segment.labels[torch.from_numpy(active.cond)]]]
-            if segment.halves == 2:
-                self._loads.append(segment.loads[1].expand(-1, len(active.uncond), -1, -1))
 
-    def tap(self) -> Callable[..., None] | None:
-        """To be passed to each block in turn; None where the branches are not wanted."""
-        return self._add if self.segment.sums else None
-
-    def _add(self, *branches: Tensor) -> None:
+    def tap(self, *branches: Tensor) -> None:
         self._pending += branches
         if branches[0].device.type == "cpu" or len(self._pending) >= BRANCHES_AT_ONCE:
             self._sum_up()
 
+    def finish(self, x: Tensor, out: Tensor, branch: Tensor | None) -> None:
+        self._sum_up()
+
     def _sum_up(self) -> None:
-        """Add the pending branches, under each entry's load, to the values."""
+        """Add the pending branches, under each entry's loading, to the values."""
         if not self._pending:
             return
         if not self.values:
             tokens, width = self._pending[0].shape[1:]
-            self.values = [load.new_zeros(*load.shape[1:3], tokens, width) for load in self._loads]
+            self.values = [half.new_zeros(*half.shape[1:3], tokens, width) for half in self._loadings]
         add = add_by_branch if self._pending[0].device.type == "cpu" else add_by_channel
         stop, row = self._branch + len(self._pending), 0
-        for value, load in zip(self.values, self._loads, strict=True):
+        for value, loading in zip(self.values, self._loadings, strict=True):
             if len(value):
                 own = [out[row : row + len(value)].to(value.dtype) for out in self._pending]
-                add(value, own, load[self._branch : stop])
+                add(value, own, loading[self._branch : stop])
             row += len(value)
         self._branch = stop
         self._pending.clear()
 
-    def finish(self, value: Tensor | None = None) -> None:
-        """After the unit ran: `value` (rows, T, D) is what is stored where it is not sums of branches."""
-        if self.segment.sums:
-            self._sum_up()
-        else:
-            rows = [len(self.active.cond), len(self.active.uncond)][: self.segment.halves]
-            self.values = list(value.unsqueeze(1).split(rows))
 
-
-def add_by_branch(total: Tensor, branches: Sequence[Tensor], load: Tensor) -> None:
-    """total (rows, E, T, D) += sum over b of load[b] (rows, E, D) * branches[b] (rows, T, D): one pass for each branch.
+def add_by_branch(total: Tensor, branches: Sequence[Tensor], loading: Tensor) -> None:
+    """total (rows, E, T, D) += sum over b of loading[b] (rows, E, D) * branches[b] (rows, T, D), branch by branch.
 
     For a CPU, whose cache holds `total` between the passes.
     """
-    for branch, weight in zip(branches, load, strict=True):
+    for branch, weight in zip(branches, loading, strict=True):
         total.addcmul_(branch.unsqueeze(1), weight.unsqueeze(2))
 
 
-def add_by_channel(total: Tensor, branches: Sequence[Tensor], load: Tensor) -> None:
+def add_by_channel(total: Tensor, branches: Sequence[Tensor], loading: Tensor) -> None:
     """The same sum as `add_by_branch`, as one product of (E, B) with (B, T) for each row and channel.
 
     For a GPU: each branch is read once, however many entries there are.
     """
     stacked = torch.stack([branch.transpose(1, 2) for branch in branches], dim=2)  # (rows, D, B, T)
-    total += (load.permute(1, 3, 2, 0) @ stacked).permute(0, 2, 3, 1)
+    total += (loading.permute(1, 3, 2, 0) @ stacked).permute(0, 2, 3, 1)

@@ -7,7 +7,6 @@ executed share of block FLOPs, with whatever else the cache spent on top.
 from dataclasses import dataclass, field
 
 import numpy as np
-from torch import Tensor
 
 
 @dataclass
@@ -100,14 +99,3 @@ def _mean_over_images(values: np.ndarray) -> list[list[float | None]]:
     total = np.where(known, values, 0.0).sum(axis=2, dtype=np.float64)
     count = known.sum(axis=2)
     return [[float(t / c) if c else None for t, c in zip(*row, strict=True)] for row in zip(total, count, strict=True)]
-
-
-def check_call(trace: Trace, step: int | None, x: Tensor) -> None:
-    """Refuse a model call outside of a step (RuntimeError) or on rows that the run was not opened for (ValueError)."""
-    if step is None:
-        raise RuntimeError("no step is open: call run.begin_step(i) before the model")
-    if len(x) != trace.halves * trace.images:
-        raise ValueError(
-            f"the run was opened for {trace.halves} x {trace.images} rows, the model got {len(x)}: "
-            "call it on [conditional; unconditional] rows of all images"
-        )

@@ -1,16 +1,18 @@
-"""When to correct: gaps, clocks and budgets."""
+"""When to correct: intervals, clocks and budgets."""
+
+from functools import partial
 
 import numpy as np
 import pytest
 
 from adacorr.control import (
+    AdaptiveClock,
     BudgetClock,
-    RefreshClock,
     RefreshRule,
     amplification,
     closing_step,
     split_budget,
-    typical_gap,
+    typical_interval,
 )
 from diffusion import make_sampler
 
@@ -22,20 +24,20 @@ def grid(steps):
 
 
 def walk(clock, offset, images=1):
-    """Nodes of each image when every node but the first measures an offset: a number, or (images,)."""
-    nodes = [[] for _ in range(images)]
+    """Computed steps of each image when all but the first measure an offset: a number, or (images,)."""
+    ran = [[] for _ in range(images)]
     offset = np.broadcast_to(offset, images)
     for step in range(len(clock.timesteps)):
         due = np.flatnonzero(clock.weight(step) >= 1.0)
         clock.restart(due, step, offset[due] if step else np.full(len(due), np.nan))
         for image in due:
-            nodes[image].append(step)
-    return nodes
+            ran[image].append(step)
+    return ran
 
 
 def refresh_clock(steps=200, gamma=1.0, images=1, warmup=1, **options):
     rule = RefreshRule(tolerance=0.1, warmup=warmup, **options)
-    return RefreshClock(rule, grid(steps), lambda t: 60.0, images, gamma)
+    return AdaptiveClock(rule, grid(steps), lambda t: 60.0, images, gamma=gamma)
 
 
 def test_amplification_is_that_of_coarse_gaussian_data():
@@ -44,12 +46,12 @@ def test_amplification_is_that_of_coarse_gaussian_data():
 
 
 @pytest.mark.parametrize("steps", [2, 10, 50, 100, 250, 1000])
-def test_typical_gaps_are_positive_and_bounded(steps):
+def test_typical_intervals_are_positive_and_bounded(steps):
     t = grid(steps)
-    gaps = np.array([typical_gap(at, t[0], t[closing_step(t)]) for at in t])
-    assert (gaps > 0).all()
-    assert (gaps < 200).all()
-    assert gaps[-1] <= gaps[len(t) // 2]  # features turn faster towards the image
+    lengths = np.array([typical_interval(at, t[0], t[closing_step(t)]) for at in t])
+    assert (lengths > 0).all()
+    assert (lengths < 200).all()
+    assert lengths[-1] <= lengths[len(t) // 2]  # features turn faster towards the image
 
 
 @pytest.mark.parametrize(("steps", "expected"), [(1000, 979), (50, 48), (20, 18), (2, 0), (1, 0)])
@@ -57,7 +59,7 @@ def test_the_closing_step_is_near_timestep_20_and_never_the_last_of_several(step
     assert closing_step(grid(steps)) == expected
 
 
-def test_the_weight_grows_from_0_at_a_node_to_1_where_the_next_is_due():
+def test_the_weight_grows_from_0_at_a_computed_step_to_1_where_the_next_is_due():
     clock = refresh_clock()
     assert clock.weight(0) == 1.0  # nothing to forecast from
     clock.restart(ONE, 0, np.array([np.nan]))
@@ -68,51 +70,41 @@ def test_the_weight_grows_from_0_at_a_node_to_1_where_the_next_is_due():
     assert weights[-1] == 1.0
 
 
-def test_offsets_above_the_tolerance_shrink_the_gaps_and_below_it_leave_them():
-    right, high, low = (len(walk(refresh_clock(), offset)[0]) for offset in (0.1, 0.4, 0.02))
-    assert low == right < high
+def test_offsets_above_the_tolerance_shrink_the_intervals_and_below_it_leave_them():
+    right, high, low = (walk(refresh_clock(steps=1000), offset)[0] for offset in (0.1, 0.4, 0.02))
+    np.testing.assert_allclose(np.diff(right)[:-2], 60, atol=1)
+    assert low == right
+    assert len(high) > len(right)
+    assert low[-1] == right[-1] == high[-1] == closing_step(grid(1000))
 
 
-def test_gaps_are_the_usual_ones_while_offsets_are_right():
-    nodes = walk(refresh_clock(steps=1000), 0.1)[0]
-    np.testing.assert_allclose(np.diff(nodes)[:-2], 60, atol=1)
-
-
-def test_every_image_has_gaps_of_its_own():
+def test_every_image_has_intervals_of_its_own():
     apart = [walk(refresh_clock(), offset)[0] for offset in (0.4, 0.1, 0.02)]
     assert walk(refresh_clock(images=3), [0.4, 0.1, 0.02], images=3) == apart
 
 
-def test_the_stretch_stays_within_its_bounds():
-    spans = [np.diff(walk(refresh_clock(steps=1000), offset)[0])[3:-2] for offset in (1e3, 1e-9)]
-    assert spans[0].min() >= 0.5 * 60 - 2
-    assert spans[1].max() <= 1.5 * 60 * 1.35 + 2
-    assert np.isfinite(refresh_clock().stretch).all()
+def test_the_scale_stays_within_its_bounds():
+    shortest, longest = (np.diff(walk(refresh_clock(steps=1000), offset)[0])[3:-2] for offset in (1e3, 1e-9))
+    assert shortest.min() >= 0.5 * 60 - 2
+    assert longest.max() <= 60 * 1.35 + 2
 
 
 def test_offsets_before_the_warmup_is_over_do_not_count():
-    first = {}
-    for offset in (1e3, 1e-3):
-        nodes = walk(refresh_clock(warmup=4), offset)[0]
-        first[offset] = nodes[:5]  # the offset at node 4 is the first to count, and acts on node 5
-    assert first[1e3] == first[1e-3]
-    assert walk(refresh_clock(warmup=1), 1e3)[0][:5] != first[1e3]
-
-
-def test_nodes_end_at_the_closing_step():
-    for offset in (0.02, 0.1, 0.4):
-        assert walk(refresh_clock(), offset)[0][-1] == closing_step(grid(200))
+    large, small = (walk(refresh_clock(warmup=4), offset)[0] for offset in (1e3, 1e-3))
+    assert large[:5] == small[:5]  # the offset at the fifth is the first to count, and acts on the sixth
+    assert large[5] != small[5]
+    assert walk(refresh_clock(warmup=1), 1e3)[0][:5] != large[:5]
 
 
 @pytest.mark.parametrize("steps", [20, 50, 250])
 @pytest.mark.parametrize("offset", [0.03, 0.1, 0.3])
-def test_more_gamma_never_means_fewer_nodes(steps, offset):
+def test_more_gamma_never_means_fewer_computed_steps(steps, offset):
     counts = [len(walk(refresh_clock(steps, gamma), offset)[0]) for gamma in (0, 0.1, 0.3, 1, 3, 10, 100, 1e4, 1e6)]
     assert counts == sorted(counts)
     assert counts[0] < counts[-1]
 
 
-def test_a_node_that_comes_early_starts_a_new_gap():
+def test_a_step_computed_early_starts_a_new_interval():
     clock = refresh_clock(steps=1000)
     clock.restart(ONE, 0, np.array([np.nan]))
     clock.restart(ONE, 10, np.array([0.1]))
@@ -131,8 +123,8 @@ def test_a_node_that_comes_early_starts_a_new_gap():
         (8, 50, 2, 99.0, (9, 7)),  # at most 45 %: 7.2
         (1.5, 50, 2, 0.5, (2, 1)),
         (2, 50, 1, None, (2, 2)),
-        (8, 6, 1, None, (6, 6)),  # no more nodes than steps
-        (8, 10, 2, 0.5, (10, 6)),  # what the nodes leave goes to their other halves
+        (8, 6, 1, None, (6, 6)),  # no more than there are
+        (8, 10, 2, 0.5, (10, 6)),  # what is left goes to the other halves
         (8, 7, 2, 0.5, (7, 7)),
     ],
 )
@@ -140,33 +132,61 @@ def test_budgets_are_split_between_the_halves(budget, steps, halves, guidance_er
     assert split_budget(budget, steps, halves, guidance_error) == expected
 
 
-def test_budgets_are_used_up_and_never_exceeded():
+@pytest.mark.parametrize("guidance_error", [0.01, 0.5, 3.0, 20.0])
+def test_budgets_are_used_up_and_never_exceeded(guidance_error):
     for budget in np.arange(1.5, 40, 0.25):
-        for guidance_error in (0.01, 0.5, 3.0, 20.0):
-            nodes, both = split_budget(budget, 1000, 2, guidance_error)
-            assert 1 <= both <= nodes
-            assert nodes + both == int(2 * budget)
+        ran, both = split_budget(budget, 1000, 2, guidance_error)
+        assert 1 <= both <= ran
+        assert ran + both == int(2 * budget)
 
 
 @pytest.mark.parametrize(("budget", "halves", "guidance_error"), [(1, 1, None), (1.9, 2, None), (1.4, 2, 0.5)])
-def test_a_budget_without_two_nodes_raises(budget, halves, guidance_error):
+def test_a_budget_without_two_computed_steps_raises(budget, halves, guidance_error):
     with pytest.raises(ValueError, match="leaves . computed step"):
         split_budget(budget, 50, halves, guidance_error)
 
 
-@pytest.mark.parametrize("steps", [10, 20, 50, 100, 250])
-def test_a_budget_of_nodes_is_met_exactly_and_closes(steps):
+@pytest.mark.parametrize("steps", [10, 50, 250])
+def test_a_budget_of_steps_is_met_exactly_and_closes(steps):
     t = grid(steps)
-    for nodes in range(2, min(steps, 60) + 1):
-        rule = RefreshRule(0.1, warmup=1)
-        clock = BudgetClock(rule, t, lambda at: typical_gap(at, t[0], t[closing_step(t)]), 2, nodes)  # noqa: B023
-        walked = walk(clock, [0.01, 10.0], images=2)
-        assert [len(w) for w in walked] == [nodes, nodes]
-        assert walked[0] == walked[1]  # offsets do not move a budget
-        assert walked[0][-1] in (closing_step(t), steps - 1)
+    interval = partial(typical_interval, start=t[0], end=t[closing_step(t)])
+    for count in range(2, min(steps, 60) + 1):
+        clock = BudgetClock(RefreshRule(0.1, warmup=1), t, interval, 2, count=count)
+        one, other = walk(clock, [0.01, 10.0], images=2)
+        assert one == other  # offsets do not move a budget
+        assert len(one) == count
+        assert one[-1] in (closing_step(t), steps - 1)
 
 
-def test_more_nodes_than_steps_compute_every_step():
-    t = grid(10)
-    clock = BudgetClock(RefreshRule(0.1, warmup=1), t, lambda at: 60.0, 1, 25)
+def test_a_budget_above_all_steps_computes_every_step():
+    clock = BudgetClock(RefreshRule(0.1, warmup=1), grid(10), lambda at: 60.0, 1, count=25)
     assert walk(clock, 0.1) == [list(range(10))]
+
+
+# ------------------------------------------------------------------------------- offsets that are not finite
+
+
+@pytest.mark.parametrize("score", [np.nan, np.inf, -np.inf])
+def test_a_clock_without_an_offset_is_due_at_once_and_goes_on_from_there(score):
+    """Intervals of 60 timesteps, 5 apart: 12 steps."""
+    clock = refresh_clock(images=2)
+    clock.restart(np.array([0, 1]), 0, np.full(2, np.nan))  # the first computed step has no forecast
+    assert not clock.nonfinite.any()
+    assert clock.due.tolist() == [12, 12]
+    clock.restart(np.array([0, 1]), 12, np.array([0.1, score]))
+    assert clock.nonfinite.tolist() == [False, True]
+    assert clock.due.tolist() == [24, 13]
+    assert clock.interval_scale.tolist() == [1, 1]  # nothing was learned
+    clock.restart(np.array([1]), 13, np.array([0.1]))
+    assert not clock.nonfinite.any()
+    assert clock.due.tolist() == [24, 25]
+
+
+def test_a_budget_yields_to_an_offset_that_is_not_finite():
+    clock = BudgetClock(RefreshRule(0.1, warmup=1), grid(200), lambda t: 60.0, 1, count=2)
+    clock.restart(ONE, 0, np.array([np.nan]))
+    clock.restart(ONE, int(clock.due[0]), np.array([np.nan]))
+    assert clock.left.tolist() == [0]
+    assert clock.due[0] == clock.newest[0] + 1  # and only there
+    clock.restart(ONE, int(clock.due[0]), np.array([0.1]))
+    assert clock.due[0] == 200
