@@ -18,7 +18,7 @@ import runtime
 from adacorr import AdaCorrection, CacheManager, make_policy
 from adacorr.command import Failure
 from diffusion import make_sampler
-from download import Checkpoint
+from checkpoint import Checkpoint
 from fid_run import worker
 from fid_run.worker import Sampling, plan, written_behind
 from pipeline import Pipeline
