@@ -95,8 +95,8 @@ class Ranks:
             values /= self.world
         return values
 
-    def from_leader(self, job: Callable[[], T]) -> T:
-        """What `job` returns on rank 0, the only one that runs it, on every rank.
+    def from_leader(self, job: Callable[[], T] | None) -> T:
+        """What `job` returns on rank 0, the only one that runs it or needs one, on every rank.
 
         What it raises is raised on rank 0 alone. The others get LeaderFailed only when rank 0 has left the group, so it
         has said by then what went wrong, and nobody ends it before.
