@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from adacorr import policies
+
 
 def pytest_addoption(parser):
     parser.addoption("--net", action="store_true", help="also run the tests that need the internet")
@@ -19,3 +21,9 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="needs CUDA"))
         if item.get_closest_marker("net") and not net:
             item.add_marker(pytest.mark.skip(reason="needs the internet (--net)"))
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """Policies registered in a test are forgotten after it."""
+    monkeypatch.setattr(policies, "_POLICIES", dict(policies._POLICIES))

@@ -1,5 +1,7 @@
 """Adaptive correction: the weight of Eq. 6, the blend of Eq. 7, and the options of both forms."""
 
+from math import inf, nan
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -31,25 +33,27 @@ def test_blend_is_exact_at_both_ends(dtype):
     assert torch.equal(mixed[1], fresh[1])
 
 
-def test_practical_form_is_the_default():
-    assert parse_correction("") == parse_correction("  ") == AdaCorrection()
-    assert AdaCorrection().gamma == AdaCorrection().spatial_weight == 1.0
-    assert AdaCorrection().budget is None
+def test_weights_and_blends_take_the_fresh_output_where_the_score_is_not_finite():
+    weight = correction_weight(torch.tensor([0.25, nan, inf, -inf]))
+    assert weight.tolist() == [0.25, 1.0, 1.0, 1.0]
+    cached = torch.tensor([4.0, nan, inf, 0.0]).view(4, 1, 1)
+    assert blend(cached, torch.full((4, 1, 1), 8.0), weight).flatten().tolist() == [5.0, 8.0, 8.0, 8.0]
 
 
-def test_options_of_the_practical_form():
-    assert parse_correction("gamma=2,lambda=0.5") == AdaCorrection(gamma=2.0, spatial_weight=0.5)
-    assert parse_correction("budget=8") == AdaCorrection(budget=8)
-    assert parse_correction("difference=false, rewind=false,order=1") == AdaCorrection(
-        difference=False, rewind=False, order=1
-    )
-    assert parse_correction("budget=none") == AdaCorrection()
-
-
-def test_options_of_the_literal_form():
-    assert parse_correction("literal") == Algorithm1(gamma=1.0, spatial_weight=1.0, form="paper")
-    assert parse_correction("literal:form=squared") == Algorithm1(form="squared")
-    assert parse_correction("literal:gamma=0.5,lambda=2") == Algorithm1(gamma=0.5, spatial_weight=2.0)
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("  ", AdaCorrection(gamma=1.0, spatial_weight=1.0, budget=None)),
+        ("gamma=2,lambda=0.5", AdaCorrection(gamma=2.0, spatial_weight=0.5)),
+        ("budget=8", AdaCorrection(budget=8)),
+        ("difference=false, rewind=false,order=1", AdaCorrection(difference=False, rewind=False, order=1)),
+        ("budget=none", AdaCorrection()),
+        ("literal", Algorithm1(gamma=1.0, spatial_weight=1.0, form="paper")),
+        ("literal:gamma=0.5,lambda=2,form=squared", Algorithm1(0.5, 2.0, "squared")),
+    ],
+)
+def test_options_of_both_forms(text, expected):
+    assert parse_correction(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -59,31 +63,19 @@ def test_options_of_the_literal_form():
         ("spatial_weight=2", "no option 'spatial_weight'.*lambda"),
         ("gamma=-1", "gamma=-1"),
         ("gamma=nan", "gamma=nan"),
-        ("gamma=inf", "gamma=inf"),
         ("lambda=-0.1", "lambda=-0.1"),
-        ("gamma=high", "gamma='high' must be a number"),
-        ("gamma=true", "gamma=True must be a number"),
         ("order=9", "order=9.*0..4"),
-        ("order=-1", "order=-1"),
-        ("order=1.5", "order=1.5 must be a whole number"),
-        ("difference=3", "difference=3 must be true or false"),
         ("rewind=1", "rewind=1 must be true or false"),
         ("budget=8,gamma=2", "budget=8.*gamma=2"),
         ("budget=0", "budget=0"),
         ("budget=nan", "budget=nan"),
-        ("budget=lots", "budget='lots'"),
-        ("budget=true", "budget=True"),
         ("gate_error=0.9", "gate_error=0.9"),
         ("tolerance=0", "tolerance=0"),
         ("difference_tolerance=nan", "difference_tolerance=nan"),
-        ("gamma=1,gamma=2", "gamma twice"),
         ("gamma", "not key=value"),
-        ("gamma=1,", "not key=value"),
         ("literal:", "not key=value"),
         ("literal:form=cubed", "form='cubed'.*paper, squared"),
-        ("literal:form=1", "form=1 must be a word"),
         ("literal:budget=8", "no option 'budget'"),
-        ("literal:gamma=nan", "gamma=nan"),
         ("litteral", "not key=value"),
     ],
 )

@@ -1,28 +1,26 @@
 """Measures that are not finite: the image is computed in full and counted, and its batch mates notice nothing."""
 
-from contextlib import contextmanager
+from importlib import import_module
 
 import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
-from toy import Scheduled, alphas, fitted, make_run, make_view, rows_at, sample, tiny_dit
+from toy import Scheduled, fitted, make_run, make_view, open_run, sample, show, timed_dit, tiny_dit
 
 import adacorr
-from adacorr import AdaCorrection, Algorithm1, CacheManager, Trace, make_policy
-from adacorr.control import AdaptiveClock, BudgetClock, RefreshRule
-from adacorr.correct import blend, correction_weight
+from adacorr import AdaCorrection, Algorithm1, CacheManager, Unit, View, make_policy
 from adacorr.offset import innovation
-from adacorr.policies.fastcache import FastCache
 from adacorr.policy import relative_change
 from adacorr.run import checked_decision
 from diffusion import make_sampler
 from pipeline import gaussian
 
 NAMES = sorted(adacorr.available())
-# Where the rule measures: the module's function or the class's method. The others follow a schedule.
+# What the rule measures with: a function in its module, or all that it hands to `View.measured`. The others follow a
+# schedule.
 MEASURES = dict.fromkeys(["adacache", "dicache", "first_block", "rfc", "teacache"], "relative_change")
-MEASURES |= {"fastcache": "moved", "lazydit": "LazyDiT._score"}
+MEASURES |= {"fastcache": "moved", "lazydit": "measured"}
 # Settings that skip on a model whose features turn as fast as this one's.
 OPTIONS = {
     "adacache": "scale=10",
@@ -33,7 +31,7 @@ OPTIONS = {
     "rfc": "threshold=2",
     "teacache": "threshold=1",
 }
-# A call of the measure in whose step image BAD would reuse; of the branch in question, of `lazydit`.
+# A call of the measure in whose step image BAD would reuse (for `lazydit`: the branch in question).
 CALL = {"adacache": 1, "dicache": 2, "fastcache": 3, "first_block": 3, "lazydit": 14, "rfc": 2, "teacache": 3}
 LATE = {"adacache"}  # the decision rests on what was measured in the newest computed step
 LABELS, BAD, MATES, STEPS, FROM = (3, 0, 1), 1, [0, 2], 20, 9
@@ -53,30 +51,22 @@ def make(name, model, folder, options=""):
     return fitted(name, model, folder, STEPS, options=",".join(filter(None, [OPTIONS.get(name), options])))
 
 
-@contextmanager
-def poisoned(model, value, steps):
-    """Within, the model gets `value` for image BAD at these steps."""
+def run(model, manager, value=None, **arguments):
+    """(final states, trace); with a value, the model gets it for image BAD at step FROM."""
 
-    def hook(_, args):
+    def poison(_, args):
         z = args[0]
-        if model.cache.step in steps and len(z) == len(LABELS):  # fewer: some images taken again
+        if model.cache.step == FROM and len(z) == len(LABELS):  # fewer: some images are taken again
             z = z.clone()
             z[BAD] = value
         return z, *args[1:]
 
-    handle = model.register_forward_pre_hook(hook)
+    handle = model.register_forward_pre_hook(poison) if value is not None else None
     try:
-        yield
+        return sample(model, STEPS, LABELS, cache=manager, **arguments), manager.trace
     finally:
-        handle.remove()
-
-
-def run(model, manager, value=None, labels=LABELS, **arguments):
-    """(final states, trace); with a value, the state of image BAD is lost at step FROM."""
-    if value is None:
-        return sample(model, STEPS, labels, cache=manager, **arguments), manager.trace
-    with poisoned(model, value, [FROM]):
-        return sample(model, STEPS, labels, cache=manager, **arguments), manager.trace
+        if handle is not None:
+            handle.remove()
 
 
 def same_for_mates(found, expected):
@@ -86,20 +76,36 @@ def same_for_mates(found, expected):
     assert_close(out[MATES], clean[MATES], rtol=1e-4, atol=1e-5)
 
 
-def break_measure(monkeypatch, name, value, at):
-    """Put `value` for image BAD in the place of what method `name` measures in its call of number `at`."""
-    policy, calls = type(make_policy(name)), []
-    where, attribute = "adacorr.policies." + name, MEASURES[name]
-    original = policy._score if name == "lazydit" else getattr(__import__(where, fromlist=["_"]), attribute)
+def broken(original, at, value, image=(..., BAD)):
+    """A function like `original` whose result number `at` holds `value` for an image."""
+    calls = []
 
     def measure(*arguments):
         score = original(*arguments)
         calls.append(1)
         if len(calls) == at:
-            score[BAD if name == "fastcache" else (..., BAD)] = value
+            score[image] = value
         return score
 
-    monkeypatch.setattr(f"{where}.{attribute}", measure)
+    return measure
+
+
+def break_measure(monkeypatch, name, value, at):
+    """Put `value` for image BAD in the place of what method `name` measures in its call of number `at`."""
+    if name == "lazydit":
+        take = broken(lambda view, score: score, at, value)
+        measured = View.measured
+        monkeypatch.setattr(View, "measured", lambda view, score: measured(view, take(view, score)))
+        return
+    module = import_module(f"adacorr.policies.{name}")
+    original = getattr(module, MEASURES[name])
+    image = BAD if name == "fastcache" else (..., BAD)
+    monkeypatch.setattr(module, MEASURES[name], broken(original, at, value, image))
+
+
+def break_innovation(monkeypatch, value, at):
+    """The same for the offset number `at` of AdaCorrection."""
+    monkeypatch.setattr("adacorr.corrected_run.innovation", broken(innovation, at, value))
 
 
 # ------------------------------------------------------------------------------- the state of an image is lost
@@ -196,19 +202,11 @@ def test_a_broken_proposal_is_taken_whatever_the_clock_says(monkeypatch, name, v
 @pytest.mark.parametrize("options", [{}, {"difference": False}, {"budget": 6.0}])
 @pytest.mark.parametrize("cfg_scale", [1.0, 1.5])
 def test_an_offset_that_is_not_finite_makes_the_next_step_due(monkeypatch, value, options, cfg_scale, model):
-    correction, calls = AdaCorrection(**{"gamma": 1.0 if "budget" in options else 0.05}, **options), []
+    correction = AdaCorrection(**{"gamma": 1.0 if "budget" in options else 0.05}, **options)
     clean = run(model, CacheManager(correction=correction), cfg_scale=cfg_scale)
     second = clean[1].computed_steps(BAD)[1]
     assert second + 1 not in clean[1].computed_steps(BAD)
-
-    def broken(*arguments):
-        score = innovation(*arguments)
-        calls.append(1)
-        if len(calls) == 1:  # at the second computed step, which is the same for all images
-            score[BAD] = value
-        return score
-
-    monkeypatch.setattr("adacorr.corrected_run.innovation", broken)
+    break_innovation(monkeypatch, value, at=1)  # at the second computed step, which is the same for all images
     out, trace = found = run(model, CacheManager(correction=correction), cfg_scale=cfg_scale)
     same_for_mates(found, clean)
     assert trace.fallbacks == 1
@@ -218,20 +216,11 @@ def test_an_offset_that_is_not_finite_makes_the_next_step_due(monkeypatch, value
 
 
 def test_a_guidance_difference_that_is_not_finite_makes_the_next_step_due(monkeypatch, model):
-    calls = []
     clean = run(model, CacheManager(correction=AdaCorrection()))
     both = clean[1].computed_steps(BAD, half=1)[1]
-
-    def broken(fresh, *arguments):
-        score = innovation(fresh, *arguments)
-        calls.append(1)
-        if len(calls) == at:
-            score[BAD] = np.nan
-        return score
-
     # The offsets of the computed steps up to this one come first, then that of the difference.
-    at = sum(0 < step <= both for step in clean[1].computed_steps(BAD)) + 1
-    monkeypatch.setattr("adacorr.corrected_run.innovation", broken)
+    before = sum(0 < step <= both for step in clean[1].computed_steps(BAD))
+    break_innovation(monkeypatch, np.nan, at=before + 1)
     found = run(model, CacheManager(correction=AdaCorrection()))
     same_for_mates(found, clean)
     assert found[1].fallbacks == 1
@@ -241,28 +230,20 @@ def test_a_guidance_difference_that_is_not_finite_makes_the_next_step_due(monkey
 # --------------------------------------------------------------------------------------------- it is over again
 
 
-@torch.no_grad()
-def walk(model, manager, steps_lost=()):
-    """(outputs (S, rows, C, H, W), trace) of a cache that is shown fixed states, some of image BAD lost."""
-    sampler, labels = make_sampler("ddim", STEPS), torch.tensor(LABELS)
-    x, outputs = gaussian(0, np.arange(3), (3, 8, 8)), []
-    identity = {"cfg_scale": 1.5, "model_id": "toy", "sampler": "ddim", "rewindable": False}
-    cache = manager.run(model, labels, sampler.timesteps, alphas(sampler), **identity)
-    with cache as opened, poisoned(model, np.nan, steps_lost):
-        for step in range(STEPS):
-            opened.begin_step(step)
-            z, t, y = rows_at(model, sampler, step, x, labels, 1)
-            y = torch.cat([y, torch.full_like(y, model.null_label)])
-            outputs.append(model(z, t.repeat(2), y))  # half as many states: they stand for both halves
-            x = 0.98 * x
-    return torch.stack(outputs), manager.trace
+def walk(model, manager, step_lost=None):
+    """(outputs (S, rows, C, H, W), trace) of a cache that is shown fixed states, image BAD lost in one of them."""
+    x = gaussian(0, np.arange(3), (3, 8, 8))
+    states = torch.stack([0.98**step * x for step in range(STEPS)])
+    if step_lost is not None:
+        states[step_lost, BAD] = np.nan
+    return show(model, manager, make_sampler("ddim", STEPS), states, torch.tensor(LABELS)), manager.trace
 
 
 @pytest.mark.parametrize("name", ["teacache", "first_block", "adacache"])  # with one computed step to reuse
 def test_a_policy_forgets_what_was_not_finite(name, folder, model):
     policy = make(name, model, folder)
     clean, clean_trace = walk(model, CacheManager(policy))
-    out, trace = walk(model, CacheManager(policy), [5])
+    out, trace = walk(model, CacheManager(policy), 5)
     found = torch.isfinite(out[:, [BAD, BAD + 3]]).flatten(1).all(dim=1)
     assert not found[5]
     assert found[8:].all()
@@ -276,7 +257,7 @@ def test_adacorrection_forgets_what_was_not_finite(model):
     correction = AdaCorrection(difference=False, gamma=0.05)
     clean = walk(model, CacheManager(correction=correction))[1].computed_steps(BAD)
     lost = clean[2]
-    out, trace = walk(model, CacheManager(correction=correction), [lost])
+    out, trace = walk(model, CacheManager(correction=correction), lost)
     finite = torch.isfinite(out[:, [BAD, BAD + 3]]).flatten(1).all(dim=1)
     assert not finite[lost]
     assert finite[lost + 1 :].all()
@@ -288,7 +269,7 @@ def test_adacorrection_forgets_what_was_not_finite(model):
 
 def test_the_literal_form_takes_the_fresh_output(model):
     clean, _ = walk(model, CacheManager(correction=Algorithm1(gamma=0.01)))
-    out, trace = walk(model, CacheManager(correction=Algorithm1(gamma=0.01)), [5])
+    out, trace = walk(model, CacheManager(correction=Algorithm1(gamma=0.01)), 5)
     plain, _ = walk(model, CacheManager(make_policy("never")))
     own = [BAD, BAD + 3]
     assert torch.isnan(out[5, own]).all()
@@ -303,15 +284,36 @@ def test_the_literal_form_takes_the_fresh_output(model):
 # ------------------------------------------------------------------------------------------------- by hand
 
 
-def test_lazydits_scores_of_minus_infinity_are_no_reason_to_reuse(folder, model):
+def test_lazydits_scores_of_minus_infinity_are_no_reason_to_reuse(tmp_path):
     """Nor when the other half of the image has a finite score, which is the larger one."""
-    policy = make("lazydit", model, folder)
-    policy.begin(make_run(model, 2, 2, STEPS, cfg_scale=1.5, model_id="toy", sampler="ddim"))
-    inputs = torch.zeros(2, 2, 32)
-    inputs[1, 1] = -np.inf * policy._weight[0, 0].sign()
-    score = policy._score(np.array([0]), 3, [inputs])[0]
-    assert score[0] == pytest.approx(policy._offset[0, 3])
-    assert np.isnan(score[1])
+    model, gates = tiny_dit(), tmp_path / "gates.pt"
+    entry = "block_{}_{}_lazy_learning_weight_{}"
+    names = [entry.format(u.start, u.branch, step) for u in adacorr.by_branch(3) for step in range(STEPS)]
+    torch.save({"model": {name: torch.ones(1, 32) for name in names}}, gates)
+    policy, info = make_policy(f"lazydit:gates={gates},threshold=1"), make_run(model, 2, 2, STEPS)
+    policy.begin(info)
+    model.blocks[0].adaLN_modulation[1].weight[:32, 0] = -1e38  # the shift overflows in all channels,
+    c = torch.zeros(4, 32)
+    c[3, 0] = 1e38  # of the unconditional half of image 1
+    view = make_view(info, 3, torch.randn(2, 2, 16, 32), Unit(0, 1, "attn"), c=c)
+    policy.decide(view)
+    assert view.failed.tolist() == [False, True]
+
+
+@torch.no_grad()
+def test_fastcache_runs_a_block_whose_input_has_no_finite_norm():
+    """The input does not change at all, but a change over a norm that overflows says nothing."""
+    model = timed_dit(degree=0, depth=3)  # its branches do not look at their input
+    manager, sampler = CacheManager(make_policy("fastcache:profile=none,tau=0")), make_sampler("ddim", 2)
+    x = torch.ones(2, 16, 32)
+    x[1] = 1e25
+    with open_run(model, manager, sampler, torch.tensor([0, 1]), cfg_scale=1.0) as opened:
+        for step in range(2):
+            opened.begin_step(step)
+            out = opened.run_blocks(model.blocks, x, torch.ones(2, 32))
+    assert bool(torch.isfinite(out).all())
+    assert manager.trace.executed[1].any(axis=(1, 3)).tolist() == [[False, True]] * 3
+    assert manager.trace.fallbacks == 3
 
 
 def test_a_size_that_overflows_is_no_small_change():
@@ -336,19 +338,6 @@ def test_an_offset_from_norms_that_overflow_is_not_finite(spatial_weight):
     assert not bool(torch.isfinite(innovation(fresh, fresh, spatial_weight)[1]))
 
 
-def test_fastcache_runs_a_block_whose_input_has_no_finite_norm():
-    change = FastCache()._change(np.array([1.0, 1.0, np.nan, np.inf]), np.array([4.0, np.inf, 1.0, 1.0]))
-    np.testing.assert_array_equal(change[:2], [0.5, np.nan])
-    assert not (change[1:] < np.inf).any()
-
-
-def test_weights_and_blends_take_the_fresh_output_where_the_score_is_lost():
-    weight = correction_weight(torch.tensor([0.25, np.nan, np.inf, -np.inf]))
-    assert weight.tolist() == [0.25, 1.0, 1.0, 1.0]
-    cached = torch.tensor([4.0, np.nan, np.inf, 0.0]).view(4, 1, 1)
-    assert blend(cached, torch.full((4, 1, 1), 8.0), weight).flatten().tolist() == [5.0, 8.0, 8.0, 8.0]
-
-
 def test_a_policy_says_what_it_measured_and_is_overruled_and_counted(model):
     """Any policy: one line in `decide`, whatever it makes of the number."""
     view = make_view(make_run(model, images=4), 3, torch.zeros(1, 4, 16, 32))
@@ -362,38 +351,3 @@ def test_a_policy_says_what_it_measured_and_is_overruled_and_counted(model):
     policy = Never()
     assert checked_decision(policy, view, policy.decide).tolist() == [False, True, False, True]
     assert view.account.fallbacks == 2
-
-
-@pytest.mark.parametrize("score", [np.nan, np.inf, -np.inf])
-def test_a_clock_without_an_offset_is_due_at_once_and_goes_on_from_there(score):
-    """Intervals of 60 timesteps, 5 apart: 12 steps."""
-    images, timesteps = np.array([0, 1]), make_sampler("ddim", 200).timesteps.double().numpy()
-    clock = AdaptiveClock(RefreshRule(tolerance=0.1, warmup=1), timesteps, lambda t: 60.0, 2, gamma=1.0)
-    clock.restart(images, 0, np.full(2, np.nan))  # the first computed step has no forecast
-    assert not clock.nonfinite.any()
-    assert clock.due.tolist() == [12, 12]
-    clock.restart(images, 12, np.array([0.1, score]))
-    assert clock.nonfinite.tolist() == [False, True]
-    assert clock.due.tolist() == [24, 13]
-    assert clock.interval_scale.tolist() == [1, 1]  # nothing was learned
-    clock.restart(np.array([1]), 13, np.array([0.1]))
-    assert not clock.nonfinite.any()
-    assert clock.due.tolist() == [24, 25]
-
-
-def test_a_budget_yields_to_an_offset_that_is_lost():
-    timesteps = make_sampler("ddim", 200).timesteps.double().numpy()
-    clock = BudgetClock(RefreshRule(0.1, 1), timesteps, lambda t: 60.0, 1, count=2)
-    one = np.array([0])
-    clock.restart(one, 0, np.array([np.nan]))
-    clock.restart(one, int(clock.due[0]), np.array([np.nan]))
-    assert clock.left.tolist() == [0]
-    assert clock.due[0] == clock.newest[0] + 1  # and only there
-    clock.restart(one, int(clock.due[0]), np.array([0.1]))
-    assert clock.due[0] == len(timesteps)
-
-
-def test_scores_that_are_not_finite_are_no_numbers_for_json():
-    trace = Trace(2, 1, 2, 1, (400, 600))
-    trace.score[0, 0], trace.score[1, 0] = (np.inf, 3.0), (np.inf, np.nan)
-    assert trace.summary()["score"] == [[3.0], [None]]

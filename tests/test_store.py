@@ -6,30 +6,17 @@ import torch
 from adacorr.store import add_by_branch, add_by_channel
 
 
-def sums(device, branches=5, rows=3, entries=4, tokens=6, width=8):
+@pytest.mark.parametrize("add", [add_by_branch, add_by_channel])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("shared", [False, True], ids=["labels apart", "one label"])
+def test_sums_equal_their_definition(add, device, shared):
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
 
-    outs = [draw(rows, tokens, width) for _ in range(branches)]
-    load, start = draw(branches, rows, entries, width), draw(rows, entries, tokens, width)
-    expected = start + torch.einsum("bned,bntd->netd", load, torch.stack(outs))
-    return start, outs, load, expected
-
-
-@pytest.mark.parametrize("add", [add_by_branch, add_by_channel])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_sums_equal_their_definition(add, device):
-    total, outs, load, expected = sums(device)
-    add(total, outs, load)
-    torch.testing.assert_close(total, expected)
-
-
-@pytest.mark.parametrize("add", [add_by_branch, add_by_channel])
-def test_labels_may_share_one_load(add):
-    total, outs, load, _ = sums("cpu")
-    shared = load[:, :1].expand_as(load)
-    expected = total + torch.einsum("bned,bntd->netd", shared, torch.stack(outs))
-    add(total, outs, shared)
+    branches = [draw(3, 6, 8) for _ in range(5)]  # (rows, tokens, width)
+    loading, total = draw(5, 1 if shared else 3, 4, 8).expand(5, 3, 4, 8), draw(3, 4, 6, 8)
+    expected = total + torch.einsum("bned,bntd->netd", loading, torch.stack(branches))
+    add(total, branches, loading)
     torch.testing.assert_close(total, expected)

@@ -15,6 +15,7 @@ def trace(**options):
 
 def test_a_hit_is_an_evaluation_that_was_not_executed():
     record = trace()
+    assert (record.hit_rate, record.flops, record.compute) == (0.0, 0, 0.0)  # no step is done
     record.executed[0] = 1
     record.executed[1, 1] = 1  # one layer of all: 6 of 12
     record.done = 2
@@ -22,6 +23,10 @@ def test_a_hit_is_an_evaluation_that_was_not_executed():
     assert record.flops == 18 * 100
     assert record.uncached_flops == 24 * 100
     assert record.compute == pytest.approx(0.75)
+    record.extra_flops = 240  # what the cache ran itself
+    assert record.flops == 18 * 100 + 240
+    assert record.compute == pytest.approx(2040 / 2400)
+    assert record.hit_rate == pytest.approx(6 / 24)
 
 
 def test_branches_are_counted_by_their_flops():
@@ -33,23 +38,6 @@ def test_branches_are_counted_by_their_flops():
     assert record.hit_rate == pytest.approx((48 - 6) / 96)
     assert record.summary()["executed_per_step"] == pytest.approx([(12 * 60 + 60) / 1200, 0.6, 0.6, 0.6])
     assert record.computed_steps(0) == []
-
-
-def test_what_the_cache_runs_itself_is_counted():
-    record = trace(extra_flops=240)
-    record.executed[0] = 1
-    record.done = 4
-    assert record.flops == 12 * 100 + 240
-    assert record.compute == pytest.approx((1200 + 240) / 4800)
-    assert record.hit_rate == pytest.approx(0.75)
-
-
-def test_steps_that_are_still_to_come_do_not_count():
-    record = trace()
-    assert (record.hit_rate, record.flops, record.compute) == (0.0, 0, 0.0)
-    record.executed[0] = 1
-    record.done = 1
-    assert (record.hit_rate, record.compute) == (0.0, 1.0)
 
 
 def test_computed_steps_are_those_of_the_whole_stack():
@@ -67,9 +55,10 @@ def test_computed_steps_are_those_of_the_whole_stack():
 
 def test_summary_is_plain_and_agrees_with_the_arrays():
     record = trace(extra_flops=240, rewound=5)
+    assert record.summary()["score"] == [[None, None]] * 4
     record.executed[0] = 1
     record.executed[2, :, :, 1, 0] = 1
-    record.score[0, 0] = [np.nan, 1.0, 3.0]
+    record.score[0] = [[np.nan, 1.0, 3.0], [np.inf, np.nan, 4.0]]
     record.weight[:] = 0.5
     record.done = 4
     plain = json.loads(json.dumps(record.summary(), allow_nan=False))
@@ -81,15 +70,7 @@ def test_summary_is_plain_and_agrees_with_the_arrays():
     assert plain["evaluations"] == pytest.approx(1640 / 1200)  # full ones, both halves of all images
     assert plain["rewound_image_steps"] == 5
     assert plain["executed_per_step"] == pytest.approx([1.0, 0.0, 2 / 12, 0.0])
-    assert plain["score"][0] == [2.0, None]
+    assert plain["score"][0] == [2.0, 4.0]
     assert plain["score"][1] == [None, None]
     assert plain["weight"] == [[0.5, 0.5]] * 4
     assert plain["computed_steps"] == [[[0], [0]], [[0, 2], [0]], [[0], [0]]]
-
-
-def test_arrays_begin_as_reuse_without_scores():
-    record = trace()
-    assert record.score.shape == record.weight.shape == (4, 2, 3)
-    assert record.executed.shape == (4, 2, 2, 3, 2)
-    assert np.isnan(record.score).all()
-    assert (record.executed == 0).all()

@@ -9,20 +9,12 @@ from adacorr import CacheManager, Policy, Predictor, Trace, make_policy
 from adacorr.policies import calibrated
 from adacorr.policy import Conditioning, Ran, RunInfo, Unit, View
 from adacorr.profile import Profile, save_profile
+from checkpoint import save_checkpoint
 from diffusion import make_sampler
-from download import save_checkpoint
-from models import DiT, DiTBlock, guide
+from models import DiT, DiTBlock
 from pipeline import gaussian, sample_latents
 
-TINY = {
-    "input_size": 8,
-    "patch_size": 2,
-    "in_channels": 3,
-    "hidden_size": 32,
-    "num_heads": 2,
-    "num_classes": 5,
-    "learn_sigma": False,
-}
+TINY = dict(input_size=8, patch_size=2, in_channels=3, hidden_size=32, num_heads=2, num_classes=5, learn_sigma=False)
 
 
 def redraw(model, std, seed):
@@ -49,12 +41,10 @@ def tiny_dit(depth=3, seed=1, std=0.15, **options):
     return redraw(DiT(**{**TINY, "depth": depth, **options}), std, seed)
 
 
-def save_tiny(path):
-    """A checkpoint of 8 x 8 pixels and 4 classes with random weights throughout: as built, it would predict nothing."""
-    model = DiT(8, 2, 3, 32, 2, 2, num_classes=4, learn_sigma=False)
-    generator = torch.Generator().manual_seed(1)
-    state = {name: torch.randn(p.shape, generator=generator) * 0.1 for name, p in model.state_dict().items()}
-    save_checkpoint(path, state, model.config)
+def save_tiny(path, **options):
+    """A checkpoint of 8 x 8 pixels and 4 classes, or of other `options` of a DiT."""
+    model = tiny_dit(**{"depth": 2, "num_classes": 4, **options})
+    save_checkpoint(path, model.state_dict(), model.config)
     return path
 
 
@@ -147,30 +137,48 @@ def rows_at(model, sampler, step, x, labels, halves):
     return torch.cat([x] * halves), t, y
 
 
-@torch.no_grad()
-def forced(model, manager, steps=10, labels=(3, 0, 3), cfg_scale=1.5, seed=0):
-    """(outputs, uncached outputs), each (steps, rows, C, H, W), both on the states of the uncached run."""
-    sampler, labels = make_sampler("ddim", steps), torch.tensor(labels)
-    halves = 1 if cfg_scale == 1.0 else 2
-    x = gaussian(seed, np.arange(len(labels)), (model.in_channels, model.input_size, model.input_size))
-    states, plain = [], []
-    for step in range(steps):
-        out = model(*rows_at(model, sampler, step, x, labels, halves))
-        states.append(x)
-        plain.append(out)
-        x = sampler.step(step, x, out[: len(x)] if halves == 1 else guide(out, cfg_scale, 3, "all")[: len(x)])
-    cached = []
-    identity = {"model_id": "toy", "sampler": sampler.spec}
-    with manager.run(model, labels, sampler.timesteps, alphas(sampler), cfg_scale=cfg_scale, **identity) as run:
-        for step, x in enumerate(states):
-            run.begin_step(step)
-            cached.append(model(*rows_at(model, sampler, step, x, labels, halves)))
-    return torch.stack(cached), torch.stack(plain)
+def guided(out, cfg_scale):
+    """The guided prediction (n, C, H, W) from rows [conditional; unconditional]; at scale 1 from conditional ones."""
+    if cfg_scale == 1.0:
+        return out
+    cond, uncond = out.chunk(2)
+    return uncond + cfg_scale * (cond - uncond)
 
 
 def alphas(sampler):
     """Cumulative signal power of the linear schedule at a sampler's whole timesteps."""
     return np.cumprod(1.0 - np.linspace(1e-4, 2e-2, 1000))[sampler.timesteps.numpy()]
+
+
+def open_run(model, manager, sampler, labels, cfg_scale=1.5, **options):
+    """`manager.run` for the toy model."""
+    options = {"model_id": "toy", "sampler": sampler.spec, **options}
+    return manager.run(model, labels, sampler.timesteps, alphas(sampler), cfg_scale=cfg_scale, **options)
+
+
+@torch.no_grad()
+def show(model, manager, sampler, states, labels, cfg_scale=1.5):
+    """The model's outputs (S, rows, C, H, W) through a cache that is shown the states (S, n, C, H, W) one by one."""
+    outputs = []
+    with open_run(model, manager, sampler, labels, cfg_scale) as run:
+        for step, x in enumerate(states):
+            run.begin_step(step)
+            outputs.append(model(*rows_at(model, sampler, step, x, labels, 1 if cfg_scale == 1.0 else 2)))
+    return torch.stack(outputs)
+
+
+@torch.no_grad()
+def forced(model, manager, steps=10, labels=(3, 0, 3), cfg_scale=1.5, seed=0):
+    """(outputs, uncached outputs), each (steps, rows, C, H, W), both on the states of the uncached run."""
+    sampler, labels = make_sampler("ddim", steps), torch.tensor(labels)
+    x = gaussian(seed, np.arange(len(labels)), (model.in_channels, model.input_size, model.input_size))
+    states, plain = [], []
+    for step in range(steps):
+        out = model(*rows_at(model, sampler, step, x, labels, 1 if cfg_scale == 1.0 else 2))
+        states.append(x)
+        plain.append(out)
+        x = sampler.step(step, x, guided(out, cfg_scale))
+    return show(model, manager, sampler, states, labels, cfg_scale), torch.stack(plain)
 
 
 @dataclass
@@ -197,17 +205,13 @@ class Scheduled(Policy):
 # ---------------------------------------------------------------------------------------------- references
 
 
-def newton_weights(nodes, at):
-    """Lagrange weights of a list of positions, by solving for them: powers 0..K-1 must come out right."""
-    scale = 1000.0
-    powers = np.stack([(np.array(nodes) / scale) ** p for p in range(len(nodes))])
-    return np.linalg.solve(powers, np.array([(at / scale) ** p for p in range(len(nodes))]))
-
-
-def forecast(nodes, at, order):
+def forecast(steps, at, order):
     """Polynomial through the newest order + 1 of a list of (timestep, tensor), at a timestep."""
-    used = nodes[-(order + 1) :]
-    weights = newton_weights([t for t, _ in used], at)
+    used = steps[-(order + 1) :]
+    times = np.array([t for t, _ in used]) / 1000.0
+    # Lagrange weights by solving for them: powers 0, 1, ... of the timestep must come out right.
+    powers = np.arange(len(used))
+    weights = np.linalg.solve(times ** powers[:, None], (at / 1000.0) ** powers)
     return sum(float(w) * value.double() for w, (_, value) in zip(weights, used, strict=True)).float()
 
 
@@ -233,26 +237,22 @@ class Twin:
 
     branches   every pre-gate output forecast, fresh gates: order 0 is FORA, order 2 what TaylorSeer means
     residual   the stack's residual of the last computed step
-    output     the stack's output of the last computed step
-    tail       block 0 always fresh, the residual of the rest from the last computed step (first-block cache)
     """
 
     def __init__(self, kind, steps, timesteps, order=0):
         self.kind, self.steps, self.timesteps, self.order = kind, steps, timesteps.tolist(), order
-        self.step, self.nodes = -1, []
+        self.step, self.computed = -1, []
 
     def run_blocks(self, blocks, x, c):
         self.step += 1
         t = self.timesteps[self.step]
-        if self.kind == "tail":
-            x, blocks = blocks[0](x, c), blocks[1:]
         if self.step in self.steps:
             out, branches = run_all(blocks, x, c)
-            self.nodes.append((t, {"branches": branches, "output": out}.get(self.kind, out - x)))
+            self.computed.append((t, branches if self.kind == "branches" else out - x))
             return out
         if self.kind == "branches":
-            return apply_gates(blocks, x, c, forecast(self.nodes, t, self.order))
-        return self.nodes[-1][1] if self.kind == "output" else x + self.nodes[-1][1]
+            return apply_gates(blocks, x, c, forecast(self.computed, t, self.order))
+        return x + self.computed[-1][1]
 
 
 def sample_with(twin, model, **arguments):
@@ -264,62 +264,7 @@ def sample_with(twin, model, **arguments):
         model.cache = None
 
 
-@torch.no_grad()
-def practical_reference(model, noise, label, cfg_scale, sampler, nodes, both, order, rewind):
-    """The practical AdaCorrection for one image, given its decisions, branch by branch and with exact gates.
-
-    noise (1, C, H, W); nodes, both: steps that compute the conditional half, and both. Elsewhere the unconditional half
-    adds what the conditional one does, less the difference of the two at the steps of `both`, under fresh gates.
-    """
-    halves = 1 if cfg_scale == 1.0 else 2
-    labels, times = torch.tensor([label]), sampler.timesteps.tolist()
-    history, gaps, last, anchor, x = [], ([], []), None, noise, noise
-
-    def carried(step, tokens, c, added):
-        """The null half of tokens (2, T, D), c (2, D): what the other half added, less the forecast difference."""
-        own, null = (forecast(nodes, times[step], order) for nodes in gaps)
-        own, null = (apply_gates(model.blocks, tokens[:1], c[i : i + 1], f) for i, f in enumerate((own, null)))
-        return tokens[1:] + added - (own - null)
-
-    def guided(step, x, c, tokens):
-        out = model.decode(tokens, c)
-        return out if halves == 1 else guide(out, cfg_scale, 3, "all")[:1]
-
-    def begin(step, x):
-        z, t, y = rows_at(model, sampler, step, x, labels, halves)
-        return model.embed(z), model.condition(t, y)
-
-    def skipped(step, x):
-        tokens, c = begin(step, x)
-        out = apply_gates(model.blocks, tokens[:1], c[:1], forecast(history, times[step], order))
-        if halves == 2:
-            out = torch.cat([out, carried(step, tokens, c, out - tokens[:1])])
-        return guided(step, x, c, out)
-
-    for step in range(len(times)):
-        if step not in nodes:
-            x = sampler.step(step, x, skipped(step, x))
-            continue
-        tokens, c = begin(step, x)
-        out, cond = run_all(model.blocks, tokens[:1], c[:1])
-        if halves == 2:
-            if step in both:
-                null_out, null = run_all(model.blocks, tokens[1:], c[1:])
-                for nodes_of_half, branches in zip(gaps, (cond, null), strict=True):
-                    nodes_of_half.append((times[step], branches))
-            else:
-                null_out = carried(step, tokens, c, out - tokens[:1])
-            out = torch.cat([out, null_out])
-        history.append((times[step], cond))
-        if rewind and last is not None and step - last > 1:
-            x = anchor
-            for past in range(last + 1, step):
-                x = sampler.step(past, x, skipped(past, x))
-            added, (tokens, c) = out - tokens, begin(step, x)
-            out = tokens + added
-        x = sampler.step(step, x, guided(step, x, c, out))
-        anchor, last = x, step
-    return x
+# ---------------------------------------------------------------------------------------- policies by themselves
 
 
 def make_run(model, images=1, halves=1, steps=10, **fields):
