@@ -29,21 +29,20 @@ from adacorr.profile import Profile, check_suffix, save_profile
 from adacorr.spec import hint
 from runtime import check_range
 
-# Calibration noise is that of --seed plus this, so that no seed anybody evaluates on is ever fitted.
-SEED_OFFSET = 2**31
+SEED_OFFSET = 2**31  # no seed that anybody evaluates on
 
 
-def observe(calibration: Calibration, pipe, seed: int, images: int, batch_size: int) -> None:
-    """Run a `pipeline.Pipeline` uncached on `images` images under the eyes of a calibration."""
+def observe(calibration: Calibration, pipe: pipeline.Pipeline, seed: int, images: int, batch_size: int) -> None:
+    """Run a pipeline uncached on `images` images under the eyes of a calibration."""
+    classes = pipe.model.num_classes
     for start in range(0, images, batch_size):
         indices = np.arange(start, min(start + batch_size, images))
-        labels = None
-        if pipe.model.num_classes:  # spread over the classes, not the first few of a thousand
-            labels = torch.from_numpy(indices * pipe.model.num_classes // images)
+        # Spread over the classes, not the first few of a thousand.
+        labels = torch.from_numpy(indices * classes // images) if classes else None
         pipe.sample(seed, indices, labels, CacheManager(calibration))
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace, command_line: Sequence[str]) -> None:
     """Load, observe, fit and write. ValueError or OSError for a mistake."""
     if args.cache not in calibrated():
         close = hint(args.cache.partition(":")[0], calibrated())
@@ -53,46 +52,31 @@ def run(args: argparse.Namespace) -> None:
     check_range("--seed", args.seed, 0, SEED_OFFSET - 1)
     check_suffix(args.out)
     check_writable("--out", args.out)
-    calibration = calibrated()[args.cache].calibration()
+    calibration, seed = calibrated()[args.cache].calibration(), SEED_OFFSET + args.seed
     pipe = pipeline.load(pipeline.ModelOptions.of(args))
-    seed = SEED_OFFSET + args.seed
     observe(calibration, pipe, seed, args.num_images, args.batch_size)
     arrays, notes = calibration.fit()
-    notes = {**notes, "checkpoint": pipe.checkpoint.path.name, "seed": seed, "images": args.num_images}
-    profile = Profile(
-        method=args.cache,
-        arrays=arrays,
-        model_id=pipe.checkpoint.sha256,
-        sampler=args.sampler,
-        num_sampling_steps=args.num_sampling_steps,
-        cfg_scale=args.cfg_scale,
-        notes={**notes, "made_with": args.made_with},
-    )
-    save_profile(args.out, profile)
+    notes |= {"checkpoint": pipe.checkpoint.path.name, "seed": seed, "images": args.num_images}
+    made_for = pipe.checkpoint.sha256, args.sampler, args.num_sampling_steps, args.cfg_scale
+    made_with = {"made_with": ["python", "calibrate.py", *command_line]}
+    save_profile(args.out, Profile(args.cache, arrays, *made_for, notes | made_with))
     shown = ", ".join(f"{key} {value}" for key, value in notes.items())
-    sys.stdout.write(f"{args.out}: {args.out.stat().st_size} bytes; {shown}\n")
+    print(f"{args.out}: {args.out.stat().st_size} bytes; {shown}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns its exit code."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser("calibrate.py", description=__doc__, formatter_class=raw)
-    parser.add_argument(
-        "--cache", required=True, metavar="METHOD", help=f"the method to measure for: {', '.join(calibrated())}"
-    )
+    argv = sys.argv[1:] if argv is None else argv
+    parser = Parser("calibrate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    methods = f"the method to measure for: {', '.join(calibrated())}"
+    parser.add_argument("--cache", required=True, metavar="METHOD", help=methods)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the profile, .json or .safetensors")
-    parser.add_argument(
-        "--num-images",
-        type=int,
-        default=16,
-        help=f"drawn from seed {SEED_OFFSET} + --seed (default %(default)s)",
-    )
+    drawn = f"drawn from seed {SEED_OFFSET} + --seed (default %(default)s)"
+    parser.add_argument("--num-images", type=int, default=16, help=drawn)
     parser.add_argument("--batch-size", type=int, default=8, help="images at a time (default %(default)s)")
     pipeline.add_model_flags(parser)
     args = parser.parse_args(argv)
-    args.made_with = ["python", "-m", "calibrate.py", *argv]
-    return run_command("calibrate.py", lambda: run(args))
+    return run_command("calibrate.py", lambda: run(args, argv))
 
 
 if __name__ == "__main__":

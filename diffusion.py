@@ -1,22 +1,23 @@
 """Noise schedule and samplers.
 
-The network predicts the noise eps in x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, t in 0..999, where
-abar_t is the running product of 1 - beta (Ho et al. 2020, Eq. 4). A sampler walks a subset of these timesteps
-from the noisiest to the cleanest. All share one interface, `Sampler`, which tells a caching loop what it has
-to know: whether a step wants noise (`stochastic`) and whether it may be taken again (`rewindable`).
+The network predicts the noise eps in x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, t in 0..999. abar_t is the running
+product of 1 - beta (Ho et al. 2020, Eq. 4). A sampler walks a subset of these timesteps from the noisiest to the
+cleanest. All share one interface, `Sampler`. It tells a caching loop what it has to know: whether a step wants noise
+(`stochastic`), and whether it may be taken again (`rewindable`).
 
     ddim, ddpm                              closed forms, written out here, rewindable
-    dpmsolver++, unipc, euler, ... or the   diffusers schedulers, which keep a history of past steps
+    dpmsolver++, unipc, euler, ... or the   diffusers schedulers, which keep a history of past steps: schedulers.py
     class name of a diffusers scheduler
 
-References: Ho et al. 2020, Denoising Diffusion Probabilistic Models. Song et al. 2021, Denoising Diffusion
-Implicit Models. Nichol & Dhariwal 2021, Improved Denoising Diffusion Probabilistic Models.
+References: Ho et al. 2020, Denoising Diffusion Probabilistic Models. Song et al. 2021, Denoising Diffusion Implicit
+Models. Nichol & Dhariwal 2021, Improved Denoising Diffusion Probabilistic Models.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import operator
 import typing
 from collections.abc import Iterable, Mapping
@@ -28,7 +29,7 @@ from torch import Tensor
 from adacorr.spec import Value, hint, parse_spec
 
 NUM_TRAIN = 1000  # timesteps the network was trained on
-BETA_START, BETA_END = 1e-4, 2e-2
+BETAS = (1e-4, 2e-2)  # the first and the last
 
 
 # ---------------------------------------------------------------------------------------------- schedule
@@ -36,32 +37,30 @@ BETA_START, BETA_END = 1e-4, 2e-2
 
 def linear_betas() -> np.ndarray:
     """The linear schedule of Ho et al. 2020, Sec. 4: (1000,) float64, 1e-4 to 0.02, both ends included."""
-    return np.linspace(BETA_START, BETA_END, NUM_TRAIN, dtype=np.float64)
+    return np.linspace(*BETAS, NUM_TRAIN, dtype=np.float64)
 
 
 def respace(num_steps: int, num_train: int = NUM_TRAIN) -> np.ndarray:
     """The training timesteps kept for a run of `num_steps` steps: (num_steps,) int64, ascending.
 
     Evenly spaced with both ends kept (Nichol & Dhariwal 2021, Sec. 4): position k is at
-    k (num_train - 1) / (num_steps - 1), rounded half to even; a single step keeps timestep 0. ValueError
-    unless `num_steps` is a whole number in 1..num_train.
+    k (num_train - 1) / (num_steps - 1), rounded half to even. A single step keeps timestep 0. ValueError unless
+    `num_steps` is a whole number in 1..num_train.
     """
     whole = hasattr(num_steps, "__index__") and not isinstance(num_steps, bool)
     if not whole or not 1 <= num_steps <= num_train:
         raise ValueError(f"num_steps={num_steps!r} is not a whole number in 1..{num_train}; 50 is usual")
     stride = (num_train - 1) / (num_steps - 1) if num_steps > 1 else 0.0
-    kept, position = [], 0.0
-    for _ in range(num_steps):
-        kept.append(round(position))
-        position += stride  # summed, not multiplied: on a half, the accumulated rounding error decides
-    return np.array(kept, dtype=np.int64)
+    # Summed, not multiplied: on a half, the accumulated rounding error decides.
+    positions = itertools.accumulate([stride] * (num_steps - 1), initial=0.0)
+    return np.array([round(position) for position in positions], dtype=np.int64)
 
 
 def respaced_schedule(kept: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(beta, abar, abar of the next cleaner step), (S,) float64 each, for the chain over `kept`.
 
-    A jump from s to the noisier t has 1 - beta = abar_t / abar_s (Nichol & Dhariwal 2021, Eq. 19), and abar
-    is the product of those again. Cleaner than the first kept timestep is the data itself, abar = 1.
+    A jump from s to the noisier t has 1 - beta = abar_t / abar_s (Nichol & Dhariwal 2021, Eq. 19), and abar is the
+    product of those again. Cleaner than the first kept timestep is the data itself, abar = 1.
     """
     kept_abar = np.cumprod(1.0 - linear_betas())[kept]
     beta = 1.0 - kept_abar / np.append(1.0, kept_abar[:-1])
@@ -77,9 +76,8 @@ class Sampler:
 
     name         the sampler's name in a spec
     spec         the whole spec that made it, None where it was built by hand
-    timesteps    (S,) on the CPU, in sampling order, noisiest first: what the network is fed. int64, or
-                 float32 for schedulers that step between training timesteps.
-                 A log-SNR or similar grid of many steps may round two of them to one timestep
+    timesteps    (S,) on the CPU, in sampling order, noisiest first: what the network is fed. int64, or float32 for
+                 schedulers that step between training timesteps. A grid in log-SNR may round two steps to one timestep
     stochastic   `step` wants `noise`
     rewindable   `step` depends on its arguments only, so that any step may be taken again
     """
@@ -105,11 +103,11 @@ class Sampler:
     def step(self, i: int | Tensor, x: Tensor, out: Tensor, noise: Tensor | None = None) -> Tensor:
         """The state after step `i`, in the shape and dtype of `x`.
 
-        i      0..S-1 in sampling order. A rewindable sampler also takes (N,) integers, the step of each row;
-               keep them on the CPU, because the range check reads them
+        i      0..S-1 in sampling order. A rewindable sampler also takes (N,) integers, the step of each row; keep them
+               on the CPU, because the range check reads them
         x      (N, C, H, W) state
-        out    (N, C, H, W) or (N, 2C, H, W) network output, already guided: the predicted noise, then the
-               learned variance, which only ddpm uses
+        out    (N, C, H, W) or (N, 2C, H, W) network output, already guided: the predicted noise, then the learned
+               variance, which only ddpm uses
         noise  (N, C, H, W) unit Gaussian, ignored unless `stochastic`
 
         Raises ValueError for a step that is not on, shapes that do not fit, or missing noise.
@@ -125,7 +123,7 @@ class Sampler:
         raise ValueError(f"{self.name} lays its timesteps out itself; use ddim or ddpm for a method that moves them")
 
 
-def _split(x: Tensor, out: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def split_output(x: Tensor, out: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """(predicted noise, learned variance or None), once the shapes are known to fit."""
     channels = x.shape[1] if x.ndim == 4 else -1
     if out.shape not in {(len(x), c, *x.shape[2:]) for c in (channels, 2 * channels)}:
@@ -142,8 +140,8 @@ def _split(x: Tensor, out: Tensor, noise: Tensor | None = None) -> tuple[Tensor,
 class _ClosedForm(Sampler):
     """DDIM and DDPM: float64 tables of coefficients by step, in sampling order.
 
-    A step is computed in float32, or float64 for such a state. One step index and one per row go through the
-    same operations on broadcast coefficients, so that both give the same bits.
+    A step is computed in float32, or float64 for such a state. One step index and one for each row go through the same
+    operations on broadcast coefficients, so that both give the same bits.
     """
 
     rewindable = True
@@ -159,7 +157,7 @@ class _ClosedForm(Sampler):
         beta, abar, before = (table[::-1] for table in respaced_schedule(kept))
         to_x0 = [np.sqrt(1.0 / abar), np.sqrt(1.0 / abar - 1.0)]
         self._tables = torch.from_numpy(np.stack([*to_x0, *self._coefficients(beta, abar, before)]))
-        self._placed: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._copies: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def on(self, timesteps: np.ndarray) -> Sampler:
         kept = np.asarray(timesteps)[::-1]
@@ -183,10 +181,10 @@ class _ClosedForm(Sampler):
         if low < 0 or high >= self.num_steps:
             raise ValueError(f"step {low if low < 0 else high} is outside 0..{self.num_steps - 1}")
         # Kept per device, because a copy to the device in every step would make the host wait for it.
-        place = x.device, torch.promote_types(x.dtype, torch.float32)
-        if place not in self._placed:
-            self._placed[place] = self._tables.to(*place)
-        return self._placed[place][:, where].reshape(len(self._tables), -1, 1, 1, 1).unbind()
+        key = x.device, torch.promote_types(x.dtype, torch.float32)
+        if key not in self._copies:
+            self._copies[key] = self._tables.to(*key)
+        return self._copies[key][:, where].reshape(len(self._tables), -1, 1, 1, 1).unbind()
 
     def _predict(self, x: Tensor, eps: Tensor, at: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """(x, x_0, eps) in the dtype to compute in; a clipped x_0 moves eps with it, so that both give x."""
@@ -203,16 +201,12 @@ class _ClosedForm(Sampler):
             raise ValueError(f"{self.name} adds noise in all steps but the last; pass noise {tuple(x.shape)}")
         return torch.zeros_like(x) if noise is None else noise.to(x.dtype)
 
-    def x0(self, i: int | Tensor, x: Tensor, out: Tensor) -> Tensor:
-        """The clean data predicted at step `i`, Song et al. 2021, Eq. 9; arguments as in `step`."""
-        return self._predict(x, _split(x, out)[0], self._at(i, x))[1].to(x.dtype)
-
 
 class DDIM(_ClosedForm):
     """Song et al. 2021, Eq. 12, with the noise level of Eq. 16.
 
-    num_steps 1..1000; eta 0..1, where 0 is deterministic and 1 has the variance of the DDPM posterior; clip
-    brings the predicted x_0 to [-1, 1] and is off, since latents have no bounds. ValueError for other values.
+    num_steps 1..1000; eta 0..1, where 0 is deterministic and 1 has the variance of the DDPM posterior; clip brings the
+    predicted x_0 to [-1, 1] and is off, since latents have no bounds. ValueError for other values.
     """
 
     name = "ddim"
@@ -231,7 +225,7 @@ class DDIM(_ClosedForm):
 
     def step(self, i: int | Tensor, x: Tensor, out: Tensor, noise: Tensor | None = None) -> Tensor:
         """sqrt(abar_s) x_0 + sqrt(1 - abar_s - sigma^2) eps + sigma noise; see `Sampler.step`."""
-        at, eps = self._at(i, x), _split(x, out, noise)[0]
+        at, eps = self._at(i, x), split_output(x, out, noise)[0]
         wide, x0, eps = self._predict(x, eps, at)
         result = at[2] * x0 + at[3] * eps
         if self.stochastic:
@@ -257,8 +251,8 @@ class DDPM(_ClosedForm):
         mean_x0 = beta * np.sqrt(before) / (1.0 - abar)
         mean_x = (1.0 - before) * np.sqrt(1.0 - beta) / (1.0 - abar)
         posterior = beta * (1.0 - before) / (1.0 - abar)
-        # The last step has posterior variance 0, which has no logarithm. The value of the step before stands
-        # in, for the fixed variance too; noisy = 0 takes it out again, so that it only has to be finite.
+        # The last step has posterior variance 0, which has no logarithm. The value of the step before stands in, for
+        # the fixed variance too; noisy = 0 takes it out again, so that it only has to be finite.
         stand_in = posterior[-2] if len(beta) > 1 else beta[-1]
         log_posterior, log_fixed = (np.log(np.append(table[:-1], stand_in)) for table in (posterior, beta))
         noisy = np.append(np.ones(len(beta) - 1), 0.0)
@@ -267,10 +261,10 @@ class DDPM(_ClosedForm):
     def step(self, i: int | Tensor, x: Tensor, out: Tensor, noise: Tensor | None = None) -> Tensor:
         """The posterior mean at the predicted x_0, plus noise in every step but the last; see `Sampler.step`.
 
-        The learned half of a 2C output is v in [-1, 1]: the log variance goes linearly from the posterior's
-        at -1 to log beta at 1.
+        The learned half of a 2C output is v in [-1, 1]: the log variance goes linearly from the posterior's at -1 to
+        log beta at 1.
         """
-        at, (eps, v) = self._at(i, x), _split(x, out, noise)
+        at, (eps, v) = self._at(i, x), split_output(x, out, noise)
         wide, x0, _ = self._predict(x, eps, at)
         mean_x0, mean_x, log_posterior, log_beta, log_variance, noisy = at[2:]
         if v is not None:
@@ -280,9 +274,9 @@ class DDPM(_ClosedForm):
         return (mean_x0 * x0 + mean_x * wide + scale * self._noise(i, wide, noise)).to(x.dtype)
 
 
-# ---------------------------------------------------------------------------------- diffusers schedulers
+# ------------------------------------------------------------------------------------------------- specs
 
-# Short names, with the options that make the name true and so cannot be set.
+# Short names of diffusers schedulers, with the options that make the name true and so cannot be set.
 SCHEDULERS: dict[str, tuple[str, dict[str, Value]]] = {
     "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
     "sde-dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
@@ -291,168 +285,6 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Value]]] = {
     "euler": ("EulerDiscreteScheduler", {}),
     "lms": ("LMSDiscreteScheduler", {}),
 }
-# What the network was trained with, which no option of a run can change,
-_NETWORK: dict[str, Value] = {
-    "num_train_timesteps": NUM_TRAIN,
-    "beta_start": BETA_START,
-    "beta_end": BETA_END,
-    "beta_schedule": "linear",
-    "prediction_type": "epsilon",
-}
-# and options that would contradict it (another schedule, flow matching, a variance in the output) or that
-# take more than a plain value.
-_CLOSED = {
-    "trained_betas",
-    "rescale_betas_zero_snr",
-    "variance_type",
-    "timestep_type",
-    "use_flow_sigmas",
-    "flow_shift",
-    "use_dynamic_shifting",
-    "time_shift_type",
-    "shift_terminal",
-    "solver_p",
-    "disable_corrector",
-}
-_DEFAULTS: dict[str, Value] = {"timestep_spacing": "linspace", "thresholding": False, "clip_sample": False}
-
-
-class SchedulerSampler(Sampler):
-    """A diffusers scheduler that calls the network once per step.
-
-    name       a key of SCHEDULERS, or the class name of a diffusers scheduler
-    num_steps  1..1000
-    options    the scheduler's own, such as use_lu_lambdas=True (grid uniform in log-SNR) or solver_order=3
-               for dpmsolver++. timestep_spacing is 'linspace' unless given
-
-    It remembers past steps, so they are taken in order, each once. If stochastic it wants noise in every
-    step, the last included. It computes in float32. Raises ValueError for an unknown name, option or value,
-    and for a scheduler that cannot be driven this way: several network calls per step, a formulation other
-    than a discrete beta schedule, or noise that it draws itself.
-    """
-
-    rewindable = False
-
-    def __init__(self, name: str, num_steps: int, **options: Value) -> None:
-        respace(num_steps)  # for its range check
-        class_name, pinned = SCHEDULERS.get(name, (name, {}))
-        self.name, self._class = name, _scheduler_class(class_name)
-        parameters = inspect.signature(self._class.__init__).parameters
-        _check_options(name, parameters, options, {*_NETWORK, *_CLOSED, *pinned})
-        if options.get("solver_order", 1) not in (1, 2, 3):  # higher ones run, but as order 3
-            raise ValueError(f"{name}: solver_order={options['solver_order']} is outside 1..3; 2 is usual")
-        defaults = {key: value for key, value in {**_NETWORK, **_DEFAULTS}.items() if key in parameters}
-        self._options = {**defaults, **pinned, **options}
-        self._restart(num_steps)
-        start = float(self.timesteps[0])
-        if start < NUM_TRAIN / 2:
-            where = f"{name} with {num_steps} steps would start at timestep {start:g} of 0..{NUM_TRAIN - 1}"
-            raise ValueError(f"{where}, not in noise; take more steps or timestep_spacing=trailing")
-        self.stochastic = self._probe()
-
-    def _restart(self, num_steps: int) -> None:
-        """Begin with a new scheduler object."""
-        try:
-            self._scheduler = self._class(**self._options)
-            self._scheduler.set_timesteps(num_steps)
-        except (ValueError, NotImplementedError) as error:
-            raise ValueError(f"{self.name} refuses its options for {num_steps} steps: {error}") from error
-        for key, value in self._options.items():  # some schedulers put another value for one they do not know
-            used = self._scheduler.config[key]
-            if used != value:
-                raise ValueError(f"{self.name} has no {key}={value!r}; give {used!r}, which it would use")
-        self.timesteps = self._scheduler.timesteps.clone()
-        if self.num_steps != num_steps:
-            calls = f"{self.name} calls the network {self.num_steps} times in {num_steps} steps"
-            raise ValueError(f"{calls}, which must be once each; valid: {', '.join(names())}")
-        sigmas = getattr(self._scheduler, "sigmas", torch.empty(0))
-        if bool((sigmas.diff() >= 0).any()):
-            repeats = f"{self.name} has no {num_steps} distinct noise levels that fall from step to step"
-            raise ValueError(f"{repeats}; take fewer steps or timestep_spacing=trailing")
-        self._scheduler.set_begin_index(0)
-        self._due = 0
-
-    def _probe(self) -> bool:
-        """Whether any step adds noise: a run on a single number comes out differently for two seeds.
-
-        It is a whole run because some schedulers add noise in the middle only. Noise that the scheduler would
-        draw itself is refused, as it cannot be given per image.
-        """
-        accepts = inspect.signature(self._class.step).parameters
-        trial, runs = copy.copy(self), []
-        for seed in (0, 1):
-            trial._restart(20)
-            rng = torch.Generator().manual_seed(seed)
-            states = [torch.ones(1, 1, 1, 1)]
-            for i in range(20):
-                x = states[-1]
-                given = {"generator": rng, "variance_noise": torch.randn(x.shape, generator=rng)}
-                given = {key: value for key, value in given.items() if key in accepts}
-                states.append(trial._advance(trial.model_input(i, x), x, given))
-            runs.append(torch.cat(states))
-        stochastic = not torch.equal(*runs)
-        if stochastic and "variance_noise" not in accepts:
-            raise ValueError(f"{self.name} draws its own noise, not per image; use ddpm or sde-dpmsolver++")
-        return stochastic
-
-    def _advance(self, eps: Tensor, x: Tensor, given: dict[str, object]) -> Tensor:
-        timestep = self._scheduler.timesteps[self._due]
-        self._due += 1
-        return self._scheduler.step(eps.float(), timestep, x.float(), **given).prev_sample
-
-    def _expect(self, i: int) -> None:
-        if isinstance(i, Tensor) and i.ndim:
-            raise ValueError(f"{self.name} keeps a history: give one step for all rows, not {tuple(i.shape)}")
-        if i != self._due or i >= self.num_steps:
-            due = f"step {self._due} is due" if self._due < self.num_steps else "the run is over"
-            raise ValueError(f"{self.name} keeps a history: {due}, not step {i}; fresh() begins a new run")
-
-    def prepare(self, noise: Tensor) -> Tensor:
-        """Noise of the scheduler's own initial standard deviation."""
-        return (noise.float() * float(self._scheduler.init_noise_sigma)).to(noise.dtype)
-
-    def model_input(self, i: int, x: Tensor) -> Tensor:
-        """The state brought to x_t, for schedulers that step through x_t / sqrt(abar_t)."""
-        self._expect(i)
-        timestep = self._scheduler.timesteps[self._due]
-        return self._scheduler.scale_model_input(x.float(), timestep).to(x.dtype)
-
-    def step(self, i: int, x: Tensor, out: Tensor, noise: Tensor | None = None) -> Tensor:
-        """See `Sampler.step`; `i` is the step after the one taken last."""
-        self._expect(i)
-        eps = _split(x, out, noise)[0]
-        if self.stochastic and noise is None:
-            raise ValueError(f"{self.name} adds noise in every step; pass noise {tuple(x.shape)}")
-        return self._advance(eps, x, {"variance_noise": noise} if self.stochastic else {}).to(x.dtype)
-
-    def fresh(self) -> SchedulerSampler:
-        """See `Sampler.fresh`."""
-        other = copy.copy(self)
-        other._restart(self.num_steps)
-        return other
-
-
-def _scheduler_class(name: str) -> type:
-    """The diffusers class `name`, if it can be driven with a discrete beta schedule."""
-    # Imported late: diffusers takes seconds to load, and ddim and ddpm do without it.
-    try:
-        from diffusers import schedulers
-    except ImportError as error:
-        raise ImportError(f"sampler {name} needs the diffusers package: pip install diffusers") from error
-    listed = [entry for entry in dir(schedulers) if entry.endswith("Scheduler")]
-    found = getattr(schedulers, name, None) if name in listed else None
-    if found is None:
-        raise _unknown(name, set(listed) - {name})
-    if not {"beta_start", "prediction_type"} <= set(inspect.signature(found.__init__).parameters):
-        raise ValueError(f"{name} has no discrete beta schedule; valid: {', '.join(names())}")
-    if not hasattr(found, "set_begin_index"):
-        # They take t - 1000 // S for the timestep before t, off their own list unless S divides 1000.
-        raise ValueError(f"{name} does not step along its own timesteps; valid: {', '.join(names())}")
-    return found
-
-
-# ------------------------------------------------------------------------------------------------- specs
-
 _CLOSED_FORMS = {"ddim": DDIM, "ddpm": DDPM}
 
 
@@ -461,18 +293,15 @@ def names() -> list[str]:
     return [*_CLOSED_FORMS, *SCHEDULERS]
 
 
-def _unknown(name: str, classes: Iterable[str] = ()) -> ValueError:
+def unknown_sampler(name: str, classes: Iterable[str] = ()) -> ValueError:
+    """The error for a name that is neither one of `names` nor of the `classes` of diffusers."""
     valid = f"valid: {', '.join(names())}, or the class name of a diffusers scheduler"
     return ValueError(f"no sampler is called {name!r}{hint(name, [*names(), *classes])}; {valid}")
 
 
-def _check_options(
-    name: str,
-    parameters: Mapping[str, inspect.Parameter],
-    options: Mapping[str, Value],
-    closed: Iterable[str],
-) -> None:
-    """ValueError for a key not among `parameters`, or `closed`, or a value unlike the parameter's default."""
+def check_arguments(name: str, kind: type, options: Mapping[str, Value], closed: Iterable[str] = ()) -> None:
+    """ValueError for a key that `kind` does not take, or that is `closed`, or a value unlike the default."""
+    parameters = inspect.signature(kind.__init__).parameters
     valid = [key for key in parameters if key not in {"self", "num_steps", *closed}]
     for key, value in options.items():
         if key not in valid:
@@ -494,13 +323,17 @@ def make_sampler(spec: str, num_steps: int) -> Sampler:
     ValueError for an unknown name, key or value, with the valid ones.
     """
     name, options = parse_spec(spec)
+    respace(num_steps)  # for its range check
     if name in _CLOSED_FORMS:
-        form = _CLOSED_FORMS[name]
-        _check_options(name, inspect.signature(form.__init__).parameters, options, ())
-        sampler = form(num_steps, **options)
+        check_arguments(name, _CLOSED_FORMS[name], options)
+        sampler = _CLOSED_FORMS[name](num_steps, **options)
     elif name in SCHEDULERS or name.endswith("Scheduler"):
+        try:
+            from schedulers import SchedulerSampler  # late: diffusers takes seconds to load
+        except ImportError as error:
+            raise ImportError(f"sampler {name} needs the diffusers package: pip install diffusers") from error
         sampler = SchedulerSampler(name, num_steps, **options)
     else:
-        raise _unknown(name)
+        raise unknown_sampler(name)
     sampler.spec = spec
     return sampler

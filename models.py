@@ -19,9 +19,7 @@ def modulate(x, shift, scale):
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
-#################################################################################
-#                     Conditioning: timestep and class label                    #
-#################################################################################
+# ------------------------------------------------------------------------ Conditioning: timestep and class label
 
 def timestep_features(t, dim=256, max_period=10000):
     """Sinusoids of (possibly fractional) timesteps: t (N,) -> (N, dim) float32, cosines before sines.
@@ -74,9 +72,7 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(labels)                                               # (N, D)
 
 
-#################################################################################
-#                                 Transformer                                   #
-#################################################################################
+# --------------------------------------------------------------------------------------------------- Transformer
 
 class DiTBlock(nn.Module):
     """Self-attention and MLP, each with adaLN-Zero: shifted and scaled before, gated after, all three from c.
@@ -263,12 +259,15 @@ class DiT(nn.Module):
     def forward_with_cfg(self, x, t, y, cfg_scale, cfg_channels=3):
         """Classifier-free guidance in one stacked call, the conditional half first.
 
-        x (2N, C, H, W), t (2N,), y (2N,) = [labels; null labels] -> (2N, out_channels, H, W). Only the first
-        half of x is read and stands for both. `cfg_channels` and errors are those of `guide`.
+        x (2N, C, H, W), t (2N,), y (2N,) = [labels; null labels] -> (2N, out_channels, H, W), guided in both halves.
+        Only the first half of x is read and stands for both. `cfg_channels` and errors are those of `guide`. Nothing
+        here calls it: it is the release's interface, kept for code that was written against that.
         """
-        guided_channels(cfg_channels, self.in_channels, len(x))   # complain before the work, not after it
-        out = self(x[: len(x) // 2], t, y)                        # (2N, out_channels, H, W)
-        return guide(out, cfg_scale, self.in_channels, cfg_channels)
+        k = guided_channels(cfg_channels, self.in_channels, len(x))    # complain before the work, not after it
+        out = self(x[: len(x) // 2], t, y)                             # (2N, out_channels, H, W)
+        first = guide(out, cfg_scale, self.in_channels, cfg_channels)  # (N, out_channels, H, W)
+        second = torch.cat([first[:, :k], out[len(first):, k:]], dim=1)
+        return torch.cat([first, second])
 
     def branch_flops(self):
         """FLOPs (2 per multiply-add) of one block's attention and MLP for one row: (int, int).
@@ -281,8 +280,7 @@ class DiT(nn.Module):
         mlp = 2 * 2 * tokens * width * hidden                                  # fc1 + fc2
         return attn + modulation, mlp + modulation
 
-    def block_flops(self):
-        """FLOPs of one block for one row."""
+    def block_flops(self):  # moved: tests/test_manager.py still asks for it
         return sum(self.branch_flops())
 
     def gate_flops(self):
@@ -290,9 +288,7 @@ class DiT(nn.Module):
         return 2 * 2 * self.hidden_size * self.hidden_size
 
 
-#################################################################################
-#                          Classifier-free guidance                             #
-#################################################################################
+# -------------------------------------------------------------------------------------- Classifier-free guidance
 
 def guided_channels(cfg_channels, num_noise_channels, rows):
     """How many leading channels are guided: 3 for 3 or "3", all noise channels for "all"; else ValueError."""
@@ -308,29 +304,23 @@ def guided_channels(cfg_channels, num_noise_channels, rows):
 
 
 def guide(out, cfg_scale, num_noise_channels, cfg_channels=3):
-    """uncond + cfg_scale * (cond - uncond) in both halves: out (2N, C, H, W), cond first -> same shape.
+    """uncond + cfg_scale * (cond - uncond), all that a sampler goes on with: out (2N, C, H, W) -> (N, C, H, W).
 
-    Only guided channels change; every other channel, sigma always, keeps its half's own value. The released
-    model guides 3 of its 4 noise channels, and its published scores were computed so. Raises ValueError for
-    another `cfg_channels` and for an odd batch. Source: arXiv 2207.12598, eq. 6 with w = cfg_scale - 1.
+    The first half of `out` is conditional. Only guided channels change; every other channel, sigma always, keeps the
+    conditional value. The released model guides 3 of its 4 noise channels, and its published scores were computed so.
+    Raises ValueError for another `cfg_channels` and for an odd batch. Source: arXiv 2207.12598, eq. 6 with
+    w = cfg_scale - 1.
     """
-    guided = guide_first(out, cfg_scale, num_noise_channels, cfg_channels)  # (N, C, H, W)
-    channels = guided_channels(cfg_channels, num_noise_channels, len(out))
-    second = torch.cat([guided[:, :channels], out[len(guided):, channels:]], dim=1)
-    return torch.cat([guided, second])
-
-
-def guide_first(out, cfg_scale, num_noise_channels, cfg_channels=3):
-    """The conditional half of `guide`, all that a sampler goes on with: (2N, C, H, W) -> (N, C, H, W)."""
     channels = guided_channels(cfg_channels, num_noise_channels, len(out))
     cond, uncond = out.chunk(2)                                   # 2 x (N, C, H, W)
     guided = uncond[:, :channels] + cfg_scale * (cond[:, :channels] - uncond[:, :channels])
     return torch.cat([guided, cond[:, channels:]], dim=1) if channels < out.shape[1] else guided
 
 
-#################################################################################
-#                       Positions and argument checks                           #
-#################################################################################
+guide_first = guide  # moved: pipeline.py still asks for it under this name
+
+
+# --------------------------------------------------------------------------------- Positions and argument checks
 
 def sincos_pos_embed(width, grid):
     """Fixed sine-cosine positions of a grid x grid image -> (1, grid * grid, width) float32, row by row.
@@ -341,9 +331,9 @@ def sincos_pos_embed(width, grid):
     """
     if width % 4:
         raise ValueError(f"width {width} is not a multiple of 4, as sines and cosines of two axes need")
-    place = torch.arange(grid, dtype=torch.float64)                     # (grid,)
+    position = torch.arange(grid, dtype=torch.float64)                  # (grid,)
     k = torch.arange(width // 4, dtype=torch.float64)                   # (width / 4,)
-    angles = place.unsqueeze(1) * 10000 ** (-4 * k / width)             # (grid, width / 4)
+    angles = position.unsqueeze(1) * 10000 ** (-4 * k / width)          # (grid, width / 4)
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)               # (grid, width / 2)
     columns = axis.unsqueeze(0).expand(grid, grid, -1)                  # (row, column, width / 2)
     rows = axis.unsqueeze(1).expand(grid, grid, -1)                     # (row, column, width / 2)
@@ -364,9 +354,7 @@ def check_config(config):
         raise ValueError(f"class_dropout_prob {config['class_dropout_prob']} must lie in [0, 1]")
 
 
-#################################################################################
-#                                  Model sizes                                  #
-#################################################################################
+# --------------------------------------------------------------------------------------------------- Model sizes
 
 # Table 1 of arXiv 2212.09748; Ti is ours, the size of the bundled model.
 SIZES = {

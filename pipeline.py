@@ -15,8 +15,8 @@ from torch import Tensor
 from adacorr import Algorithm1, CacheManager
 from adacorr.policies import names as policy_names
 from adacorr.run import take_rows
+from checkpoint import BUNDLED, VAES, Checkpoint, build_model, load_checkpoint, load_vae, released_name
 from diffusion import Sampler, linear_betas, make_sampler, names
-from download import BUNDLED, VAES, Checkpoint, build_model, load_checkpoint, load_vae, released_name
 from models import DiT, DiT_models, guide_first, guided_channels
 from runtime import DTYPES, check_range, find_device, random_stream
 

@@ -9,7 +9,6 @@ The exit code is 0, 2 after an error (one line on stderr) and 130 after Ctrl-C.
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -19,21 +18,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 import pipeline
 import runtime
 from adacorr import CacheManager
 from adacorr.command import Parser, run_command
-from adacorr.files import check_writable, write_json, written_whole
-from download import BUNDLED
+from adacorr.files import check_writable, write_json
+from checkpoint import BUNDLED
 from evaluate.fidelity import fidelity
+from pictures import grid, save_png, side_by_side
 from runtime import Progress
 
 WARM_UP = 6  # steps of both runs before anything is timed: enough for a forecast to be used
-SMALLEST = 64  # pixels at which an image is shown at least; smaller ones are enlarged by repeating pixels
-GAP = 2  # pixels between images; between the two grids of --compare it is four times as much
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -209,43 +206,6 @@ def decode(pipe: pipeline.Pipeline, x: Tensor) -> Tensor:
             f"image {broken[0]} holds infinite or undefined values: sample with --dtype and --cache-dtype fp32"
         )
     return pipe.decode(x)
-
-
-# --------------------------------------------------------------------------------------------- the pictures
-
-
-def grid(images: Tensor) -> Image.Image:
-    """uint8 (n, H, W, 3) -> one picture, row by row; a full rectangle where n has one not too wide."""
-    n, height, width, _ = images.shape
-    zoom = max(1, SMALLEST // height)
-    width, height = width * zoom, height * zoom
-    narrowest = math.isqrt(n - 1) + 1
-    columns = next((c for c in range(narrowest, 2 * narrowest) if n % c == 0), narrowest)
-    rows = math.ceil(n / columns)
-    sheet = Image.new("RGB", (columns * (width + GAP) - GAP, rows * (height + GAP) - GAP), "white")
-    for i, image in enumerate(images.numpy()):
-        tile = Image.fromarray(image.repeat(zoom, axis=0).repeat(zoom, axis=1))
-        sheet.paste(tile, (i % columns * (width + GAP), i // columns * (height + GAP)))
-    return sheet
-
-
-def side_by_side(left: Image.Image, right: Image.Image, captions: Sequence[str]) -> Image.Image:
-    """Two pictures of one size with a caption over each."""
-    font = ImageFont.load_default()
-    boxes = [font.getbbox(caption) for caption in captions]
-    top = math.ceil(max(box[3] for box in boxes)) + 2 * GAP
-    width = max(left.width, *(math.ceil(box[2]) for box in boxes))
-    sheet = Image.new("RGB", (2 * width + 4 * GAP, top + left.height), "white")
-    for x, picture, caption in zip((0, width + 4 * GAP), (left, right), captions, strict=True):
-        sheet.paste(picture, (x, top))
-        ImageDraw.Draw(sheet).text((x, GAP), caption, fill="black", font=font)
-    return sheet
-
-
-def save_png(path: Path, picture: Image.Image) -> None:
-    """A PNG, whole or not at all."""
-    with written_whole(path) as temporary:
-        picture.save(temporary, format="PNG")
 
 
 # --------------------------------------------------------------------------------------------- what is said

@@ -1,98 +1,80 @@
 """What this package can do: the caching methods, and what each of them takes.
 
-    python -m adacorr methods                    # on the bundled checkpoint
-    python -m adacorr methods --ckpt FILE        # what a cache holds depends on the model and the steps
-
-Bytes are measured on one image: the method runs once, and what it stores is counted. Runs from the root of a clone.
+python -m adacorr methods           # every method with its source, its options, their defaults and ranges
+python -m adacorr methods NAME      # all that is written about one of them; also adacorr and literal
 """
 
 import argparse
+import inspect
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-
-import numpy as np
-import torch
+from dataclasses import Field, fields
 
 from adacorr.command import Parser, run_command
-from adacorr.correct import AdaCorrection, Algorithm1
-from adacorr.manager import CacheManager
-from adacorr.policies import available, make_policy
+from adacorr.correct import ALIASES, AdaCorrection, Algorithm1
+from adacorr.policies import policies
+
+CORRECTIONS = {"adacorr": ("--adacorr", AdaCorrection, "step"), "literal": ("--adacorr literal", Algorithm1, "block")}
 
 
-@dataclass(frozen=True)
-class Method:
-    """One row of the listing. bytes is None where the method refuses this model or its options (see `note`)."""
-
-    name: str
-    granularity: str
-    calibrated: bool
-    bytes: int | None
-    line: str
-    note: str = ""
+def methods() -> dict[str, tuple[str, type, str]]:
+    """Name -> (how it is asked for, its class, what one decision covers), of every policy and both corrections."""
+    return {name: (f"--cache {name}", kind, kind.granularity) for name, kind in policies().items()} | CORRECTIONS
 
 
-def measure_bytes(pipe, manager: CacheManager) -> int:
-    """Bytes that a cache holds for one image of a `pipeline.Pipeline`."""
-    label = torch.tensor([0]) if pipe.model.num_classes else None
-    pipe.sample(0, np.arange(1), label, manager)
-    return manager.bytes
+def listing() -> str:
+    """A paragraph for each method: how it decides, where it comes from, what it does, and a line for each option."""
+    paragraphs = []
+    for flag, kind, granularity in methods().values():
+        calibration = "profile" if getattr(kind, "calibration", None) else "none"
+        lines = [f"{flag}  (granularity: {granularity}; calibration: {calibration})"]
+        lines += ["    " + doc.partition("\n")[0] for doc in docstrings(kind)]
+        lines += [f"      {assignment(f):22} {allowed(f)}".rstrip() for f in fields(kind) if f.init]
+        paragraphs.append("\n".join(lines))
+    return "\n\n".join(paragraphs)
 
 
-def methods(pipe) -> list[Method]:
-    """Every policy, then both forms of AdaCorrection."""
-    rows = []
-    for name, line in available().items():
-        policy, held, note = make_policy(name), None, ""
-        try:
-            held = measure_bytes(pipe, CacheManager(policy))
-        except ValueError as error:
-            note = str(error)
-        rows.append(Method(name, policy.granularity, policy.calibration is not None, held, line, note))
-    forms = {
-        "--adacorr": (AdaCorrection(), "step", "The practical form, alone or over any of the methods."),
-        "--adacorr literal": (Algorithm1(), "block", "Algorithm 1 of the paper to the letter; it skips nothing."),
-    }
-    for name, (form, granularity, line) in forms.items():
-        rows.append(Method(name, granularity, False, measure_bytes(pipe, CacheManager(correction=form)), line))
-    return rows
+def docstrings(kind: type) -> list[str]:
+    """Those of a method's file, which names the source, and of its class."""
+    return [inspect.cleandoc(part.__doc__ or "") for part in (sys.modules[kind.__module__], kind)]
 
 
-def show(rows: Sequence[Method]) -> str:
-    """The listing as text."""
-    head = ("method", "granularity", "calibration", "MB/image", "")
-    lines = [head]
-    for row in rows:
-        held = "-" if row.bytes is None else f"{row.bytes / 2**20:.2f}"
-        lines.append((row.name, row.granularity, "profile" if row.calibrated else "none", held, row.note or row.line))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head) - 1)]
-    return "\n".join(
-        "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[-1]]).rstrip()
-        for line in lines
-    )
+def assignment(option: Field) -> str:
+    """KEY=DEFAULT, as it is written on the command line."""
+    key = {field: alias for alias, field in ALIASES.items()}.get(option.name, option.name)
+    return f"{key}={_word(option.default)}"
+
+
+def allowed(option: Field) -> str:
+    """The values that an option may have; nothing for free text."""
+    low, high, above, choices = (option.metadata.get(key) for key in ("low", "high", "above", "choices"))
+    if choices or isinstance(option.default, bool):
+        return ", ".join(map(_word, choices or (True, False)))
+    if above is not None:
+        return f"above {above:g}"
+    if low is None:
+        return "" if high is None else f"at most {high:g}"
+    return f"at least {low:g}" if high is None else f"{low:g}..{high:g}"
+
+
+def _word(value) -> str:
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns its exit code."""
-    try:
-        import pipeline
-    except ModuleNotFoundError as error:
-        if error.name != "pipeline":
-            raise
-        sys.stderr.write("adacorr: error: pipeline.py is not here: run from the root of a clone\n")
-        return 2
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser("adacorr", description=__doc__, formatter_class=raw)
-    commands = parser.add_subparsers(dest="command", required=True)
-    listing = commands.add_parser("methods", help="every caching method: granularity, calibration, bytes per image")
-    pipeline.add_model_flags(listing)
-    args = parser.parse_args(argv)
 
-    def list_methods() -> None:
-        pipe = pipeline.load(pipeline.ModelOptions.of(args))
-        sys.stdout.write(show(methods(pipe)) + "\n")
+    def show_methods() -> None:
+        parser = Parser("adacorr", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        command = parser.add_subparsers(required=True, dest="command").add_parser("methods", help="list the methods")
+        command.add_argument("name", metavar="NAME", nargs="?", choices=methods(), help="print all about this one")
+        name = parser.parse_args(argv).name
+        text = listing() if name is None else "\n\n".join([methods()[name][0], *docstrings(methods()[name][1])])
+        sys.stdout.write(text + "\n")
 
-    return run_command("adacorr", list_methods)
+    return run_command("adacorr", show_methods)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ Lengths are in training timesteps (0 to 1000), so that the rules mean the same a
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -90,19 +91,11 @@ class RefreshRule:
 class RefreshClock:
     """Per image: the newest computed step, and the step at which the next one is due, as indices in sampling order.
 
-    Positions on the clock count typical intervals since the start, `interval(t)` timesteps after a computed step at t,
-    times `scale`. A `closing` clock ends with a computed step at the closing step; another one runs out.
+    Positions on the clock count typical intervals since the start, interval(t) * scale timesteps after a computed step
+    at t; timesteps (S,). A `closing` clock ends with a computed step at the closing step; another one runs out.
     """
 
-    def __init__(
-        self,
-        rule: RefreshRule,
-        timesteps: np.ndarray,
-        interval: Interval,
-        images: int,
-        scale: float,
-        closing: bool = True,
-    ):
+    def __init__(self, rule: RefreshRule, timesteps, interval: Interval, images: int, scale: float, closing=True):
         self.rule, self.timesteps, self.closing = rule, timesteps, closing
         # A computation in the very last step corrects nothing after it; the one before it closes the forecast.
         self.last = closing_step(timesteps)
@@ -187,16 +180,7 @@ class AdaptiveClock(RefreshClock):
 class BudgetClock(RefreshClock):
     """A fixed number of computed steps at typical intervals, scaled to fill the trajectory; offsets change nothing."""
 
-    def __init__(
-        self,
-        rule: RefreshRule,
-        timesteps: np.ndarray,
-        interval: Interval,
-        images: int,
-        *,
-        count: int,
-        closing: bool = True,
-    ):
+    def __init__(self, rule: RefreshRule, timesteps, interval: Interval, images: int, *, count: int, closing=True):
         end = timesteps[closing_step(timesteps)]
         # A clock that need not close leaves half an interval behind its last computed step.
         strides = max(count - (1.0 if closing else 0.5), 0.5)
@@ -266,20 +250,15 @@ class Controller:
         wide = DIFFERENCE_INTERVAL * min(1.0, (0.5 / max(self.guidance_error, 0.1)) ** (1.0 / 3.0))
         rule = RefreshRule(correction.tolerance, warmup=correction.order + 1)
         difference_rule = RefreshRule(correction.difference_tolerance, 1, 1.0, most_shrinking=0.6, min_scale=0.1)
-        kinds = (
-            (rule, timesteps, lambda t: typical_interval(t, start, end), images),
-            (difference_rule, timesteps, lambda t: wide, images),
-        )
         if correction.budget is None:
-            clocks = [AdaptiveClock(*kind, gamma=correction.gamma, closing=kind[0] is rule) for kind in kinds]
+            kind, options = AdaptiveClock, [{"gamma": correction.gamma}] * 2
         else:
             error = self.guidance_error if self.infers else None
             counts = split_budget(correction.budget - spent, len(timesteps), halves, error)
-            clocks = [
-                BudgetClock(*kind, count=count, closing=kind[0] is rule)
-                for kind, count in zip(kinds, counts, strict=True)
-            ]
-        self.clock, self.difference_clock = clocks
+            kind, options = BudgetClock, [{"count": count} for count in counts]
+        typical = partial(typical_interval, start=start, end=end)
+        self.clock = kind(rule, timesteps, typical, images, **options[0])
+        self.difference_clock = kind(difference_rule, timesteps, lambda t: wide, images, **options[1], closing=False)
 
     @property
     def nonfinite(self) -> np.ndarray:

@@ -39,6 +39,20 @@ def file_sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def record_digest(path: str | Path, digest: str) -> None:
+    """Write `digest`, the sha256 of `path`, to `path`.sha256 in the format of `sha256sum`."""
+    with written_whole(f"{path}.sha256") as temporary:
+        temporary.write_text(f"{digest}  {Path(path).name}\n", encoding="utf-8")
+
+
+def recorded_digest(path: str | Path) -> str | None:
+    """The sha256 that `path`.sha256 states, or None where there is no such file."""
+    sidecar = Path(f"{path}.sha256")
+    if not sidecar.is_file():
+        return None
+    return (sidecar.read_text(encoding="utf-8", errors="replace").split() or ["(empty)"])[0]
+
+
 def check_writable(flag: str, path: Path) -> None:
     """OSError unless the file can be made, or made again, along with its parent folders."""
     if path.is_dir():

@@ -1,14 +1,7 @@
 """The cache manager: attaches a caching method, AdaCorrection, or both to a model for one sampling run.
 
-A run's state is born in `CacheManager.run` and dies with it, also on an exception:
-
-    manager = CacheManager(policy=make_policy("interval:every=5"), correction=AdaCorrection())
-    with manager.run(model, labels, sampler.timesteps, alpha_bar, cfg_scale=1.5) as run:
-        for step in range(len(timesteps)):
-            run.begin_step(step)
-            out = model(x, t, y)          # rows [conditional; unconditional]; the blocks go through run.run_blocks
-            ...
-    manager.trace.compute                 # executed block FLOPs over uncached ones
+A run's state is born in `CacheManager.run` and dies with it, also on an exception; `adacorr/__init__.py` shows the
+calls, and `pipeline.sample_latents` is the whole loop.
 """
 
 import copy

@@ -199,19 +199,16 @@ class View:
 
 @dataclass
 class Ran:
-    """What a unit gave for the images (m,) that it ran for.
-
-    x, out (halves, m, T, D): its input and output. `value` (halves, m, T, D): what a hit would have to stand in for,
-    the pre-gate output of a branch unit and out - x of a range of blocks.
-    """
+    """What a unit gave for the images (m,) that it ran for: its input x and output out, (halves, m, T, D) each."""
 
     images: np.ndarray
     x: Tensor
     out: Tensor
-    branch_output: Tensor | None = None  # (halves, m, T, D) of a branch unit
+    branch_output: Tensor | None = None  # (halves, m, T, D) before its gate, of a branch unit
 
     @cached_property
     def value(self) -> Tensor:
+        """(halves, m, T, D) what a hit stands in for: a branch unit's pre-gate output, else what the blocks add."""
         return self.out - self.x if self.branch_output is None else self.branch_output
 
 
@@ -234,26 +231,22 @@ class Cached:
 
     @cached_property
     def forecast(self) -> Tensor:
-        return torch.stack([half[:, 0] for half in self._kept.predict(self.images, np.array([self.step]))])
-
-    @property
-    def _kept(self) -> UnitStore:
         if self.store is None:
             raise ValueError("a policy without a predictor must override `reuse`: nothing was stored for it")
-        return self.store
+        return torch.stack([half[:, 0] for half in self.store.predict(self.images, np.array([self.step]))])
 
     def stored(self, k: int) -> Tensor:
         """(halves, m, T, D) of the k-th newest computed step, 0 the newest; zeros where there is none."""
-        return self._kept.stored(self.images, k)
+        return self.store.stored(self.images, k)
 
     def stored_steps(self, k: int) -> np.ndarray:
         """(m,) int: the k-th newest computed step; -1 where there is none."""
-        return self._kept.stored_steps(self.images, k)
+        return self.store.stored_steps(self.images, k)
 
     @property
     def count(self) -> np.ndarray:
         """(m,) computed steps so far."""
-        return self._kept.count[self.images]
+        return self.store.count[self.images]
 
 
 class Policy:
@@ -319,27 +312,14 @@ class Policy:
     @property
     def bytes(self) -> int:
         """Bytes of tensors that the method holds itself during a run: the tensors among its attributes."""
-        return _tensor_bytes(vars(self).values())
+        return _tensor_bytes(vars(self))
 
 
-def _tensor_bytes(values) -> int:
-    total = 0
-    for value in values:
-        if isinstance(value, Tensor):
-            total += value.numel() * value.element_size()
-        elif isinstance(value, dict):
-            total += _tensor_bytes(value.values())
-        elif isinstance(value, (list, tuple)):
-            total += _tensor_bytes(value)
-    return total
-
-
-def check_adaptive(name: str, threshold: float, scope: str) -> None:
-    """ValueError unless threshold >= 0 and the scope exists: the two options that adaptive methods share."""
-    if not threshold >= 0:
-        raise ValueError(f"{name}: threshold={threshold} must be at least 0")
-    if scope not in SCOPES:
-        raise ValueError(f"{name}: scope={scope!r} is unknown; choose one of {', '.join(SCOPES)}")
+def _tensor_bytes(value) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return sum(map(_tensor_bytes, items))
 
 
 def relative_change(now: Tensor, before: Tensor, scope: str = "image") -> np.ndarray:

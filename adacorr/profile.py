@@ -1,51 +1,57 @@
 """Profiles: what a caching method knows about one model under one sampler, measured beforehand on uncached runs.
 
 A profile is one file, `.json` or `.safetensors`, that carries the checkpoint's sha256, the sampler, the number of steps
-and the guidance it was made with, and is refused elsewhere. `python calibrate.py` makes them. Those of the
-bundled checkpoint ship in adacorr/profiles/ and are what `profile=auto` finds.
+and the guidance it was made with, and is refused elsewhere. `python calibrate.py` makes them. Those of the bundled
+checkpoint ship in adacorr/profiles/ and are what `profile=auto` finds.
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
+from adacorr.files import written_whole
 from adacorr.policy import RunInfo
 
 FOLDER = Path(__file__).parent / "profiles"
 SUFFIXES = (".json", ".safetensors")
-KINDS = {
-    "method": str,
-    "model_id": str,
-    "sampler": str,
-    "num_sampling_steps": int,
-    "cfg_scale": (int, float),
-    "notes": dict,
-}  # of a profile's header
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Arrays of one method, and what they were measured on. `notes` are plain facts, the command line among them."""
+    """Arrays of one method, and what they were measured on. `notes` are plain facts, the command line among them.
+
+    Raises ValueError for a field of another type, or text that would garble a message.
+    """
 
     method: str
-    arrays: dict[str, np.ndarray]
+    arrays: dict
     model_id: str
     sampler: str
     num_sampling_steps: int
     cfg_scale: float
     notes: dict = field(default_factory=dict)
 
+    def __post_init__(self):
+        for f in fields(self):
+            value, kind = getattr(self, f.name), (int, float) if f.type is float else f.type
+            if not isinstance(value, kind) or (kind is str and not value.isprintable()):
+                raise ValueError(f"its {f.name} is {value!r}")
+
     @property
     def header(self) -> dict:
-        return {name: getattr(self, name) for name in KINDS}
+        """Everything but the arrays."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "arrays"}
 
     def require(self, **shapes: tuple[int | None, ...]) -> dict[str, np.ndarray]:
         """The named arrays. Raises ValueError unless each is there in its shape, where None is any length."""
         for name, shape in shapes.items():
-            found = np.shape(self.arrays.get(name, ()))
-            if len(found) != len(shape) or any(b not in (None, a) for a, b in zip(found, shape, strict=True)):
+            found = np.shape(self.arrays[name]) if name in self.arrays else None
+            lengths = zip(found or (), shape, strict=False)
+            if found is None or len(found) != len(shape) or any(b not in (None, a) for a, b in lengths):
                 wanted = ", ".join("any" if length is None else str(length) for length in shape)
                 raise ValueError(
                     f"{self.method}: the profile's {name} must have shape ({wanted}), and has {found or 'none'}; make "
@@ -59,59 +65,37 @@ def save_profile(path: str | Path, profile: Profile) -> None:
 
     The file appears whole or not at all. ValueError for another suffix.
     """
-    path = Path(path)
     check_suffix(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
-    try:
-        if path.suffix == ".json":
+    with written_whole(path) as file:
+        if Path(path).suffix == ".json":
             arrays = {name: np.asarray(value).tolist() for name, value in profile.arrays.items()}
-            beside.write_text(json.dumps({**profile.header, "arrays": arrays}) + "\n")
+            file.write_text(json.dumps({**profile.header, "arrays": arrays}) + "\n")
         else:
-            from safetensors.numpy import save_file
-
             arrays = {name: np.asarray(value, order="C") for name, value in profile.arrays.items()}
-            save_file(arrays, beside, metadata={"profile": json.dumps(profile.header)})
-            beside.chmod(0o644)  # safetensors writes private files
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+            save_file(arrays, file, metadata={"profile": json.dumps(profile.header)})
+            file.chmod(0o644)  # safetensors writes private files
 
 
 def load_profile(path: str | Path) -> Profile:
     """Read a profile. ValueError, with the way out, for a file that is none."""
-    path = Path(path)
     check_suffix(path)
     try:
-        if path.suffix == ".json":
-            content = json.loads(path.read_text())
-            arrays = {name: np.asarray(value, dtype=np.float64) for name, value in content.pop("arrays").items()}
+        if Path(path).suffix == ".json":
+            header = json.loads(Path(path).read_text())
+            arrays = {name: np.asarray(value, dtype=np.float64) for name, value in header.pop("arrays").items()}
         else:
-            from safetensors import safe_open
-
             with safe_open(path, framework="numpy") as file:
-                content = json.loads((file.metadata() or {})["profile"])
+                header = json.loads((file.metadata() or {})["profile"])
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no iterable
-        return Profile(arrays=arrays, **checked_header(content))
+        return Profile(arrays=arrays, **header)
     except Exception as error:  # safetensors has error types of its own
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"  # one line, whatever the file holds
+        reason = repr(error)[:200]  # one line, whatever the file holds
         raise ValueError(f"profile {path} cannot be read ({reason}): make one with python calibrate.py") from None
 
 
-def checked_header(content: dict) -> dict:
-    """A header from a file. ValueError for other fields or types, or text that would garble a message."""
-    header = {"notes": {}, **content}
-    if odd := sorted(set(header) ^ set(KINDS)):
-        raise ValueError(f"its fields and those of a profile differ in {odd}")
-    for name, kind in KINDS.items():
-        value = header[name]
-        if not isinstance(value, kind) or (kind is str and not value.isprintable()):
-            raise ValueError(f"its {name} is {value!r}")
-    return header
-
-
-def check_suffix(path: Path) -> None:
-    if path.suffix not in SUFFIXES:
+def check_suffix(path: str | Path) -> None:
+    """ValueError unless the name is that of a profile."""
+    if Path(path).suffix not in SUFFIXES:
         raise ValueError(f"profile {path}: the name must end in {' or '.join(SUFFIXES)}")
 
 
@@ -125,26 +109,23 @@ def find_profile(method: str, name: str, info: RunInfo) -> Profile:
 
     ValueError if there is none, or if it was made for another method, model, sampler, number of steps or guidance.
     """
-    if name != "auto":
-        if not Path(name).is_file():
-            raise ValueError(f"{method}: profile={name} does not exist; make one with {command(method)}")
-        profile = load_profile(name)
-        if wrong := mismatch(profile, method, info):
-            raise ValueError(
-                f"{method}: profile={name} does not fit this run ({wrong}); make one with {command(method)}"
-            )
-        return profile
-    reasons = []
-    for path in sorted(p for p in FOLDER.glob(f"{method}*") if p.suffix in SUFFIXES):
+    make = f"make one with {command(method)}"
+    if name == "auto":
+        paths = sorted(path for path in FOLDER.glob(f"{method}*") if path.suffix in SUFFIXES)
+    elif Path(name).is_file():
+        paths = [Path(name)]
+    else:
+        raise ValueError(f"{method}: profile={name} does not exist; {make}")
+    wrong = {}
+    for path in paths:
         profile = load_profile(path)
-        wrong = mismatch(profile, method, info)
-        if not wrong:
+        wrong[path.name] = mismatch(profile, method, info)
+        if not wrong[path.name]:
             return profile
-        reasons.append(f"{path.name}: {wrong}")
-    found = "; ".join(reasons) or "none is shipped"
-    raise ValueError(
-        f"{method} has no profile for this run ({found}); make one with {command(method)} and give profile=FILE"
-    )
+    if name != "auto":
+        raise ValueError(f"{method}: profile={name} does not fit this run ({wrong[path.name]}); {make}")
+    found = "; ".join(f"{file}: {reason}" for file, reason in wrong.items()) or "none is shipped"
+    raise ValueError(f"{method} has no profile for this run ({found}); {make} and give profile=FILE")
 
 
 def mismatch(profile: Profile, method: str, info: RunInfo) -> str:

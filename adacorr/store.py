@@ -108,16 +108,10 @@ class UnitStore(ABC):
 
     def keep(self, fresh: "FreshStep", step: int) -> None:
         """Store a computed step for the images that it was computed for."""
-        images, (cond, *uncond) = fresh.computed.cond, fresh.values
-        self.steps[images, self.count[images] % self.steps.shape[1]] = step
-        self.histories[0].push(images, self.positions[step], cond)
-        self._keep_unconditional(fresh.computed, self.positions[step], cond, *uncond)
-
-    def _keep_unconditional(
-        self, computed: ComputedRows, position: float, cond: Tensor, uncond: Tensor | None = None
-    ) -> None:
-        if uncond is not None:
-            self.histories[1].push(computed.uncond, position, uncond)
+        rows = fresh.computed.cond, fresh.computed.uncond
+        self.steps[rows[0], self.count[rows[0]] % self.steps.shape[1]] = step
+        for history, images, values in zip(self.histories, rows, fresh.values, strict=False):
+            history.push(images, self.positions[step], values)
 
     def _coefficients(self, history: History, images: np.ndarray, steps: np.ndarray) -> Tensor:
         """(m, s, K, 1): forecast weight of each kept step."""
@@ -180,38 +174,24 @@ class FreshValue(FreshStep):
 class GateSumStore(UnitStore):
     """Sums of a unit's branches under the basis of the gates, one entry for each of its directions (adacorr.gates).
 
-    With `difference` the unconditional half has no history of its own: it is the conditional half minus the guidance
-    difference, whose history has a step only where both halves were computed. Inferred halves are never stored: what
-    follows from them would feed on itself, which is unstable.
+    With `difference` the second history is that of the guidance difference, with a step only where both halves were
+    computed: the unconditional half is the conditional one minus it. Inferred halves are never stored: what follows
+    from them would feed on itself, which is unstable.
 
     labels (n,): index of each image's label among those of the basis.
     """
 
-    def __init__(
-        self,
-        unit: Unit,
-        predictor: Predictor,
-        shape: StoreShape,
-        basis: GateBasis,
-        labels: Tensor,
-        difference: bool = False,
-    ):
-        super().__init__(predictor, shape, 1 if difference else shape.halves, basis.rank)
-        self.labels = labels
-        self.difference = shape.history(predictor.order + 1, basis.rank) if difference else None
+    def __init__(self, unit: Unit, predictor: Predictor, shape: StoreShape, basis: GateBasis, labels, difference=False):
+        super().__init__(predictor, shape, shape.halves, basis.rank)
+        self.labels, self.difference = labels, difference
         own = slice(2 * unit.start, 2 * unit.stop)
         self.loadings = [half[own].to(shape.device, shape.dtype) for half in basis.loadings]  # (B, labels, E, D) each
         self.basis = basis.basis.to(shape.device, shape.dtype)  # (S, E)
 
-    @property
-    def bytes(self) -> int:
-        return super().bytes + (0 if self.difference is None else self.difference.bytes)
-
     def predict(self, images: np.ndarray, steps: np.ndarray) -> list[Tensor]:
         values = super().predict(images, steps)
-        if self.difference is not None:
-            coefficients = self._coefficients(self.difference, images, steps)
-            values.append(values[0] - self.difference.read(images, coefficients))
+        if self.difference:
+            values[1] = values[0] - values[1]
         return values
 
     def collect(self, computed: ComputedRows) -> "FreshSums":
@@ -220,13 +200,11 @@ class GateSumStore(UnitStore):
             loadings.append(self.loadings[1].expand(-1, len(computed.uncond), -1, -1))
         return FreshSums(computed, loadings)
 
-    def _keep_unconditional(
-        self, computed: ComputedRows, position: float, cond: Tensor, uncond: Tensor | None = None
-    ) -> None:
-        if self.difference is None:
-            super()._keep_unconditional(computed, position, cond, uncond)
-        else:
-            self.difference.push(computed.uncond, position, cond[computed.shared] - uncond)
+    def keep(self, fresh: "FreshStep", step: int) -> None:
+        if self.difference:
+            cond, uncond = fresh.values
+            fresh.values = [cond, cond[fresh.computed.shared] - uncond]
+        super().keep(fresh, step)
 
     def _coefficients(self, history: History, images: np.ndarray, steps: np.ndarray) -> Tensor:
         """(m, s, K, E): forecast weight of each kept step times the gates' basis at the step."""

@@ -9,18 +9,20 @@ out. Medians of --repeats runs, uncached and cached in turn, after a warm-up of 
 """
 
 import argparse
-import statistics
-import time
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-import numpy as np
 import torch
 
-from adacorr import CacheManager, make_policy, parse_correction
-from adacorr.files import write_json
+from adacorr.command import Parser, run_command
+from benchmarks.tables import show
 from diffusion import make_sampler
+from download import Checkpoint
+from evaluate.bench import Bench, Setting
 from models import DiT_models
-from pipeline import gaussian, sample_latents
-from runtime import DTYPES, environment, find_device
+from pipeline import Pipeline
+from runtime import DTYPES, check_range, find_device
 
 
 def random_model(name: str, image_size: int, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
@@ -35,79 +37,66 @@ def random_model(name: str, image_size: int, device: torch.device, dtype: torch.
     return model.to(dtype).eval().requires_grad_(False)
 
 
-def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("benchmarks.speed", description=__doc__, formatter_class=raw)
-    parser.add_argument("--model", choices=sorted(DiT_models), default="DiT-XL/2")
-    parser.add_argument("--image-size", type=int, default=256)
-    parser.add_argument("--batch-size", type=int, nargs="+", default=[8])
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
-    parser.add_argument("--cache-dtype", choices=sorted(DTYPES), default="fp32")
-    parser.add_argument("--num-sampling-steps", type=int, default=50)
-    parser.add_argument("--cfg-scale", type=float, default=1.5)
-    parser.add_argument("--cache", help="policy")
-    parser.add_argument("--adacorr", nargs="?", const="budget=8", help="default budget=8 where no --cache is given")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--compile", action="store_true", help="torch.compile each block, cached and uncached")
-    parser.add_argument("--device")
-    parser.add_argument("--out", help="JSON file")
-    args = parser.parse_args()
-    if args.cache is None and args.adacorr is None:
-        args.adacorr = "budget=8"
-    device = find_device(args.device)
+def measure(args: argparse.Namespace) -> Iterator[tuple[dict[str, str], dict]]:
+    """A line of the table and its record for each batch size."""
+    check_range("--repeats", args.repeats, 1, 1000)
+    device, setting = find_device(args.device), Setting(args.cache, args.adacorr)
+    if setting == Setting():
+        setting = Setting(adacorr="budget=8")
     model = random_model(args.model, args.image_size, device, DTYPES[args.dtype])
     if args.compile:
         for block in model.blocks:
             block.compile()
-    sampler, shape = make_sampler("ddim", args.num_sampling_steps), (model.in_channels, *[model.input_size] * 2)
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    print("| batch | uncached s | cached s | compute | speed-up | of 1 / compute | cache MB per image | peak GB |")
-    print("|---|---|---|---|---|---|---|---|")
-    rows = []
+    checkpoint = Checkpoint({}, model.config, Path("random"), sha256="", source_key="random", class_names=None)
+    sampler = make_sampler("ddim", args.num_sampling_steps)
+    pipe = Pipeline(model, sampler, None, checkpoint, args.cfg_scale, "3", device)
     for batch in args.batch_size:
-        noise = gaussian(0, np.arange(batch), shape).to(device)
-        labels = (torch.arange(batch) * 37 % 1000).to(device)
-        manager = CacheManager(
-            None if args.cache is None else make_policy(args.cache),
-            None if args.adacorr is None else parse_correction(args.adacorr),
-            DTYPES[args.cache_dtype],
-        )
-
-        def seconds(cache, noise=noise, labels=labels):
-            wait()
-            start = time.perf_counter()
-            sample_latents(
-                model, sampler.fresh(), noise, labels, cfg_scale=args.cfg_scale, cfg_channels="3", cache=cache
-            )
-            wait()
-            return time.perf_counter() - start
-
-        spent = {None: [], manager: []}
-        for repeat in range(args.repeats + 1):
-            for cache, own in spent.items():
-                own.append(seconds(cache))
-                if repeat == 0:
-                    own.clear()  # the warm-up
-        before, after = (statistics.median(own) for own in spent.values())
-        row = {
+        bench = Bench(pipe, seed=0, count=batch, cache_dtype=DTYPES[args.cache_dtype])
+        bench.sample(Setting())  # the warm-up
+        _, cache, _ = bench.sample(setting)
+        before, after = bench.seconds([Setting(), setting], args.repeats)
+        record = {
             "batch_size": batch,
             "seconds_uncached": before,
             "seconds": after,
-            "compute": manager.trace.compute,
+            "compute": cache.trace.compute,
             "speedup": before / after,
-            "cache_bytes_per_image": manager.bytes // batch,
+            "cache_bytes_per_image": cache.bytes // batch,
             "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
         }
-        rows.append(row)
-        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.1f}"
-        print(
-            f"| {batch} | {before:.3f} | {after:.3f} | {row['compute']:.3f} | {row['speedup']:.2f}x | "
-            f"{row['speedup'] * row['compute']:.0%} | {row['cache_bytes_per_image'] / 1e6:.1f} | {peak} |",
-            flush=True,
-        )
-    if args.out:
-        write_json(args.out, {"arguments": vars(args), "environment": environment(), "rows": rows})
+        cells = {
+            "batch": f"{batch}",
+            "uncached s": f"{before:.3f}",
+            "cached s": f"{after:.3f}",
+            "compute": f"{record['compute']:.3f}",
+            "speed-up": f"{record['speedup']:.2f}x",
+            "of 1 / compute": f"{record['speedup'] * record['compute']:.0%}",
+            "cache MB per image": f"{record['cache_bytes_per_image'] / 1e6:.1f}",
+            "peak GB": "" if record["peak_bytes"] is None else f"{record['peak_bytes'] / 1e9:.1f}",
+        }
+        yield cells, record
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser("benchmarks.speed", description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    add("--model", choices=sorted(DiT_models), default="DiT-XL/2")
+    add("--image-size", type=int, default=256)
+    add("--batch-size", type=int, nargs="+", default=[8])
+    add("--dtype", choices=sorted(DTYPES), default="bf16")
+    add("--cache-dtype", choices=sorted(DTYPES), default="fp32")
+    add("--num-sampling-steps", type=int, default=50)
+    add("--cfg-scale", type=float, default=1.5)
+    add("--cache", help="policy")
+    add("--adacorr", nargs="?", const="budget=8", help="default budget=8 where no --cache is given")
+    add("--repeats", type=int, default=3)
+    add("--compile", action="store_true", help="torch.compile each block, cached and uncached")
+    add("--device")
+    add("--out", type=Path, help="JSON file")
+    args = parser.parse_args(argv)
+    return run_command("benchmarks.speed", lambda: show(measure(args), args))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,6 +3,7 @@
     python -m benchmarks.tables gamma       the one knob, budgets, and what each part is worth
     python -m benchmarks.tables protocol    other step counts, guidance scales, samplers and batch sizes
     python -m benchmarks.tables exact       distance to the 1000-step DDIM solution, against few-step solvers
+    python -m benchmarks.tables memory      what a cache holds for one image, by method
 
 Caching methods are compared by python -m evaluate compare. PSNR is per image, on uint8, against the uncached run
 (table `exact`: against the solution) from the same noise.
@@ -10,159 +11,134 @@ Seconds are medians of `--repeats` runs, uncached and cached alternating in one 
 """
 
 import argparse
-import statistics
-import time
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 
-import numpy as np
-import torch
-
-from adacorr import CacheManager, make_policy, parse_correction
-from adacorr.files import write_json
+from adacorr import available, make_policy
+from adacorr.command import Parser, run_command
+from adacorr.files import check_writable, write_json
 from diffusion import make_sampler
-from download import BUNDLED, build_model, load_checkpoint
-from evaluate.fidelity import fidelity
-from pipeline import Pipeline
-from runtime import environment
+from evaluate.bench import Bench, Setting
+from evaluate.report import head, line, measures
+from pipeline import ModelOptions, Pipeline, add_model_flags, load
+from runtime import check_range, environment
+
+Lines = Iterator[tuple[dict[str, str], dict]]  # cells by column, and what goes into the JSON file
+
+GAMMA = (
+    *(f"gamma={gamma}" for gamma in (0.25, 0.5, 1, 2, 4, 8)),
+    *(f"budget={budget}" for budget in (5, 6, 7, 8)),
+    *("rewind=false", "difference=false", "order=1", "order=3", "gate_error=0.001"),
+)
+PROTOCOLS = {
+    "20 steps": {"steps": 20},
+    "100 steps": {"steps": 100},
+    "250 steps": {"steps": 250},
+    "guidance 1": {"cfg_scale": 1.0},
+    "guidance 4": {"cfg_scale": 4.0},
+    "DDPM, 50 steps": {"sampler": "ddpm"},
+    "DDPM, 250 steps": {"sampler": "ddpm", "steps": 250},
+    "DPM-Solver++, 20 steps (no rewind)": {"sampler": "dpmsolver++", "steps": 20},
+    "batch 1": {"images": 1},
+    "batch 16": {"images": 16},
+}
 
 
-def pipeline(checkpoint, model, sampler="ddim", steps=50, cfg_scale=1.5):
-    return Pipeline(model, make_sampler(sampler, steps), None, checkpoint, cfg_scale, "all", torch.device("cpu"))
+def compared(bench: Bench, label: str, setting: Setting, repeats: int, changes: dict) -> tuple[dict[str, str], dict]:
+    """The cached run against the uncached one of the same protocol."""
+    row = bench.run("adacorr", "adacorr", setting)
+    before, after = bench.seconds([Setting(), setting], repeats)
+    row.speedup = before / after
+    record = {"what": label, "images": bench.count, **changes, "compute": row.compute, "hit_rate": row.hit_rate}
+    record |= {"psnr": row.psnr, "ssim": row.ssim["mean"], "seconds_uncached": before, "seconds": after}
+    record |= {"cache_bytes_per_image": row.bytes_per_image, "speedup": row.speedup}
+    cells = {"": f"`{label}`", **measures(row)}
+    return {column: text for column, text in cells.items() if column != "to solution (dB)"}, record
 
 
-def cache(policy, correction):
-    return CacheManager(
-        None if policy is None else make_policy(policy), None if correction is None else parse_correction(correction)
-    )
+def gamma(pipe: Pipeline, args: argparse.Namespace) -> Lines:
+    bench = Bench(pipe, args.seed, args.images)
+    for setting in (Setting(adacorr=text) for text in GAMMA):
+        yield compared(bench, str(setting), setting, args.repeats, {})
 
 
-def name(policy, correction):
-    parts = [f"--cache {policy}"] if policy else []
-    if correction is not None:
-        parts.append(f"--adacorr {correction}".strip())
-    return " ".join(parts)
+def protocol(pipe: Pipeline, args: argparse.Namespace) -> Lines:
+    for what, changes in PROTOCOLS.items():
+        sampler = make_sampler(changes.get("sampler", args.sampler), changes.get("steps", args.num_sampling_steps))
+        other = replace(pipe, sampler=sampler, cfg_scale=changes.get("cfg_scale", pipe.cfg_scale))
+        bench = Bench(other, args.seed, changes.get("images", args.images))
+        yield compared(bench, f"--adacorr, {what}", Setting(adacorr=""), args.repeats, changes)
 
 
-class Bench:
-    def __init__(self, args):
-        self.args = args
-        self.checkpoint = load_checkpoint(BUNDLED)
-        self.model = build_model(self.checkpoint)
-        self.indices = np.arange(args.images)
-        self.labels = torch.arange(args.images) % self.model.num_classes
-        self.rows = []
-
-    def timed(self, pipe, manager, indices, labels):
-        start = time.perf_counter()
-        x = pipe.sample(self.args.seed, indices, labels, manager)
-        return x, time.perf_counter() - start
-
-    def compare(self, label, manager, images=None, **protocol):
-        """One row: the cached run against the uncached one of the same protocol."""
-        count = images or self.args.images
-        indices, labels = np.arange(count), torch.arange(count) % self.model.num_classes
-        pipe = pipeline(self.checkpoint, self.model, **protocol)
-        warm = pipeline(self.checkpoint, self.model, **{**protocol, "steps": 4})
-        self.timed(warm, None, indices, labels)
-        plain, cached = [], []
-        for _ in range(self.args.repeats):
-            reference, seconds = self.timed(pipe, None, indices, labels)
-            plain.append(seconds)
-            x, seconds = self.timed(pipe, manager, indices, labels)
-            cached.append(seconds)
-        score = fidelity(pipe.decode(reference), pipe.decode(x))
-        trace = manager.trace
-        row = {
-            "what": label,
-            "images": count,
-            **protocol,
-            "compute": trace.compute,
-            "hit_rate": trace.hit_rate,
-            "psnr": {k: score["psnr"][k] for k in ("mean", "p5", "min")},
-            "ssim": score["ssim"]["mean"],
-            "seconds_uncached": statistics.median(plain),
-            "seconds": statistics.median(cached),
-            "cache_bytes_per_image": manager.bytes // count,
-        }
-        row["speedup"] = row["seconds_uncached"] / row["seconds"]
-        self.rows.append(row)
-        psnr = "{:.1f} / {:.1f} / {:.1f}".format(*(float(row["psnr"][k]) for k in ("mean", "p5", "min")))
-        print(
-            f"| `{label}` | {row['compute']:.3f} | {row['hit_rate']:.3f} | {psnr} | {row['ssim']:.4f} | "
-            f"{row['speedup']:.2f}x | {row['cache_bytes_per_image'] / 1e6:.2f} |",
-            flush=True,
-        )
-
-    def header(self):
-        print("| | compute | hit rate | PSNR mean / p5 / min (dB) | SSIM | speed-up | cache MB per image |")
-        print("|---|---|---|---|---|---|---|")
-
-    def gamma(self):
-        self.header()
-        for text in [f"gamma={g}" for g in (0.25, 0.5, 1, 2, 4, 8)] + [f"budget={b}" for b in (5, 6, 7, 8)]:
-            self.compare(name(None, text), cache(None, text))
-        for text in ("rewind=false", "difference=false", "order=1", "order=3", "gate_error=0.001"):
-            self.compare(name(None, text), cache(None, text))
-
-    def protocol(self):
-        self.header()
-        for what, changes in (
-            ("20 steps", {"steps": 20}),
-            ("100 steps", {"steps": 100}),
-            ("250 steps", {"steps": 250}),
-            ("guidance 1", {"cfg_scale": 1.0}),
-            ("guidance 4", {"cfg_scale": 4.0}),
-            ("DDPM, 50 steps", {"sampler": "ddpm"}),
-            ("DDPM, 250 steps", {"sampler": "ddpm", "steps": 250}),
-            ("DPM-Solver++, 20 steps (no rewind)", {"sampler": "dpmsolver++", "steps": 20}),
-            ("batch 1", {"images": 1}),
-            ("batch 16", {"images": 16}),
-        ):
-            self.compare(f"--adacorr, {what}", cache(None, ""), **changes)
-
-    def exact(self):
-        """PSNR to the 1000-step DDIM solution, by full evaluations (both guidance halves) of the network."""
-
-        def states(pipe, manager=None):
-            x = [
-                pipe.sample(self.args.seed, part, self.labels[torch.from_numpy(part)], manager)
-                for part in np.array_split(self.indices, max(1, self.args.images // 20))
-            ]
-            return pipe.decode(torch.cat(x))
-
-        truth = states(pipeline(self.checkpoint, self.model, steps=1000))
-        print("| | full evaluations | PSNR to the solution, mean / p5 (dB) |\n|---|---|---|")
-        runs = [("uncached DDIM-50", "ddim", 50, None)]
-        runs += [
-            (f"uncached {s}, {n} steps", s, n, None)
-            for n in (8, 12, 15)
-            for s in ("dpmsolver++:use_lu_lambdas=true", "dpmsolver++", "unipc")
-        ]
-        runs += [
-            (f"--adacorr budget={b}, DDIM-{n}", "ddim", n, f"budget={b}") for n in (50, 100, 250) for b in (6, 7, 8, 10)
-        ]
-        for label, sampler, steps, correction in runs:
-            manager = None if correction is None else cache(None, correction)
-            score = fidelity(truth, states(pipeline(self.checkpoint, self.model, sampler, steps), manager))["psnr"]
-            evaluations = steps if manager is None else manager.trace.summary()["evaluations"]
-            self.rows.append({"what": label, "evaluations": evaluations, "psnr": score["mean"], "p5": score["p5"]})
-            print(
-                f"| `{label}` | {evaluations:.2f} | {float(score['mean']):.1f} / {float(score['p5']):.1f} |", flush=True
-            )
+def exact(pipe: Pipeline, args: argparse.Namespace) -> Lines:
+    """PSNR to the 1000-step DDIM solution, by full evaluations (both guidance halves) of the network."""
+    bench = Bench(pipe, args.seed, args.images, solution_steps=1000)
+    solvers = ("dpmsolver++:use_lu_lambdas=true", "dpmsolver++", "unipc")
+    runs = {"uncached DDIM-50": Setting(sampler="ddim", steps=50)}
+    runs |= {f"uncached {s}, {n} steps": Setting(sampler=s, steps=n) for n in (8, 12, 15) for s in solvers}
+    for steps in (50, 100, 250):
+        for budget in (6, 7, 8, 10):
+            setting = Setting(adacorr=f"budget={budget}", sampler="ddim", steps=steps)
+            runs[f"--adacorr {setting.adacorr}, DDIM-{steps}"] = setting
+    for label, setting in runs.items():
+        row = bench.run("", "", setting)
+        score = row.solution_psnr
+        # The compute of an uncached run is its share of the bench's steps, that of a cached run a share of its own.
+        evaluations = row.compute * (pipe.sampler.num_steps if setting.adacorr is None else setting.steps)
+        cells = {"": f"`{label}`", "full evaluations": f"{evaluations:.2f}"}
+        cells["PSNR to the solution, mean / p5 (dB)"] = f"{float(score['mean']):.1f} / {float(score['p5']):.1f}"
+        yield cells, {"what": label, "evaluations": evaluations, "psnr": score["mean"], "p5": score["p5"]}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=["gamma", "protocol", "exact"])
+def memory(pipe: Pipeline, args: argparse.Namespace) -> Lines:
+    """Bytes that a cache holds after a run of one image; a method that refuses the model says why."""
+    bench = Bench(pipe, args.seed, 1)
+    methods = [(name, make_policy(name).granularity, Setting(name)) for name in available()]
+    methods += [("--adacorr", "step", Setting(adacorr="")), ("--adacorr literal", "block", Setting(adacorr="literal"))]
+    for name, granularity, setting in methods:
+        try:
+            held = bench.sample(setting)[1].bytes
+            text = f"{held / 1e6:.2f}"
+        except ValueError as error:
+            held, text = None, f"refused: {error}"
+        cells = {"method": f"`{name}`", "granularity": granularity, "MB per image": text}
+        yield cells, {"method": name, "granularity": granularity, "bytes": held}
+
+
+def show(lines: Iterable[tuple[dict[str, str], dict]], args: argparse.Namespace) -> None:
+    """Print a table line by line, and write its records with the arguments and the environment to --out."""
+    if args.out is not None:
+        check_writable("--out", args.out)
+    records = []
+    for cells, record in lines:
+        print(*([] if records else [head(cells)]), line(cells.values()), sep="\n", flush=True)
+        records.append(record)
+    if args.out is not None:
+        arguments = vars(args) | {"out": str(args.out)}
+        write_json(args.out, {"arguments": arguments, "environment": environment(), "rows": records})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser("benchmarks.tables", description=__doc__, formatter_class=raw)
+    tables = {"gamma": gamma, "protocol": protocol, "exact": exact, "memory": memory}
+    parser.add_argument("table", choices=list(tables))
+    add_model_flags(parser)
+    parser.set_defaults(seed=4242)
     parser.add_argument("--images", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=4242)
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--out", help="JSON file")
-    args = parser.parse_args()
-    bench = Bench(args)
-    getattr(bench, args.table)()
-    if args.out:
-        write_json(args.out, {"arguments": vars(args), "environment": environment(), "rows": bench.rows})
+    parser.add_argument("--out", type=Path, help="JSON file")
+    args = parser.parse_args(argv)
+
+    def run() -> None:
+        check_range("--images", args.images, 1, 10_000)
+        check_range("--repeats", args.repeats, 1, 1000)
+        show(tables[args.table](load(ModelOptions.of(args)), args), args)
+
+    return run_command("benchmarks.tables", run)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

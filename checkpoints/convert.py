@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from download import BUNDLED_PATH, build_model, file_sha256, load_checkpoint, save_checkpoint
+from adacorr.files import file_sha256
+from checkpoint import BUNDLED_PATH, build_model, load_checkpoint, save_checkpoint
 
 CLASS_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 

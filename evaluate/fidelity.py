@@ -2,15 +2,12 @@
 
     from evaluate.fidelity import fidelity
     result = fidelity(reference, images)        # both uint8, (N, H, W, 3); image i against image i
-    float(result["psnr"]["mean"])               # dB; float() because infinity is the string "inf", see below
-    json.dumps(result, allow_nan=False)         # always works
+    float(result["psnr"]["mean"])               # dB
 
-Both measures are taken per image and summarised afterwards: `mean`, `p5` (5th percentile with linear
-interpolation, numpy's default: 95 % of the images are better) and `min`.
-
-Two equal images have an infinite PSNR. They are counted in `identical` and left out of `mean`, `p5` and
-`min`, which are infinite only if all images are identical. JSON has no infinity, so the result holds the
-string "inf" in its place; float("inf") reads it back.
+Both are taken per image and summarised afterwards: `mean`, `p5` (5th percentile with linear interpolation: 95 % of the
+images are better) and `min`. Two equal images have an infinite PSNR. They are counted in `identical` and left out of
+the summary, which is infinite only if all images are identical. JSON has no infinity: the result holds the string
+"inf" in its place, and float("inf") reads it back.
 """
 
 import torch
@@ -88,12 +85,9 @@ def fidelity(reference: Tensor, images: Tensor) -> dict:  # 2 x uint8 (N, H, W, 
     """
     p, s = psnr(reference, images).cpu(), ssim(reference, images).cpu()
     finite = p[p.isfinite()]
+    each = ["inf" if value == float("inf") else value for value in p.tolist()]
     return {
         "images": len(p),
-        "psnr": {
-            **_summary(finite),
-            "identical": len(p) - len(finite),
-            "per_image": ["inf" if v == float("inf") else v for v in p.tolist()],
-        },
+        "psnr": {**_summary(finite), "identical": len(p) - len(finite), "per_image": each},
         "ssim": {**_summary(s), "per_image": s.tolist()},
     }

@@ -1,8 +1,6 @@
-"""`python calibrate.py`: the profile it writes is the one that its method takes, on this model and run only."""
+"""`python calibrate.py` and what all calibrated methods share: their profiles, options, and images on their own."""
 
-import argparse
 import json
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose
-from toy import tiny_dit
+from toy import fitted, make_run, sample, tiny_dit
 
 import calibrate
 import pipeline
 from adacorr import CacheManager, make_policy
 from adacorr.policies import calibrated
-from adacorr.profile import load_profile
+from adacorr.profile import FOLDER, load_profile, save_profile
+from checkpoint import load_checkpoint, save_checkpoint
 from diffusion import make_sampler
-from download import load_checkpoint, save_checkpoint
 
 STEPS, IMAGES, CLASSES = 10, 6, 5
 NAMES = sorted(calibrated())
@@ -32,18 +30,19 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def ckpt(folder):
-    model = tiny_dit(num_classes=CLASSES)
+def model():
+    return tiny_dit(num_classes=CLASSES)
+
+
+@pytest.fixture(scope="module")
+def ckpt(folder, model):
     save_checkpoint(folder / "tiny.safetensors", model.state_dict(), model.config)
     return folder / "tiny.safetensors"
 
 
 @pytest.fixture
 def pipe(ckpt):
-    parser = argparse.ArgumentParser()
-    pipeline.add_model_flags(parser)
-    args = parser.parse_args(["--ckpt", str(ckpt), "--num-sampling-steps", str(STEPS), "--device", "cpu"])
-    return pipeline.load(argparse.Namespace(**vars(args), cache=None, adacorr=None))[0]
+    return pipeline.load(pipeline.ModelOptions(ckpt=str(ckpt), num_sampling_steps=STEPS, device="cpu"))
 
 
 def main(*argv):
@@ -78,9 +77,6 @@ def labels(count):
     return torch.arange(count) % CLASSES
 
 
-# ----------------------------------------------------------------------------------------------- what is written
-
-
 def test_the_report_and_the_header(ckpt, tmp_path, capsys):
     out = tmp_path / "new" / "p.json"
     profile = measure(ckpt, "teacache", out, "--seed", 5, "--cfg-scale", 4)
@@ -90,7 +86,7 @@ def test_the_report_and_the_header(ckpt, tmp_path, capsys):
     notes = profile.notes
     assert (notes["checkpoint"], notes["seed"], notes["images"]) == ("tiny.safetensors", 2**31 + 5, IMAGES)
     assert notes["pairs"] == (STEPS - 1) * IMAGES
-    assert notes["made_with"][:5] == ["python", "-m", "calibrate", "--cache", "teacache"]
+    assert notes["made_with"][:4] == ["python", "calibrate.py", "--cache", "teacache"]
     assert [p.name for p in out.parent.iterdir()] == ["p.json"]
     text, errors = capsys.readouterr()
     assert errors == ""
@@ -100,15 +96,11 @@ def test_the_report_and_the_header(ckpt, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_arrays_and_notes_are_finite_and_plain(made, name):
+def test_a_run_of_the_same_kind_takes_the_profile(made, pipe, name):
     profile = load_profile(made(name))
     assert profile.arrays
     assert all(np.isfinite(array).all() for array in profile.arrays.values())
     json.dumps(profile.notes, allow_nan=False)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_run_of_the_same_kind_takes_the_profile(made, pipe, name):
     manager = CacheManager(make_policy(f"{name}:profile={made(name)}"))
     found = pipe.sample(7, np.arange(3), labels(3), manager)
     assert bool(found.isfinite().all())
@@ -116,26 +108,46 @@ def test_a_run_of_the_same_kind_takes_the_profile(made, pipe, name):
     assert pipe.model.cache is None
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_other_runs_refuse_it(made, pipe, name):
+def test_other_runs_and_methods_refuse_it(made, pipe):
     others = {
         f"steps {STEPS} there, 12 here": replace(pipe, sampler=make_sampler("ddim", 12)),
         "sampler ddim there, ddim:eta=0.5 here": replace(pipe, sampler=make_sampler("ddim:eta=0.5", STEPS)),
         "guidance 1.5 there, 4.0 here": replace(pipe, cfg_scale=4.0),
         "0123 here": replace(pipe, checkpoint=replace(pipe.checkpoint, sha256="0123" * 16)),
+        "method magcache there, teacache here": pipe,
     }
-    manager = CacheManager(make_policy(f"{name}:profile={made(name)}"))
     for words, other in others.items():
+        manager = CacheManager(make_policy(f"{'teacache' if other is pipe else 'magcache'}:profile={made('magcache')}"))
         with pytest.raises(ValueError, match="does not fit this run") as caught:
             other.sample(7, np.arange(1), labels(1), manager)
         assert words in str(caught.value)
         assert other.model.cache is None
 
 
-def test_another_method_refuses_it(made, pipe):
-    manager = CacheManager(make_policy(f"teacache:profile={made('magcache')}"))
-    with pytest.raises(ValueError, match="method magcache there, teacache here"):
-        pipe.sample(7, np.arange(1), labels(1), manager)
+@pytest.mark.parametrize("name", NAMES)
+def test_an_array_that_is_missing_or_of_another_shape_is_named(made, model, tmp_path, name):
+    profile, path = load_profile(made(name)), tmp_path / "bad.safetensors"
+    run = make_run(model, 1, 2, STEPS, model_id=profile.model_id, sampler="ddim", cfg_scale=1.5)
+    forms = ["increment", "residual"] if name == "fastcache" else [None]
+    for form in forms:
+        policy = make_policy(f"{name}:profile={made(name)}" + (f",form={form}" if form else ""))
+        policy.begin(run)
+        policy.profile = str(path)
+        for key in (key for key in profile.arrays if form is None or key.startswith(form)):
+            rest = {other: array for other, array in profile.arrays.items() if other != key}
+            for arrays in (rest, rest | {key: profile.arrays[key][None]}, rest | {key: profile.arrays[key][:-1]}):
+                if key == "coefficients" and key in arrays and arrays[key].ndim == 1:
+                    continue  # of any degree
+                save_profile(path, replace(profile, arrays=arrays))
+                with pytest.raises(ValueError, match=rf"{name}: the profile's \w+ must have shape .*--cache {name}"):
+                    policy.begin(run)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shipped_profiles_are_read(name):
+    (path,) = FOLDER.glob(f"{name}-*")
+    profile = load_profile(path)
+    assert (profile.method, profile.sampler, profile.num_sampling_steps, profile.cfg_scale) == (name, "ddim", 50, 1.5)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -162,9 +174,6 @@ def test_an_unconditional_model_without_guidance(tmp_path):
     assert profile.arrays["ratio"].shape == (STEPS,)
 
 
-# ------------------------------------------------------------------------------------------------- what is observed
-
-
 @pytest.mark.parametrize(
     ("images", "batch", "expected"),
     [
@@ -188,6 +197,17 @@ def test_images_labels_and_the_seed_that_is_no_seed_to_evaluate_on(
     assert seen == [(2**31 + 3, *part) for part in expected]
 
 
+def test_labels_of_a_model_without_classes():
+    seen = []
+
+    def sample(seed, indices, labels, cache):
+        seen.append((indices.tolist(), labels))
+
+    fake = SimpleNamespace(model=SimpleNamespace(num_classes=0), sample=sample)
+    calibrate.observe(calibrated()["teacache"].calibration(), fake, 0, 3, 2)
+    assert seen == [([0, 1], None), ([2], None)]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_calibration_changes_nothing_and_leaves_no_cache(pipe, name):
     manager = CacheManager(calibrated()[name].calibration())
@@ -208,13 +228,66 @@ def test_no_cache_is_left_after_an_interrupt(pipe):
     assert pipe.model.cache is None
 
 
-# --------------------------------------------------------------------------------------------------------- errors
+SKIPPING = {  # settings under which images skip, and not all at once
+    "ertacache": "threshold=0.3",
+    "fastcache": "threshold=0.1,tau=0.3,profile=none",
+    "lazydit": "threshold=0.6",
+    "magcache": "threshold=0.3",
+    "smoothcache": "threshold=0.3",
+    "teacache": "threshold=0.3,profile=none",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_image_does_not_depend_on_its_batch(name, model, folder):
+    policy = fitted(name, model, folder, 20)
+    for key, value in (item.split("=") for item in SKIPPING[name].split(",")):
+        setattr(policy, key, None if value == "none" else float(value))
+    manager, given = CacheManager(policy), (3, 0, 1)
+    together = sample(model, 20, given, cache=manager)
+    ran = manager.trace.executed
+    assert (ran == 0).any()
+    for i, label in enumerate(given):
+        alone = sample(model, 20, (label,), cache=manager, first=i)
+        assert np.array_equal(manager.trace.executed[:, :, :, 0], ran[:, :, :, i])
+        assert_allclose(alone[0], together[i], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        *((name, f"threshold={bad}", "must be at least 0") for name in NAMES for bad in ("-0.1", "nan")),
+        *((name, "scope=row", "must be one of image, batch") for name in ("fastcache", "lazydit", "teacache")),
+        *((name, "profile=none", "must be") for name in NAMES if name not in ("fastcache", "teacache")),
+        ("ertacache", "rectify=some", "must be one of channel, all, none"),
+        ("fastcache", "tau=-1", "must be at least 0"),
+        ("fastcache", "tau=nan", "must be at least 0"),
+        ("fastcache", "form=linear", "must be one of increment, residual"),
+        ("fastcache", "reference=first", "must be one of computed, seen"),
+        ("fastcache", "profile=none,form=residual", "must come with form=increment"),
+        ("lazydit", "attn_threshold=-1", "must be at least 0"),
+        ("lazydit", "mlp_threshold=-1", "must be at least 0"),
+        ("lazydit", "max_lag=0", "must be at least 1"),
+        ("magcache", "max_skip=-1", "must be at least 0"),
+        ("magcache", "retention=1.5", r"must lie in 0\.\.1"),
+        ("smoothcache", "max_lag=0", "must be at least 1"),
+    ],
+)
+def test_options_are_refused(name, options, words):
+    with pytest.raises(ValueError, match=f"^{name}: {options.partition('=')[0]}=.*{words}"):
+        make_policy(f"{name}:{options}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_calibration_that_saw_nothing_cannot_fit(name):
+    with pytest.raises(ValueError, match="too few|nothing was observed|at least 2 steps|0 pairs"):
+        calibrated()[name].calibration().fit()
 
 
 def one_line(capsys, *words):
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("calibrate: error: ")
+    assert err.startswith("calibrate.py: error: ")
     assert err.count("\n") == 1
     assert err.endswith("\n")
     assert all(word in err for word in words), err
@@ -265,11 +338,24 @@ def test_a_missing_checkpoint(tmp_path, capsys):
     one_line(capsys, "nowhere.pt")
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_too_little_to_fit_is_one_line_and_no_file(ckpt, tmp_path, capsys, name):
-    flags = ["--ckpt", ckpt, "--device", "cpu", "--num-sampling-steps", 1, "--num-images", 2]
+@pytest.mark.parametrize(
+    ("name", "steps", "images", "words"),
+    [
+        ("ertacache", 1, 2, "at least 2 steps"),
+        ("fastcache", 1, 2, "2 images are too few"),
+        ("fastcache", 10, 3, "3 images are too few"),
+        ("lazydit", 1, 2, "nothing was observed"),
+        ("lazydit", 3, 1, "one image is too few"),
+        ("magcache", 1, 2, "at least 2 steps"),
+        ("smoothcache", 1, 2, "nothing was observed"),
+        ("teacache", 1, 2, "0 pairs cannot fit degree 4"),
+        ("teacache", 3, 2, "4 pairs cannot fit degree 4"),
+    ],
+)
+def test_too_little_to_fit_is_one_line_and_no_file(ckpt, tmp_path, capsys, name, steps, images, words):
+    flags = ["--ckpt", ckpt, "--device", "cpu", "--num-sampling-steps", steps, "--num-images", images]
     assert main("--cache", name, "--out", tmp_path / "p.json", *flags) == 2
-    one_line(capsys)
+    one_line(capsys, words)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -285,24 +371,7 @@ def test_an_interrupt_is_quiet_and_leaves_the_old_profile(ckpt, tmp_path, monkey
     assert out.read_text() == "old"
 
 
-def test_outside_of_a_clone(monkeypatch, capsys, tmp_path):
-    monkeypatch.setitem(sys.modules, "pipeline", None)
-    assert main("--cache", "teacache", "--out", tmp_path / "p.json") == 2
-    one_line(capsys, "root of a clone")
-
-
 def test_help_names_every_method(capsys):
     assert main("--help") == 0
     text = capsys.readouterr().out
     assert all(name in text for name in NAMES)
-
-
-def test_labels_of_a_model_without_classes():
-    seen = []
-
-    def sample(seed, indices, labels, cache):
-        seen.append((indices.tolist(), labels))
-
-    fake = SimpleNamespace(model=SimpleNamespace(num_classes=0), sample=sample)
-    calibrate.observe(calibrated()["teacache"].calibration(), fake, 0, 3, 2)
-    assert seen == [([0, 1], None), ([2], None)]

@@ -1,12 +1,12 @@
-"""`python -m evaluate compare`: the search for a compute level, the bench's memory, and a whole comparison."""
+"""`python -m evaluate compare`: the search for a compute level, the bench's memory, a whole comparison, its tables."""
 
-import argparse
 import json
 import math
 import sys
-from collections import defaultdict
 from dataclasses import fields, replace
 from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +16,7 @@ from PIL import Image
 from toy import tiny_dit
 
 import pipeline
-from adacorr import Algorithm1, available, make_policy, profile
+from adacorr import available, make_policy, profile
 from adacorr.policies import calibrated
 from adacorr.policies.interval import Interval
 from adacorr.policies.never import Never
@@ -24,13 +24,15 @@ from adacorr.policies.taylorseer import TaylorSeer
 from adacorr.policy import Knob
 from adacorr.spec import parse_spec
 from download import save_checkpoint
-from evaluate import compare
+from evaluate import compare, report
 from evaluate.__main__ import main
-from evaluate.compare import GAMMA, NEAR, REACHED, SOLVERS, TRIES, Bench, Row, Setting, search, sweep, with_option
+from evaluate.bench import NEAR, Bench, Row, Setting
+from evaluate.compare import GAMMA, LEVELS, REACHED, SOLVERS, TRIES, known_rows, search, sweep, tune
 from evaluate.fidelity import fidelity
 
-STEPS, LEVELS = 12, (0.5, 0.3)
+STEPS, SHIPPED = 12, Path(__file__).parents[1] / "docs" / "compare.json"
 KNOBS = {Interval: Knob("every", 1, STEPS, ("", "order=1")), TaylorSeer: Knob("every", 1, STEPS)}
+needs_matplotlib = pytest.mark.skipif(not find_spec("matplotlib"), reason="needs matplotlib")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -50,24 +52,23 @@ def ckpt(tmp_path_factory):
     return path
 
 
-def flags(ckpt):
-    return ["--ckpt", str(ckpt), "--num-sampling-steps", str(STEPS), "--device", "cpu"]
-
-
 @pytest.fixture
 def bench(ckpt):
-    parser = argparse.ArgumentParser()
-    pipeline.add_model_flags(parser)
-    pipe, _ = pipeline.load(argparse.Namespace(**vars(parser.parse_args(flags(ckpt))), cache=None, adacorr=None))
-    return Bench(pipe, 4242, torch.arange(2), 2, 0, few=2)
+    pipe = pipeline.load(pipeline.ModelOptions(ckpt=str(ckpt), num_sampling_steps=STEPS, device="cpu"))
+    return Bench(pipe, 4242, 2, few=2)
 
 
 def code(*argv):
-    """Exit code of `main`, argparse's own included."""
+    """Exit code of `main compare`, argparse's own included; an argument of several words is several arguments."""
+    words = [word for item in argv for word in ([str(item)] if isinstance(item, Path) else str(item).split())]
     try:
-        return main([str(a) for a in argv])
+        return main(words)
     except SystemExit as stop:
         return stop.code
+
+
+def flags(ckpt):
+    return f"compare --num-sampling-steps {STEPS} --device cpu --ckpt", ckpt
 
 
 # --------------------------------------------------------------------------------------------------------- search
@@ -84,6 +85,10 @@ class Law:
         return SimpleNamespace(value=value, compute=self.compute(value))
 
 
+def distance(row, target):
+    return abs(math.log(row.compute / target))
+
+
 def test_search_stops_at_the_first_value_that_is_near():
     law = Law(lambda x: 0.1 / x)
     row = search(law, Knob("x", 0.1, 1.0), 0.3)
@@ -93,93 +98,66 @@ def test_search_stops_at_the_first_value_that_is_near():
     assert len(law.asked) == len(set(law.asked)) < TRIES
 
 
-def test_search_follows_a_straight_line():
-    law = Law(lambda x: 0.1 / x)  # straight on logarithmic scales, so the second guess is the answer
+def test_search_goes_on_from_what_is_known():
+    law = Law(lambda x: 0.1 / x)  # straight on logarithmic scales, so the first guess is the answer
     tried = {0.2: SimpleNamespace(compute=0.5), 0.8: SimpleNamespace(compute=0.125)}
     row = search(law, Knob("x", 0.1, 1.0), 0.25, tried=tried)
-    assert law.asked == [0.4]
-    assert (row.value, row.compute) == (0.4, pytest.approx(0.25))
-    assert set(tried) == {0.2, 0.4, 0.8}  # the next search knows it
-    assert search(law, Knob("x", 0.1, 1.0), 0.25, tried=tried) is row
-    assert law.asked == [0.4]
-
-
-def test_search_begins_with_the_guess_and_stays_near_it():
+    assert search(law, Knob("x", 0.1, 1.0), 0.25, tried=tried) is row  # the next search knows it
+    assert (law.asked, row.value, row.compute) == ([0.4], 0.4, pytest.approx(0.25))
     law = Law(lambda g: 0.05 + 0.95 * g / (g + 1))
-    row = search(law, GAMMA, 0.5, first=1.0)  # 0.525 there
-    assert law.asked[0] == 1.0
+    row = search(law, GAMMA, 0.5, tried={1.0: law(1.0)})  # 0.525 there
     assert len(law.asked) <= 4
     assert abs(row.compute / 0.5 - 1) <= NEAR
+    law = Law(lambda x: 1 / x)
+    assert search(law, Knob("every", 1, 60), 1 / 7, tried={6: law(6), 9: law(9)}).value == 7
+    assert set(law.asked[2:]) <= {7, 8}
 
 
 def test_search_ends_where_compute_comes_in_steps():
     law = Law(lambda x: 0.6 if x < 0.3 else 0.2)
-    row = search(law, Knob("x", 0.2, 0.5), 0.4, most=0.41)
-    assert row.compute == 0.2
+    assert search(law, Knob("x", 0.2, 0.5), 0.4, most=0.41).compute == 0.2
     assert len(law.asked) < TRIES  # not the fourth digit of 0.3
 
 
+@pytest.mark.parametrize("share", [math.inf, 1.0, 1.03, 0.8], ids="most={}".format)
 @pytest.mark.parametrize("target", [0.9, 0.5, 0.35, 0.15, 0.06])
 @pytest.mark.parametrize(
     ("knob", "compute"),
     [
-        (Knob("threshold", 1e-4, 10.0), lambda x: 0.05 + 0.95 / (1 + x)),
+        (Knob("threshold", 1e-4, 10.0), lambda x: 0.04 + 0.96 / (1 + x)),
         (Knob("threshold", 1e-4, 10.0), lambda x: max(0.02, round(50 / (1 + 4 * x**2)) / 50)),  # in steps
-        (GAMMA, lambda g: 0.05 + 0.95 * g / (g + 1)),  # more gamma is more compute, so its low end is the larger
+        (GAMMA, lambda g: 0.04 + 0.96 * g / (g + 1)),  # more gamma is more compute, so its low end is the larger
+        (GAMMA, lambda g: max(0.02, round(20 * g / (g + 1)) / 20)),
     ],
 )
-def test_search_of_numbers(knob, compute, target):
-    law = Law(compute)
-    row = search(law, knob, target)
-    best = min((compute(x) for x in np.geomspace(knob.low, knob.high, 2000)), key=lambda c: abs(math.log(c / target)))
+def test_search_of_numbers(knob, compute, target, share):
+    law, most = Law(compute), target * share
+    row = search(law, knob, target, most)
+    reachable = [compute(x) for x in np.geomspace(knob.low, knob.high, 2000)]
+    best = min(abs(math.log(c / target)) for c in reachable if c <= most or min(reachable) > most)
+    assert row.compute <= most or min(reachable) > most
+    assert distance(row, target) <= best + (6 if share == 1 else 2) * NEAR  # at 1, half of what is near is too much
     assert len(law.asked) <= TRIES
-    assert abs(math.log(row.compute / target)) <= abs(math.log(best / target)) + NEAR
     low, high = sorted((knob.low, knob.high))
     assert all(low <= x <= high and float(f"{x:g}") == x for x in law.asked)  # what is printed is what ran
 
 
-def ladders(count):
-    """Compute that falls along whole numbers in stairs of any height and width."""
-    for seed in range(count):
-        random = np.random.default_rng(seed)
-        size = int(random.integers(2, 60))
-        stairs = np.sort(random.choice(random.uniform(0.05, 1.0, size), size))[::-1]
-        yield random, stairs
-
-
-def test_search_of_whole_numbers_finds_the_best_there_is():
-    for random, stairs in ladders(200):
-        low = int(random.integers(0, 4))
-        law = Law(lambda x, low=low, stairs=stairs: stairs[x - low])
-        target = random.uniform(0.05, 1.0)
-        row = search(law, Knob("every", low, low + len(stairs) - 1), target)
+@pytest.mark.parametrize("seed", range(100))
+def test_search_of_whole_numbers_finds_the_best_there_is(seed):
+    """Compute falls in stairs of any height and width, along a knob that rises or falls."""
+    random = np.random.default_rng(seed)
+    size, start = int(random.integers(1, 60)), int(random.integers(0, 4))
+    stairs = np.sort(random.choice(random.uniform(0.05, 1.0, size), size))[::-1]
+    values = list(range(start, start + size))[:: random.choice([1, -1])]
+    target = random.uniform(0.05, 1.0)
+    for most in (math.inf, target, target * 1.03, target * 1.2):
+        law = Law(lambda x: stairs[values.index(x)])
+        row = search(law, Knob("every", values[0], values[-1]), target, most)
+        allowed = stairs[stairs <= most] if (stairs <= most).any() else stairs
+        assert row.compute <= most or row.compute == stairs.min()
+        assert distance(row, target) <= max(np.abs(np.log(allowed / target)).min(), -math.log(1 - NEAR)) + 1e-12
         assert all(type(x) is int for x in law.asked)
-        best = np.abs(np.log(stairs / target)).min()
-        assert abs(math.log(row.compute / target)) <= max(best, -math.log(1 - NEAR)) + 1e-12
-        assert len(set(law.asked)) <= TRIES
-
-
-def test_search_is_never_above_the_most_where_it_can():
-    for random, stairs in ladders(200):
-        target = random.uniform(0.1, 1.0)
-        most = target * random.choice([1.0, 1.03, 1.2])
-        row = search(Law(lambda x, stairs=stairs: stairs[x]), Knob("every", 0, len(stairs) - 1), target, most)
-        allowed = stairs[stairs <= most]
-        assert row.compute <= most or not len(allowed)
-        best = np.abs(np.log((allowed if len(allowed) else stairs) / target)).min()
-        assert abs(math.log(row.compute / target)) <= max(best, -math.log(1 - NEAR)) + 1e-12
-
-
-def test_search_of_numbers_is_never_above_the_most():
-    for target in (0.9, 0.5, 0.2, 0.11):
-        for most in (target, target * 1.03):
-            row = search(Law(lambda g: 0.1 + 0.9 * g / (g + 1)), GAMMA, target, most)
-            assert row.compute <= most
-            assert row.compute == pytest.approx(target, rel=0.05)
-            row = search(Law(lambda g: max(0.1, round(20 * g / (g + 1)) / 20)), GAMMA, target, most)
-            assert row.compute <= most
-    row = search(Law(lambda g: 0.1 + 0.9 * g / (g + 1)), GAMMA, 0.5, most=0.4)  # then the most is what it goes for
-    assert 0.37 < row.compute <= 0.4
+        assert len(law.asked) == len(set(law.asked)) <= TRIES
 
 
 @pytest.mark.parametrize("knob", [Knob("every", 1, 9), Knob("threshold", 0.01, 10.0), GAMMA], ids=["int", "float", ""])
@@ -191,134 +169,93 @@ def test_search_of_what_is_out_of_reach_gives_the_nearest(knob):
     assert above.compute > below.compute + 0.03
     assert search(law, knob, 0.1, most=0.1).compute == below.compute
     assert search(Law(lambda x: 0.5), knob, 0.2).compute == 0.5  # a knob that does nothing
-
-
-def test_search_of_one_whole_number():
-    assert search(Law(lambda x: 0.4), Knob("every", 3, 3), 0.2).value == 3
-    assert {search(Law(lambda x: 1 / x), Knob("every", 1, 2), t).value for t in (0.9, 0.5)} == {1, 2}
+    assert search(Law(lambda x: 0.01), knob, 0.02).compute == 0.01  # less than what is guessed of the end
 
 
 # -------------------------------------------------------------------------------------------------- specs and flags
 
 
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        (("rule",), "rule"),
-        (("rule", ""), "rule"),
-        (("rule", "a=1"), "rule:a=1"),
-        (("rule", "a=1", ""), "rule:a=1"),
-        (("rule", "", "b=2"), "rule:b=2"),
-        (("rule", "a=1", "b=2,c=x"), "rule:a=1,b=2,c=x"),
-        (("rule:z=0", "a=1"), "rule:z=0,a=1"),
-    ],
-)
-def test_with_option(given, expected):
-    assert with_option(*given) == expected
-
-
 def test_parse_methods(monkeypatch):
-    assert compare.parse_methods("interval, taylorseer") == ["interval", "taylorseer"]
-    assert compare.parse_methods("taylorseer,interval,taylorseer") == ["taylorseer", "interval"]
-    assert {"interval", "taylorseer"} <= set(compare.parse_methods("all")) <= set(available())
-    assert "never" not in compare.parse_methods("all")
+    assert compare.parse_methods("taylorseer, interval,taylorseer") == ["taylorseer", "interval"]
+    assert {"interval", "taylorseer"} <= set(compare.parse_methods("all")) <= set(available()) - {"never"}
     for text, words in {
-        "intervall": ["'intervall'", "did you mean interval?"],
-        "interval,": ["''"],
-        "interval,nothing": ["'nothing'", "taylorseer"],
-        "never": ["'never'"],  # a method without a knob cannot be swept
-        "": ["''"],
+        "intervall": "'intervall' is .*did you mean interval",
+        "interval,": "''",
+        "interval,nothing": "'nothing' .*taylorseer",
+        "never": "'never'",  # a method without a knob cannot be swept
+        "": "''",
     }.items():
-        with pytest.raises(ValueError, match="--methods: ") as caught:
+        with pytest.raises(ValueError, match=f"--methods: {words}"):
             compare.parse_methods(text)
-        assert all(word in str(caught.value) for word in words), str(caught.value)
     monkeypatch.setattr(Never, "knob", Knob("every", 1, 2))
     assert "never" in compare.parse_methods("all")
 
 
 def test_parse_levels():
     assert compare.parse_levels("0.15, 0.5,.25") == [0.5, 0.25, 0.15]
-    assert compare.parse_levels("0.5,0.5") == [0.5]
-    for text in ("0", "1", "1.5", "-0.1", "nan", "inf", "half", "", "0.5,,0.2"):
-        with pytest.raises(ValueError, match=r"--levels: .* between 0 and 1"):
-            compare.parse_levels(text)
-    with pytest.raises(ValueError, match="'2'"):
-        compare.parse_levels("0.5,2,3")
+    assert compare.parse_levels("0.5,0.50") == [0.5]
+    for text in ("0", "1", "1.5", "-0.1", "nan", "inf", "half", "", "true", "none"):
+        with pytest.raises(ValueError, match=f"--levels: '{text}' is no number between 0 and 1"):
+            compare.parse_levels(f"0.5,{text},3")
 
 
-def test_every_knob_and_variant_is_an_option_of_its_method():
-    for name in compare.parse_methods("all"):
-        kind = type(make_policy(name))
-        knob = kind.knob
-        assert knob.option in {f.name for f in fields(kind)}, name
-        assert isinstance(knob.low, int) == isinstance(knob.high, int), name
-        assert knob.variants, name
-        for variant in knob.variants:
-            for value in (knob.low, knob.high):
-                assert isinstance(value, int) or value > 0, name  # the search is on a logarithmic scale
-                spec = with_option(name, f"{knob.option}={value:g}", variant)
-                policy = make_policy(spec)  # ValueError for what the method does not take
-                assert getattr(policy, knob.option) == value
-                assert len(parse_spec(spec)[1]) == 1 + len([v for v in variant.split(",") if v])
+@pytest.mark.parametrize("kind", [type(make_policy(name)) for name in compare.parse_methods("all")])
+def test_every_knob_and_variant_is_an_option_of_its_method(kind):
+    knob = kind.knob
+    assert isinstance(knob.low, int) == isinstance(knob.high, int)
+    assert knob.variants
+    for variant, value in product(knob.variants, (knob.low, knob.high)):
+        assert isinstance(value, int) or value > 0  # the search is on a logarithmic scale
+        spec = f"{kind.name}:{knob.option}={value:g}{',' if variant else ''}{variant}"
+        assert getattr(make_policy(spec), knob.option) == value  # ValueError for what the method does not take
+        assert len(parse_spec(spec)[1]) == 1 + len([v for v in variant.split(",") if v])
 
 
 @pytest.mark.parametrize(
     ("setting", "text"),
     [
-        (Setting("interval:every=3"), "--cache interval:every=3"),
-        (Setting("interval", "gamma=2"), "--cache interval --adacorr gamma=2"),
+        (Setting("interval:every={}").at(3), "--cache interval:every=3"),
+        (Setting("interval", "gamma={}").at(0.02), "--cache interval --adacorr gamma=0.02"),
         (Setting(None, ""), "--adacorr"),
         (Setting(None, "literal"), "--adacorr literal"),
         (Setting(sampler="unipc", steps=5), "--sampler unipc --num-sampling-steps 5"),
+        (Setting(None, "budget=6", "ddim", 5), "--adacorr budget=6 --sampler ddim --num-sampling-steps 5"),
         (Setting(), ""),
     ],
 )
-def test_a_setting_reads_as_flags(setting, text):
+def test_a_setting_reads_as_flags_and_runs_as_them(setting, text, bench):
     assert str(setting) == text
-    manager = setting.manager()
-    assert (manager is None) == (setting.cache is None and setting.adacorr is None)
-    if setting.adacorr == "literal":
-        assert isinstance(manager.correction, Algorithm1)
+    x, cache, seconds = bench.sample(setting)
+    options = {"cache": None, "adacorr": setting.adacorr, "cache_dtype": "fp32"}
+    expected = pipeline.make_cache(SimpleNamespace(**options | {"cache": setting.cache}))
+    assert (cache.spec if cache else None) == (expected.spec if expected else None)
+    pipe = bench.pipe
+    if setting.sampler:
+        pipe = replace(pipe, sampler=pipeline.make_sampler(setting.sampler, 5))
+    assert torch.equal(x, pipe.sample(4242, np.arange(2), torch.arange(2), expected))
+    assert seconds > 0
+    assert bench.pipe.sampler.num_steps == STEPS  # the bench's own is as it was
 
 
 # ---------------------------------------------------------------------------------------------------- bench, sweep
 
 
-def test_a_setting_runs_once(bench, monkeypatch):
+def test_a_setting_runs_once_on_as_many_images(bench, monkeypatch):
     runs, sample = [], pipeline.Pipeline.sample
+    bench.few, setting = 1, Setting("interval:every=3")
     assert len(bench.reference) == 2  # sampled when first asked for
     monkeypatch.setattr(pipeline.Pipeline, "sample", lambda *a, **k: runs.append(1) or sample(*a, **k))
-    first = bench.run("interval", "alone", Setting("interval:every=3"))
-    assert bench.run("interval", "alone", Setting("interval:every=3")) is first
+    first = bench.run("interval", "alone", setting)
+    assert bench.run("interval", "alone", setting) is first
     assert len(runs) == 1
     other = bench.run("interval", "adacorr", Setting("interval:every=3", "gamma=1"))
-    assert len(runs) == 2
-    assert other is not first
-    assert list(bench.rows.values()) == [first, other]
-
-
-def test_a_few_images_are_the_first_of_all(bench):
-    bench.few, setting = 1, Setting("interval:every=3")
-    row, whole = bench.run("interval", "alone", setting, few=True), bench.run("interval", "alone", setting)
-    assert (row.images, whole.images) == (1, 2)
-    images = bench.pipe.decode(bench.states(setting, setting.manager()))
-    assert row.score == pytest.approx(fidelity(bench.reference[:1], images[:1])["psnr"]["mean"], abs=0.5)
-    assert bench.run("interval", "alone", setting, few=True) is row
-
-
-def test_gamma_is_lowered_until_all_images_spend_no_more():
-    class Fake:
-        """The few images say that gamma=1 is enough; all of them need less."""
-
-        searched = defaultdict(dict)
-
-        def run(self, method, form, setting, few=False):
-            gamma = float((setting.adacorr or "gamma=0").partition("=")[2])
-            compute = 0.5 if form == "alone" else min(0.5 * gamma if few else 0.6 * gamma, 1.0)
-            return SimpleNamespace(setting=setting, form=form, compute=compute, score=20.0)
-
-    _, corrected = sweep(Fake(), "interval", 0.5)
-    assert 0.5 * 0.7 < corrected.compute <= 0.5 * (1 + NEAR)
+    few = bench.run("interval", "alone", setting, few=True)
+    assert bench.run("interval", "alone", setting, few=True) is few
+    assert len(runs) == 3
+    assert list(bench.rows.values()) == [first, other, few]
+    assert (first.images, few.images) == (2, 1)
+    images = bench.pipe.decode(bench.sample(setting)[0])  # a few images are the first of all
+    assert few.score == pytest.approx(fidelity(bench.reference[:1], images[:1])["psnr"]["mean"], abs=0.5)
 
 
 def test_rows_hold_what_ran(bench):
@@ -335,16 +272,9 @@ def test_rows_hold_what_ran(bench):
     assert json.loads(json.dumps(exact.plain(), allow_nan=False))["setting"] == {"cache": "never"}
     fewer = bench.run("ddim", "fewer steps", Setting(sampler="ddim", steps=6))
     assert (fewer.compute, fewer.hit_rate, fewer.bytes_per_image) == (0.5, 0.0, 0)
-    same = bench.run("ddim", "fewer steps", Setting(sampler="ddim", steps=STEPS))
-    assert same.score == math.inf
-
-
-def test_fewer_steps_are_of_their_own_sampler_on_the_same_noise(bench):
-    steps = bench.pipe.sampler.num_steps
-    with_steps = bench.states(Setting(sampler="unipc", steps=4))
-    again = replace(bench.pipe, sampler=compare.make_sampler("unipc", 4))
-    assert torch.equal(with_steps, again.sample(4242, np.arange(2), torch.arange(2)))
-    assert bench.pipe.sampler.num_steps == steps  # the bench's own is as it was
+    for setting in (Setting(sampler="ddim", steps=STEPS), Setting()):
+        same = bench.run("ddim", "fewer steps", setting)
+        assert (same.score, same.compute) == (math.inf, 1.0)
 
 
 def test_literal_reports_the_share_of_its_weights(bench):
@@ -356,8 +286,22 @@ def test_literal_reports_the_share_of_its_weights(bench):
     assert everything.score > nothing.score
 
 
+def test_seconds_are_medians_in_turn(bench, monkeypatch):
+    plain, cached = Setting(), Setting("interval:every=3")
+    spent, asked = {plain: iter([4.0, 40.0, 5.0]), cached: iter([1.0, 3.0, 2.0])}, []
+
+    def sample(setting, count=None, stop=None):
+        asked.append((setting, count, stop))
+        return None, None, 99.0 if stop else next(spent[setting])
+
+    monkeypatch.setattr(bench, "sample", sample)
+    assert bench.seconds([plain, cached], 3, count=1) == [5.0, 2.0]
+    assert asked[0][2] > 0  # the warm-up, which is not timed
+    assert asked[1:] == [(plain, 1, None), (cached, 1, None)] * 3
+
+
 def test_sweep_keeps_the_best_variant_and_corrects_it_at_no_more_compute(bench):
-    alone, corrected = sweep(bench, "interval", 0.5)
+    alone, corrected = sweep(bench, "interval", 0.5, 1.0)
     assert abs(alone.compute / 0.5 - 1) <= REACHED
     tried = [r for r in bench.rows.values() if r.setting.adacorr is None]
     assert any("order=1" in r.setting.cache for r in tried)
@@ -368,38 +312,46 @@ def test_sweep_keeps_the_best_variant_and_corrects_it_at_no_more_compute(bench):
     assert corrected.setting.adacorr.startswith("gamma=")
     assert corrected.form == "adacorr"
     assert corrected.compute <= alone.compute * (1 + NEAR)
+    assert (Setting(alone.setting.cache, "gamma=1"), 2) in bench.rows  # where the search of gamma began
 
 
-def test_sweep_prefers_less_compute_to_more():
-    class Fake:
-        searched = defaultdict(dict)
+@pytest.mark.parametrize(
+    ("compute", "expected"),
+    [
+        (lambda gamma, few: 0.52 if gamma > 1 else 0.45, 0.45),  # 0.52 is nearer, but over the 3 % that are let pass
+        (lambda gamma, few: min(gamma * (0.5 if few else 0.6), 1.0), 0.45),  # all images spend more than the few
+    ],
+)
+def test_sweep_prefers_less_compute_to_more(compute, expected, monkeypatch):
+    def run(self, method, form, setting, few=False):
+        spent = 0.5 if form == "alone" else compute(float(setting.adacorr.partition("=")[2]), few)
+        row = Row(method, form, None, setting, 1, spent, 0.0, {"mean": 20.0}, {})
+        return self.rows.setdefault((setting, self.few if few else self.count), row)
 
-        def run(self, method, form, setting, few=False):
-            gamma = float((setting.adacorr or "gamma=0").partition("=")[2])
-            compute = 0.5 if form == "alone" else 0.52 if gamma > 1 else 0.45
-            return SimpleNamespace(setting=setting, form=form, compute=compute, score=20.0)
-
-    alone, corrected = sweep(Fake(), "interval", 0.5)
-    assert (alone.compute, corrected.compute) == (0.5, 0.45)  # 0.52 is nearer, but over the 3 % that are let pass
+    monkeypatch.setattr(Bench, "run", run)
+    alone, corrected = sweep(Bench(None, 0, 2), "interval", 0.5, 1.0)
+    assert alone.compute == 0.5
+    assert corrected.compute == pytest.approx(expected, abs=0.02)
 
 
-def test_sweep_out_of_reach(bench, monkeypatch):
-    assert sweep(bench, "interval", 0.02) is None  # 1 of 12 steps is 0.083
+def test_what_is_out_of_reach_is_left_out(bench, monkeypatch, capsys):
+    assert sweep(bench, "interval", 0.02, 1.0) is None  # 1 of 12 steps is 0.083
     assert all(setting.adacorr is None for setting, _ in bench.rows)  # nothing to correct, so nothing ran
+    rows = list(compare.compare(bench, ["interval"], [0.02]))
+    assert [(row.method, row.form) for row in rows[:2]] == [("literal", "adacorr"), ("ddim", "fewer steps")]
+    assert "--adacorr at 0.02: out of reach\ninterval at 0.02: out of reach\n" in capsys.readouterr().out
+    assert [row.setting.steps for row in rows[1:]] == [1] * 4
     monkeypatch.setattr(Interval, "knob", Knob("every", 3, 4))
-    assert sweep(bench, "interval", 0.9) is None
-
-
-def test_adacorr_alone_out_of_reach_is_left_out(bench):
-    said = []
-    rows = list(compare.compare(bench, [], [0.02], said.append))
-    assert [row.form for row in rows] == ["adacorr"] + ["fewer steps"] * 4
-    assert rows[0].method == "literal"
-    assert "--adacorr at 0.02: out of reach" in said
-    assert {row.setting.steps for row in rows[1:]} == {1}
+    assert sweep(bench, "interval", 0.9, 1.0) is None
 
 
 # --------------------------------------------------------------------------------------------------- a comparison
+
+
+def swept(stem, ckpt, levels, images, few, solution, repeats=0, methods="interval"):
+    """Arguments of one comparison."""
+    given = f"--methods {methods} --levels {levels} --num-images {images} --search-images {few}"
+    return *flags(ckpt), f"{given} --solution-steps {solution} --repeats {repeats} --out", stem
 
 
 @pytest.fixture(scope="module")
@@ -407,20 +359,10 @@ def result(ckpt):
     """(exit code, files by suffix) of one comparison."""
     torch.set_num_threads(1)
     out = ckpt.parent / "new" / "compare"
-    given = [
-        "--methods",
-        "taylorseer,interval",
-        "--levels",
-        ",".join(map(str, LEVELS)),
-        "--num-images",
-        3,
-        "--search-images",
-        2,
-    ]
-    given += ["--solution-steps", 24, "--repeats", 1, "--out", out]
-    plot = ["--plot"] if find_spec("matplotlib") else []
-    exit_code = code("compare", *flags(ckpt), *given, *plot)
-    return exit_code, {path.suffix[1:]: path for path in out.parent.iterdir()}
+    arguments = swept(out, ckpt, "0.5,0.3", 3, 2, 24, 1, "taylorseer,interval")
+    return code(*arguments, "--plot" if find_spec("matplotlib") else ""), {
+        p.suffix[1:]: p for p in out.parent.iterdir()
+    }
 
 
 @pytest.fixture
@@ -433,28 +375,31 @@ def test_files(result):
     assert exit_code == 0
     assert set(files) == {"json", "md"} | ({"png"} if find_spec("matplotlib") else set())
     assert {path.stem for path in files.values()} == {"compare"}
+    if "png" in files:
+        with Image.open(files["png"]) as picture:
+            assert picture.format == "PNG"
+            assert min(picture.size) > 400
 
 
 def test_rows(content):
-    rows = [(row["method"], row["form"], row["level"]) for row in content["rows"]]
-    solvers = ["ddim", "dpmsolver++", "dpmsolver++ (log-SNR)", "unipc"]
-    assert rows == [
-        *((method, form, x) for method in ("taylorseer", "interval") for x in LEVELS for form in ("alone", "adacorr")),
-        *(("adacorr", "adacorr", x) for x in LEVELS),
-        ("literal", "adacorr", None),
-        *((solver, "fewer steps", x) for x in LEVELS for solver in solvers),
-    ]
-    assert len(solvers) == len(SOLVERS)
-
-
-def test_compute_of_the_rows(content):
     by_key = {(row["method"], row["form"], row["level"]): row for row in content["rows"]}
+    solvers = ["ddim", "dpmsolver++", "dpmsolver++ (log-SNR)", "unipc"]
+    assert len(solvers) == len(SOLVERS)
+    assert list(by_key) == [
+        *((name, form, x) for name in ("taylorseer", "interval") for x in (0.5, 0.3) for form in ("alone", "adacorr")),
+        *(("adacorr", "adacorr", x) for x in (0.5, 0.3)),
+        ("literal", "adacorr", None),
+        *((solver, "fewer steps", x) for x in (0.5, 0.3) for solver in solvers),
+    ]
     for (method, form, level), row in by_key.items():
-        if method == "literal":
-            assert row["compute"] == pytest.approx(1, abs=0.01)
-            assert 0 <= row["weights_at_1"] <= 1
-            continue
-        assert row["weights_at_1"] is None
+        assert set(row) == {f.name for f in fields(Row)}
+        assert row["speedup"] > 0
+        assert 0 <= row["hit_rate"] < 1
+        for scores in (row["psnr"], row["ssim"], row["solution_psnr"]):
+            assert set(scores) == {"mean", "p5", "min"}
+            assert float(scores["min"]) <= float(scores["p5"]) <= float(scores["mean"])
+        assert (row["bytes_per_image"] == 0) == (form == "fewer steps")
+        assert (row["weights_at_1"] is None) == (method != "literal")
         if form == "alone":
             assert abs(row["compute"] / level - 1) <= REACHED
             after = by_key[method, "adacorr", level]
@@ -464,107 +409,93 @@ def test_compute_of_the_rows(content):
         if form == "fewer steps":
             assert row["setting"]["steps"] == round(level * STEPS)
             assert row["compute"] == row["setting"]["steps"] / STEPS
-
-
-def test_measures_of_the_rows(content):
-    for row in content["rows"]:
-        assert set(row) == {f.name for f in fields(Row)}
-        assert row["speedup"] > 0
-        assert 0 <= row["hit_rate"] < 1
-        for scores in (row["psnr"], row["ssim"], row["solution_psnr"]):
-            assert set(scores) == {"mean", "p5", "min"}
-            assert float(scores["min"]) <= float(scores["p5"]) <= float(scores["mean"])
-        assert (row["bytes_per_image"] == 0) == (row["form"] == "fewer steps")
-    scores = {(row["method"], row["level"]): row["solution_psnr"]["mean"] for row in content["rows"]}
-    assert scores["unipc", 0.5] > scores["unipc", 0.3]  # more steps come nearer to the solution
+    assert by_key["literal", "adacorr", None]["compute"] == pytest.approx(1, abs=0.01)
+    unipc = [by_key["unipc", "fewer steps", level]["solution_psnr"]["mean"] for level in (0.5, 0.3)]
+    assert unipc[0] > unipc[1]  # more steps come nearer to the solution
 
 
 def test_the_record_says_what_was_run(content, ckpt):
-    assert content["made_with"][:5] == ["python", "-m", "evaluate", "compare", "--ckpt"]
+    assert content["made_with"][:4] == ["python", "-m", "evaluate", "compare"]
     assert content["arguments"]["seed"] == "4242"  # no seed of a calibration, nor the default of sample.py
     assert content["arguments"]["ckpt"] == str(ckpt)
     assert not {"run", "command", "made_with"} & set(content["arguments"])
     assert content["environment"]["torch"] == torch.__version__
-    assert len(content["identity"]["checkpoint_sha256"]) == 64
-    assert (content["identity"]["seed"], content["identity"]["num_images"]) == (
-        "4242",
-        content["arguments"]["num_images"],
-    )
+    shipped = json.loads(SHIPPED.read_text())
+    assert list(content["identity"]) == list(shipped["identity"])
+    assert list(content["rows"][0]) == list(shipped["rows"][0])
+    assert (content["identity"]["seed"], content["identity"]["num_images"]) == ("4242", "3")
     tried = [(json.dumps(row["setting"], sort_keys=True), row["images"]) for row in content["tried"]]
     assert len(tried) == len(set(tried))  # nothing ran twice
     assert {images for _, images in tried} == {2, 3}  # searched on a few, then run on all
     assert {(json.dumps(row["setting"], sort_keys=True), 3) for row in content["rows"]} <= set(tried)
 
 
+def nothing_but_probes(monkeypatch):
+    """Sampling fails, except for the first step by which each method is asked whether it takes the model."""
+    sample = Bench.sample
+    probe = lambda *a, stop=None, **k: sample(*a, stop=stop, **k) if stop == 1 else pytest.fail("sampled")  # noqa: E731
+    monkeypatch.setattr(Bench, "sample", probe)
+
+
 def test_known_rows_are_not_run_again(result, content, ckpt, tmp_path, monkeypatch):
-    given = ["--methods", "interval", "--levels", "0.5", "--num-images", 3, "--solution-steps", 24, "--repeats", 0]
-    given += ["--search-images", 2]
-    given += ["--out", tmp_path / "again", "--known", result[1]["json"]]
-    monkeypatch.setattr(Bench, "states", lambda *_: pytest.fail("something was sampled"))
-    assert code("compare", *flags(ckpt), *given) == 0
+    nothing_but_probes(monkeypatch)
+    arguments = swept(tmp_path / "again", ckpt, "0.5", 3, 2, 24)
+    assert code(*arguments, "--known", result[1]["json"]) == 0
     again = json.loads((tmp_path / "again.json").read_text())
     kept = [{**row, "speedup": None} for row in content["rows"] if row["level"] == 0.5 and row["method"] == "interval"]
     assert [row for row in again["rows"] if row["method"] == "interval"] == kept
 
 
+def test_the_shipped_comparison_can_be_taken_over():
+    shipped = json.loads(SHIPPED.read_text())
+    rows = known_rows(SHIPPED, shipped["identity"])
+    assert [row.plain() for row in rows.values()] == shipped["tried"]
+    with pytest.raises(ValueError, match="of another comparison: seed '4242' there, '1' here"):
+        known_rows(SHIPPED, {**shipped["identity"], "seed": "1"})
+    bench, knob = Bench(None, 4242, 10, few=4, rows=rows), Knob("threshold", 0.01, 10.0)
+    for level in LEVELS:  # without a model: whatever ran would fail
+        row = tune(bench, "lazydit", "alone", Setting("lazydit:threshold={}"), knob, level)
+        assert abs(row.compute / level - 1) <= REACHED
+        assert row.setting.cache.count(",") == 0  # not a row of another variant
+
+
 def test_a_run_that_was_stopped_goes_on(ckpt, tmp_path, monkeypatch):
-    out = tmp_path / "stopped"
-    given = ["--methods", "interval", "--levels", "0.5,0.3", "--num-images", 2, "--search-images", 1]
-    given += ["--solution-steps", 0, "--repeats", 0, "--out"]
-    assert code("compare", *flags(ckpt), *given, tmp_path / "whole") == 0
+    assert code(*swept(tmp_path / "whole", ckpt, "0.5,0.3", 2, 1, 0)) == 0
 
     def stopped(bench, method, level, gamma):
         if level == 0.3:
             raise KeyboardInterrupt
         return sweep(bench, method, level, gamma)
 
-    monkeypatch.setattr(compare, "sweep", stopped)
-    assert code("compare", *flags(ckpt), *given, out) == 130
-    monkeypatch.undo()
-    found = json.loads(out.with_suffix(".json").read_text())
+    arguments = swept(tmp_path / "stopped", ckpt, "0.5,0.3", 2, 1, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "sweep", stopped)
+        assert code(*arguments) == 130
+    found = json.loads((tmp_path / "stopped.json").read_text())
     assert [row["level"] for row in found["rows"]] == [0.5, 0.5]
-    states, ran = Bench.states, []
-    monkeypatch.setattr(
-        Bench, "states", lambda self, setting, *rest: ran.append(setting) or states(self, setting, *rest)
-    )
-    assert code("compare", *flags(ckpt), *given, out, "--known", out.with_suffix(".json")) == 0
+    sample, ran = Bench.sample, []
+    monkeypatch.setattr(Bench, "sample", lambda self, *a, **k: ran.append(a) or sample(self, *a, **k))
+    assert code(*arguments, "--known", tmp_path / "stopped.json") == 0
     whole, again = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", "stopped"))
     assert again["rows"] == whole["rows"]
-    assert not {str(setting) for setting in ran} & {str(Setting(**row["setting"])) for row in found["tried"]}
+    assert not set(ran) & {(Setting(**row["setting"]), row["images"]) for row in found["tried"]}
 
 
 def test_rows_of_another_comparison_are_refused(result, ckpt, tmp_path, capsys):
-    given = [
-        "--num-images",
-        2,
-        "--search-images",
-        2,
-        "--solution-steps",
-        24,
-        "--out",
-        tmp_path / "x",
-        "--known",
-        result[1]["json"],
-    ]
-    assert code("compare", *flags(ckpt), *given, "--methods", "interval") == 2
+    arguments = swept(tmp_path / "x", ckpt, "0.5", 2, 2, 24)
+    assert code(*arguments, "--known", result[1]["json"]) == 2
     assert "is of another comparison: num_images '3' there, '2' here" in capsys.readouterr().err
-    broken = tmp_path / "broken.json"
-    broken.write_text("{}")
-    given[-1] = broken
-    assert code("compare", *flags(ckpt), *given, "--methods", "interval") == 2
-    assert "is no result of a comparison" in capsys.readouterr().err
+    for text in ("{}", "[]", "nothing", '{"tried": [], "identity": 3}'):
+        (tmp_path / "broken.json").write_text(text)
+        assert code(*arguments, "--known", tmp_path / "broken.json") == 2
+        assert "is no result of a comparison" in capsys.readouterr().err
 
 
 def test_the_page_shows_every_row(result, content):
     page = result[1]["md"].read_text()
     for row in content["rows"]:
-        spec = row["setting"]
-        if "sampler" in spec:
-            shown = f"--sampler {spec['sampler']} --num-sampling-steps {spec['steps']}"
-        else:
-            shown = " ".join(f"--{key} {spec[key]}" for key in ("cache", "adacorr") if key in spec)
+        shown = str(Setting(**row["setting"]))
         line = f"| `{shown}` | {row['compute']:.3f} | {row['hit_rate']:.3f} | {float(row['psnr']['mean']):.1f} / "
-        assert line in page
         section = "Algorithm 1 to the letter" if row["level"] is None else f"Compute {row['level']:g}"
         own = page.partition(f"## {section}\n")[2].partition("\n## ")[0]
         assert line in own
@@ -573,58 +504,50 @@ def test_the_page_shows_every_row(result, content):
     names = [line.split("|")[1].strip() for line in summary.splitlines()[2:]]
     assert names == list(dict.fromkeys(row["method"] for row in content["rows"] if row["level"] is not None))
     assert summary.count("→") == 4
-    assert "24" in content["made_with"]
     assert "3 images of seed 4242" in page
     assert "nan" not in page
-
-
-@pytest.mark.skipif(not find_spec("matplotlib"), reason="needs matplotlib")
-def test_the_plot_is_a_picture(result):
-    with Image.open(result[1]["png"]) as picture:
-        assert picture.format == "PNG"
-        assert min(picture.size) > 400
 
 
 # ----------------------------------------------------------------------------------------------------------- tables
 
 
-def row(method, form, level, score, speedup=None, **setting):
+def row(method, form, level, score, speedup=None, compute=0.5, **setting):
     scores = {"mean": score, "p5": score, "min": score}
     solved = None if speedup is None else scores
     given = Setting(**setting)
-    return Row(method, form, level, given, 2, 0.5, 0.25, scores, scores, solved, 1_500_000, speedup=speedup)
+    return Row(method, form, level, given, 2, compute, 0.25, scores, scores, solved, 1_500_000, speedup=speedup)
 
 
 ROWS = [
     row("interval", "alone", 0.5, 20.04, cache="interval:every=2"),
     row("interval", "adacorr", 0.5, 25.0, cache="interval:every=2", adacorr="gamma=1"),
+    row("never", "alone", 0.5, 20.0, cache="never"),
+    row("never", "adacorr", 0.5, 25.0, compute=0.52, cache="never", adacorr="gamma=1"),
     row("adacorr", "adacorr", 0.5, "inf", speedup=2.0, adacorr="gamma=1"),
     row("adacorr", "adacorr", 0.25, 30.0, adacorr="gamma=0.5"),
 ]
 
 
-def test_summary_table():
-    assert compare.summary_table(ROWS, [0.5, 0.25]).splitlines() == [
+def test_tables():
+    assert report.summary_table(ROWS, [0.5, 0.25]).splitlines() == [
         "| PSNR (dB) at compute | 0.5 | 0.25 |",
         "|---|---|---|",
         "| interval | 20.0 → 25.0 | out of reach |",
+        "| never | 20.0 → 25.0 (more) | out of reach |",
         "| adacorr | inf | 30.0 |",
     ]
-
-
-def test_level_table():
-    lines = compare.level_table([ROWS[0], ROWS[2]]).splitlines()
+    lines = report.level_table([ROWS[0], ROWS[4]]).splitlines()
     assert len({line.count("|") for line in lines}) == 1
     assert lines[2] == "| `--cache interval:every=2` | 0.500 | 0.250 | 20.0 / 20.0 / 20.0 |  | 20.0400 |  | 1.50 |"
     assert lines[3] == "| `--adacorr gamma=1` | 0.500 | 0.250 | inf / inf / inf | inf | inf | 2.00x | 1.50 |"
 
 
-@pytest.mark.skipif(not find_spec("matplotlib"), reason="needs matplotlib")
+@needs_matplotlib
 @pytest.mark.filterwarnings("error")
 def test_a_plot_of_few_rows_and_identical_images(tmp_path):
     identical = row("interval", "adacorr", 0.25, "inf", cache="interval:every=4", adacorr="gamma=9")
     for name, rows in {"some": ROWS, "inf": [*ROWS, replace(ROWS[0], level=0.25), identical]}.items():
-        compare.plot(rows, tmp_path / f"{name}.png")
+        report.plot(rows, tmp_path / f"{name}.png")
         with Image.open(tmp_path / f"{name}.png") as picture:
             assert picture.format == "PNG"
 
@@ -644,56 +567,46 @@ def one_line(capsys, *words):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--methods", "intervall"], ["--methods", "did you mean interval?"]),
-        (["--methods", "never"], ["--methods", "never"]),
-        (["--levels", "0.5,2"], ["--levels", "'2'"]),
-        (["--levels", "half"], ["--levels", "'half'"]),
-        (["--num-images", "0"], ["--num-images", "0"]),
-        (["--solution-steps", "1001"], ["--solution-steps", "1001"]),
-        (["--repeats", "-1"], ["--repeats", "-1"]),
-        (["--num-images", 4, "--search-images", 2, "--timed-images", 5], ["--timed-images", "5", "4"]),
-        (["--num-sampling-steps", "1"], ["--num-sampling-steps", "1"]),
-        (["--num-sampling-steps", "1001"], ["--num-sampling-steps", "1001"]),
-        (["--num-images", "many"], ["--num-images", "many"]),
-        (["--sampler", "dimm"], ["dimm", "ddim"]),
-        (["--cfg-scale", "nan"], ["--cfg-scale", "nan"]),
-        (["--colour"], ["--colour"]),
-        (["--out", f"{__file__}/x"], ["--out", "test_compare.py"]),
+        ("--methods intervall", ["--methods", "did you mean interval?"]),
+        ("--methods never", ["--methods", "never"]),
+        ("--levels 0.5,2", ["--levels", "'2'"]),
+        ("--levels half", ["--levels", "'half'"]),
+        ("--num-images 0", ["--num-images", "0"]),
+        ("--solution-steps 1001", ["--solution-steps", "1001"]),
+        ("--repeats -1", ["--repeats", "-1"]),
+        ("--num-images 4 --search-images 5", ["--search-images", "5", "4"]),
+        ("--num-images 4 --search-images 2 --timed-images 5", ["--timed-images", "5", "4"]),
+        ("--num-sampling-steps 1", ["--num-sampling-steps", "1"]),
+        ("--num-sampling-steps 1001", ["--num-sampling-steps", "1001"]),
+        ("--num-images many", ["--num-images", "many"]),
+        ("--sampler dimm", ["dimm", "ddim"]),
+        ("--cfg-scale nan", ["--cfg-scale", "nan"]),
+        ("--colour", ["--colour"]),
+        (f"--out {__file__}/x", ["--out", "test_compare.py"]),
+        ("--plot", ["--plot", "matplotlib"]),
+        ("--out folder", ["folder.md", "is a folder"]),
+        ("--out locked", ["--out", "not writable"]),
     ],
 )
 def test_mistakes_are_one_line_before_any_weights_are_read(tmp_path, monkeypatch, capsys, argv, words):
     monkeypatch.setattr(pipeline, "load_checkpoint", lambda *_, **__: pytest.fail("read a checkpoint"))
     monkeypatch.chdir(tmp_path)
-    assert code("compare", "--methods", "interval", "--out", "x", *argv) == 2
+    (tmp_path / "folder.md").mkdir()
+    if argv == "--plot":
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+    if argv == "--out locked":
+        monkeypatch.setattr("os.access", lambda *_: False)  # tests may run as root, who may write anywhere
+    assert code("compare --methods interval --out x", argv) == 2
     one_line(capsys, *words)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("suffix", ["json", "md", "png"])
-def test_a_folder_in_the_place_of_a_file(tmp_path, capsys, suffix):
-    (tmp_path / f"x.{suffix}").mkdir()
-    assert code("compare", "--methods", "interval", "--out", tmp_path / "x") == 2
-    one_line(capsys, f"x.{suffix}", "is a folder")
-
-
-def test_a_folder_that_is_not_writable(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("os.access", lambda *_: False)  # tests may run as root, who may write anywhere
-    assert code("compare", "--methods", "interval", "--out", tmp_path / "x") == 2
-    one_line(capsys, "--out", "not writable")
-
-
-def test_a_plot_without_matplotlib(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert code("compare", "--methods", "interval", "--out", tmp_path / "x", "--plot") == 2
-    one_line(capsys, "--plot", "matplotlib")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.md"]
 
 
 def test_a_method_without_a_profile_is_named_before_the_work(ckpt, tmp_path, monkeypatch, capsys):
     name = sorted(calibrated())[0]
     monkeypatch.setattr(calibrated()[name], "knob", Knob("threshold", 0.01, 1.0))
     monkeypatch.setattr(profile, "FOLDER", tmp_path)
-    monkeypatch.setattr(Bench, "states", lambda *_: pytest.fail("began the work"))
-    assert code("compare", "--methods", f"interval,{name}", "--out", tmp_path / "x", *flags(ckpt)) == 2
+    nothing_but_probes(monkeypatch)
+    assert code(*swept(tmp_path / "x", ckpt, "0.5", 2, 1, 0, methods=f"interval,{name}")) == 2
     one_line(capsys, name, "no profile for this run", "calibrate.py")
     assert list(tmp_path.iterdir()) == []
 
@@ -703,18 +616,14 @@ def test_an_interrupt_is_quiet(ckpt, tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pipeline.Pipeline, "sample", interrupted)
-    assert code("compare", "--methods", "interval", "--out", tmp_path / "x", *flags(ckpt)) == 130
+    assert code(*swept(tmp_path / "x", ckpt, "0.5", 2, 1, 0)) == 130
     assert capsys.readouterr() == ("", "")
 
 
-def test_what_is_required(capsys):
-    assert code() == 2
-    one_line(capsys, "command")
-    assert code("compare") == 2
-    one_line(capsys, "--out")
-
-
-@pytest.mark.parametrize("argv", [["--help"], ["compare", "--help"]])
-def test_help(capsys, argv):
-    assert code(*argv) == 0
-    assert "compare" in capsys.readouterr().out
+def test_usage(capsys):
+    for argv, word in {"": "command", "compare": "--out"}.items():
+        assert code(argv) == 2
+        one_line(capsys, word)
+    for argv in ("--help", "compare --help"):
+        assert code(argv) == 0
+        assert "compare" in capsys.readouterr().out

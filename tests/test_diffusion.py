@@ -13,11 +13,9 @@ from diffusion import (
     DDIM,
     DDPM,
     SCHEDULERS,
-    SchedulerSampler,
     linear_betas,
     make_sampler,
     names,
-    parse_spec,
     respace,
     respaced_schedule,
 )
@@ -43,10 +41,7 @@ def column(*values: float) -> torch.Tensor:
 
 def test_linear_schedule():
     betas = linear_betas()
-    assert betas.shape == (1000,)
-    assert betas.dtype == np.float64
-    assert betas[0] == 1e-4
-    assert betas[-1] == 0.02
+    assert (betas.shape, betas.dtype, betas[0], betas[-1]) == ((1000,), np.float64, 1e-4, 0.02)
     assert np.allclose(np.diff(betas), (0.02 - 1e-4) / 999, rtol=1e-9)
     product = math.prod(1.0 - (1e-4 + k * (0.02 - 1e-4) / 999) for k in range(1000))
     assert ABAR[-1] == pytest.approx(product, rel=1e-12)
@@ -60,25 +55,20 @@ def test_linear_schedule():
         (2, [0, 999], [0, 999]),
         (3, [0, 500, 999], [0, 500, 999]),  # 499.5 goes to the even neighbour
         (7, [0, 166, 333, 500], [666, 832, 999]),  # so do 166.5, 499.5 and 832.5
+        (21, [0, 50, 100, 150, 200, 250, 300, 350, 400, 450, 499], [949, 999]),  # the sum of 49.95 falls below 499.5
         (50, [0, 20, 41, 61, 82], [958, 979, 999]),
         (100, [0, 10, 20, 30, 40, 50, 61], [979, 989, 999]),
         (250, [0, 4, 8, 12, 16, 20, 24, 28, 32], [991, 995, 999]),
         (1000, [0, 1, 2], [997, 998, 999]),
     ],
 )
-def test_respace_values(steps, head, tail):
+def test_respace(steps, head, tail):
     kept = respace(steps).tolist()
-    assert kept[: len(head)] == head
-    assert kept[-len(tail) :] == tail
-    assert len(kept) == len(set(kept)) == steps
-    assert kept == sorted(kept)
-
-
-@pytest.mark.parametrize("steps", [2, 10, 20, 50, 100, 250, 500, 1000])
-def test_respace_is_the_exact_rounding_where_no_position_is_a_half(steps):
-    exact = [Fraction(999 * k, steps - 1) for k in range(steps)]
-    assert not any(position.denominator == 2 for position in exact)
-    assert respace(steps).tolist() == [round(position) for position in exact]
+    assert (kept[: len(head)], kept[-len(tail) :]) == (head, tail)
+    assert sorted(set(kept)) == kept
+    exact = [Fraction(999 * k, max(steps - 1, 1)) for k in range(steps)]
+    if not any(position.denominator == 2 for position in exact):  # where one is a half, the order of summing decides
+        assert kept == [round(position) for position in exact]
 
 
 def test_respace_of_a_shorter_chain():
@@ -110,16 +100,13 @@ def test_respaced_chain_has_the_kept_noise_levels(steps):
 
 
 def test_ddim_step_by_hand():
-    # Two steps: 999 then 0. abar_0 = 1 - 1e-4.
-    sampler = DDIM(2, eta=0.5)
-    assert sampler.timesteps.tolist() == [999, 0]
-    assert sampler.timesteps.dtype == torch.int64
+    sampler = DDIM(2, eta=0.5)  # abar_0 = 1 - 1e-4
+    assert (sampler.timesteps.tolist(), sampler.timesteps.dtype) == ([999, 0], torch.int64)
     x, eps, z = 0.7, -0.4, 1.3
     a, b = float(ABAR[999]), 1.0 - 1e-4
     x0 = (x - math.sqrt(1 - a) * eps) / math.sqrt(a)
     sigma = 0.5 * math.sqrt((1 - b) / (1 - a) * (1 - a / b))
     expected = math.sqrt(b) * x0 + math.sqrt(1 - b - sigma**2) * eps + sigma * z
-    assert sampler.x0(0, column(x), column(eps)).item() == pytest.approx(x0, rel=1e-12)
     assert sampler.step(0, column(x), column(eps), column(z)).item() == pytest.approx(expected, rel=1e-12)
     last = (x - math.sqrt(1e-4) * eps) / math.sqrt(b)
     assert sampler.step(1, column(x), column(eps)).item() == pytest.approx(last, rel=1e-12)
@@ -131,14 +118,12 @@ def test_ddim_recovers_a_known_x0(steps):
     level = float(ABAR[int(sampler.timesteps[0])])
     x = math.sqrt(level) * x0 + math.sqrt(1 - level) * eps
     for i in range(steps):
-        assert torch.allclose(sampler.x0(i, x, eps), x0, atol=1e-9)
         x = sampler.step(i, x, eps)
     assert torch.allclose(x, x0, atol=1e-9)
 
 
 def test_ddim_with_eta_one_has_the_posterior_of_ddpm():
-    x, z = gauss(*SHAPE), gauss(*SHAPE, seed=2)
-    eps = gauss(*SHAPE, seed=1)
+    x, eps, z = (gauss(*SHAPE, seed=seed) for seed in range(3))
     lowest = torch.cat([eps, -torch.ones_like(eps)], dim=1)
     for i in range(9):
         ddim = DDIM(10, eta=1.0).step(i, x, eps, z)
@@ -148,19 +133,16 @@ def test_ddim_with_eta_one_has_the_posterior_of_ddpm():
 def test_ddim_ignores_the_learned_variance():
     x, out = gauss(*SHAPE), gauss(3, 8, 2, 2, seed=1)
     assert torch.equal(DDIM(5).step(2, x, out), DDIM(5).step(2, x, out[:, :4]))
-    assert torch.equal(DDIM(5).x0(2, x, out), DDIM(5).x0(2, x, out[:, :4]))
 
 
 def test_clip():
-    x, eps = column(3.0, 0.1), column(-1.0, 0.2)
+    x, eps = column(3.0, 0.1), column(-1.0, 0.2)  # x_0 above 1, and within
     a, b = float(ABAR[500]), float(ABAR[0])
-    plain, clipped = DDIM(3), DDIM(3, clip=True)
-    assert plain.x0(1, x, eps)[..., 0].item() > 1.0
-    assert clipped.x0(1, x, eps)[..., 0].item() == 1.0
-    assert torch.equal(plain.x0(1, x, eps)[..., 1], clipped.x0(1, x, eps)[..., 1])
+    plain, clipped = (form.step(1, x, eps)[0, 0, 0] for form in (DDIM(3), DDIM(3, clip=True)))
     direction = (3.0 - math.sqrt(a)) / math.sqrt(1 - a)  # the noise that goes with x_0 = 1
-    expected = math.sqrt(b) + math.sqrt(1 - b) * direction
-    assert clipped.step(1, x, eps)[..., 0].item() == pytest.approx(expected, rel=1e-9)
+    assert clipped[0].item() == pytest.approx(math.sqrt(b) + math.sqrt(1 - b) * direction, rel=1e-9)
+    assert plain[0].item() > clipped[0].item() + 0.1
+    assert plain[1].item() == pytest.approx(clipped[1].item(), rel=1e-12)
 
 
 # -------------------------------------------------------------------------------------------------- DDPM
@@ -204,7 +186,8 @@ def test_last_step_adds_no_noise(sampler, channels):
     last = sampler.num_steps - 1
     quiet = sampler.step(last, x, out)
     assert torch.equal(quiet, sampler.step(last, x, out, gauss(*SHAPE, seed=2)))
-    assert torch.allclose(quiet, sampler.x0(last, x, out), rtol=1e-12)  # the posterior of data is the data
+    x0 = (x - math.sqrt(1 - ABAR[0]) * out[:, :4]) / math.sqrt(ABAR[0])
+    assert torch.allclose(quiet, x0)  # the posterior of data is the data
 
 
 # --------------------------------------------------------------------------------------------- interface
@@ -213,30 +196,26 @@ def test_last_step_adds_no_noise(sampler, channels):
 @pytest.mark.parametrize("spec", ["ddim", "ddim:eta=0.7", "ddpm", "ddpm:clip=true"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_step_per_row_is_the_step_of_each_row(spec, dtype):
-    sampler = make_sampler(spec, 10)
+    sampler, rows = make_sampler(spec, 10), torch.tensor([0, 9, 4, 4])
     assert sampler.rewindable
-    x, z = (gauss(4, 4, 2, 2, seed=seed, dtype=dtype) for seed in (0, 2))
-    out = gauss(4, 8, 2, 2, seed=1, dtype=dtype)
-    rows = torch.tensor([0, 9, 4, 4])
+    x, out, z = (gauss(4, c, 2, 2, seed=seed, dtype=dtype) for seed, c in enumerate((4, 8, 4)))
     together = sampler.step(rows, x, out, z)
-    predicted = sampler.x0(rows, x, out)
-    assert together.dtype == predicted.dtype == dtype
+    assert together.dtype == dtype
     for n, i in enumerate(rows.tolist()):
         one = slice(n, n + 1)
         assert torch.equal(together[one], sampler.step(i, x[one], out[one], z[one]))
-        assert torch.equal(predicted[one], sampler.x0(i, x[one], out[one]))
     assert torch.equal(sampler.step(torch.tensor(3), x, out, z), sampler.step(3, x, out, z))
 
 
-def test_steps_leave_their_arguments_alone_and_can_be_taken_again():
-    for sampler in (DDIM(5, eta=1.0), DDPM(5)):
-        x, out, z = gauss(*SHAPE), gauss(3, 8, 2, 2, seed=1), gauss(*SHAPE, seed=2)
-        kept = [tensor.clone() for tensor in (x, out, z)]
-        first = sampler.step(2, x, out, z)
-        sampler.step(4, x, out, z)
-        assert torch.equal(first, sampler.step(2, x, out, z))
-        assert torch.equal(first, sampler.fresh().step(2, x, out, z))
-        assert all(torch.equal(a, b) for a, b in zip(kept, (x, out, z), strict=True))
+@pytest.mark.parametrize("sampler", [DDIM(5, eta=1.0), DDPM(5)])
+def test_steps_leave_their_arguments_alone_and_can_be_taken_again(sampler):
+    given = gauss(*SHAPE), gauss(3, 8, 2, 2, seed=1), gauss(*SHAPE, seed=2)
+    kept = [tensor.clone() for tensor in given]
+    first = sampler.step(2, *given)
+    sampler.step(4, *given)
+    assert torch.equal(first, sampler.step(2, *given))
+    assert torch.equal(first, sampler.fresh().step(2, *given))
+    assert all(torch.equal(a, b) for a, b in zip(kept, given, strict=True))
 
 
 def test_low_precision_states_are_computed_in_float32():
@@ -265,18 +244,14 @@ def test_cuda_agrees_with_cpu():
 
 @pytest.mark.parametrize("spec", ["ddim:eta=0.5", "ddpm", "sde-dpmsolver++"])
 def test_missing_noise(spec):
-    sampler = make_sampler(spec, 4)
+    sampler, x = make_sampler(spec, 4), gauss(*SHAPE)
     assert sampler.stochastic
-    x = gauss(*SHAPE)
     with pytest.raises(ValueError, match=r"pass noise \(3, 4, 2, 2\)"):
         sampler.step(0, x, x)
-
-
-def test_per_row_steps_need_noise_if_any_row_does():
-    x = gauss(*SHAPE)
-    DDPM(4).step(torch.tensor([3, 3, 3]), x, x)
-    with pytest.raises(ValueError, match="all steps but the last"):
-        DDPM(4).step(torch.tensor([3, 2, 3]), x, x)
+    if sampler.rewindable:
+        sampler.step(torch.tensor([3, 3, 3]), x, x)
+        with pytest.raises(ValueError, match="all steps but the last"):
+            sampler.step(torch.tensor([3, 2, 3]), x, x)
 
 
 @pytest.mark.parametrize("spec", ["ddim", "ddpm", "euler"])
@@ -317,40 +292,32 @@ def test_importing_is_light():
 # --------------------------------------------------------------------------------------------- diffusers
 
 
-def network_options(**more):
-    return {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "clip_sample": False, **more}
-
-
 @pytest.mark.parametrize("eta", [0.0, 0.6])
 def test_ddim_agrees_with_diffusers(eta):
-    """Its previous timestep is t - 1000 // S, which is ours on the full chain; elsewhere the noise levels
-    alone count, so that its table is set to the respaced chain and walked in full."""
+    """Theirs steps from t to t - 1000 // S, ours to the kept timestep below: alike where all of a chain is walked."""
     from diffusers import DDIMScheduler
 
     for steps in (1000, 50):
-        theirs = DDIMScheduler(num_train_timesteps=steps, set_alpha_to_one=True, **network_options())
+        theirs = DDIMScheduler(num_train_timesteps=steps, set_alpha_to_one=True, clip_sample=False)
         theirs.alphas_cumprod = torch.tensor(ABAR[respace(steps)])
         theirs.set_timesteps(steps)
-        ours = DDIM(steps, eta=eta)
         x, eps, z = (gauss(*SHAPE, seed=seed) for seed in range(3))
         for i in (0, steps // 2, steps - 2, steps - 1):
-            step = theirs.step(eps, steps - 1 - i, x, eta=eta, variance_noise=z)
-            assert torch.allclose(ours.step(i, x, eps, z), step.prev_sample, rtol=1e-6, atol=1e-6)
-            assert torch.allclose(ours.x0(i, x, eps), step.pred_original_sample, rtol=1e-6, atol=1e-6)
+            expected = theirs.step(eps, steps - 1 - i, x, eta=eta, variance_noise=z).prev_sample
+            assert torch.allclose(DDIM(steps, eta).step(i, x, eps, z), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(("variance", "channels"), [("fixed_large", 4), ("learned_range", 8)])
 def test_ddpm_agrees_with_diffusers(variance, channels):
     from diffusers import DDPMScheduler
 
-    ours = DDPM(1000)
-    theirs = DDPMScheduler(**network_options(variance_type=variance))
+    theirs = DDPMScheduler(beta_end=0.02, variance_type=variance, clip_sample=False)
     theirs.set_timesteps(1000)
     x, out = gauss(*SHAPE, dtype=torch.float32), gauss(3, channels, 2, 2, seed=1, dtype=torch.float32)
     for t in (999, 500, 1, 0):
-        step = theirs.step(out, t, x, generator=torch.Generator().manual_seed(7)).prev_sample
+        expected = theirs.step(out, t, x, generator=torch.Generator().manual_seed(7)).prev_sample
         z = gauss(*SHAPE, seed=7, dtype=torch.float32)
-        assert torch.allclose(ours.step(999 - t, x, out, z), step, rtol=1e-3, atol=1e-3), t
+        assert torch.allclose(DDPM(1000).step(999 - t, x, out, z), expected, rtol=1e-3, atol=1e-3), t
 
 
 def gaussian_run(sampler, unit, std=0.5, seed=0):
@@ -402,26 +369,28 @@ def test_stochastic_samplers_on_a_gaussian(spec):
     assert gaussian_run(make_sampler(spec, 100), unit).std().item() == pytest.approx(0.5, rel=0.08)
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_every_scheduler_interface(name):
+@pytest.mark.parametrize("name", names())
+def test_the_interface_of_every_sampler(name):
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
     for steps in (2, 3, 50):
         sampler = make_sampler(name, steps)
-        assert sampler.name == name
-        assert not sampler.rewindable
-        assert sampler.num_steps == steps
-        assert sampler.timesteps.shape == (steps,)
+        assert (sampler.name, sampler.spec, sampler.num_steps) == (name, name, steps)
+        assert sampler.rewindable == (name not in SCHEDULERS)
+        assert sampler.stochastic == (name in ("sde-dpmsolver++", "ddpm"))
         assert sampler.timesteps.diff().max() < 0
-        assert sampler.stochastic == (name == "sde-dpmsolver++")
         result = gaussian_run(sampler, gauss(2, 4, 2, 2, dtype=torch.bfloat16))
         assert result.dtype == torch.bfloat16
         assert result.isfinite().all()
+    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_scheduler_options():
-    assert make_sampler("dpmsolver++", 20)._scheduler.config.solver_order == 2
-    assert make_sampler("dpmsolver++:solver_order=3", 20)._scheduler.config.solver_order == 3
-    config = SchedulerSampler("DPMSolverMultistepScheduler", 20, algorithm_type="sde-dpmsolver++")
-    assert config.stochastic
+    unit = gauss(1, 4, 2, 2, dtype=torch.float32)
+    second, third = (gaussian_run(make_sampler(f"dpmsolver++{text}", 20), unit) for text in ("", ":solver_order=3"))
+    assert torch.equal(second, gaussian_run(make_sampler("dpmsolver++:solver_order=2", 20), unit))
+    assert not torch.equal(second, third)
+    assert make_sampler("DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++", 20).stochastic
     assert make_sampler("euler", 4).timesteps.tolist() == [999, 666, 333, 0]
     assert make_sampler("euler", 3).timesteps.tolist() == [999, 499.5, 0]  # between two training timesteps
     assert make_sampler("euler:timestep_spacing=trailing", 4).timesteps.tolist() == [999, 749, 499, 249]
@@ -456,50 +425,12 @@ def test_a_history_is_taken_in_order():
         sampler.step(3, x, x)
 
 
-def test_samplers_leave_the_global_generator_alone():
-    torch.manual_seed(3)
-    before = torch.get_rng_state()
-    for name in names():
-        gaussian_run(make_sampler(name, 4), gauss(1, 4, 2, 2, dtype=torch.float32))
-    assert torch.equal(before, torch.get_rng_state())
-
-
 # ------------------------------------------------------------------------------------------------- specs
 
 
-def test_parse_spec():
-    assert parse_spec("ddim") == ("ddim", {})
-    text = "a-b++: n=3, x=-1.5e-2,yes=true,no=False,nothing=none,word=trailing"
-    options = {"n": 3, "x": -0.015, "yes": True, "no": False, "nothing": None, "word": "trailing"}
-    name, parsed = parse_spec(text)
-    assert (name, parsed) == ("a-b++", options)
-    assert [type(value) for value in parsed.values()] == [type(value) for value in options.values()]
-    assert parse_spec("p:path=a=b:c") == ("p", {"path": "a=b:c"})
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "does not begin with a name"),
-        (":eta=1", "does not begin with a name"),
-        ("eta=1", "does not begin with a name"),
-        ("ddim:", "'' in 'ddim:' is not key=value"),
-        ("ddim:eta", "'eta' in 'ddim:eta' is not key=value"),
-        ("ddim:eta=", "is not key=value"),
-        ("ddim:=1", "is not key=value"),
-        ("ddim:eta=1,", "'' in .* is not key=value"),
-        ("ddim:eta=1,eta=0", "gives eta twice"),
-    ],
-)
-def test_malformed_specs(text, message):
-    with pytest.raises(ValueError, match=message):
-        parse_spec(text)
-
-
 def test_make_sampler():
-    assert make_sampler("ddim:eta=0.5", 50).eta == 0.5
-    assert make_sampler("ddim:eta=1", 50).stochastic
-    assert not make_sampler("ddim", 50).stochastic
+    half = make_sampler("ddim:eta=0.5", 50)
+    assert (half.eta, half.stochastic, half.spec) == (0.5, True, "ddim:eta=0.5")
     assert make_sampler("ddpm:clip=true", 50).clip
     assert set(names()) == {"ddim", "ddpm", *SCHEDULERS}
 
@@ -508,7 +439,6 @@ def test_make_sampler():
     ("spec", "message"),
     [
         ("ddin", r"'ddin' \(did you mean ddim\?\); valid: ddim, ddpm, dpmsolver\+\+"),
-        ("dpmsolver", r"did you mean dpmsolver\+\+\?"),
         ("DEISMultiStepScheduler", r"did you mean DEISMultistepScheduler\?"),
         ("ddim:etta=1", r"no option 'etta' \(did you mean eta\?\); valid: eta, clip"),
         ("ddpm:eta=1", "no option 'eta'; valid: clip"),
@@ -517,7 +447,6 @@ def test_make_sampler():
         ("ddim:eta=high", "eta='high' must be of type float"),
         ("ddim:clip=1", "clip=1 must be of type bool"),
         ("dpmsolver++:use_lu_lambda=true", r"did you mean use_lu_lambdas\?\); valid: solver_order"),
-        ("dpmsolver++:use_lu_lambdas=yes", "must be of type bool"),
         ("dpmsolver++:algorithm_type=dpmsolver", "no option 'algorithm_type'"),
         ("dpmsolver++:solver_order=4", r"solver_order=4 is outside 1\.\.3"),
         ("dpmsolver++:solver_type=bh1", "solver_type='bh1'"),
@@ -528,9 +457,7 @@ def test_make_sampler():
         ("unipc:use_flow_sigmas=true", "no option 'use_flow_sigmas'"),
         ("HeunDiscreteScheduler", "calls the network 39 times in 20 steps"),
         ("EulerAncestralDiscreteScheduler", "draws its own noise"),
-        ("SASolverScheduler", "draws its own noise"),
         ("DDIMScheduler", "does not step along its own timesteps"),
-        ("DDIMInverseScheduler", "does not step along its own timesteps"),
         ("FlowMatchEulerDiscreteScheduler", "has no discrete beta schedule"),
     ],
 )

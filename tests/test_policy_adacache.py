@@ -3,10 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from torch.testing import assert_close
 from toy import make_run, make_view, sample, tiny_dit
 
-from adacorr import AdaCorrection, CacheManager, make_policy
+from adacorr import CacheManager, make_policy
 from adacorr.policies.adacache import read_codebook
 from adacorr.policy import Ran, Unit
 from adacorr.unit import check_units
@@ -18,15 +17,14 @@ def model():
 
 
 def walk(model, spec, added, steps=20):
-    """Steps that each image computes, if its middle attention adds added(step, image) at `step`."""
-    images = 2
-    policy, run = make_policy(spec), make_run(model, images, 1, steps)
-    policy.begin(run)
-    found = [[] for _ in range(images)]
+    """Steps that each of two images computes, if its middle attention adds added(step, image) at `step`."""
+    policy, info = make_policy(spec), make_run(model, 2, 1, steps)
+    policy.begin(info)
+    found = [[], []]
     for step in range(steps):
-        x = torch.zeros(1, images, *model.pos_embed.shape[1:])
-        for unit in policy.units(run.depth):
-            view = make_view(run, step, x, unit)
+        x = torch.zeros(1, 2, *model.pos_embed.shape[1:])
+        for unit in policy.units(info.depth):
+            view = make_view(info, step, x, unit)
             want = policy.decide(view)
             if unit.start == 0:
                 first = want
@@ -54,20 +52,20 @@ def test_change_per_step_picks_the_smallest_key_above(model):
     assert found[0] == [0, 1, 3, 7, 11, 15, 18, 19]
 
 
-def test_a_change_at_a_key_is_not_below_it():
-    policy = make_policy("adacache:codebook=0.25:4/0.5:2")
-    policy.begin(make_run(tiny_dit(depth=1)))
-    assert policy.rate(np.array([0.0, 0.24, 0.25, 0.49, 0.5, 9.0, np.inf])).tolist() == [4, 4, 2, 2, 1, 1, 1]
-
-
-def test_scale_shrinks_and_stretches_the_keys(model):
-    changes = np.array([0.0, 0.1, 0.3, 5.0])
-    rates = []
-    for scale in (0, 0.5, 1, 2, "inf"):
-        policy = make_policy(f"adacache:scale={scale},codebook=0.2:4/0.4:2")
-        policy.begin(make_run(model))
-        rates.append(policy.rate(changes).tolist())
-    assert rates == [[1, 1, 1, 1], [4, 2, 1, 1], [4, 4, 2, 1], [4, 4, 4, 1], [4, 4, 4, 4]]
+@pytest.mark.parametrize(
+    ("scale", "rates"),
+    [
+        (0, [1, 1, 1, 1, 1, 1, 1]),
+        (0.5, [4, 2, 1, 1, 1, 1, 1]),
+        (1, [4, 4, 2, 2, 1, 1, 1]),  # a change at a key is not below it
+        (2, [4, 4, 4, 4, 2, 1, 1]),
+        ("inf", [4, 4, 4, 4, 4, 4, 1]),
+    ],
+)
+def test_scale_shrinks_and_stretches_the_keys(model, scale, rates):
+    policy = make_policy(f"adacache:scale={scale},codebook=0.25:4/0.5:2")
+    policy.begin(make_run(model))
+    assert policy.rate(np.array([0.0, 0.24, 0.25, 0.49, 0.5, 9.0, np.inf])).tolist() == rates
 
 
 def test_both_ends_are_computed_at_the_largest_rate(model):
@@ -80,30 +78,21 @@ def test_images_wait_by_themselves_or_all_together(model):
         return 1.0 if image == 0 else 1.5**step
 
     alone = walk(model, "adacache:codebook=0.1:6/0.2:2", added)
-    assert alone[0] == [0, 1, 7, 13, 18, 19]
-    assert alone[1] == list(range(20))
+    assert alone == [[0, 1, 7, 13, 18, 19], list(range(20))]
     together = walk(model, "adacache:codebook=0.1:6/0.2:2,scope=batch", added)
     assert together[0] == together[1]
 
 
 def test_k_is_what_passed_not_the_rate_that_was_chosen(model):
-    policy, run = make_policy("adacache:codebook=0.05:4/0.15:2"), make_run(model, 1, 1, 20)
-    policy.begin(run)
+    policy, info = make_policy("adacache:codebook=0.05:4/0.15:2"), make_run(model, 1, 1, 20)
+    policy.begin(info)
     x = torch.zeros(1, 1, 4, 8)
     # Step 2 comes before the rate of 4 has passed: 0.1 in one step is 0.1, not 0.025.
     for step, value in enumerate((1.0, 1.0, 1.1)):
-        policy.computed(make_view(run, step, x, Unit(1, 2, "attn")), Ran(np.array([0]), x, x + value, x))
-    asked = [bool(policy.decide(make_view(run, step, x, Unit(0, 1)))[0]) for step in (3, 4)]
+        policy.computed(make_view(info, step, x, Unit(1, 2, "attn")), Ran(np.array([0]), x, x + value, x))
+    asked = [bool(policy.decide(make_view(info, step, x, Unit(0, 1)))[0]) for step in (3, 4)]
     assert asked == [False, True]
-
-
-def test_one_half_and_half_precision(model):
-    policy, run = make_policy("adacache"), make_run(model, 1, 1)
-    policy.begin(run)
-    view = make_view(run, 0, torch.ones(1, 1, 4, 8, dtype=torch.bfloat16), Unit(1, 2, "attn"))
-    policy.computed(view, Ran(np.array([0]), view.x, view.x * 2, view.x))
-    assert policy.decide(view).tolist() == [True]
-    assert policy.bytes == 4 * 8 * 2
+    assert policy.bytes == 4 * 8 * 4  # the reference alone
 
 
 def test_released_codebooks_have_names():
@@ -111,49 +100,13 @@ def test_released_codebooks_have_names():
     assert read_codebook("slow")[0].tolist() == [0.08, 0.16, 1.0]
 
 
-@pytest.mark.parametrize(
-    ("options", "name"),
-    [
-        ("scale=-1", "scale"),
-        ("scale=nan", "scale"),
-        ("gates=old", "gates"),
-        ("scope=row", "scope"),
-        *(
-            (f"codebook={c}", "codebook")
-            for c in ("quick", "0.2:3/0.1:2", "0.1:2/0.2:3", "0:2", "0.1:0", "0.1", "inf:2")
-        ),
-        *((f"codebook={c}", "codebook") for c in ("0.1:2/", "0.1:2.5", "nan:2", "0.1:3/inf:2")),
-    ],
-)
-def test_options_are_refused(options, name):
-    with pytest.raises(ValueError, match=f"adacache: {name}="):
-        make_policy(f"adacache:{options}")
-
-
 @pytest.mark.parametrize("gates", ["fresh", "frozen"])
-def test_whole_runs(model, gates):
-    def run(scale, steps=10):
+def test_larger_scales_compute_less(model, gates):
+    traces = []
+    for scale in (0, 1, 2, 4, "inf"):
         manager = CacheManager(make_policy(f"adacache:scale={scale},gates={gates}"))
-        return sample(model, steps=steps, cache=manager), manager.trace
-
-    plain = sample(model)
-    everything, trace = run(0)
-    assert_close(everything, plain)
-    assert trace.hit_rate == 0
-    least, trace = run("inf")
-    assert [trace.computed_steps(i) for i in range(3)] == [[0, 1, 7, 8, 9]] * 3
-    assert bool(torch.isfinite(least).all())
-    costs = [run(scale)[1].compute for scale in (0, 1, 2, 4, "inf")]
-    assert costs == sorted(costs, reverse=True)
-
-
-def test_an_image_does_not_depend_on_its_batch(model):
-    policy = make_policy("adacache:scale=2")
-    together = sample(model, cache=CacheManager(policy))
-    alone = sample(model, labels=(0,), first=1, cache=CacheManager(policy))
-    assert_close(together[1:2], alone, rtol=1e-4, atol=1e-4)
-
-
-def test_under_adacorrection(model):
-    manager = CacheManager(make_policy("adacache"), AdaCorrection())
-    assert bool(torch.isfinite(sample(model, cache=manager)).all())
+        assert bool(torch.isfinite(sample(model, cache=manager)).all())
+        traces.append(manager.trace)
+    assert [trace.compute for trace in traces] == sorted((trace.compute for trace in traces), reverse=True)
+    assert (traces[0].hit_rate, traces[0].halves) == (0, 2)
+    assert [traces[-1].computed_steps(i) for i in range(3)] == [[0, 1, 7, 8, 9]] * 3

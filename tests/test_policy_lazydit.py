@@ -10,8 +10,8 @@ import torch
 from torch.testing import assert_close
 from toy import Twin, make_run, make_view, sample, sample_with, tiny_dit
 
-from adacorr import AdaCorrection, CacheManager, make_policy
-from adacorr.policies.lazydit import LazyDiT, LazyDiTCalibration
+from adacorr import CacheManager, make_policy
+from adacorr.calibration.lazydit import LazyDiTCalibration
 from adacorr.policy import Ran, by_branch
 from adacorr.profile import Profile, save_profile
 from diffusion import make_sampler
@@ -94,9 +94,6 @@ def tell(policy, run, step, x, images=None, units=None):
 ATTN, MLP = by_branch(1)
 
 
-# --------------------------------------------------------------------------------------------- the stand-in's rule
-
-
 def test_predicted_errors_add_up_until_the_threshold(plain, tmp_path):
     # Image 0 changes by 0.1 a step, image 1 by 0.1 e^(ln 4 * 0.5) = 0.2, image 2 by 0.1 e^(ln 4) = 0.4.
     profile = fitted(tmp_path / "p.safetensors", math.log(4), 0.1)
@@ -175,9 +172,6 @@ def test_types_may_have_thresholds_of_their_own(plain, tmp_path):
     assert [ask(policy, run, 1, stream([[0.0]]), unit)[0] for unit in (ATTN, MLP)] == [False, True]
 
 
-# ------------------------------------------------------------------------------------------------ trained gates
-
-
 def test_trained_gates_sum_over_tokens_and_skip_below_the_threshold(plain, tmp_path):
     # Logits -2 m: sigmoid 0.119 for m = 1, 0.269 for 0.5, 0.5 for 0, 0.881 for -1. Means would all be near 0.5.
     path = trained(tmp_path / "gates.pt", lambda *_: -2.0)
@@ -221,12 +215,12 @@ def test_halves_of_an_image_skip_only_together(plain, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"depth": 3}, "must be for 2 blocks, as this run; it is for 3"),
-        ({"steps": 5}, "must be for 4 steps, as this run; it is for 5"),
-        ({"width": 64}, r"must have width 32; .* has shape \(1, 64\)"),
+        ({"depth": 3}, "for 2 blocks and 4 steps, as this run; it has them for 3 blocks and 4 steps"),
+        ({"steps": 5}, "for 2 blocks and 4 steps, as this run; it has them for 2 blocks and 5 steps"),
+        ({"width": 64}, r"must have the entry .* of shape \(1, 32\); its shape is \(1, 64\)"),
         (
             {"edit": lambda g: g.pop("block_1_mlp_lazy_learning_weight_2")},
-            "block_1_mlp_lazy_learning_weight_2; it is miss",
+            "block_1_mlp_lazy_learning_weight_2 .* its shape is none",
         ),
         ({"edit": dict.clear}, "must have entries block_0_attn"),
     ],
@@ -249,18 +243,15 @@ def test_files_that_are_no_gates_are_refused_unexecuted(plain, tmp_path, monkeyp
     torch.save({"weights": {}}, tmp_path / "other.pt")
     (tmp_path / "text.pt").write_text("no gates")
     for name, words in (
-        ("trap.pt", "must be a torch file with the key 'model'"),
-        ("other.pt", "must be a torch file with the key 'model'"),
-        ("text.pt", "must be a torch file with the key 'model'"),
-        ("none.pt", "there is no such file"),
+        ("trap.pt", "must be stand-in, or a torch file with the key 'model'"),
+        ("other.pt", "must be stand-in, or a torch file with the key 'model'"),
+        ("text.pt", "must be stand-in, or a torch file with the key 'model'"),
+        ("none.pt", "No such file"),
     ):
         with pytest.raises(ValueError, match=f"lazydit: gates=.*{words}") as caught:
             begun(plain, f"lazydit:gates={tmp_path / name}", steps=4)
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "sprung").exists()
-
-
-# ----------------------------------------------------------------------------------------- under AdaCorrection
 
 
 def test_a_step_is_proposed_for_half_of_the_flops(plain, tmp_path):
@@ -308,29 +299,6 @@ def test_modulations_for_a_proposal_are_left_for_the_run_to_count(plain, tmp_pat
     assert set(view.conditioning.made) == {0, 1}
     assert view.account.extra_flops == 0
     assert policy.bytes >= 4 * WIDTH * 4  # the means that proposals go by
-
-
-# ------------------------------------------------------------------------------------------------- the options
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ("threshold=-1", "threshold=-1.0 must"),
-        ("threshold=nan", "threshold=nan must"),
-        ("attn_threshold=-1", "attn_threshold=-1.0 must"),
-        ("mlp_threshold=-1", "mlp_threshold=-1.0 must"),
-        ("max_lag=0", "max_lag=0 must"),
-        ("scope=half", "scope='half' is unknown"),
-        ("profile=none", "profile=None must"),
-    ],
-)
-def test_options_are_checked(options, words):
-    with pytest.raises(ValueError, match=f"lazydit: {words}"):
-        make_policy(f"lazydit:{options}")
-
-
-# ---------------------------------------------------------------------------------------------- the calibration
 
 
 def observe(model, images, steps, log_change, batches=1):
@@ -382,19 +350,6 @@ def test_calibration_does_not_take_chance_for_a_gate():
     assert_close(arrays["offset"][0, 1:], np.float32(-2 - 0.1 * np.arange(1, 6)), atol=0.3, rtol=0)
 
 
-def test_calibration_refuses_too_little_data():
-    model = tiny_dit(depth=1)
-    with pytest.raises(ValueError, match="lazydit: nothing was observed"):
-        LazyDiTCalibration().fit()
-    with pytest.raises(ValueError, match="lazydit: nothing was observed"):
-        observe(model, 2, 1, lambda i, s, z: z[..., 0] * 0).fit()
-    with pytest.raises(ValueError, match="lazydit: one image is too few"):
-        observe(model, 1, 3, lambda i, s, z: z[..., 0] * 0 - 2).fit()
-
-
-# --------------------------------------------------------------------------------------------------- whole runs
-
-
 @pytest.mark.parametrize("cfg_scale", [1.0, 1.5])
 @pytest.mark.parametrize(
     ("threshold", "steps"), [("0", list(range(10))), ("0.35", [0, 3, 6, 9]), ("inf", [0])], ids=["0", "0.35", "inf"]
@@ -409,38 +364,9 @@ def test_equal_changes_hold_the_branches_under_fresh_gates(model, tmp_path, thre
     assert [manager.trace.computed_steps(i) for i in range(3)] == [steps] * 3
 
 
-def test_an_image_does_not_depend_on_its_neighbours(model, tmp_path):
-    change = 0.15 + 0.1 * np.random.default_rng(0).random((6, 10))
-    profile = fitted(tmp_path / "p.safetensors", 3.0, change, units=6)
-    spec = f"lazydit:threshold=0.6,profile={profile}"
-    together, alone = CacheManager(make_policy(spec)), CacheManager(make_policy(spec))
-    images = sample(model, cache=together)
-    assert_close(sample(model, cache=alone, labels=(0,), first=1), images[1:2], atol=1e-3, rtol=1e-4)
-    executed = together.trace.executed
-    assert (alone.trace.executed[:, :, :, 0] == executed[:, :, :, 1]).all()
-    assert (executed[:, :, :, 0] != executed[:, :, :, 1]).any()  # the gates look at the input
-
-
 def test_trained_gates_run(model, tmp_path):
     wave = lambda layer, branch, i: 20.0 * math.cos(layer + i)  # noqa: E731
     path = trained(tmp_path / "gates.pt", wave, depth=3, steps=10)
     manager = CacheManager(make_policy(f"lazydit:gates={path}"))
     assert bool(torch.isfinite(sample(model, cache=manager)).all())
     assert 0.1 < manager.trace.hit_rate < 0.9
-
-
-@pytest.mark.parametrize("cfg_scale", [1.0, 1.5])
-@pytest.mark.parametrize(("threshold", "proposed"), [(0, range(20)), (math.inf, [0])])
-def test_adacorrection_asks_for_proposals(model, tmp_path, monkeypatch, cfg_scale, threshold, proposed):
-    answers = []
-
-    def propose(policy, view, real=LazyDiT.propose):
-        answers.append(real(policy, view))
-        return answers[-1]
-
-    monkeypatch.setattr(LazyDiT, "propose", propose)
-    profile = fitted(tmp_path / "p.safetensors", 3.0, 0.1, steps=20, units=6, cfg_scale=cfg_scale)
-    manager = CacheManager(make_policy(f"lazydit:threshold={threshold},profile={profile}"), AdaCorrection())
-    assert bool(torch.isfinite(sample(model, steps=20, cache=manager, cfg_scale=cfg_scale)).all())
-    assert (np.array(answers) == np.isin(np.arange(20), proposed)[:, None]).all()
-    assert 0 < manager.trace.hit_rate < 1

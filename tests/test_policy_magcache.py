@@ -7,9 +7,10 @@ from toy import Twin, begun, make_run, make_view, obeyed, ran, sample, sample_wi
 
 import adacorr.policies.magcache as magcache
 from adacorr import CacheManager, make_policy
-from adacorr.policies.magcache import MagCacheCalibration, skippable
+from adacorr.calibration.magcache import MagCacheCalibration
+from adacorr.policies.magcache import skippable
 from adacorr.policy import Ran
-from adacorr.profile import Profile, save_profile
+from adacorr.profile import Profile
 from diffusion import make_sampler
 
 KNOWN = {"model_id": "m", "sampler": "ddim", "cfg_scale": 1.5}
@@ -101,20 +102,9 @@ def test_what_was_really_computed_starts_the_sum_anew_image_by_image(model, use_
     assert policy.propose(views[7]).tolist() == [False, True]
 
 
-def test_a_run_begins_anew(model, use_table):
-    use_table([1.0] + [0.9] * 9)
-    policy, views = begun(model, "magcache:threshold=0.3", halves=2)
-    first = obeyed(policy, views)
-    policy.begin(views[0].run)
-    assert obeyed(policy, views) == first
-
-
 def test_the_table_has_no_past_and_no_first_step():
     table = skippable(np.ones(6), threshold=0.0, max_skip=9, retention=0.0)
     assert np.array_equal(table, np.triu(np.ones((6, 6), dtype=bool), k=1))
-
-
-# ------------------------------------------------------------------------------------------------- profiles
 
 
 def calibrate(calibration, model, residuals):
@@ -146,49 +136,6 @@ def test_the_calibration_means_the_ratios_of_tokens_images_and_halves(model):
     np.testing.assert_allclose(arrays["ratio"], [1.0, (2.5 + 3 * 1) / 4, (1 + 3 * 3) / 4], rtol=1e-6)
     assert notes["images"] == 4
     np.testing.assert_allclose(notes["spread_over_images"], [0.649519, 0.866025], atol=1e-6)
-
-
-def test_calibration_needs_two_steps(model):
-    calibration = MagCacheCalibration()
-    with pytest.raises(ValueError, match="at least 2 steps"):
-        calibration.fit()
-    calibrate(calibration, model, [torch.ones(1, 1, 2, 2)])
-    with pytest.raises(ValueError, match="at least 2 steps"):
-        calibration.fit()
-
-
-def test_a_profile_is_read_and_held_to_its_run(model, tmp_path):
-    path = tmp_path / "table.json"
-    save_profile(path, Profile("magcache", {"ratio": np.array([1.0] + [0.9] * 9)}, "m", "ddim", 10, 1.5))
-    policy = make_policy(f"magcache:threshold=0.3,profile={path}")
-    run = make_run(model, **KNOWN)
-    policy.begin(run)
-    assert obeyed(policy, [make_view(run, step, torch.zeros(1, 1, 2, 2)) for step in range(10)]) == [[0, 1, 4, 7]]
-    with pytest.raises(ValueError, match="does not fit this run"):
-        policy.begin(make_run(model, steps=20, **KNOWN))
-    with pytest.raises(ValueError, match="magcache has no profile for this run"):
-        make_policy("magcache").begin(run)
-    save_profile(path, Profile("magcache", {"ratio": np.ones(9)}, "m", "ddim", 10, 1.5))
-    with pytest.raises(ValueError, match=r"shape \(9,\) and not \(10,\)"):
-        policy.begin(run)
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("magcache:threshold=-1", "threshold=-1"),
-        ("magcache:threshold=nan", "threshold=nan"),
-        ("magcache:max_skip=-1", "max_skip=-1"),
-        ("magcache:retention=1.5", "retention=1.5"),
-        ("magcache:profile=none", "profile=None must be"),
-    ],
-)
-def test_a_wrong_option_raises(spec, message):
-    with pytest.raises(ValueError, match=message):
-        make_policy(spec)
-
-
-# ------------------------------------------------------------------------------------------------ whole runs
 
 
 def test_thresholds_0_and_infinity(model, use_table):

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 import stat
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+import toy
+from toy import make_view, tiny_dit
 
 from adacorr import profile as profiles
 from adacorr.calibration import Calibration
@@ -42,9 +45,6 @@ def shipped(tmp_path, monkeypatch):
     folder.mkdir()
     monkeypatch.setattr(profiles, "FOLDER", folder)
     return folder
-
-
-# --------------------------------------------------------------------------------------------------- formats
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -114,10 +114,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, suffix):
         target.write_bytes(b'{"half')
         raise OSError("disk full")
 
-    if suffix == "json":
-        monkeypatch.setattr(Path, "write_text", disk_full)
-    else:
-        monkeypatch.setattr(safetensors.numpy, "save_file", disk_full)
+    monkeypatch.setattr(*((Path, "write_text") if suffix == "json" else (profiles, "save_file")), disk_full)
     with pytest.raises(OSError, match="disk full"):
         save_profile(path, make(sampler="ddpm"))
     assert load_profile(path).sampler == "ddim"
@@ -129,21 +126,18 @@ def test_the_new_file_takes_the_place_of_the_old_one_at_once(tmp_path, monkeypat
     path, complete = tmp_path / f"p.{suffix}", []
     save_profile(path, make())
 
-    def stopped(self, target):
-        complete.append(self.read_bytes())
+    def stopped(source, target):
+        complete.append(source.read_bytes())
         raise OSError("stopped")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", stopped)
+        patch.setattr(os, "replace", stopped)
         with pytest.raises(OSError, match="stopped"):
             save_profile(path, make(sampler="ddpm"))
     assert load_profile(path).sampler == "ddim"
     assert list(tmp_path.iterdir()) == [path]
     path.write_bytes(complete[0])
     assert load_profile(path).sampler == "ddpm"
-
-
-# ------------------------------------------------------------------------------------------- unreadable files
 
 
 def good(**changes):
@@ -165,7 +159,7 @@ def is_one_clear_line(path, *words):
     [
         ("", "JSON"),
         ("{", "JSON"),
-        (b"\x80\x04\x95\x00", "decode"),  # a pickle is not even text
+        (b"\x80\x04\x95\x00", "utf-8"),  # a pickle is not even text
         ("[]", ""),
         ("null", ""),
         ('"text"', ""),
@@ -227,11 +221,8 @@ def test_the_header_needs_no_notes(tmp_path):
 def test_a_missing_file_is_one_line(tmp_path):
     is_one_clear_line(tmp_path / "nowhere.json")
     for name in (str(tmp_path / "nowhere.json"), str(tmp_path)):  # a folder is none, either
-        with pytest.raises(ValueError, match=r"rule: profile=.* does not exist; .*calibrate --cache rule --out FILE"):
+        with pytest.raises(ValueError, match=r"rule: profile=.* does not exist; .*calibrate.py --cache rule --out"):
             find_profile("rule", name, make_run())
-
-
-# ---------------------------------------------------------------------------------------------- what fits what
 
 
 def test_a_profile_fits_the_run_it_was_made_for(tmp_path):
@@ -316,13 +307,9 @@ def test_a_file_named_auto_is_given_by_its_path(shipped, tmp_path):
     assert find_profile("rule", str(path), make_run()).method == "rule"
 
 
-# ------------------------------------------------------------------------------------------------- calibration
-
-
 def test_a_calibration_computes_everything_and_is_shared_by_its_runs():
-    observer = Calibration()
-    view = type("FakeView", (), {"images": 3})()
-    assert observer.decide(view).tolist() == [True] * 3
+    observer, model = Calibration(), tiny_dit()
+    assert observer.decide(make_view(toy.make_run(model, 3), 0, torch.zeros(1, 3, 16, 32))).tolist() == [True] * 3
     assert copy.deepcopy(observer) is observer
     assert observer.predictor is None
     with pytest.raises(NotImplementedError):

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 import ranks
-from ranks import LeaderFailed, NoGPU, Ranks
+from adacorr.command import Failure
+from ranks import LeaderFailed, Ranks
 
 FORK = multiprocessing.get_context("fork")
 LONG = 60  # seconds after which a test that waits has failed
@@ -33,6 +34,9 @@ def test_the_variables_of_torchrun(variables):
     for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
         variables.setenv(name, value)
     assert Ranks.find() == Ranks(rank=5, world=8, local=1)
+    variables.setenv("RANK", "x")
+    with pytest.raises(ValueError, match="RANK is 'x', not a number"):
+        Ranks.find()
 
 
 # --------------------------------------------------------------------------------------------------- device
@@ -81,7 +85,7 @@ def test_each_rank_has_a_gpu_of_its_own_and_touches_no_other(gpus, rank, asked, 
 
 
 def test_more_processes_than_gpus(gpus):
-    with pytest.raises(NoGPU, match="process 2 of this node has no GPU, there are 2: .*--nproc-per-node 2"):
+    with pytest.raises(ValueError, match="process 2 of this node has no GPU, there are 2: .*--nproc-per-node 2"):
         Ranks(2, 3, 2).device("cuda")
     assert gpus == []
 
@@ -127,7 +131,7 @@ def together(part, world=2):
             result = f"{type(error).__name__}: {error}"
         finally:
             own.close()
-        queue.scatter((rank, result))
+        queue.put((rank, result))
 
     processes = [FORK.Process(target=one, args=(rank,), daemon=True) for rank in range(world)]
     for process in processes:
@@ -172,6 +176,32 @@ def test_an_error_of_rank_0_is_its_own_and_the_others_leave(error):
     assert together(part) == [f"{type(error).__name__}: {error}", f"{LeaderFailed.__name__}: "]
 
 
+def test_a_process_that_ends_or_is_late_is_noticed_at_the_barrier():
+    def late(own):
+        if own.rank == 1:
+            time.sleep(1.5)
+        return own.barrier(timedelta(seconds=0.5))
+
+    def dead(own):
+        return None if own.rank else own.barrier(timedelta(seconds=LONG))
+
+    for part in (late, dead):
+        result, *_ = together(part)
+        assert result.startswith(f"{Failure.__name__}: another process has ended")
+    assert together(lambda own: own.barrier(timedelta(seconds=LONG))) == [None, None]
+
+
+def test_nobody_waits_for_ever_for_a_start(variables):
+    """As ranks did for over 20 minutes whose launcher was killed."""
+    variables.setattr(ranks, "MEETING", timedelta(seconds=0.3))
+    variables.setenv("MASTER_ADDR", "127.0.0.1")
+    variables.setenv("MASTER_PORT", str(free_port()))
+    variables.setenv("RANK", "0")
+    variables.setenv("WORLD_SIZE", "2")
+    with pytest.raises(Failure, match="the 2 processes did not all meet within"):
+        Ranks.find().open(torch.device("cpu"))
+
+
 def test_the_others_wait_for_rank_0():
     def part(own):
         def job():
@@ -213,7 +243,7 @@ def test_questions_of_the_dead_do_not_count_as_ranks():
     for rank in (1, 2):  # killed before they were answered
         store.set(f"question/{rank}", f"of dead rank {rank}")
     with ThreadPoolExecutor(3) as pool:
-        leader = pool.submit(ranks.agree, store, 0, 3, None, 0.001)
+        leader = pool.submit(ranks.agree, store, 0, 3, timedelta(seconds=LONG), 0.001)
         store.wait(["answer/of dead rank 1", "answer/of dead rank 2"], timedelta(seconds=LONG))
         first = pool.submit(ranks.agree, store, 1, 3, timedelta(seconds=LONG))
         name = first.result(LONG)

@@ -3,25 +3,26 @@
 import errno
 import signal
 import threading
-from concurrent.futures import wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from toy import Clock, tiny_dit
 
+import pipeline
 import runtime
 from adacorr import AdaCorrection, CacheManager, make_policy
 from adacorr.command import Failure
-from ddp import interrupt, worker
-from ddp.interrupt import Interrupted, Signals
-from ddp.worker import AHEAD, Sampling, Writer, plan
 from diffusion import make_sampler
 from download import Checkpoint
+from fid_run import worker
+from fid_run.worker import Sampling, plan, written_behind
 from pipeline import Pipeline
+from runtime import Interrupted, Signals
 
 SEED, STEPS, LONG = 11, 10, 30  # LONG: seconds after which a test that waits has failed
 LABELS = np.array([3, 0, 4, 1, 0, 2])
@@ -46,7 +47,17 @@ def pipe():
 
 
 def make(pipe, cache=None, labels=LABELS, alone=True, signals=None, grace=0.0):
-    return Sampling(pipe, cache, SEED, labels, alone=alone, tf32=False, signals=signals or Signals(), grace=grace)
+    return Sampling(pipe, cache, SEED, labels, alone, False, signals or Signals(), grace)
+
+
+def sums(lines):
+    """Of every number of the lines of a batch, and the most bytes."""
+    names = ("flops", "uncached_flops", "hits", "evaluations", "fallbacks")
+    return {name: round(sum(line[name] for line in lines)) for name in names}
+
+
+def recomputed(lines):
+    return [line["recomputed"] for line in lines if line["recomputed"]]
 
 
 def whole(pipe, indices=range(6), cache=None, labels=LABELS):
@@ -90,11 +101,11 @@ def test_alone_an_image_is_the_same_in_every_batch_and_order(name, sampler):
     sampling = make(pipe, cache)
     for batches in ([[0], [1], [2], [3], [4], [5]], [[0, 1], [2, 3], [4, 5]], [[5, 0, 3], [4, 2, 1]]):
         for batch in map(np.array, batches):
-            images, entry = sampling.batch(batch)
+            images, lines = sampling.batch(batch)
             assert images.dtype == np.uint8
             assert images.tobytes() == expected[batch].tobytes()
-            assert entry["indices"].tolist() == batch.tolist()
-            assert entry["recomputed"] == []
+            assert [line["index"] for line in lines] == batch.tolist()
+            assert recomputed(lines) == []
 
 
 def test_together_a_batch_is_one_run(pipe):
@@ -125,9 +136,8 @@ def test_labels_are_those_of_the_index_not_of_the_place(pipe):
 
 
 def test_without_a_cache_there_is_nothing_to_sum(pipe):
-    _, entry = make(pipe).batch(np.array([1, 2]))
-    assert set(entry) == {"indices", "seconds", "recomputed"}
-    assert entry["seconds"] > 0
+    _, lines = make(pipe).batch(np.array([1, 2]))
+    assert all(set(line) == {"index", "seconds", "recomputed"} and line["seconds"] > 0 for line in lines)
 
 
 @pytest.mark.parametrize("alone", [True, False])
@@ -136,37 +146,33 @@ def test_hits_by_hand(pipe, alone):
     # 3 layers with 2 branches of 2 halves of 3 images.
     sampling = make(pipe, CACHES["interval"](), alone=alone)
     for _ in range(2):  # a second batch starts at zero
-        _, entry = sampling.batch(np.array([3, 0, 1]))
-        assert (entry["hits"], entry["evaluations"]) == (4 * 3 * 2 * 2 * 3, 10 * 3 * 2 * 2 * 3)
-        assert entry["uncached_flops"] == sum(pipe.model.branch_flops()) * 10 * 3 * 2 * 3
-        assert entry["fallbacks"] == 0
+        total = sums(sampling.batch(np.array([3, 0, 1]))[1])
+        assert (total["hits"], total["evaluations"]) == (4 * 3 * 2 * 2 * 3, 10 * 3 * 2 * 2 * 3)
+        assert total["uncached_flops"] == sum(pipe.model.branch_flops()) * 10 * 3 * 2 * 3
+        assert total["fallbacks"] == 0
 
 
 @pytest.mark.parametrize("name", ["interval", "adacorr"])
-def test_alone_sums_are_those_of_single_runs(pipe, name):
+def test_alone_the_line_of_an_image_is_that_of_its_single_run(pipe, name):
     cache, indices = CACHES[name](), np.array([3, 0, 1])
-    sums, bytes_of = dict.fromkeys(("flops", "uncached_flops", "hits", "evaluations"), 0), set()
-    for i in indices:
+    _, lines = make(pipe, cache).batch(indices)
+    for i, line in zip(indices, lines, strict=True):
         whole(pipe, [i], cache)
         trace = cache.trace
-        sums["flops"] += trace.flops
-        sums["uncached_flops"] += trace.uncached_flops
-        sums["hits"] += round(trace.hit_rate * trace.executed.size)
-        sums["evaluations"] += trace.executed.size
-        bytes_of.add(cache.bytes)
-    assert 0 < sums["hits"] < sums["evaluations"]
-    _, entry = make(pipe, cache).batch(indices)
-    assert {key: entry[key] for key in sums} == sums
-    assert entry["cache_bytes"] == max(bytes_of) > 0
+        assert (line["flops"], line["uncached_flops"]) == (trace.flops, trace.uncached_flops)
+        assert (line["hits"], line["evaluations"]) == (round(trace.hit_rate * trace.executed.size), trace.executed.size)
+        assert 0 < line["hits"] < line["evaluations"]
+        assert line["cache_bytes"] == cache.bytes > 0
 
 
 def test_together_the_cache_holds_all_images_at_once(pipe):
     cache = CACHES["adacorr"]()
     whole(pipe, [3], cache)
     one = cache.bytes
-    _, entry = make(pipe, cache, alone=False).batch(np.array([3, 0, 1]))
-    assert entry["cache_bytes"] == cache.bytes > 2 * one
-    assert entry["flops"] == cache.trace.flops
+    _, lines = make(pipe, cache, alone=False).batch(np.array([3, 0, 1]))
+    assert [line["cache_bytes"] for line in lines] == [cache.bytes] * 3
+    assert cache.bytes > 2 * one
+    assert sums(lines)["flops"] == cache.trace.flops
 
 
 def test_fallbacks_are_summed_over_the_images(pipe):
@@ -176,8 +182,7 @@ def test_fallbacks_are_summed_over_the_images(pipe):
         cache.trace.fallbacks += step == 4  # once in each of the two runs
         return x
 
-    _, entry = make(tamper(pipe, after), cache).batch(np.array([0, 1]))
-    assert entry["fallbacks"] == 2
+    assert sums(make(tamper(pipe, after), cache).batch(np.array([0, 1]))[1])["fallbacks"] == 2
 
 
 # ------------------------------------------------------------------------------------ images that are made again
@@ -204,20 +209,27 @@ def overflowing(model, faults, value=np.nan):
 
 
 def fault(index, step):
-    return {"index": index, "seed": SEED, "label": int(LABELS[index]), "step": step}
+    return {
+        "index": index,
+        "seed": SEED,
+        "label": int(LABELS[index]),
+        "after": step if step == "the VAE" else f"step {step}",
+    }
 
 
-@pytest.mark.parametrize(("step", "value"), [(0, np.nan), (4, np.inf), (STEPS - 1, -np.inf)])
+@pytest.mark.parametrize(
+    ("name", "step", "value"),
+    [("uncached", 0, np.nan), ("interval", 4, np.inf), ("adacorr", 4, np.nan), ("adacorr", STEPS - 1, -np.inf)],
+)
 @pytest.mark.parametrize("alone", [True, False])
-@pytest.mark.parametrize("name", CACHES)
 def test_an_image_that_is_lost_is_made_again_in_float32_without_the_cache(pipe, name, alone, step, value):
     half = replace(pipe, model=make_pipe().model.to(torch.bfloat16))
     sampling, indices = make(half, CACHES[name](), alone=alone), np.array([0, 2, 3])
-    before, entry = sampling.batch(indices)
-    assert entry["recomputed"] == []
+    before, lines = sampling.batch(indices)
+    assert recomputed(lines) == []
     with overflowing(half.model, {2: step}, value):
-        after, entry = sampling.batch(indices)
-    assert entry["recomputed"] == [fault(2, step)]
+        after, lines = sampling.batch(indices)
+    assert recomputed(lines) == [fault(2, step)]
     assert (after[[0, 2]] == before[[0, 2]]).all()
     exact = whole(pipe, [2])[0]
     assert (after[1] == exact).all()
@@ -228,9 +240,32 @@ def test_each_image_has_a_step_of_its_own(pipe):
     half = replace(pipe, model=make_pipe().model)
     with overflowing(half.model, {0: 7, 2: 1}):
         for alone in (True, False):
-            images, entry = make(half, alone=alone).batch(np.array([2, 3, 0]))
-            assert entry["recomputed"] == [fault(2, 1), fault(0, 7)]
+            images, lines = make(half, alone=alone).batch(np.array([2, 3, 0]))
+            assert recomputed(lines) == [fault(2, 1), fault(0, 7)]
             assert images.tobytes() == whole(pipe, [2, 3, 0]).tobytes()
+
+
+class Decoder:
+    """A VAE whose pixels have no value in some of its calls."""
+
+    def __init__(self, broken):
+        self.calls, self.broken = 0, broken
+
+    def decode(self, z):
+        self.calls += 1
+        lost = torch.full_like(z, self.calls in self.broken, dtype=torch.bool)
+        return SimpleNamespace(sample=torch.where(lost, torch.nan, z * pipeline.VAE_SCALE))
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_pixels_of_the_vae_that_have_no_value_are_never_written(pipe, alone):
+    """They would be 0: the image is made again, and if that does not help, the run fails."""
+    indices, expected = np.array([0, 2, 3]), whole(pipe, [0, 2, 3])
+    images, lines = make(replace(pipe, vae=Decoder({2})), alone=alone).batch(indices)
+    assert recomputed(lines) == [fault(2, "the VAE")]
+    assert np.abs(images.astype(int) - expected).max() <= 1
+    with pytest.raises(Failure, match="image 2 .* is infinite or undefined after the VAE, and also"):
+        make(replace(pipe, vae=Decoder({2, 3})), alone=alone).batch(indices)
 
 
 def test_a_state_that_recovers_is_made_again_too(pipe):
@@ -243,8 +278,8 @@ def test_a_state_that_recovers_is_made_again_too(pipe):
             return torch.full_like(x, np.inf)
         return torch.zeros_like(x) if i == 4 and len(lost) == 1 and not lost.append(x) else x
 
-    images, entry = make(tamper(pipe, after)).batch(np.array([5]))
-    assert entry["recomputed"] == [fault(5, 3)]
+    images, lines = make(tamper(pipe, after)).batch(np.array([5]))
+    assert recomputed(lines) == [fault(5, 3)]
     assert images.tobytes() == whole(pipe, [5]).tobytes()
 
 
@@ -302,7 +337,7 @@ def test_what_is_made_again_is_rounded_as_float32(pipe, tf32, persistent):
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(interrupt, "time", clock)
+    monkeypatch.setattr(runtime, "time", clock)
     monkeypatch.setattr(worker, "time", clock)
     return clock
 
@@ -326,8 +361,7 @@ def stopped(pipe, clock, at, grace, images=1, warned_seconds=1.0, batches=1):
         with Signals() as signals, signals.deferred():
             sampling = make(tamper(pipe, after), signals=signals, grace=grace)
             for _ in range(batches):
-                _, entry = sampling.batch(np.arange(images))
-                made += len(entry["indices"])
+                made += len(sampling.batch(np.arange(images))[1])
 
     with pytest.raises(Interrupted, match="SIGTERM"):
         job()
@@ -378,134 +412,76 @@ def test_without_a_signal_grace_means_nothing(pipe, clock):
 
 
 class Disk:
-    """Notes what is written and logged; with `gated`, each write waits for a `release`."""
+    """Notes what is written; with `gated`, each write waits for a `release`."""
 
     def __init__(self, fail=(), gated=False):
-        self.told, self.submitted, self.fail = [], [], fail
+        self.written, self.submitted, self.fail = [], [], fail
         self.gate = threading.Semaphore(0) if gated else None
 
-    def release(self, count=1):
-        self.gate.release(count)
-
-    def write(self, indices, labels, images):
+    def write(self, number, word):
         assert self.gate is None or self.gate.acquire(timeout=LONG)
-        if int(indices[0]) in self.fail:
+        if number in self.fail:
             raise OSError(errno.ENOSPC, "No space left on device")
-        self.told.append(("write", int(indices[0]), None if labels is None else labels.tolist(), images.shape))
+        self.written.append((number, word))
 
-    def log(self, entry):
-        self.told.append(("log", int(entry["indices"][0])))
-
-    @property
-    def logged(self):
-        return [what[1] for what in self.told if what[0] == "log"]
-
-
-def submit(writer, number, labels=None):
-    writer.submit(labels, np.zeros((1, 8, 8, 3), np.uint8), {"indices": np.array([number])})
-
-
-def write(disk, count, error=None, log=None):
-    """Submit batches 0..count-1, then raise the error; those that were submitted are told to `disk.submitted`."""
-    with Writer(disk.write, log or disk.log) as writer:
-        for number in range(count):
-            submit(writer, number)
-            disk.submitted.append(number)
-        if disk.gate is not None:
-            threading.Timer(0.1, disk.release, (count,)).start()
-        if error is not None:
-            raise error
+    def job(self, count, error=None):
+        """Submit batches 0..count-1, then raise the error."""
+        with written_behind(self.write) as submit:
+            for number in range(count):
+                submit(number, "word")
+                self.submitted.append(number)
+            if self.gate is not None:
+                threading.Timer(0.1, self.gate.release, (count,)).start()
+            if error is not None:
+                raise error
 
 
-def test_batches_are_written_in_order_and_logged_when_on_disk():
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_batches_are_written_in_order(count):
     disk = Disk()
-    with Writer(disk.write, disk.log) as writer:
-        for number in range(3):
-            submit(writer, number, np.array([number + 4]))
-        submit(writer, 3)
-    expected = []
-    for number in range(4):
-        labels = [number + 4] if number < 3 else None
-        expected += [("write", number, labels, (1, 8, 8, 3)), ("log", number)]
-    assert disk.told == expected
+    disk.job(count)
+    assert disk.written == [(number, "word") for number in range(count)]
 
 
-def test_the_sampler_does_not_wait_for_the_disk_unless_it_is_far_ahead():
+def test_the_sampler_does_not_wait_for_the_disk_unless_it_is_ahead():
     disk = Disk(gated=True)
-    with Writer(disk.write, disk.log) as writer:
-        for number in range(AHEAD):
-            submit(writer, number)
-        assert disk.told == []  # nothing is on disk yet, and here we are
-        third = threading.Thread(target=submit, args=(writer, AHEAD), daemon=True)
-        third.start()
-        third.join(0.1)
-        assert third.is_alive()
-        disk.release()
-        third.join(LONG)
-        assert not third.is_alive()
-        disk.release(AHEAD)
-    assert disk.logged == list(range(AHEAD + 1))
+    with written_behind(disk.write) as submit:
+        submit(0, "")
+        assert disk.written == []  # nothing is on disk yet, and here we are
+        second = threading.Thread(target=submit, args=(1, ""), daemon=True)
+        second.start()
+        second.join(0.1)
+        assert second.is_alive()
+        disk.gate.release()
+        second.join(LONG)
+        assert not second.is_alive()
+        disk.gate.release()
+    assert disk.written == [(0, ""), (1, "")]
 
 
-def test_at_the_end_everything_is_on_disk():
+@pytest.mark.parametrize("error", [None, KeyError(), KeyboardInterrupt(), Interrupted(signal.SIGTERM)], ids=repr)
+def test_at_the_end_everything_is_on_disk_also_after_an_error(error):
     disk = Disk(gated=True)
-    write(disk, AHEAD)
-    assert disk.logged == list(range(AHEAD))
+    with nullcontext() if error is None else pytest.raises(type(error)):
+        disk.job(1, error)
+    assert disk.written == [(0, "word")]
 
 
-@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt, Interrupted(signal.SIGTERM)])
-def test_also_after_an_error(error):
-    disk = Disk(gated=True)
-    with pytest.raises(error if isinstance(error, type) else Interrupted):
-        write(disk, AHEAD, error)
-    assert disk.logged == list(range(AHEAD))
-
-
-def test_an_error_in_writing_stops_the_sampler_and_is_not_logged():
-    disk = Disk(fail={1})
+@pytest.mark.parametrize(("fail", "count"), [(1, 50), (2, 3)], ids=["at the next batch", "at the end"])
+def test_an_error_in_writing_stops_the_sampler(fail, count):
+    disk = Disk(fail={fail})
     with pytest.raises(OSError, match="No space left") as error:
-        write(disk, 50)
+        disk.job(count)
     assert error.value.errno == errno.ENOSPC
-    assert len(disk.submitted) <= 2 + AHEAD
-    assert disk.logged == [number for number in disk.submitted if number != 1]
-
-
-def test_an_error_is_raised_by_the_next_batch():
-    disk, later = Disk(fail={0}), []
-
-    def job():
-        with Writer(disk.write, disk.log) as writer:
-            submit(writer, 0)
-            wait(writer._waiting, LONG)
-            submit(writer, 1)
-            later.append(1)
-
-    with pytest.raises(OSError, match="No space left"):
-        job()
-    assert later == disk.told == []
-
-
-def test_an_error_in_the_last_batch_is_raised_at_the_end():
-    disk = Disk(fail={2})
-    with pytest.raises(OSError, match="No space left"):
-        write(disk, 3)
-    assert disk.submitted == [0, 1, 2]
-    assert disk.logged == [0, 1]
-
-
-def test_an_error_in_logging_is_raised_too():
-    def log(entry):
-        raise ValueError("nan")
-
-    with pytest.raises(ValueError, match="nan"):
-        write(Disk(), 1, log=log)
+    assert len(disk.submitted) <= fail + 2
+    assert (fail, "word") not in disk.written
 
 
 def test_the_error_of_the_sampler_comes_before_that_of_the_disk():
     disk = Disk(fail={0})
     with pytest.raises(KeyError):
-        write(disk, 1, KeyError)
-    assert disk.told == []
+        disk.job(1, KeyError())
+    assert disk.written == []
 
 
 # ---------------------------------------------------------------------------------------------------- plan

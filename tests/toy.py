@@ -9,8 +9,8 @@ from adacorr import CacheManager, Policy, Predictor, Trace, make_policy
 from adacorr.policies import calibrated
 from adacorr.policy import Conditioning, Ran, RunInfo, Unit, View
 from adacorr.profile import Profile, save_profile
+from checkpoint import save_checkpoint
 from diffusion import make_sampler
-from download import save_checkpoint
 from models import DiT, DiTBlock
 from pipeline import gaussian, sample_latents
 

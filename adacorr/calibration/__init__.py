@@ -5,7 +5,7 @@
 
 import numpy as np
 
-from adacorr.policy import Policy
+from adacorr.policy import Policy, View
 
 
 class Calibration(Policy):
@@ -16,16 +16,13 @@ class Calibration(Policy):
     """
 
     name = "calibration"
-
-    @property
-    def predictor(self):
-        return None
+    predictor = None
 
     def __deepcopy__(self, memo):
         return self  # it collects over runs
 
-    def decide(self, view) -> np.ndarray:
-        return np.ones(view.images, dtype=bool)
+    def decide(self, view: View) -> np.ndarray:
+        return view.everyone()
 
     def fit(self) -> tuple[dict[str, np.ndarray], dict]:
         """(arrays of the profile, notes: plain numbers on how well they fit). ValueError for too little data."""

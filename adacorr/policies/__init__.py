@@ -1,10 +1,9 @@
-"""Caching methods, one file each: a method is a `Policy` under @register, and its name is the name of its file.
+"""Caching methods, one file each: a method is a `Policy` under @register, and it has the name of its file.
 
-A new file in this folder is found by itself: it is on the command line, in `--help`, in `available()` and under the
-contract tests, with no other edit.
+A new file in this folder needs no other edit: it is on the command line, in `python -m adacorr methods` and under the
+contract tests, and it runs under AdaCorrection.
 """
 
-import functools
 import importlib
 import importlib.util
 import pkgutil
@@ -33,21 +32,29 @@ def register(policy: type[Policy]) -> type[Policy]:
     return policy
 
 
-@functools.cache
-def _import_all() -> None:
-    """Every file of this folder, once, when a method is first asked for."""
+def policies() -> dict[str, type[Policy]]:
+    """All methods, by name and in the order of their names; the files of this folder are imported when first asked."""
     for _, module, _ in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module}")
-
-
-def _known() -> dict[str, type[Policy]]:
-    _import_all()
     return dict(sorted(_POLICIES.items()))
 
 
 def names() -> list[str]:
     """All methods by name."""
-    return list(_known())
+    return list(policies())
+
+
+def calibrated() -> dict[str, type[Policy]]:
+    """The methods that are measured on a model before they run, by name: see `python calibrate.py`."""
+    return {name: kind for name, kind in policies().items() if kind.calibration is not None}
+
+
+def available() -> dict[str, str]:
+    """Name -> the first line of the docstring, then the options with their defaults."""
+    lines = {name: (kind.__doc__ or "").strip().partition("\n")[0] for name, kind in policies().items()}
+    for name, kind in policies().items():
+        lines[name] = " ".join([lines[name], *(f"[{f.name}={f.default}]" for f in fields(kind) if f.init)])
+    return lines
 
 
 def load_file(path: str | Path) -> None:
@@ -58,22 +65,12 @@ def load_file(path: str | Path) -> None:
     spec.loader.exec_module(module)
 
 
-def available() -> dict[str, str]:
-    """Name -> first line of the docstring, with the options and their defaults."""
-    return {name: f"{_first_line(kind)}{_options(kind)}".strip() for name, kind in _known().items()}
-
-
-def calibrated() -> dict[str, type[Policy]]:
-    """The methods that are measured on a model before they run, by name: see `python calibrate.py`."""
-    return {name: kind for name, kind in _known().items() if kind.calibration is not None}
-
-
 def make_policy(spec: str) -> Policy:
     """The policy of a spec NAME[:key=value,...]; ValueError lists the valid names or keys."""
-    name, options = parse_spec(spec)
-    if name not in _known():
-        raise ValueError(f"cache policy {name!r} is unknown; choose one of {', '.join(_known())}{hint(name, _known())}")
-    policy = build(_POLICIES[name], name, options)
+    (name, options), known = parse_spec(spec), policies()
+    if name not in known:
+        raise ValueError(f"cache policy {name!r} is unknown; choose one of {', '.join(known)}{hint(name, known)}")
+    policy = build(known[name], name, options)
     profile = options.get("profile")
     if profile not in (None, "auto") and not Path(str(profile)).is_file():  # before anything heavy is loaded
         raise ValueError(
@@ -81,11 +78,3 @@ def make_policy(spec: str) -> Policy:
             "--out FILE, or give profile=auto for the shipped one"
         )
     return policy
-
-
-def _first_line(kind: type) -> str:
-    return (kind.__doc__ or "").strip().partition("\n")[0]
-
-
-def _options(kind: type) -> str:
-    return "".join(f" [{f.name}={f.default}]" for f in fields(kind) if f.init)

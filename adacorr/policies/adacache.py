@@ -4,18 +4,18 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from adacorr.policies import register
-from adacorr.policy import Knob, Policy, Predictor, Ran, RunInfo, Unit, View, check_adaptive, relative_change, scatter
+from adacorr.policy import SCOPES, Knob, Policy, Predictor, Ran, RunInfo, Unit, View, option, relative_change, scatter
 
-# Key:rate pairs. `dit` is ours; the other two are the release's for Open-Sora in 30 steps.
+# KEY:RATE pairs. `dit` is ours: its keys are the sextiles of the change per step in uncached runs of a DiT-Ti/4 on
+# CIFAR-10 (DDIM-50, guidance 1.5, 8 images of noise that nothing is judged on). The others are the release's for
+# Open-Sora in 30 steps.
 CODEBOOKS = {
     "dit": "0.062:6/0.081:5/0.098:4/0.113:3/0.137:2/1:1",
     "fast": "0.08:6/0.16:5/0.24:4/0.32:3/0.40:2/1:1",
     "slow": "0.08:3/0.16:2/1:1",
 }
-GATES = ("fresh", "frozen")
 FORCED_AT_END = 2  # steps, as released
 
 
@@ -24,16 +24,15 @@ FORCED_AT_END = 2  # steps, as released
 class AdaCache(Policy):
     """Wait 1 to 6 steps for the next computed one, by how fast the middle block's attention changes.
 
-    scale     multiplies the keys of the codebook; 0 computes every step, larger skips more
+    scale     multiplies the keys of the codebook; 0 computes every step, a larger scale skips more
     codebook  KEY:RATE/KEY:RATE/..., or dit, fast or slow; keys rise and rates fall
-    gates     fresh: branch outputs under the gates of now; frozen: what the blocks added, as released
+    gates     fresh: branch outputs under the gates of the current step; frozen: what the blocks added, as released
     scope     image: each image waits by itself, with both its guidance halves; batch: all together, as released
-    Source: `opensora/models/stdit/stdit3.py` of the release. At a computed step, with c what the attention of block
-    L // 2 adds now, r what it added at the last computed step and k the steps between, d = mean|c - r| / mean|r| / k,
-    and the next computed step is as many steps away as the smallest key above d says. The first two steps (nothing can
-    be compared at the first) and the last two are computed.
-    Stored: one prediction for each unit, and r. Keys of `dit` are the sextiles of d in uncached runs of a
-    DiT-Ti/4 on CIFAR-10 (DDIM-50, guidance 1.5, 8 images of noise that nothing is judged on).
+    Source: `opensora/models/stdit/stdit3.py` of the release. At a computed step let c be what the attention of block
+    L // 2 adds now, r what it added at the last computed step, and k the number of steps between. The change per step
+    is d = mean|c - r| / mean|r| / k, and the rate of the smallest key above d is the number of steps to the next
+    computed one. The first two steps (nothing can be compared at the first) and the last two are computed.
+    Stored: one prediction for each unit, and r.
 
     Where this departs from the release:
     - k is the number of steps that passed; the release divides by the rate that it chose, which is another number
@@ -44,19 +43,15 @@ class AdaCache(Policy):
     - The motion term is for video and left out.
     """
 
-    scale: float = 1.0
+    scale: float = option(1.0, low=0)
     codebook: str = "dit"
-    gates: str = "fresh"
-    scope: str = "image"
+    gates: str = option("fresh", choices=("fresh", "frozen"))
+    scope: str = option("image", choices=SCOPES)
 
     knob = Knob("scale", 0.1, 30.0, ("", "codebook=0.03:12/0.05:10/0.07:8/0.09:6/0.11:4/1:3"))
 
     def __post_init__(self):
-        if not self.scale >= 0:
-            raise ValueError(f"adacache: scale={self.scale} must be at least 0")
-        if self.gates not in GATES:
-            raise ValueError(f"adacache: gates={self.gates!r} must be one of {', '.join(GATES)}")
-        check_adaptive("adacache", 0.0, self.scope)
+        super().__post_init__()
         read_codebook(self.codebook)
 
     @property
@@ -71,11 +66,11 @@ class AdaCache(Policy):
     def begin(self, info: RunInfo) -> None:
         self._keys, self._rates = read_codebook(self.codebook)
         self._next = np.zeros(info.images)  # the step that is to be computed; nan where no change could be measured
-        self._last = np.full(info.images, -1)  # newest step that was
+        self._last = np.full(info.images, -1)  # newest step that was computed
         self._reference = None  # (halves, n, T, D): what the middle attention added at that step
 
     def decide(self, view: View) -> np.ndarray:
-        # A step is computed whole, though the middle of it has moved `_next` on.
+        # A step is computed as a whole, though its middle attention has already set `_next` to a later one.
         due = view.measured(np.where(self._last == view.step, view.step, self._next))
         return (view.step >= due) | (view.step >= view.num_steps - FORCED_AT_END)
 
@@ -86,15 +81,15 @@ class AdaCache(Policy):
         rates = np.ones(len(images))
         seen = np.flatnonzero(self._last[images] >= 0)
         if len(seen):
-            before = self._reference[:, torch.from_numpy(images[seen]).to(added.device)]
-            change = relative_change(added[:, seen], before, self.scope) / (view.step - self._last[images[seen]])
+            change = relative_change(added[:, seen], self._reference[:, images[seen]], self.scope)
+            change = change / (view.step - self._last[images[seen]])
             rates[seen] = np.where(np.isfinite(change), self.rate(change), np.nan)
         self._next[images] = view.step + rates
         self._last[images] = view.step
         self._reference = scatter(self._reference, images, added, view.images)
 
     def rate(self, change: np.ndarray) -> np.ndarray:
-        """Steps to the next computed one, for changes (m,): the rate of the smallest scaled key above each."""
+        """(m,) steps to the next computed one for changes (m,): the rate of the smallest scaled key above each."""
         index = np.searchsorted(self._keys * self.scale, change, side="right")
         return self._rates[index]
 

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from adacorr.policies import register
-from adacorr.policy import Cached, Knob, Policy, Predictor, Ran, Unit, View, check_adaptive, relative_change, scatter
-
-ERRORS = ("feature", "difference")
+from adacorr.policy import SCOPES, Cached, Knob, Policy, Predictor, Ran, RunInfo, View, option, relative_change, scatter
+from adacorr.unit import Unit
 
 
 @register
@@ -18,47 +17,35 @@ class DiCache(Policy):
     """Skip while the first blocks' changes add up to little, and scale the last residuals by how the probe moved.
 
     threshold  sum of errors at which a step is computed; 0 computes every step. Released: 0.4 with error=feature and
-               retention=0.2, 0.08 with error=difference and retention=0
+               retention=0.2, and 0.08 with error=difference and retention=0
     error      of a step, relative L1 to the step before, computed or not. feature: of the probe's output; difference:
                |that of its output - that of its input|
-    depth      m: blocks of the probe, run in every step (1 to 5 in the paper)
+    depth      m: blocks of the probe, which run in every step (1 to 5 in the paper)
     retention  share of the steps that are all computed at the start: the first int(retention * steps) + 1. The last
-               step is computed, too
-    g_max      most that the newest change of the residual is extrapolated by (1.5 in the release for FLUX, up to 2 for
-               Wan)
+               step is always computed, too
+    g_max      upper bound of g below (1.5 in the release for FLUX, up to 2 for Wan); 1 reuses the newest residual
     scope      image: each image decides, and has its g, with both its guidance halves; batch: one for all, as released
-    With p the probe's residual now, p2 and p1 those of the last and the last but one computed step, and R2, R1 the
-    residuals of the whole stack there, a skipped step gives x_in + R1 + g (R2 - R1),
-    g = clip(mean|p - p1| / mean|p2 - p1|, 1, g_max); R2 as it was until there are two computed steps. So the probe's
-    fresh output only sets g, as released; a computed step goes on from it.
+    Let p be the probe's residual now, p2 and p1 those of the newest and the second newest computed step, and R2 and R1
+    the residuals of the whole stack at these steps. A skipped step gives x_in + R1 + g (R2 - R1) with
+    g = clip(mean|p - p1| / mean|p2 - p1|, 1, g_max), and x_in + R2 until there are two computed steps. As released, the
+    probe's fresh output only sets g in a skipped step; a computed step goes on from it.
 
     Stored for each image and half: two residuals of what follows the probe, two of the probe (the release holds all of
     the run's), and the probe's last output (with error=difference its input, too).
     """
 
-    threshold: float = 0.4
-    error: str = "feature"
-    depth: int = 1
-    retention: float = 0.2
-    g_max: float = 1.5
-    scope: str = "image"
+    threshold: float = option(0.4, low=0)
+    error: str = option("feature", choices=("feature", "difference"))
+    depth: int = option(1, low=1)
+    retention: float = option(0.2, low=0, high=1)
+    g_max: float = option(1.5, low=1)
+    scope: str = option("image", choices=SCOPES)
 
     knob = Knob("threshold", 0.003, 10.0, ("", "error=difference,retention=0.04", "retention=0.04"))
 
-    def __post_init__(self):
-        check_adaptive("dicache", self.threshold, self.scope)
-        if self.error not in ERRORS:
-            raise ValueError(f"dicache: error={self.error!r} must be one of {', '.join(ERRORS)}")
-        if self.depth < 1:
-            raise ValueError(f"dicache: depth={self.depth} must be at least 1")
-        if not 0 <= self.retention <= 1:
-            raise ValueError(f"dicache: retention={self.retention} must lie in 0..1")
-        if not self.g_max >= 1:
-            raise ValueError(f"dicache: g_max={self.g_max} must be at least 1 (1 reuses the newest residual)")
-
     @property
-    def predictor(self):
-        return Predictor("residual", order=1)  # for its two nodes: `reuse` combines them itself
+    def predictor(self) -> Predictor:
+        return Predictor("residual", order=1)  # for its two computed steps: `reuse` combines them itself
 
     def units(self, depth: int) -> list[Unit]:
         if self.depth >= depth:
@@ -68,19 +55,18 @@ class DiCache(Policy):
     def probe(self, depth: int) -> int:
         return self.depth
 
-    def begin(self, info):
+    def begin(self, info: RunInfo) -> None:
         self._sum = np.zeros(info.images)
         self._before = ()  # the probe's output, and its input where the error needs it, at the step before
         self._probes = (None, None)  # (halves, n, T, D): its residual at the newest two computed steps
 
     def decide(self, view: View) -> np.ndarray:
         if view.unit.start != self.depth:
-            return np.ones(view.images, dtype=bool)
+            return view.everyone()
         seen = (view.x,) if self.error == "feature" else (view.x, view.x_in)
         before, self._before = self._before, seen
-        last = view.num_steps - 1
-        if not before or view.step <= int(self.retention * view.num_steps) or view.step == last:
-            return np.ones(view.images, dtype=bool)
+        if not before or view.step <= int(self.retention * view.num_steps) or view.step == view.num_steps - 1:
+            return view.everyone()
         changes = [relative_change(now, past, self.scope) for now, past in zip(seen, before, strict=True)]
         error = changes[0] if len(changes) == 1 else np.abs(changes[0] - changes[1])
         self._sum = self._sum + view.measured(error)
@@ -90,20 +76,18 @@ class DiCache(Policy):
         if view.unit.start != self.depth:
             return
         self._sum[ran.images] = 0.0
-        images = torch.from_numpy(ran.images).to(ran.x.device)
-        newest = scatter(self._probes[0], ran.images, ran.x - view.x_in[:, images], view.images)
+        newest = scatter(self._probes[0], ran.images, ran.x - view.x_in[:, ran.images], view.images)
         past = newest if self._probes[0] is None else self._probes[0]
-        self._probes = newest, scatter(self._probes[1], ran.images, past[:, images], view.images)
+        self._probes = newest, scatter(self._probes[1], ran.images, past[:, ran.images], view.images)
 
     def reuse(self, view: View, cached: Cached) -> Tensor:
-        images = torch.from_numpy(cached.images).to(cached.x.device)
-        probe = cached.x - view.x_in[:, images]
-        newest, older = (p[:, images] for p in self._probes)
+        probe = cached.x - view.x_in[:, cached.images]
+        newest, older = (p[:, cached.images] for p in self._probes)
         change = cached.stored(0) + newest - cached.stored(1) - older  # R2 - R1, the two units' residuals together
-        way, gap = ((v.float() - older.float()).abs().mean(dim=(0, 2, 3)) for v in (probe, newest))
+        moved, before = ((v.float() - older.float()).abs().mean(dim=(0, 2, 3)) for v in (probe, newest))
         if self.scope == "batch":
-            way, gap = (v.mean().expand_as(v) for v in (way, gap))
-        g = (way / gap.clamp_min(torch.finfo(torch.float32).tiny)).clamp(1.0, self.g_max)
-        g[torch.from_numpy(cached.count < 2).to(g.device)] = 1.0
+            moved, before = (v.mean().expand_as(v) for v in (moved, before))
+        g = (moved / before.clamp_min(torch.finfo(torch.float32).tiny)).clamp(1.0, self.g_max)
+        g = g.where(torch.from_numpy(cached.count >= 2).to(g.device), 1.0)
         # R1 + g (R2 - R1), written from R2, less the probe, which is in the unit's input already.
         return cached.stored(0) + newest + (g - 1.0).view(1, -1, 1, 1) * change - probe

@@ -1,9 +1,9 @@
-"""What makes the images of a run what they are: its protocol, the name of its folder, and published protocols."""
+"""What makes the images of a run what they are: its protocol, and the name of its folder."""
 
 import argparse
 import hashlib
+import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,38 +12,10 @@ from torch import Tensor
 
 import pipeline
 from adacorr import CacheManager
-from ddp.labels import DRAWN
-from ddp.run_folder import run_id
-from download import VAE_FACTOR, file_sha256, model_name
+from adacorr.files import file_sha256
+from download import VAE_FACTOR, model_name
 from models import DiT_models
 from pipeline import Pipeline
-
-
-@dataclass(frozen=True)
-class Preset:
-    """The options of a published protocol, and what was published for it without a cache."""
-
-    options: dict[str, Any]
-    fid: str
-    source: str
-
-
-_RELEASE = {"model": "DiT-XL/2", "vae": "ema", "cfg_scale": 1.5, "cfg_channels": "3", "labels": "random"}
-_DIT = "Peebles and Xie, arXiv 2212.09748"
-PRESETS = {
-    "dit-xl-2-256-ddpm-250": Preset(
-        _RELEASE | {"image_size": 256, "sampler": "ddpm", "num_sampling_steps": 250}, "2.27", _DIT
-    ),
-    "dit-xl-2-512-ddpm-250": Preset(
-        _RELEASE | {"image_size": 512, "sampler": "ddpm", "num_sampling_steps": 250}, "3.04", _DIT
-    ),
-    "dit-xl-2-256-ddim-50": Preset(
-        _RELEASE | {"image_size": 256, "sampler": "ddim", "num_sampling_steps": 50},
-        "2.26 to 2.43",
-        "Learning-to-Cache 2.26 (arXiv 2406.01733), SmoothCache 2.28 (2411.10510), TaylorSeer 2.32 (2503.06923), "
-        "ProCache 2.43; AdaCorrection (2602.13357) has 4.42 by a protocol that it does not state",
-    ),
-}
 
 
 def describe(args: argparse.Namespace, pipe: Pipeline, cache: CacheManager | None) -> dict[str, Any]:
@@ -51,7 +23,8 @@ def describe(args: argparse.Namespace, pipe: Pipeline, cache: CacheManager | Non
     vae = None
     if pipe.vae is not None:
         vae = {"name": args.vae or "mse", "sha256": digest(pipe.vae.state_dict())}
-    labels = args.labels if args.labels in DRAWN else f"sha256 {file_sha256(Path(args.labels))}"
+    labels = args.labels if isinstance(args.labels, str) else f"sha256 {args.labels.sha256}"
+    profile = None if cache is None else getattr(cache.policy, "profile", None)
     return {
         "checkpoint": {"name": pipe.checkpoint.path.name, "sha256": pipe.checkpoint.sha256},
         "model": pipe.model.config,
@@ -59,7 +32,8 @@ def describe(args: argparse.Namespace, pipe: Pipeline, cache: CacheManager | Non
         "sampler": {"spec": pipe.sampler.spec, "steps": pipe.sampler.num_steps},
         "guidance": {"scale": pipe.cfg_scale, "channels": pipe.cfg_channels if pipe.cfg_scale != 1 else None},
         "cache": pipeline.describe_cache(cache),
-        "profile": profile_digest(cache),
+        # None where a calibrated method finds the shipped profile itself, by the checkpoint's digest
+        "profile": None if profile in (None, "auto") else file_sha256(Path(profile)),
         "cache_dtype": None if cache is None else args.cache_dtype,
         "seed": args.seed,
         "labels": labels if pipe.model.num_classes else None,
@@ -84,13 +58,30 @@ def digest(tensors: dict[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
-def profile_digest(cache: CacheManager | None) -> str | None:
-    """sha256 of the profile file that a calibrated method was given, None where it finds the shipped one itself."""
-    profile = None if cache is None else getattr(cache.policy, "profile", None)
-    return None if profile in (None, "auto") else file_sha256(Path(profile))
+def canonical(value: Any) -> str:
+    """JSON text that depends on the value alone, not on the order of keys; ValueError for nan and infinity."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def folder_name(args: argparse.Namespace, pipe: Pipeline, cache: CacheManager | None, protocol: dict[str, Any]) -> str:
+def run_id(protocol: dict[str, Any]) -> str:
+    """16 hexadecimal digits that name a protocol."""
+    return hashlib.sha256(canonical(protocol).encode()).hexdigest()[:16]
+
+
+def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """Every field that differs, such as "sampler.steps: 50 in the folder, 20 asked"; empty if the run ids agree."""
+    lines = []
+    for key in sorted(before.keys() | now.keys()):
+        name, old, new = prefix + key, before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += differences(old, new, f"{name}.")
+        elif (key in before) != (key in now) or canonical(old) != canonical(new):  # as the run id: 1, 1.0, true differ
+            there = f"{canonical(old)} in the folder" if key in before else "not in the folder"
+            lines.append(f"{name}: {there}, {f'{canonical(new)} asked' if key in now else 'not asked'}")
+    return lines
+
+
+def folder_name(args: argparse.Namespace, pipe: Pipeline, cache: CacheManager | None, run: str) -> str:
     """Model, size, sampler, steps, guidance, cache, seed, and what else is not the default: for people to read.
 
     Two protocols of one name are told apart by their records.
@@ -107,10 +98,10 @@ def folder_name(args: argparse.Namespace, pipe: Pipeline, cache: CacheManager | 
     parts += ["uncached" if cache is None else cache.spec, f"seed{args.seed}"]
     parts += [args.dtype] * (args.dtype != "fp32")
     if args.labels != "random" and pipe.model.num_classes:
-        parts.append(args.labels if args.labels in DRAWN else Path(args.labels).stem)
+        parts.append(args.labels if isinstance(args.labels, str) else args.labels.path.stem)
     name = re.sub(r"[^A-Za-z0-9._=+-]", "-", "-".join(parts))
-    # Short enough for the temporary name of the .npz, which has host and pid in it.
-    return name if len(name) <= 150 else f"{name[:150]}-{run_id(protocol)[:8]}"
+    # The temporary name of the .npz has host and process in it, and must not be too long either.
+    return name if len(name) <= 150 else f"{name[:150]}-{run[:8]}"
 
 
 def image_size(config: dict[str, Any], vae: Any) -> int:

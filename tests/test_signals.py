@@ -1,4 +1,4 @@
-"""interrupt.py: the first signal, signals that are put off, and the second Ctrl-C."""
+"""Signals of runtime.py: the first signal, signals that are put off, and the second Ctrl-C."""
 
 import multiprocessing
 import os
@@ -8,8 +8,8 @@ import time
 import pytest
 from toy import Clock
 
-from ddp import interrupt
-from ddp.interrupt import CTRL_C, REQUEUE, SIGNALS, Interrupted, Signals
+import runtime
+from runtime import CTRL_C, REQUEUE, SIGNALS, Interrupted, Signals
 
 FORK = multiprocessing.get_context("fork")
 LONG = 30  # seconds after which a test that waits has failed
@@ -19,7 +19,7 @@ CODES = [(signal.SIGTERM, 75, "SIGTERM"), (signal.SIGUSR1, 75, "SIGUSR1"), (sign
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(interrupt, "time", clock)
+    monkeypatch.setattr(runtime, "time", clock)
     return clock
 
 
@@ -27,7 +27,7 @@ def clock(monkeypatch):
 def exits(monkeypatch):
     """Codes that the process would have ended with there and then."""
     codes = []
-    monkeypatch.setattr(interrupt.os, "_exit", codes.append)
+    monkeypatch.setattr(runtime.os, "_exit", codes.append)
     return codes
 
 
@@ -72,6 +72,7 @@ def test_put_off_a_signal_is_raised_where_the_job_asks():
 
     def job():
         with Signals() as signals, signals.deferred():
+            signals.check()  # nothing happens without a signal
             signal.raise_signal(signal.SIGTERM)
             done.append("before")
             signals.check()
@@ -80,14 +81,6 @@ def test_put_off_a_signal_is_raised_where_the_job_asks():
     with pytest.raises(Interrupted):
         job()
     assert done == ["before"]
-
-
-def test_without_a_signal_nothing_happens():
-    with Signals() as signals:
-        with signals.deferred():
-            signals.check()
-        signals.check()
-        assert signals.number is None
 
 
 def test_signals_are_raised_at_once_again_after_they_were_put_off():
@@ -180,7 +173,7 @@ def test_ctrl_c_ends_a_job_that_another_signal_has_stopped(clock, exits):
 
 def stubborn(pipe, keystroke):
     """Put every signal off for ever; after the first, clean up for ever."""
-    interrupt.ONE_KEYSTROKE = keystroke
+    runtime.ONE_KEYSTROKE = keystroke
     try:
         with Signals() as signals, signals.deferred():
             pipe.send("ready")

@@ -1,0 +1,46 @@
+"""SmoothCache's table of errors by branch type, step and lag."""
+
+import numpy as np
+from torch import Tensor
+
+from adacorr.calibration import Calibration
+from adacorr.policy import BRANCHES, Ran, RunInfo, Unit, View, by_branch, relative_change
+
+MAX_LAG = 8  # so many outputs of every branch are held
+
+
+class SmoothCacheCalibration(Calibration):
+    """error (2, S, 8): mean over blocks and images of |F[s] - F[s - lag]| / |F[s]|, L1 norms, for each branch type.
+
+    F is the pre-gate output of a branch. As in the release the change is set against the newer output, which is what a
+    reused one stands in for, and both guidance halves count. The release takes one norm over the whole batch; here
+    each image has its own, so that the mean does not depend on the batch.
+    """
+
+    def __init__(self):
+        self._sum: np.ndarray | None = None
+        self._count = 0  # images times blocks
+
+    def units(self, depth: int) -> list[Unit]:
+        return by_branch(depth)
+
+    def begin(self, info: RunInfo) -> None:
+        if self._sum is None:
+            self._sum = np.zeros((len(BRANCHES), info.num_steps, MAX_LAG))
+        self._count += info.images * info.depth
+        self._past: dict[Unit, list[Tensor]] = {unit: [] for unit in by_branch(info.depth)}  # the newest first
+
+    def computed(self, view: View, ran: Ran) -> None:
+        past = self._past[view.unit]
+        for lag, before in enumerate(past, start=1):
+            change = relative_change(before, ran.value).sum()
+            self._sum[BRANCHES.index(view.unit.branch), view.step, lag - 1] += change
+        self._past[view.unit] = [ran.value, *past[: MAX_LAG - 1]]
+
+    def fit(self) -> tuple[dict[str, np.ndarray], dict]:
+        if self._sum is None or self._sum.shape[1] < 2:
+            raise ValueError("smoothcache: nothing was observed; calibrate on a run of at least two steps")
+        error = self._sum / self._count
+        return {"error": error}, {
+            f"mean_{name}_lag_1": float(error[b, 1:, 0].mean()) for b, name in enumerate(BRANCHES)
+        }

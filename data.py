@@ -1,0 +1,207 @@
+"""Sets of images and of latents, as train.py and evaluate/ read them.
+
+    folder   PATH/CLASS/IMAGE to train on, PATH/IMAGE to measure, in alphabetical order
+    packed   .npz: jpeg (all files in a row, uint8), offsets (N + 1,) where they begin and end, labels (N,), classes
+    ADM      .npz: arr_0, uint8 (N, H, H, 3)
+    latents  .npz: latents (N, C, H, H) of unit variance, encoded beforehand, and labels (N,)
+
+Readers raise OSError for what is not there and ValueError for what is damaged, inconsistent or of mixed sizes.
+"""
+
+import hashlib
+import io
+import zipfile
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from runtime import Progress, random_stream
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # of images in a folder; other files are passed over
+ORDER = 0  # the random streams of a seed for the order of images, an epoch each
+Files = Iterable[tuple[str, bytes]]  # names, for messages, and contents of encoded images
+
+
+@dataclass
+class Data:
+    """Images, decoded, or latents; with labels where they are to be trained on."""
+
+    images: Tensor  # (N, 3, H, H) uint8, or latents (N, C, H, H) float32
+    digest: str  # sha256 of what was read: decoded pixels differ from machine to machine, files do not
+    labels: Tensor | None = None  # (N,) int64
+    class_names: list[str] | None = None
+    num_classes: int = 0
+
+    @property
+    def latent(self) -> bool:
+        return self.images.is_floating_point()
+
+
+def read_data(path: Path, image_size: int | None = None) -> Data:
+    """Class folders, packed images or latents, with labels; `image_size` crops and resizes images to squares of it."""
+    if path.is_dir():
+        classes = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        if not classes:
+            raise ValueError(f"{path} holds no class folders; put the images into one folder for each class")
+        files = [image_files(folder) for folder in classes]
+        labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(found) for found in files]))
+        names = [folder.name for folder in classes]
+        return Data(*decode_files(path, sum(files, []), image_size), labels, names, len(names))
+    arrays = read_arrays(path, ("jpeg", "offsets", "labels", "classes"), ("latents", "labels"))
+    if "latents" in arrays:
+        if image_size is not None:
+            raise ValueError("--image-size is for images: latents come encoded at their size")
+        return check_latents(path, arrays["latents"], arrays["labels"])
+    jpeg, offsets = check_offsets(path, arrays["jpeg"], arrays["offsets"])
+    names = [str(name) for name in arrays["classes"]]
+    labels = check_labels(path, arrays["labels"], len(offsets) - 1, len(names))
+    digest = digest_arrays(jpeg, offsets, labels.numpy())
+    return Data(decode_packed(path, jpeg, offsets, image_size), digest, labels, names, len(names))
+
+
+def read_images(path: Path) -> Data:
+    """A folder with images in it, ADM's .npz or packed images; labels are not read."""
+    if path.is_dir():
+        return Data(*decode_files(path, image_files(path)))
+    arrays = read_arrays(path, ("arr_0",), ("jpeg", "offsets"))
+    if "jpeg" in arrays:
+        jpeg, offsets = check_offsets(path, arrays["jpeg"], arrays["offsets"])
+        return Data(decode_packed(path, jpeg, offsets), digest_arrays(jpeg, offsets))
+    images = arrays["arr_0"]
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
+        raise ValueError(f"{path}: expected uint8 (N, H, H, 3), got {images.dtype} {images.shape}")
+    return Data(torch.from_numpy(images).permute(0, 3, 1, 2), digest_arrays(images))
+
+
+@lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """The images of one epoch in their order: (count,) int64."""
+    return random_stream(seed, ORDER, epoch).permutation(count)
+
+
+def order(seed: int, count: int, start: int, length: int) -> np.ndarray:
+    """Images at positions start..start + length - 1 of all epochs, one after another: (length,) int64."""
+    first, last = start // count, (start + length - 1) // count
+    epochs = [epoch_order(seed, epoch, count) for epoch in range(first, last + 1)]
+    return np.concatenate(epochs)[start - first * count :][:length]
+
+
+# ------------------------------------------------------------------------------------------------- images
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The images of a folder, by their names; ValueError if there is none."""
+    found = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+    if not found:
+        raise ValueError(f"the folder {folder} holds no {', '.join(SUFFIXES)}")
+    return found
+
+
+def decode_files(root: Path, files: Sequence[Path], size: int | None = None) -> tuple[Tensor, str]:
+    """The images of `files`, and the digest of their contents and of their paths below `root`."""
+    digest = hashlib.sha256()
+
+    def contents() -> Files:
+        for file in files:
+            content = file.read_bytes()
+            digest.update(f"{file.relative_to(root).as_posix()} {len(content)}\n".encode() + content)
+            yield str(file), content
+
+    return decode(contents(), len(files), size), digest.hexdigest()
+
+
+def decode_packed(path: Path, jpeg: np.ndarray, offsets: np.ndarray, size: int | None = None) -> Tensor:
+    """Image i is the file jpeg[offsets[i]:offsets[i + 1]]."""
+    spans = enumerate(zip(offsets[:-1], offsets[1:], strict=True))
+    files = ((f"{path}, image {i}", jpeg[start:end].tobytes()) for i, (start, end) in spans)
+    return decode(files, len(offsets) - 1, size)
+
+
+def decode(files: Files, count: int, size: int | None) -> Tensor:
+    """`count` files -> (count, 3, H, H) uint8. With `size` images are cropped and resized to it."""
+    images, crop = None, size is not None
+    with Progress(count, "image", "reading") as progress:
+        for i, (name, content) in enumerate(files):
+            try:
+                with Image.open(io.BytesIO(content)) as opened:
+                    image = opened.convert("RGB")
+            except (OSError, ValueError, SyntaxError) as error:
+                raise ValueError(f"{name} cannot be read as an image: {error}") from error
+            size = size or image.width
+            if crop and image.size != (size, size):
+                image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+            if image.size != (size, size):
+                found = f"{name} is {image.width} x {image.height}, expected {size} x {size} pixels"
+                raise ValueError(f"{found}; train.py --image-size crops and resizes images to squares of one size")
+            images = np.empty((count, 3, size, size), np.uint8) if images is None else images
+            images[i] = np.asarray(image).transpose(2, 0, 1)
+            progress.update()
+    return torch.from_numpy(images)
+
+
+# ------------------------------------------------------------------------------------------------- arrays
+
+
+def read_arrays(path: Path, *formats: Sequence[str]) -> dict[str, np.ndarray]:
+    """The arrays of the first of the `formats`, sets of names, that an .npz holds whole."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is neither a folder of images nor a whole .npz")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            for names in formats:
+                if set(names) <= set(file.files):
+                    return {name: file[name] for name in names}
+            held = ", ".join(file.files) or "nothing"
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is damaged, copy it again: {error}") from error
+    raise ValueError(f"{path} holds {held}; expected {', or '.join(', '.join(names) for names in formats)}")
+
+
+def check_offsets(path: Path, jpeg: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The files of packed images, and where each begins and the last one ends: (N + 1,) int64."""
+    if jpeg.dtype != np.uint8 or jpeg.ndim != 1 or offsets.ndim != 1 or offsets.dtype.kind not in "iu":
+        raise ValueError(f"{path}: jpeg must be uint8 and offsets whole numbers, both of one dimension")
+    offsets = offsets.astype(np.int64)
+    if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != len(jpeg) or (np.diff(offsets) <= 0).any():
+        raise ValueError(f"{path}: offsets do not lead from 0 to the {len(jpeg)} bytes of jpeg")
+    return jpeg, offsets
+
+
+def check_latents(path: Path, latents: np.ndarray, labels: np.ndarray) -> Data:
+    """Latents as the model is to see them; there are as many classes as the highest label says."""
+    if latents.ndim != 4 or latents.shape[2] != latents.shape[3] or latents.dtype.kind != "f":
+        raise ValueError(f"{path}: latents {latents.shape} {latents.dtype} are not (N, C, H, H) of floats")
+    if not np.isfinite(latents).all():
+        raise ValueError(f"{path}: the latents hold infinite or undefined values; encode them again")
+    checked = check_labels(path, labels, len(latents))
+    digest = digest_arrays(latents, checked.numpy())
+    return Data(torch.from_numpy(latents.astype(np.float32)), digest, checked, None, 1 + int(checked.max()))
+
+
+def check_labels(path: Path, labels: np.ndarray, count: int, num_classes: int | None = None) -> Tensor:
+    """Labels (N,) int64; ValueError unless there is one for each of the `count` images, within range."""
+    if labels.shape != (count,) or labels.dtype.kind not in "iu" or not count:
+        raise ValueError(f"{path}: labels {labels.shape} {labels.dtype} are not {count or 'some'} whole numbers")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or (num_classes is not None and high >= num_classes):
+        bound = "" if num_classes is None else num_classes - 1
+        raise ValueError(f"{path}: label {low if low < 0 else high} is outside 0..{bound}")
+    return torch.from_numpy(labels.astype(np.int64))
+
+
+def digest_arrays(*arrays: np.ndarray) -> str:
+    """sha256 of shapes, types and contents."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.shape} {array.dtype}\n".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()

@@ -1,1 +1,0 @@
-"""Long sampling runs over many processes: what sample_ddp.py is made of."""

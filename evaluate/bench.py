@@ -1,0 +1,146 @@
+"""One model on one noise: runs settings on it, and measures what they spend, how close they come and their time."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adacorr import Algorithm1, CacheManager
+from diffusion import make_sampler
+from evaluate.fidelity import fidelity
+from pipeline import Pipeline
+from runtime import timed
+
+NEAR = 0.03  # computes that differ by this share count as equal
+WARM_UP = 4  # steps
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to sample: the specs of --cache and --adacorr, and a sampler with its steps in place of the bench's."""
+
+    cache: str | None = None
+    adacorr: str | None = None
+    sampler: str | None = None
+    steps: int | None = None
+
+    def at(self, value: float) -> Setting:
+        """The setting with a number in the place of {} in its specs."""
+        specs = {"cache": self.cache, "adacorr": self.adacorr}
+        return replace(self, **{key: spec and spec.replace("{}", f"{value:g}") for key, spec in specs.items()})
+
+    def __str__(self) -> str:
+        flags = ("--cache", self.cache), ("--adacorr", self.adacorr)
+        flags += ("--sampler", self.sampler), ("--num-sampling-steps", self.steps)
+        return " ".join(f"{flag} {value}".strip() for flag, value in flags if value is not None)
+
+
+@dataclass
+class Row:
+    """What ran, what it spent, how close it came. PSNR and SSIM hold mean, p5 and min."""
+
+    method: str
+    form: str  # alone, adacorr or fewer steps
+    level: float | None  # compute level that it stands for
+    setting: Setting
+    images: int
+    compute: float
+    hit_rate: float
+    psnr: dict[str, Any]
+    ssim: dict[str, Any]
+    solution_psnr: dict[str, Any] | None = None
+    bytes_per_image: int = 0
+    weights_at_1: float | None = None  # literal form: share of its weights that are 1
+    speedup: float | None = None
+
+    @property
+    def score(self) -> float:
+        """Mean PSNR in dB."""
+        return float(self.psnr["mean"])
+
+    @property
+    def gamma(self) -> float:
+        """Of a setting --adacorr gamma=..."""
+        return float(self.setting.adacorr.removeprefix("gamma="))
+
+    def plain(self) -> dict[str, Any]:
+        """The row for JSON."""
+        return {**vars(self), "setting": {k: v for k, v in vars(self.setting).items() if v is not None}}
+
+
+@dataclass
+class Bench:
+    """The model, the noise and both references; runs settings and remembers their rows.
+
+    solution_steps  of DDIM, the reference of `solution_psnr`; 0 leaves it out
+    few             images that settings are searched on, the first of all
+    cache_dtype     of the stored tensors
+    """
+
+    pipe: Pipeline
+    seed: int
+    count: int
+    solution_steps: int = 0
+    few: int = 1
+    cache_dtype: torch.dtype = torch.float32
+    rows: dict[tuple[Setting, int], Row] = field(default_factory=dict)  # by setting and number of images
+
+    @cached_property
+    def reference(self) -> Tensor:
+        """Images (count, H, W, 3) uint8 of the uncached run."""
+        return self.pipe.decode(self.sample(Setting())[0])
+
+    @cached_property
+    def solution(self) -> Tensor:
+        """Those of DDIM with `solution_steps`."""
+        return self.pipe.decode(self.sample(Setting(sampler="ddim", steps=self.solution_steps))[0])
+
+    def sample(
+        self, setting: Setting, count: int | None = None, stop: int | None = None
+    ) -> tuple[Tensor, CacheManager | None, float]:
+        """(final states, cache with its trace, seconds) of the first `count` images, of all by default."""
+        count, classes = count or self.count, self.pipe.model.num_classes
+        labels = torch.arange(count) % classes if classes else None
+        cache = CacheManager.of(setting.cache, setting.adacorr, self.cache_dtype)
+        pipe = self.pipe
+        if setting.sampler is not None:
+            pipe = replace(pipe, sampler=make_sampler(setting.sampler, setting.steps))
+        x, seconds = timed(lambda: pipe.sample(self.seed, np.arange(count), labels, cache, stop=stop), pipe.device)
+        return x, cache, seconds
+
+    def run(self, method: str, form: str, setting: Setting, few: bool = False) -> Row:
+        """The row of a setting, on all images or on a few; what ran before is not run again."""
+        count = self.few if few else self.count
+        if (setting, count) in self.rows:
+            return self.rows[setting, count]
+        x, cache, _ = self.sample(setting, count)
+        images, own = self.pipe.decode(x), self.pipe.sampler.num_steps
+        near = fidelity(self.reference[:count], images)
+        compute, hit_rate, held = (setting.steps or own) / own, 0.0, 0
+        if cache is not None:
+            compute, hit_rate, held = cache.trace.compute, cache.trace.hit_rate, cache.bytes // count
+        row = Row(method, form, None, setting, count, compute, hit_rate, _summary(near["psnr"]), _summary(near["ssim"]))
+        row.bytes_per_image = held
+        if self.solution_steps:
+            row.solution_psnr = _summary(fidelity(self.solution[:count], images)["psnr"])
+        if cache is not None and isinstance(cache.correction, Algorithm1):
+            row.weights_at_1 = float((cache.trace.weight[1:] == 1).mean())
+        self.rows[setting, count] = row
+        return row
+
+    def seconds(self, settings: Sequence[Setting], repeats: int, count: int | None = None) -> list[float]:
+        """Median seconds of each setting without decoding. They take turns, so that a slow minute hits all."""
+        self.sample(Setting(), count, stop=WARM_UP)
+        spent = [[self.sample(setting, count)[2] for setting in settings] for _ in range(repeats)]
+        return [statistics.median(own) for own in zip(*spent, strict=True)]
+
+
+def _summary(scores: dict[str, Any]) -> dict[str, Any]:
+    return {key: scores[key] for key in ("mean", "p5", "min")}

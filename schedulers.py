@@ -1,0 +1,157 @@
+"""Samplers from diffusers: any scheduler of its own that calls the network once per step, driven as a `Sampler`."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+
+import torch
+from diffusers import schedulers
+from torch import Tensor
+
+from adacorr.spec import Value
+from diffusion import BETAS, NUM_TRAIN, SCHEDULERS, Sampler, check_arguments, names, split_output, unknown_sampler
+
+# What the network was trained with, which no option of a run can change,
+_NETWORK: dict[str, Value] = {
+    "num_train_timesteps": NUM_TRAIN,
+    "beta_start": BETAS[0],
+    "beta_end": BETAS[1],
+    "beta_schedule": "linear",
+    "prediction_type": "epsilon",
+}
+# and options that would contradict it (another schedule, flow matching, a variance in the output) or that take more
+# than a plain value.
+_CLOSED = {
+    *("trained_betas", "rescale_betas_zero_snr", "variance_type", "timestep_type", "time_shift_type", "solver_p"),
+    *("use_flow_sigmas", "flow_shift", "use_dynamic_shifting", "shift_terminal", "disable_corrector"),
+}
+_DEFAULTS: dict[str, Value] = {"timestep_spacing": "linspace", "thresholding": False, "clip_sample": False}
+
+
+class SchedulerSampler(Sampler):
+    """A diffusers scheduler that calls the network once per step.
+
+    name       a key of SCHEDULERS, or the class name of a diffusers scheduler
+    num_steps  1..1000, which `make_sampler` checks
+    options    the scheduler's own, such as use_lu_lambdas=True (grid uniform in log-SNR) or solver_order=3 for
+               dpmsolver++. timestep_spacing is 'linspace' unless given
+
+    It remembers past steps, so they are taken in order, each once. If stochastic it wants noise in every step, the last
+    included. It computes in float32. Raises ValueError for an unknown name, option or value, and for a scheduler that
+    cannot be driven this way: several network calls per step, a formulation other than a discrete beta schedule, or
+    noise that it draws itself.
+    """
+
+    rewindable = False
+
+    def __init__(self, name: str, num_steps: int, **options: Value) -> None:
+        class_name, pinned = SCHEDULERS.get(name, (name, {}))
+        self.name, self._class = name, _scheduler_class(class_name)
+        check_arguments(name, self._class, options, {*_NETWORK, *_CLOSED, *pinned})
+        if options.get("solver_order", 1) not in (1, 2, 3):  # higher ones run, but as order 3
+            raise ValueError(f"{name}: solver_order={options['solver_order']} is outside 1..3; 2 is usual")
+        accepted = inspect.signature(self._class.__init__).parameters
+        defaults = {key: value for key, value in {**_NETWORK, **_DEFAULTS}.items() if key in accepted}
+        self._options = {**defaults, **pinned, **options}
+        self._restart(num_steps)
+        start = float(self.timesteps[0])
+        if start < NUM_TRAIN / 2:
+            where = f"{name} with {num_steps} steps would start at timestep {start:g} of 0..{NUM_TRAIN - 1}"
+            raise ValueError(f"{where}, not in noise; take more steps or timestep_spacing=trailing")
+        self.stochastic = self._probe()
+
+    def _restart(self, num_steps: int) -> None:
+        """Begin with a new scheduler object."""
+        try:
+            self._scheduler = self._class(**self._options)
+            self._scheduler.set_timesteps(num_steps)
+        except (ValueError, NotImplementedError) as error:
+            raise ValueError(f"{self.name} refuses its options for {num_steps} steps: {error}") from error
+        for key, value in self._options.items():  # some schedulers put another value for one they do not know
+            used = self._scheduler.config[key]
+            if used != value:
+                raise ValueError(f"{self.name} has no {key}={value!r}; give {used!r}, which it would use")
+        self.timesteps = self._scheduler.timesteps.clone()
+        if self.num_steps != num_steps:
+            calls = f"{self.name} calls the network {self.num_steps} times in {num_steps} steps"
+            raise ValueError(f"{calls}, which must be once each; valid: {', '.join(names())}")
+        sigmas = getattr(self._scheduler, "sigmas", torch.empty(0))
+        if bool((sigmas.diff() >= 0).any()):
+            repeats = f"{self.name} has no {num_steps} distinct noise levels that fall from step to step"
+            raise ValueError(f"{repeats}; take fewer steps or timestep_spacing=trailing")
+        self._scheduler.set_begin_index(0)
+        self._due = 0
+
+    def _probe(self) -> bool:
+        """Whether any step adds noise: a run on a single number comes out differently for two seeds.
+
+        It is a whole run because some schedulers add noise in the middle only. Noise that the scheduler would draw
+        itself is refused, because it cannot be given for each image.
+        """
+        accepts = inspect.signature(self._class.step).parameters
+        trial, runs = copy.copy(self), []
+        for seed in (0, 1):
+            trial._restart(20)
+            rng = torch.Generator().manual_seed(seed)
+            states = [torch.ones(1, 1, 1, 1)]
+            for i in range(20):
+                x = states[-1]
+                given = {"generator": rng, "variance_noise": torch.randn(x.shape, generator=rng)}
+                given = {key: value for key, value in given.items() if key in accepts}
+                states.append(trial._advance(trial.model_input(i, x), x, given))
+            runs.append(torch.cat(states))
+        stochastic = not torch.equal(*runs)
+        if stochastic and "variance_noise" not in accepts:
+            raise ValueError(f"{self.name} draws its own noise, not per image; use ddpm or sde-dpmsolver++")
+        return stochastic
+
+    def _advance(self, eps: Tensor, x: Tensor, given: dict[str, object]) -> Tensor:
+        timestep = self._scheduler.timesteps[self._due]
+        self._due += 1
+        return self._scheduler.step(eps.float(), timestep, x.float(), **given).prev_sample
+
+    def _expect(self, i: int) -> None:
+        if isinstance(i, Tensor) and i.ndim:
+            raise ValueError(f"{self.name} keeps a history: give one step for all rows, not {tuple(i.shape)}")
+        if i != self._due or i >= self.num_steps:
+            due = f"step {self._due} is due" if self._due < self.num_steps else "the run is over"
+            raise ValueError(f"{self.name} keeps a history: {due}, not step {i}; fresh() begins a new run")
+
+    def prepare(self, noise: Tensor) -> Tensor:
+        """Noise of the scheduler's own initial standard deviation."""
+        return (noise.float() * float(self._scheduler.init_noise_sigma)).to(noise.dtype)
+
+    def model_input(self, i: int, x: Tensor) -> Tensor:
+        """The state brought to x_t, for schedulers that step through x_t / sqrt(abar_t)."""
+        self._expect(i)
+        timestep = self._scheduler.timesteps[self._due]
+        return self._scheduler.scale_model_input(x.float(), timestep).to(x.dtype)
+
+    def step(self, i: int, x: Tensor, out: Tensor, noise: Tensor | None = None) -> Tensor:
+        """See `Sampler.step`; `i` is the step after the one taken last."""
+        self._expect(i)
+        eps = split_output(x, out, noise)[0]
+        if self.stochastic and noise is None:
+            raise ValueError(f"{self.name} adds noise in every step; pass noise {tuple(x.shape)}")
+        return self._advance(eps, x, {"variance_noise": noise} if self.stochastic else {}).to(x.dtype)
+
+    def fresh(self) -> SchedulerSampler:
+        """See `Sampler.fresh`."""
+        other = copy.copy(self)
+        other._restart(self.num_steps)
+        return other
+
+
+def _scheduler_class(name: str) -> type:
+    """The diffusers class `name`, if it can be driven with a discrete beta schedule."""
+    listed = [entry for entry in dir(schedulers) if entry.endswith("Scheduler")]
+    found = getattr(schedulers, name, None) if name in listed else None
+    if found is None:
+        raise unknown_sampler(name, set(listed) - {name})
+    if not {"beta_start", "prediction_type"} <= set(inspect.signature(found.__init__).parameters):
+        raise ValueError(f"{name} has no discrete beta schedule; valid: {', '.join(names())}")
+    if not hasattr(found, "set_begin_index"):
+        # They take t - 1000 // S for the timestep before t, off their own list unless S divides 1000.
+        raise ValueError(f"{name} does not step along its own timesteps; valid: {', '.join(names())}")
+    return found
