@@ -136,9 +136,9 @@ def test_stored_residuals_are_reused_as_they_were(model):
 
 def test_images_with_steps_of_their_own_equal_images_alone(model):
     own = ((0, 2, 5), (0, 1, 6, 7), (0, 5))
-    manager = CacheManager(Scheduled(own, branches(2)))
+    manager = CacheManager(Scheduled((*own[:2], (5,)), branches(2)))
     out = sample(model, cache=manager)
-    assert computed(manager) == [list(s) for s in own]
+    assert computed(manager) == [list(s) for s in own]  # without a past a unit runs, whatever the policy says
     for i, steps in enumerate(own):
         alone = sample_with(Twin("branches", steps, times(10), 2), model, labels=LABELS[i : i + 1], first=i)
         near(out[i : i + 1], alone, rel=1e-4)
@@ -301,6 +301,17 @@ def test_the_trace_says_what_was_computed_and_rewound(model):
     between = [b - a - 1 for steps in computed(manager) for a, b in zip(steps, steps[1:], strict=False)]
     assert trace.rewound == sum(between) > 0
     assert manager.bytes > 0
+
+
+@pytest.mark.parametrize("correction", [None, AdaCorrection(gamma=0.3)], ids=str)
+def test_modulations_that_are_made_for_a_rule_are_counted(model, correction):
+    manager = CacheManager(make_policy("teacache:threshold=0.3,profile=none"), correction)
+    sample(model, steps=20, cache=manager)
+    seen = 1 if correction else 2  # halves that the policy looks at
+    idle = (manager.trace.executed[:, 0, :, :, :seen] == 0).sum()  # branches of the first block, whose input it reads
+    gates = 20 * 3 * 3 * 2 * model.gate_flops() if correction else 0
+    assert manager.trace.extra_flops == gates + 6 * 32 * 32 * idle
+    assert idle > 0
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
