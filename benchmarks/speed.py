@@ -18,8 +18,8 @@ import torch
 from adacorr import CacheManager
 from adacorr.command import Parser, run_command
 from benchmarks.tables import show
-from diffusion import make_sampler
 from checkpoint import Checkpoint
+from diffusion import make_sampler
 from evaluate.bench import Bench, Setting
 from models import DiT_models
 from pipeline import Pipeline
