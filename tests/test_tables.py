@@ -7,7 +7,7 @@ from toy import tiny_dit
 
 from adacorr import available
 from benchmarks import speed, tables
-from download import save_checkpoint
+from checkpoint import save_checkpoint
 
 
 @pytest.fixture
