@@ -25,6 +25,10 @@ class LeaderFailed(Exception):
     """Rank 0 has ended and said why; the others leave without a word."""
 
 
+class NoGPU(ValueError):
+    """This rank, unlike others, is left without a GPU."""
+
+
 @dataclass
 class Ranks:
     """This process among those that torchrun started, or alone."""
@@ -48,11 +52,11 @@ class Ranks:
     def device(self, name: str | None) -> torch.device:
         """The device that `name` means for this rank, the current one from now on: a GPU of its own where it is a GPU.
 
-        ValueError for a device that cannot be used, and if there are fewer GPUs than ranks on this node.
+        ValueError for a device that cannot be used, NoGPU if there are fewer GPUs than ranks on this node.
         """
         if self.world > 1 and (name or "cuda").startswith("cuda") and (count := torch.cuda.device_count()):
             if self.local >= count:
-                raise ValueError(
+                raise NoGPU(
                     f"process {self.local} of this node has no GPU, there are {count}: start torchrun with "
                     f"--nproc-per-node {count} at most"
                 )
