@@ -20,8 +20,8 @@ from toy import save_tiny
 
 import pipeline
 import sample_ddp
-from diffusion import DDIM
 from checkpoint import save_checkpoint
+from diffusion import DDIM
 from fid_run import images, job, record, worker
 from fid_run.labels import make_labels
 from models import DiT
