@@ -16,7 +16,7 @@ from toy import save_tiny
 import sample_ddp
 
 ROOT = Path(__file__).resolve().parents[1]
-COUNT, LONG = 11, 150  # LONG: seconds after which a process that should have ended has failed
+COUNT, LONG = 11, 600  # LONG: seconds after which a process that should have ended has failed
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 CHILD = f"""
 import os, signal, sys, time
@@ -337,8 +337,9 @@ def test_without_torchrun_a_mistake_of_rank_0_ends_the_others(flags, whole, tmp_
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
 def test_a_signal_in_the_first_seconds_has_the_exit_code_of_a_signal(tmp_path, number, code):
     process = start(sys.executable, ROOT / "sample_ddp.py", "--sample-dir", tmp_path)
-    time.sleep(0.7)  # while torch is being imported
-    process.send_signal(number)
+    status = Path(f"/proc/{process.pid}/status")
+    until(lambda: int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16) >> (signal.SIGUSR1 - 1) & 1)
+    process.send_signal(number)  # while torch is being imported
     assert end(process) == (code, "", "")
 
 
