@@ -112,10 +112,8 @@ def find_profile(method: str, name: str, info: RunInfo) -> Profile:
     make = f"make one with {command(method)}"
     if name == "auto":
         paths = sorted(path for path in FOLDER.glob(f"{method}*") if path.suffix in SUFFIXES)
-    elif Path(name).is_file():
-        paths = [Path(name)]
     else:
-        raise ValueError(f"{method}: profile={name} does not exist; {make}")
+        paths = [Path(name)]
     wrong = {}
     for path in paths:
         profile = load_profile(path)

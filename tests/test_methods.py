@@ -11,7 +11,7 @@ from adacorr.__main__ import allowed, assignment, main
 from adacorr.policies import calibrated
 from adacorr.spec import option
 
-HEADS = [*(f"--cache {name}" for name in policies.names()), "--adacorr", "--adacorr literal"]
+HEADS = [*(f"--cache {name}" for name in policies.policies()), "--adacorr", "--adacorr literal"]
 KINDS = [*policies.policies().values(), AdaCorrection, Algorithm1]
 
 
@@ -80,7 +80,7 @@ def test_one_method_is_described_in_full(capsys, head, kind):
         ([], ["command"]),
         (["method"], ["method", "methods"]),
         (["methods", "--colour"], ["--colour"]),
-        (["methods", "teacach"], ["teacach", *policies.names(), "adacorr", "literal"]),
+        (["methods", "teacach"], ["teacach", *policies.policies(), "adacorr", "literal"]),
     ],
 )
 def test_mistakes_are_one_line(capsys, argv, words):

@@ -49,10 +49,8 @@ class FirstBlock(Policy):
     def units(self, depth: int) -> list[Unit]:
         end = depth - self.back
         if self.front >= end:
-            raise ValueError(
-                f"first_block: front={self.front} and back={self.back} must leave a block to reuse, and the model "
-                f"has {depth}"
-            )
+            given = f"first_block: front={self.front} and back={self.back}"
+            raise ValueError(f"{given} must leave a block to reuse, and the model has {depth}")
         return [Unit(0, self.front), Unit(self.front, end), *([Unit(end, depth)] if self.back else [])]
 
     def probe(self, depth: int) -> int:
