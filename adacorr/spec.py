@@ -83,14 +83,7 @@ def spell_value(value: Value) -> str:
     return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
 
 
-def option(
-    default: Value,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-    choices: tuple[Value, ...] | None = None,
-) -> Any:
+def option(default: Value, *, low=None, high=None, above=None, choices: tuple[Value, ...] | None = None) -> Any:
     """A dataclass field that is an option: low <= value <= high, value > above, or one of `choices`.
 
     `check_options` holds the values to it. None, where an option's type has it, is outside of every range and allowed.

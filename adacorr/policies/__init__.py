@@ -36,6 +36,11 @@ def policies() -> dict[str, type[Policy]]:
     return dict(sorted(_POLICIES.items()))
 
 
+def names() -> list[str]:
+    """All methods by name."""
+    return list(policies())
+
+
 def calibrated() -> dict[str, type[Policy]]:
     """The methods that are measured on a model before they run, by name: see `python calibrate.py`."""
     return {name: kind for name, kind in policies().items() if kind.calibration is not None}

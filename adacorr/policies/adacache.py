@@ -99,7 +99,7 @@ def read_codebook(text: str) -> tuple[np.ndarray, np.ndarray]:
     rising = all(a < b for a, b in zip([0.0, *keys], keys, strict=False))
     if not keys or not rising or not math.isfinite(keys[-1]) or not falling or rates[-1] < 1:
         raise ValueError(
-            f"adacache: codebook={text!r} must be one of {', '.join(CODEBOOKS)}, or KEY:RATE/... with rising keys above "
-            "0 and whole rates of at least 1 that do not rise, such as 0.1:3/0.2:2"
+            f"adacache: codebook={text!r} must be one of {', '.join(CODEBOOKS)}, or KEY:RATE/... with rising keys "
+            "above 0 and whole rates of at least 1 that do not rise, such as 0.1:3/0.2:2"
         )
     return np.array(keys), np.array([*rates, 1])
