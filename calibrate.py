@@ -7,8 +7,8 @@ A profile holds for the checkpoint, sampler, steps and guidance that it was made
 suffix of --out picks the format: .json, or .safetensors for methods with large arrays. Profiles of the bundled
 checkpoint at the default settings ship with the package and are what profile=auto finds.
 
-The noise is that of seed 2147483648 + --seed, which is no seed to evaluate on: nothing is fitted to images that are
-judged later. Labels are spread evenly over the classes. Runs from the root of a clone.
+The noise is that of seed 2147483648 + --seed, so that nothing is fitted to images that are judged later. Labels are
+spread evenly over the classes. Runs from the root of a clone.
 """
 
 import argparse
@@ -33,7 +33,7 @@ SEED_OFFSET = 2**31  # no seed that anybody evaluates on
 
 
 def observe(calibration: Calibration, pipe: pipeline.Pipeline, seed: int, images: int, batch_size: int) -> None:
-    """Run a pipeline uncached on `images` images under the eyes of a calibration."""
+    """Run a pipeline uncached on `images` images, and show every step to the calibration."""
     classes = pipe.model.num_classes
     for start in range(0, images, batch_size):
         indices = np.arange(start, min(start + batch_size, images))

@@ -12,6 +12,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 from adacorr.policy import Policy
+from adacorr.profile import command
 from adacorr.spec import build, hint, parse_spec
 
 _POLICIES: dict[str, type[Policy]] = {}
@@ -71,8 +72,6 @@ def make_policy(spec: str) -> Policy:
     policy = build(known[name], name, options)
     profile = options.get("profile")
     if profile not in (None, "auto") and not Path(str(profile)).is_file():  # before anything heavy is loaded
-        raise ValueError(
-            f"{name}: profile={profile} does not exist; make one with python calibrate.py --cache {name} "
-            "--out FILE, or give profile=auto for the shipped one"
-        )
+        way_out = f"make one with {command(name)}, or give profile=auto for the shipped one"
+        raise ValueError(f"{name}: profile={profile} does not exist; {way_out}")
     return policy

@@ -54,13 +54,8 @@ class SmoothCache(Policy):
 
 def scan(error: np.ndarray, threshold: float, max_lag: int) -> np.ndarray:
     """The steps that one type computes, (S,) bool, from error[step, lag - 1] (S, K)."""
-    steps = len(error)
-    table = np.zeros(steps, dtype=bool)
-    step = 0
-    while step < steps:
-        table[step] = True
-        lag = 0
-        while lag < max_lag and step + lag + 1 < steps - 1 and error[step + lag + 1, lag] <= threshold:
-            lag += 1
-        step += lag + 1
+    last, table, lag = len(error) - 1, np.zeros(len(error), dtype=bool), 0  # lag: reused steps in a row
+    for step in range(len(error)):
+        table[step] = step in (0, last) or lag >= max_lag or not error[step, lag] <= threshold
+        lag = 0 if table[step] else lag + 1
     return table
