@@ -71,9 +71,3 @@ def check_first_bytes(path: Path, label: str | None = None) -> bytes:
     if text.startswith(b"version https://git-lfs"):
         raise ValueError(f"{label} is a Git LFS pointer, not the weights: run `git lfs pull` in its repository")
     return head
-
-
-def __getattr__(name: str) -> object:  # moved: these names live in checkpoint.py and adacorr/files.py; to be deleted
-    import checkpoint
-
-    return getattr(checkpoint, name)

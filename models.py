@@ -280,9 +280,6 @@ class DiT(nn.Module):
         mlp = 2 * 2 * tokens * width * hidden                                  # fc1 + fc2
         return attn + modulation, mlp + modulation
 
-    def block_flops(self):  # moved: tests/test_manager.py still asks for it
-        return sum(self.branch_flops())
-
     def gate_flops(self):
         """FLOPs per row of only the two gates of one block, two of the six outputs of its adaLN linear."""
         return 2 * 2 * self.hidden_size * self.hidden_size
@@ -315,9 +312,6 @@ def guide(out, cfg_scale, num_noise_channels, cfg_channels=3):
     cond, uncond = out.chunk(2)                                   # 2 x (N, C, H, W)
     guided = uncond[:, :channels] + cfg_scale * (cond[:, :channels] - uncond[:, :channels])
     return torch.cat([guided, cond[:, channels:]], dim=1) if channels < out.shape[1] else guided
-
-
-guide_first = guide  # moved: pipeline.py still asks for it under this name
 
 
 # --------------------------------------------------------------------------------- Positions and argument checks

@@ -17,7 +17,7 @@ from adacorr.policies import names as policy_names
 from adacorr.run import take_rows
 from checkpoint import BUNDLED, VAES, Checkpoint, build_model, load_checkpoint, load_vae, released_name
 from diffusion import Sampler, linear_betas, make_sampler, names
-from models import DiT, DiT_models, guide_first, guided_channels
+from models import DiT, DiT_models, guide, guided_channels
 from runtime import DTYPES, check_range, find_device, random_stream
 
 VAE_SCALE = 0.18215  # latents of the stable-diffusion VAE that DiT was trained on have unit variance after this factor
@@ -280,7 +280,7 @@ def sample_latents(
         if not guided:
             return model(z, t, take_rows(labels, images)).float()
         y = torch.cat([take_rows(labels, images), null[: len(images)]])
-        return guide_first(model(z, t, y), cfg_scale, model.in_channels, cfg_channels).float()
+        return guide(model(z, t, y), cfg_scale, model.in_channels, cfg_channels).float()
 
     def advance(step: int, x: Tensor, out: Tensor, images: np.ndarray) -> Tensor:
         wanted = sampler.stochastic and step_noise is not None

@@ -25,6 +25,10 @@ class LeaderFailed(Exception):
     """Rank 0 has ended and said why; the others leave without a word."""
 
 
+class NoGPU(ValueError):
+    """This rank, unlike others, is left without a GPU."""
+
+
 @dataclass
 class Ranks:
     """This process among those that torchrun started, or alone."""
@@ -48,11 +52,11 @@ class Ranks:
     def device(self, name: str | None) -> torch.device:
         """The device that `name` means for this rank, the current one from now on: a GPU of its own where it is a GPU.
 
-        ValueError for a device that cannot be used, and if there are fewer GPUs than ranks on this node.
+        ValueError for a device that cannot be used, NoGPU if there are fewer GPUs than ranks on this node.
         """
         if self.world > 1 and (name or "cuda").startswith("cuda") and (count := torch.cuda.device_count()):
             if self.local >= count:
-                raise ValueError(
+                raise NoGPU(
                     f"process {self.local} of this node has no GPU, there are {count}: start torchrun with "
                     f"--nproc-per-node {count} at most"
                 )
@@ -95,8 +99,8 @@ class Ranks:
             values /= self.world
         return values
 
-    def from_leader(self, job: Callable[[], T]) -> T:
-        """What `job` returns on rank 0, the only one that runs it, on every rank.
+    def from_leader(self, job: Callable[[], T] | None) -> T:
+        """What `job` returns on rank 0, the only one that runs it or needs one, on every rank.
 
         What it raises is raised on rank 0 alone. The others get LeaderFailed only when rank 0 has left the group, so it
         has said by then what went wrong, and nobody ends it before.

@@ -140,17 +140,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def end_on_signals() -> None:
-    """Until the job is set up, a signal ends this process at once; under torchrun, so does the end of the launcher.
+    """Until the job is set up, a signal ends this process at once; under a launcher, so does the launcher's end.
 
     Ranks that wait for each other do so in C++, where no handler of Python's runs: there the system ends them.
     """
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        for number, code in ((signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)):
-            signal.signal(number, lambda *_, code=code: os._exit(code))
-    else:
+    if "RANK" in os.environ:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         with suppress(OSError, AttributeError):  # Linux alone has it
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: SIGTERM when the parent dies
+    else:
+        for number, code in ((signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)):
+            signal.signal(number, lambda *_, code=code: os._exit(code))
 
 
 if __name__ == "__main__":

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 
+from adacorr import CacheManager
 from adacorr.command import Parser, run_command
 from benchmarks.tables import show
+from checkpoint import Checkpoint
 from diffusion import make_sampler
-from download import Checkpoint
 from evaluate.bench import Bench, Setting
 from models import DiT_models
 from pipeline import Pipeline
@@ -43,6 +44,7 @@ def measure(args: argparse.Namespace) -> Iterator[tuple[dict[str, str], dict]]:
     device, setting = find_device(args.device), Setting(args.cache, args.adacorr)
     if setting == Setting():
         setting = Setting(adacorr="budget=8")
+    CacheManager.of(setting.cache, setting.adacorr)  # a mistake in them shows before the model is built
     model = random_model(args.model, args.image_size, device, DTYPES[args.dtype])
     if args.compile:
         for block in model.blocks:

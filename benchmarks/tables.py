@@ -32,6 +32,7 @@ GAMMA = (
     *(f"budget={budget}" for budget in (5, 6, 7, 8)),
     *("rewind=false", "difference=false", "order=1", "order=3", "gate_error=0.001"),
 )
+SOLUTION_STEPS, DDIM_STEPS = 1000, (50, 100, 250)  # of table exact
 PROTOCOLS = {
     "20 steps": {"steps": 20},
     "100 steps": {"steps": 100},
@@ -74,11 +75,11 @@ def protocol(pipe: Pipeline, args: argparse.Namespace) -> Lines:
 
 def exact(pipe: Pipeline, args: argparse.Namespace) -> Lines:
     """PSNR to the 1000-step DDIM solution, by full evaluations (both guidance halves) of the network."""
-    bench = Bench(pipe, args.seed, args.images, solution_steps=1000)
+    bench = Bench(pipe, args.seed, args.images, SOLUTION_STEPS)
     solvers = ("dpmsolver++:use_lu_lambdas=true", "dpmsolver++", "unipc")
     runs = {"uncached DDIM-50": Setting(sampler="ddim", steps=50)}
     runs |= {f"uncached {s}, {n} steps": Setting(sampler=s, steps=n) for n in (8, 12, 15) for s in solvers}
-    for steps in (50, 100, 250):
+    for steps in DDIM_STEPS:
         for budget in (6, 7, 8, 10):
             setting = Setting(adacorr=f"budget={budget}", sampler="ddim", steps=steps)
             runs[f"--adacorr {setting.adacorr}, DDIM-{steps}"] = setting

@@ -54,29 +54,27 @@ def run(args: argparse.Namespace | None, ranks: Ranks) -> int:
     signals = Signals()
     with ExitStack() as stack:
         ranks.open(torch.device("cpu"), PATIENCE)
-        stack.callback(ranks.close)
-        leader = None
-        if ranks.rank == 0:
+        leader = Leader(args, ranks, stack) if ranks.rank == 0 else None
+        if leader:
             stack.enter_context(signals)
-            leader = Leader(args, ranks, stack)
-        job = ranks.from_leader(lambda: leader.prepare())
+        # The others wait in C++, where no handler of Python's runs: their signals are still the system's.
+        job = ranks.from_leader(leader and leader.prepare)
         if job is None:
+            ranks.close()
             return 0
         folder = RunFolder(job.path)
-        if leader is None:
+        if leader:
+            stack.enter_context(leader.session())
+        else:
             set_up(job.args, ranks)
             stack.enter_context(folder.join(job.token, ranks.rank))
-        else:
-            stack.enter_context(leader.session())
         ranks.barrier(READY)
         ranks.close()  # there is no collective from here on: ranks may lag, fail or end on their own
-        if leader is None:
+        if not leader:
             stack.enter_context(signals)
-            pipe, cache = load(job.args)
-        else:
-            pipe, cache = leader.pipe, leader.cache
+        pipe, cache = (leader.pipe, leader.cache) if leader else load(job.args)
         work(job, folder, ranks, signals, pipe, cache)
-        if leader is not None:
+        if leader:
             leader.finish()
     return 0
 

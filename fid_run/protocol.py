@@ -13,7 +13,7 @@ from torch import Tensor
 import pipeline
 from adacorr import CacheManager
 from adacorr.files import file_sha256
-from download import VAE_FACTOR, model_name
+from checkpoint import VAE_FACTOR, model_name
 from models import DiT_models
 from pipeline import Pipeline
 

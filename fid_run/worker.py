@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adacorr import CacheManager
 from adacorr.command import Failure
-from download import build_model
+from checkpoint import build_model
 from pipeline import Pipeline
 from runtime import Interrupted, Signals, allow_tf32
 

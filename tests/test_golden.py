@@ -22,11 +22,10 @@ from pipeline import ModelOptions, load  # noqa: E402
 
 # name: sampler, steps, --cache, --adacorr
 CASES = {
-    "uncached": ("ddim", 6, None, None),
-    "adacorr": ("ddim", 16, None, "gamma=0.5"),
-    "corrected": ("ddim", 12, "first_block:threshold=0.3", "gamma=0.5,difference=false"),
-    "alone": ("ddim", 10, "dicache:threshold=0.3", None),
-    "ddpm": ("ddpm", 8, "interval:every=3,order=1", None),
+    "uncached": ("ddim", 5, None, None),
+    "adacorr": ("ddim", 14, None, "gamma=0.5"),
+    "corrected": ("ddim", 10, "first_block:threshold=0.3", "gamma=0.2"),
+    "ddpm": ("ddpm", 6, "interval:every=3,order=1", None),
 }
 
 

@@ -136,9 +136,9 @@ def test_stored_residuals_are_reused_as_they_were(model):
 
 def test_images_with_steps_of_their_own_equal_images_alone(model):
     own = ((0, 2, 5), (0, 1, 6, 7), (0, 5))
-    manager = CacheManager(Scheduled(own, branches(2)))
+    manager = CacheManager(Scheduled((*own[:2], (5,)), branches(2)))
     out = sample(model, cache=manager)
-    assert computed(manager) == [list(s) for s in own]
+    assert computed(manager) == [list(s) for s in own]  # without a past a unit runs, whatever the policy says
     for i, steps in enumerate(own):
         alone = sample_with(Twin("branches", steps, times(10), 2), model, labels=LABELS[i : i + 1], first=i)
         near(out[i : i + 1], alone, rel=1e-4)
@@ -295,12 +295,23 @@ def test_the_trace_says_what_was_computed_and_rewound(model):
     assert (trace.score[scored] > 0).all()
     blocks = 3 * sum(len(s) for half in (0, 1) for s in computed(manager, half))
     total = 30 * 3 * 3 * 2
-    executed = blocks * model.block_flops() + total * model.gate_flops()
-    assert trace.compute == pytest.approx(executed / (total * model.block_flops()))
+    executed = blocks * sum(model.branch_flops()) + total * model.gate_flops()
+    assert trace.compute == pytest.approx(executed / (total * sum(model.branch_flops())))
     assert trace.hit_rate == pytest.approx(1 - blocks / total)
     between = [b - a - 1 for steps in computed(manager) for a, b in zip(steps, steps[1:], strict=False)]
     assert trace.rewound == sum(between) > 0
     assert manager.bytes > 0
+
+
+@pytest.mark.parametrize("correction", [None, AdaCorrection(gamma=0.3)], ids=str)
+def test_modulations_that_are_made_for_a_rule_are_counted(model, correction):
+    manager = CacheManager(make_policy("teacache:threshold=0.3,profile=none"), correction)
+    sample(model, steps=20, cache=manager)
+    seen = 1 if correction else 2  # halves that the policy looks at
+    idle = (manager.trace.executed[:, 0, :, :, :seen] == 0).sum()  # branches of the first block, whose input it reads
+    gates = 20 * 3 * 3 * 2 * model.gate_flops() if correction else 0
+    assert manager.trace.extra_flops == gates + 6 * 32 * 32 * idle
+    assert idle > 0
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
@@ -324,7 +335,7 @@ def test_a_budget_is_used_up_and_never_exceeded(model, steps, cfg_scale):
         for difference in (True, False):
             manager = corrected(budget=budget, difference=difference)
             sample(model, steps=steps, cfg_scale=cfg_scale, cache=manager)
-            gates = steps * model.gate_flops() / model.block_flops()
+            gates = steps * model.gate_flops() / sum(model.branch_flops())
             halves = manager.trace.halves
             infers = difference and halves == 2
             ran, both = split_budget(budget - gates, steps, halves, cfg_scale - 1 if infers else None)

@@ -20,8 +20,8 @@ from toy import save_tiny
 
 import pipeline
 import sample_ddp
+from checkpoint import save_checkpoint
 from diffusion import DDIM
-from download import save_checkpoint
 from fid_run import images, job, record, worker
 from fid_run.labels import make_labels
 from models import DiT
@@ -492,7 +492,7 @@ def test_a_folder_that_is_deleted_in_mid_run_is_named_and_not_made_again(ddp, mo
     monkeypatch.setattr(worker.Sampling, "batch", deleting)
     code, _, _, err = ddp()
     assert code == 1
-    assert "was deleted or changed while the job was at work" in one_line(err)
+    assert "was deleted, or its record changed, while the job was at work" in one_line(err)
     assert not list(Path.cwd().glob("out/*/images"))
 
 
@@ -578,6 +578,18 @@ def test_a_place_that_cannot_be_written_is_told_before_the_model_is_loaded(ddp, 
         code, _, _, err = ddp(where=tmp_path / place)
         assert code == 2
         assert words in one_line(err)
+
+
+def test_a_folder_that_cannot_be_written(ddp, monkeypatch):
+    """By the lock, which is a file in it: os.access says yes to root even where the server says no."""
+
+    def refuse(*_, **__):
+        raise OSError(30, "Read-only file system", "out/NAME/lock")
+
+    monkeypatch.setattr(record.FileLock, "acquire", refuse)
+    code, _, _, err = ddp()
+    assert code == 2
+    assert "Read-only file system: 'out/NAME/lock'" in one_line(err)
 
 
 @pytest.mark.parametrize(
@@ -774,7 +786,7 @@ def test_running_out_of_memory_names_the_knobs(ddp, monkeypatch):
     assert len(contents(folder)) == 2
 
 
-def test_a_mistake_after_the_start_is_a_failure_and_names_the_file(ddp, monkeypatch):
+def test_an_error_in_finishing_is_a_failure(ddp, monkeypatch):
     """Whatever goes wrong once images are being made ends with 1: 2 would say that nothing was sampled."""
     with monkeypatch.context() as patch:
         patch.setattr(record.RunFolder, "succeed", lambda *_: (_ for _ in ()).throw(OSError("the server is gone")))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,15 +16,18 @@ from toy import save_tiny
 import sample_ddp
 
 ROOT = Path(__file__).resolve().parents[1]
-COUNT, LONG = 11, 120  # LONG: seconds after which a process that should have ended has failed
+COUNT, LONG = 11, 150  # LONG: seconds after which a process that should have ended has failed
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 CHILD = f"""
 import os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import sample_ddp
-from ddp import image_store, ranks, worker
-from datetime import timedelta
+sample_ddp.end_on_signals()
 rank = int(os.environ.get("RANK", 0))
+if rank == int(os.environ.get("LATE", -1)):
+    time.sleep(5)
+from datetime import timedelta
+from fid_run import images, job, record, worker
 """
 SLOW = """
 batch, done = worker.Sampling.batch, []
@@ -45,7 +49,7 @@ def flags(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(flags, tmp_path_factory):
-    """The folder that one undisturbed process makes, on other batches."""
+    """The folder that one undisturbed process makes."""
     place = tmp_path_factory.mktemp("whole")
     assert sample_ddp.main([*flags, str(place), "--per-proc-batch-size", "5"]) == 0
     return folder_in(place)
@@ -58,7 +62,7 @@ def folder_in(place):
 
 def same(folder, whole):
     """Whether two run folders hold the same bytes as images and as .npz, and nothing unfinished."""
-    images = [{p.name: p.read_bytes() for p in (path / "images").iterdir()} for path in (folder, whole)]
+    images = [{p.name: p.read_bytes() for p in (path / "images").glob("*.png")} for path in (folder, whole)]
     packed = [path.with_name(f"{path.name}.npz").read_bytes() for path in (folder, whole)]
     assert not [path for path in folder.parent.rglob("*.tmp")]
     assert len(images[1]) == COUNT
@@ -71,10 +75,22 @@ def script(tmp_path, code=""):
     return str(path)
 
 
+STARTED = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    """A test that fails leaves no process behind."""
+    yield
+    while STARTED:
+        STARTED.pop().kill()
+
+
 def start(*command, **variables):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in variables.items()}}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([str(part) for part in command], env=environment, **pipes)
+    STARTED.append(subprocess.Popen([str(part) for part in command], env=environment, **pipes))
+    return STARTED[-1]
 
 
 def start_ranks(world, *command):
@@ -92,16 +108,30 @@ def end(process):
     return process.returncode, out, err
 
 
-def wait_for_images(place, count, process):
+def until(condition, process=None):
     deadline = time.monotonic() + LONG
-    while len(list(place.glob("*/images/*.png"))) < count:
-        assert process.poll() is None, process.communicate()
+    while not condition():
+        assert process is None or process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
-def states(folder):
-    return [json.loads(path.read_text())["state"] for path in sorted((folder / "ranks").iterdir())]
+def images_in(place):
+    return list(place.glob("*/images/*.png"))
+
+
+def ranks_of(process):
+    """The processes that a launcher started, once they are there."""
+    listed = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    until(lambda: len(listed.read_text().split()) == 2, process)
+    return [int(pid) for pid in listed.read_text().split()]
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def sessions(folder):
@@ -116,21 +146,20 @@ def go_on(flags, place):
 def test_torchrun_gives_the_same_bytes_and_nobody_waits_in_a_collective(flags, whole, tmp_path):
     # Rank 0 packs for longer than a collective may take: the others have left by then.
     slow_pack = """
-sample_ddp.PATIENCE = timedelta(seconds=5)
-pack = sample_ddp.pack
+job.PATIENCE = timedelta(seconds=5)
+pack = job.pack
 def slow(*job):
     time.sleep(8)
     return pack(*job)
-sample_ddp.pack = slow
+job.pack = slow
 """
     code, out, err = end(start(*TORCHRUN, 2, script(tmp_path, slow_pack), *flags, tmp_path / "out"))
     assert code == 0, err
     folder = folder_in(tmp_path / "out")
     assert same(folder, whole)
-    assert out.count("packed") == 1
-    totals = json.loads((folder / "run.json").read_text())["statistics"]
-    assert {rank: part["images"] for rank, part in totals["ranks"].items()} == {"0": 6, "1": 5}
-    assert totals["images"] == COUNT
+    assert out.count("finished") == 1
+    assert [len((folder / "log" / f"rank-00{r}.jsonl").read_text().split()) > 5 for r in (0, 1)] == [True] * 2
+    assert json.loads((folder / "run.json").read_text())["statistics"]["images"] == COUNT
 
 
 def test_three_processes_give_the_same_bytes(flags, whole, tmp_path):
@@ -154,7 +183,7 @@ os.replace = dying
     code, _, _ = end(start(*TORCHRUN, 2, script(tmp_path, die), *flags, place))
     assert code != 0
     assert len(list(place.glob("*/images/.*.tmp"))) == 1
-    assert 2 <= len(list(place.glob("*/images/*.png"))) < COUNT
+    assert 2 <= len(images_in(place)) < COUNT
     go_on(flags, place)
     assert same(folder_in(place), whole)
     assert sessions(folder_in(place))[-1] == "complete"
@@ -163,16 +192,13 @@ os.replace = dying
 def test_sigterm_to_torchrun_and_fewer_processes_after_it(flags, whole, tmp_path):
     place = tmp_path / "out"
     process = start(*TORCHRUN, 2, script(tmp_path, f"LAST = 0.5{SLOW}"), *flags, place)
-    wait_for_images(place, 2, process)
+    until(lambda: len(images_in(place)) >= 2, process)
     process.send_signal(signal.SIGTERM)
     assert end(process)[0] != 0
     folder = folder_in(place)
     assert sessions(folder) == ["interrupted"]
-    assert states(folder) == ["interrupted"] * 2
-    assert not (folder / "lock").exists()
-    made = len(list((folder / "images").iterdir()))
-    assert 2 <= made < COUNT
-    assert made % 2 == 0 or made == COUNT - 1  # whole batches
+    assert 2 <= len(images_in(place)) < COUNT
+    assert not list(place.rglob("*.tmp"))
     go_on(flags, place)
     assert same(folder, whole)
     assert sessions(folder) == ["interrupted", "complete"]
@@ -202,20 +228,19 @@ def test_one_process_to_begin_with_and_three_to_end(flags, whole, tmp_path):
     """Also a second Ctrl-C: it ends the process at once, with whole files only."""
     place = tmp_path / "out"
     process = start(sys.executable, script(tmp_path, f"LAST = {LONG}{SLOW}"), *flags, place, "--grace", 1000)
-    wait_for_images(place, 4, process)
+    until(lambda: len(images_in(place)) >= 2, process)
     process.send_signal(signal.SIGINT)
     time.sleep(1.2)  # more than two that one keystroke may bring
     process.send_signal(signal.SIGINT)
     code, _, _ = end(process)
-    folder = folder_in(place)
     assert code == 130
-    assert all(path.read_bytes().endswith(b"IEND\xaeB`\x82") for path in (folder / "images").glob("*.png"))
+    assert all(path.read_bytes().endswith(b"IEND\xaeB`\x82") for path in images_in(place))
     ended = [end(process) for process in start_ranks(3, script(tmp_path), *flags, place)]
     assert [code for code, _, _ in ended] == [0, 0, 0], ended
-    assert same(folder, whole)
+    assert same(folder_in(place), whole)
 
 
-def test_a_rank_that_fails_alone_is_named_by_rank_0(flags, whole, tmp_path):
+def test_a_rank_that_fails_alone_leaves_the_rest_to_be_made(flags, whole, tmp_path):
     fail = """
 def failing(self, indices):
     raise RuntimeError("a GPU fell off the bus")
@@ -229,17 +254,106 @@ if rank == 1:
     assert (code, other) == (1, 1)
     assert "a GPU fell off the bus" in other_err
     assert err.count("\n") == 1, err
-    assert "rank 1" in err
-    assert "failed: RuntimeError: a GPU fell off the bus" in err
     assert "5 of 11 images are missing" in err
-    assert states(folder_in(place)) == ["done", "failed"]
     go_on(flags, place)
     assert same(folder_in(place), whole)
 
 
-def test_a_mistake_is_told_once(flags, whole, tmp_path):
+# --------------------------------------------------------------------------- launchers and ranks that are left
+
+
+def test_a_rank_that_outlived_its_job_keeps_the_next_one_out_even_with_overwrite(flags, tmp_path):
+    """It would write over the new images, and its end would be taken for that of the new rank."""
+    place = tmp_path / "out"
+    child = script(tmp_path, f"LAST = 0.5{SLOW.replace('time.sleep(', 'time.sleep(rank * 1000 + ')}record.WAIT = 2")
+    first, second = start_ranks(2, child, *flags, place)
+    until(lambda: len(images_in(place)) >= 2, first)
+    first.kill()
+    end(first)
+    folder = folder_in(place)
+    before = {path.name: path.read_bytes() for path in images_in(place)}
+    other = script(tmp_path, "record.WAIT = 2")
+    code, _, err = end(start(sys.executable, other, *flags, place, "--threads", 2, "--overwrite"))
+    assert code == 2
+    assert re.search(r"is in use by .*rank-001.lock is locked", err)
+    assert {path.name: path.read_bytes() for path in images_in(place)} == before
+    second.kill()
+    end(second)
+    assert end(start(sys.executable, other, *flags, place, "--threads", 2, "--overwrite"))[0] == 0
+    assert sessions(folder) == ["complete"]
+    assert len(images_in(place)) == COUNT
+
+
+@pytest.mark.parametrize("moment", ["in the rendezvous", "while images are made"])
+def test_ranks_end_with_their_launcher(flags, whole, tmp_path, moment):
+    """kill -9 of torchrun: neither those that wait in C++ for the others are left behind, nor those at work."""
+    place = tmp_path / "out"
+    wait = "if rank == 0: time.sleep(1000)" if moment == "in the rendezvous" else f"LAST = 1.0{SLOW}"
+    process = start(*TORCHRUN, 2, script(tmp_path, wait), *flags, place)
+    ranks = ranks_of(process)
+    if moment == "in the rendezvous":
+        time.sleep(8)
+    else:
+        until(lambda: len(images_in(place)) >= 2, process)
+    process.kill()
+    until(lambda: not any(map(alive, ranks)))
+    process.communicate()
+    go_on(flags, place)
+    assert same(folder_in(place), whole)
+
+
+def test_sigusr1_to_all_processes_of_a_job_that_has_not_begun(flags, tmp_path):
+    process = start(*TORCHRUN, 2, script(tmp_path, "if rank == 0: time.sleep(1000)"), *flags, tmp_path / "out")
+    ranks = ranks_of(process)
+    time.sleep(6)
+    for pid in (process.pid, *ranks):
+        os.kill(pid, signal.SIGUSR1)
+    until(lambda: not any(map(alive, ranks)))
+    process.communicate()
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_mistake_is_told_once_whichever_process_is_late(flags, whole, tmp_path, late):
+    """torchrun ends all processes with the first: none may end before rank 0 has said why."""
     place = str(whole.parent)
-    ended = [end(process) for process in start_ranks(2, script(tmp_path), *flags, place, "--threads", 2)]
+    for mistake, words in (
+        (["--threads", 2], "precision.threads: 1 in the folder, 2 asked"),
+        (["--format", "jpg"], "invalid choice: 'jpg'"),
+    ):
+        code, _, err = end(start(*TORCHRUN, 2, script(tmp_path), *flags, place, *mistake, LATE=late))
+        assert code == 1
+        assert err.count(words) == 1, err
+
+
+def test_without_torchrun_a_mistake_of_rank_0_ends_the_others(flags, whole, tmp_path):
+    ended = [end(p) for p in start_ranks(2, script(tmp_path), *flags, str(whole.parent), "--threads", 2)]
     assert [code for code, _, _ in ended] == [2, 2]
     assert "".join(err for _, _, err in ended).count("\n") == 1, ended
-    assert "precision.threads: 1 in the folder, 2 asked" in ended[0][2]
+
+
+# ------------------------------------------------------------------------------------- the script by itself
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_a_signal_in_the_first_seconds_has_the_exit_code_of_a_signal(tmp_path, number, code):
+    process = start(sys.executable, ROOT / "sample_ddp.py", "--sample-dir", tmp_path)
+    time.sleep(0.7)  # while torch is being imported
+    process.send_signal(number)
+    assert end(process) == (code, "", "")
+
+
+def test_closed_streams_and_a_full_log_do_not_end_the_job(flags, whole, tmp_path):
+    command = " ".join([sys.executable, str(ROOT / "sample_ddp.py"), *flags])
+    for number, redirection in enumerate(("2>&-", ">/dev/full", ">&- 2>&-")):
+        place = tmp_path / str(number)
+        assert subprocess.run(f"{command} {place} {redirection}", shell=True, timeout=LONG).returncode in (0, 120)
+        assert same(folder_in(place), whole)
+
+
+def test_a_mistake_in_the_options_is_told_without_the_heavy_imports(tmp_path):
+    code = "import sys, sample_ddp\nprint(sample_ddp.main(['--num-fid-samples', '0']), 'timm' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=LONG)
+    assert done.stdout == "2 False\n"
+    code, _, err = end(start(sys.executable, ROOT / "sample_ddp.py", "--num-fid-samples", 1, RANK="x"))
+    assert code == 2
+    assert err.endswith("error: the environment variable RANK is 'x', not a number as torchrun sets it\n")

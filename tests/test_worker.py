@@ -17,8 +17,8 @@ import pipeline
 import runtime
 from adacorr import AdaCorrection, CacheManager, make_policy
 from adacorr.command import Failure
+from checkpoint import Checkpoint
 from diffusion import make_sampler
-from download import Checkpoint
 from fid_run import worker
 from fid_run.worker import Sampling, plan, written_behind
 from pipeline import Pipeline

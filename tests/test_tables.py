@@ -1,0 +1,98 @@
+"""The benchmarks run on a small model and print what they write: benchmarks/tables.py and benchmarks/speed.py."""
+
+import json
+
+import pytest
+from toy import tiny_dit
+
+from adacorr import available
+from benchmarks import speed, tables
+from checkpoint import save_checkpoint
+
+
+@pytest.fixture
+def ckpt(tmp_path):
+    model = tiny_dit(input_size=16, patch_size=4)  # SSIM needs 11 pixels
+    save_checkpoint(tmp_path / "tiny.safetensors", model.state_dict(), model.config)
+    return tmp_path / "tiny.safetensors"
+
+
+def run(main, out, *words):
+    """The records of the JSON file that a command writes."""
+    assert main([*" ".join(map(str, words)).split(), "--out", str(out)]) == 0
+    return json.loads(out.read_text())["rows"]
+
+
+def printed(capsys):
+    """The cells of the printed table, line by line, without its head."""
+    lines = capsys.readouterr().out.splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    assert set(lines[1]) == {"|", "-"}
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
+
+
+def test_bytes_of_every_method(ckpt, tmp_path, capsys):
+    records = run(tables.main, tmp_path / "x.json", "memory --num-sampling-steps 6 --device cpu --ckpt", ckpt)
+    cells = printed(capsys)
+    assert [name.strip("`") for name, _, _ in cells] == [*available(), "--adacorr", "--adacorr literal"]
+    held = {record["method"]: record["bytes"] for record in records}
+    assert held["never"] == 0
+    assert held["interval"] == 3 * 2 * 2 * 16 * 32 * 4  # blocks, branches, halves, tokens, width, float32
+    assert held["teacache"] is None  # a table cannot stop at a method that needs a profile of this model
+    assert dict((name.strip("`"), text) for name, _, text in cells)["teacache"].startswith("refused: teacache has no")
+    for (_, granularity, text), record in zip(cells, records, strict=True):
+        assert granularity == record["granularity"]
+        assert record["bytes"] is None or text == f"{record['bytes'] / 1e6:.2f}"
+
+
+def test_compared_tables(ckpt, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tables, "GAMMA", ("gamma=1", "budget=3"))
+    changes = {"5 steps": {"steps": 5}, "batch 1": {"images": 1}, "guidance 1": {"cfg_scale": 1.0}}
+    monkeypatch.setattr(tables, "PROTOCOLS", changes)
+    common = "--images 2 --num-sampling-steps 8 --device cpu --ckpt", ckpt
+    records = run(tables.main, tmp_path / "x.json", "gamma", *common)
+    assert [row[0] for row in printed(capsys)] == ["`--adacorr gamma=1`", "`--adacorr budget=3`"]
+    assert records[1]["compute"] <= 3 / 8 + 0.02  # and the gates
+    records += run(tables.main, tmp_path / "x.json", "protocol", *common)
+    assert [row[0] for row in printed(capsys)] == [f"`--adacorr, {what}`" for what in changes]
+    assert [record["images"] for record in records] == [2, 2, 2, 1, 2]
+    for record in records:
+        assert record["speedup"] == record["seconds_uncached"] / record["seconds"] > 0
+        assert 0 < record["compute"] < 1.1
+        assert float(record["psnr"]["min"]) <= float(record["psnr"]["mean"])
+
+
+def test_distances_to_the_solution(ckpt, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tables, "SOLUTION_STEPS", 40)
+    monkeypatch.setattr(tables, "DDIM_STEPS", (16,))
+    records = run(tables.main, tmp_path / "x.json", "exact --images 1 --num-sampling-steps 6 --device cpu --ckpt", ckpt)
+    by_label = {record["what"]: record for record in records}
+    assert [row[0].strip("`") for row in printed(capsys)] == list(by_label)
+    assert by_label["uncached DDIM-50"]["evaluations"] == pytest.approx(50)
+    assert by_label["uncached unipc, 8 steps"]["evaluations"] == pytest.approx(8)
+    assert by_label["--adacorr budget=6, DDIM-16"]["evaluations"] == pytest.approx(6, abs=0.7)
+    assert by_label["uncached unipc, 15 steps"]["psnr"] > by_label["uncached unipc, 8 steps"]["psnr"]
+
+
+def test_speed(tmp_path, capsys):
+    small = "--model DiT-Ti/2 --image-size 32 --batch-size 1 2 --num-sampling-steps 4 --dtype fp32 --device cpu"
+    records = run(speed.main, tmp_path / "x.json", small, "--repeats 1 --cache interval:every=2")
+    assert [row[0] for row in printed(capsys)] == ["1", "2"]
+    assert [record["batch_size"] for record in records] == [1, 2]
+    assert records[0]["cache_bytes_per_image"] == records[1]["cache_bytes_per_image"] > 0
+    assert records[0]["compute"] < 1
+
+
+@pytest.mark.parametrize(
+    ("main", "argv", "words"),
+    [
+        (tables.main, ["gamma", "--images", "0"], "--images 0 is outside"),
+        (tables.main, ["gamma", "--sampler", "dimm"], "dimm"),
+        (speed.main, ["--cache", "intervall"], "did you mean interval"),
+        (speed.main, ["--repeats", "0"], "--repeats 0 is outside"),
+    ],
+)
+def test_mistakes_are_one_line(main, argv, words, capsys):
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n"), words in err) == ("", 1, True), err
