@@ -7,8 +7,8 @@ A profile holds for the checkpoint, sampler, steps and guidance that it was made
 suffix of --out picks the format: .json, or .safetensors for methods with large arrays. Profiles of the bundled
 checkpoint at the default settings ship with the package and are what profile=auto finds.
 
-The noise is that of seed 2147483648 + --seed, which is no seed to evaluate on: nothing is fitted to images that are
-judged later. Labels are spread evenly over the classes. Runs from the root of a clone.
+The noise is that of seed 2147483648 + --seed, so that nothing is fitted to images that are judged later. Labels are
+spread evenly over the classes. Runs from the root of a clone.
 """
 
 import argparse
@@ -33,7 +33,7 @@ SEED_OFFSET = 2**31  # no seed that anybody evaluates on
 
 
 def observe(calibration: Calibration, pipe: pipeline.Pipeline, seed: int, images: int, batch_size: int) -> None:
-    """Run a pipeline uncached on `images` images under the eyes of a calibration."""
+    """Run a pipeline uncached on `images` images, and show every step to the calibration."""
     classes = pipe.model.num_classes
     for start in range(0, images, batch_size):
         indices = np.arange(start, min(start + batch_size, images))
@@ -43,7 +43,6 @@ def observe(calibration: Calibration, pipe: pipeline.Pipeline, seed: int, images
 
 
 def run(args: argparse.Namespace, command_line: Sequence[str]) -> None:
-    """Load, observe, fit and write. ValueError or OSError for a mistake."""
     if args.cache not in calibrated():
         close = hint(args.cache.partition(":")[0], calibrated())
         raise ValueError(f"--cache {args.cache}: only {', '.join(calibrated())} are measured on a model{close}")
@@ -57,10 +56,10 @@ def run(args: argparse.Namespace, command_line: Sequence[str]) -> None:
     observe(calibration, pipe, seed, args.num_images, args.batch_size)
     arrays, notes = calibration.fit()
     notes |= {"checkpoint": pipe.checkpoint.path.name, "seed": seed, "images": args.num_images}
-    made_for = pipe.checkpoint.sha256, args.sampler, args.num_sampling_steps, args.cfg_scale
-    made_with = {"made_with": ["python", "calibrate.py", *command_line]}
-    save_profile(args.out, Profile(args.cache, arrays, *made_for, notes | made_with))
     shown = ", ".join(f"{key} {value}" for key, value in notes.items())
+    notes["made_with"] = ["python", "calibrate.py", *command_line]
+    made_for = pipe.checkpoint.sha256, args.sampler, args.num_sampling_steps, args.cfg_scale
+    save_profile(args.out, Profile(args.cache, arrays, *made_for, notes))
     print(f"{args.out}: {args.out.stat().st_size} bytes; {shown}")
 
 
@@ -71,8 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     methods = f"the method to measure for: {', '.join(calibrated())}"
     parser.add_argument("--cache", required=True, metavar="METHOD", help=methods)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the profile, .json or .safetensors")
-    drawn = f"drawn from seed {SEED_OFFSET} + --seed (default %(default)s)"
-    parser.add_argument("--num-images", type=int, default=16, help=drawn)
+    parser.add_argument("--num-images", type=int, default=16, help="images to measure on (default %(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="images at a time (default %(default)s)")
     pipeline.add_model_flags(parser)
     args = parser.parse_args(argv)

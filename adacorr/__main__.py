@@ -13,6 +13,7 @@ from dataclasses import Field, fields
 from adacorr.command import Parser, run_command
 from adacorr.correct import ALIASES, AdaCorrection, Algorithm1
 from adacorr.policies import policies
+from adacorr.spec import allowed, spell_value
 
 CORRECTIONS = {"adacorr": ("--adacorr", AdaCorrection, "step"), "literal": ("--adacorr literal", Algorithm1, "block")}
 
@@ -42,39 +43,17 @@ def docstrings(kind: type) -> list[str]:
 def assignment(option: Field) -> str:
     """KEY=DEFAULT, as it is written on the command line."""
     key = {field: alias for alias, field in ALIASES.items()}.get(option.name, option.name)
-    return f"{key}={_word(option.default)}"
-
-
-def allowed(option: Field) -> str:
-    """The values that an option may have; nothing for free text."""
-    low, high, above, choices = (option.metadata.get(key) for key in ("low", "high", "above", "choices"))
-    if choices or isinstance(option.default, bool):
-        return ", ".join(map(_word, choices or (True, False)))
-    if above is not None:
-        return f"above {above:g}"
-    if low is None:
-        return "" if high is None else f"at most {high:g}"
-    return f"at least {low:g}" if high is None else f"{low:g}..{high:g}"
-
-
-def _word(value) -> str:
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{key}={spell_value(option.default)}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns its exit code."""
-
-    def show_methods() -> None:
-        parser = Parser("adacorr", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-        command = parser.add_subparsers(required=True, dest="command").add_parser("methods", help="list the methods")
-        command.add_argument("name", metavar="NAME", nargs="?", choices=methods(), help="print all about this one")
-        name = parser.parse_args(argv).name
-        text = listing() if name is None else "\n\n".join([methods()[name][0], *docstrings(methods()[name][1])])
-        sys.stdout.write(text + "\n")
-
-    return run_command("adacorr", show_methods)
+    parser = Parser("adacorr", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command = parser.add_subparsers(required=True, dest="command").add_parser("methods", help="list the methods")
+    command.add_argument("name", metavar="NAME", nargs="?", choices=methods(), help="print all about this one")
+    name = parser.parse_args(argv).name
+    text = listing() if name is None else "\n\n".join([methods()[name][0], *docstrings(methods()[name][1])])
+    return run_command("adacorr", lambda: sys.stdout.writelines([text, "\n"]))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """Adaptive correction module (ACM): Eq. 6 and 7 of arXiv 2602.13357, and the options of both forms of the method."""
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from adacorr.offset import SCORE_FORMS
-from adacorr.spec import build, parse_options
+from adacorr.spec import build, check_options, option, parse_options
+
+ALIASES = {"lambda": "spatial_weight"}
 
 
 def correction_weight(score: Tensor, gamma: float = 1.0) -> Tensor:
@@ -32,15 +33,12 @@ class Algorithm1:
     the authors' README. It saves nothing and is here to show what the formulas do.
     """
 
-    gamma: float = 1.0
-    spatial_weight: float = 1.0
-    form: str = "paper"
+    gamma: float = option(1.0, low=0, high=1e6)
+    spatial_weight: float = option(1.0, low=0, high=1e6)
+    form: str = option("paper", choices=SCORE_FORMS)
 
     def __post_init__(self):
-        _check_range("gamma", self.gamma)
-        _check_range("lambda", self.spatial_weight)
-        if self.form not in SCORE_FORMS:
-            raise ValueError(f"literal: form={self.form!r} is unknown; choose one of {', '.join(SCORE_FORMS)}")
+        check_options("literal", self, ALIASES)
 
 
 @dataclass(frozen=True)
@@ -59,41 +57,21 @@ class AdaCorrection:
     difference_tolerance  the same for the guidance difference, on an offset weighted by |guidance - 1|
     """
 
-    gamma: float = 1.0
-    spatial_weight: float = 1.0
-    budget: float | None = None
-    order: int = 2
+    gamma: float = option(1.0, low=0, high=1e6)
+    spatial_weight: float = option(1.0, low=0, high=1e6)
+    budget: float | None = option(None, low=1, high=1000)
+    order: int = option(2, low=0, high=4)
     difference: bool = True
     rewind: bool = True
-    gate_error: float = 0.03
-    tolerance: float = 0.2
-    difference_tolerance: float = 0.03
+    gate_error: float = option(0.03, low=0, high=0.5)
+    tolerance: float = option(0.2, above=0, high=1e6)
+    difference_tolerance: float = option(0.03, above=0, high=1e6)
 
     def __post_init__(self):
-        _check_range("gamma", self.gamma)
-        _check_range("lambda", self.spatial_weight)
-        _check_range("gate_error", self.gate_error, high=0.5)
-        if not 0 <= self.order <= 4:
-            raise ValueError(f"adacorr: order={self.order} must lie in 0..4; 2 is the default")
-        for name in ("tolerance", "difference_tolerance"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"adacorr: {name}={getattr(self, name)} must be a positive number")
-        if self.budget is not None:
-            if not 1 <= self.budget <= 1000:
-                raise ValueError(f"adacorr: budget={self.budget} must lie in 1..1000 full evaluations")
-            if self.gamma != 1.0:
-                raise ValueError(
-                    f"adacorr: budget={self.budget} fixes the compute, so gamma={self.gamma} has no "
-                    "effect; give one of the two"
-                )
-
-
-ALIASES = {"lambda": "spatial_weight"}
-
-
-def _check_range(name: str, value: float, high: float = 1e6) -> None:
-    if not 0 <= value <= high:
-        raise ValueError(f"adacorr: {name}={value} must lie in 0..{high:g}")
+        check_options("adacorr", self, ALIASES)
+        if self.budget is not None and self.gamma != 1.0:
+            given = f"budget={self.budget} fixes the compute, so gamma={self.gamma} has no effect"
+            raise ValueError(f"adacorr: {given}; give one of the two")
 
 
 def parse_correction(text: str) -> AdaCorrection | Algorithm1:

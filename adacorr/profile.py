@@ -1,8 +1,7 @@
-"""Profiles: what a caching method knows about one model under one sampler, measured beforehand on uncached runs.
+"""Profiles: what a caching method knows about one model under one sampler, measured on uncached runs by calibrate.py.
 
-A profile is one file, `.json` or `.safetensors`, that carries the checkpoint's sha256, the sampler, the number of steps
-and the guidance it was made with, and is refused elsewhere. `python calibrate.py` makes them. Those of the bundled
-checkpoint ship in adacorr/profiles/ and are what `profile=auto` finds.
+A profile is one file that carries the checkpoint's sha256, the sampler, the number of steps and the guidance it was
+made with, and is refused elsewhere. Those in adacorr/profiles/ are what `profile=auto` finds.
 """
 
 import json
@@ -53,18 +52,13 @@ class Profile:
             lengths = zip(found or (), shape, strict=False)
             if found is None or len(found) != len(shape) or any(b not in (None, a) for a, b in lengths):
                 wanted = ", ".join("any" if length is None else str(length) for length in shape)
-                raise ValueError(
-                    f"{self.method}: the profile's {name} must have shape ({wanted}), and has {found or 'none'}; make "
-                    f"one with {command(self.method)}"
-                )
+                wrong = f"{self.method}: the profile's {name} must have shape ({wanted}), and has {found or 'none'}"
+                raise ValueError(f"{wrong}; make one with {command(self.method)}")
         return {name: self.arrays[name] for name in shapes}
 
 
 def save_profile(path: str | Path, profile: Profile) -> None:
-    """Write a profile; the suffix picks the format. JSON holds float64 in full; safetensors keeps the arrays' types.
-
-    The file appears whole or not at all. ValueError for another suffix.
-    """
+    """Write a profile, whole or not at all. JSON holds float64; .safetensors keeps types; ValueError for others."""
     check_suffix(path)
     with written_whole(path) as file:
         if Path(path).suffix == ".json":
@@ -105,17 +99,15 @@ def command(method: str) -> str:
 
 
 def find_profile(method: str, name: str, info: RunInfo) -> Profile:
-    """The profile that the option profile=`name` of a method means for a run: a file, or `auto` for the shipped one.
+    """The profile that profile=`name` of a method means for a run: a file, or `auto` for the shipped one.
 
     ValueError if there is none, or if it was made for another method, model, sampler, number of steps or guidance.
     """
     make = f"make one with {command(method)}"
     if name == "auto":
         paths = sorted(path for path in FOLDER.glob(f"{method}*") if path.suffix in SUFFIXES)
-    elif Path(name).is_file():
-        paths = [Path(name)]
     else:
-        raise ValueError(f"{method}: profile={name} does not exist; {make}")
+        paths = [Path(name)]
     wrong = {}
     for path in paths:
         profile = load_profile(path)

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import MISSING, asdict, field, fields
+from dataclasses import MISSING, Field, field, fields
 from typing import Any, get_type_hints
 
 Value = int | float | bool | str | None
@@ -54,34 +54,36 @@ def hint(word: str, among: Iterable[str]) -> str:
 def build(kind: type, name: str, options: dict[str, Value], aliases: dict[str, str] | None = None) -> Any:
     """An instance of the dataclass `kind` from the options of a spec.
 
-    Every key must be a field (or an alias of one) and every value of its default's type: a whole number serves as
+    Every key must be a field (or the alias in its place) and every value of the field's type: a whole number serves as
     a float. ValueError names the key, the value and what is allowed.
     """
-    aliases = aliases or {}
-    known = {f.name: f for f in fields(kind) if f.init}
-    hints = get_type_hints(kind)  # resolves quoted types, too
-    shown = sorted({next((a for a, n in aliases.items() if n == field), field) for field in known})
-    arguments = {}
+    known, hints, arguments = _options(kind, aliases), get_type_hints(kind), {}  # resolves quoted types, too
     for key, value in options.items():
-        field = aliases.get(key, key)
-        if field not in known or (field in aliases.values() and key not in aliases):
-            choices = ", ".join(shown) or "none"
-            raise ValueError(f"{name} has no option {key!r}; it has: {choices}{hint(key, shown)}")
-        arguments[field] = _typed(name, key, value, known[field].default, hints[field])
-    missing = [n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
-    if missing := [n for n in missing if n not in arguments]:
+        if key not in known:
+            choices = ", ".join(sorted(known)) or "none"
+            raise ValueError(f"{name} has no option {key!r}; it has: {choices}{hint(key, known)}")
+        arguments[known[key].name] = _typed(name, key, value, hints[known[key].name])
+    needed = {key: f.name for key, f in known.items() if f.default is MISSING and f.default_factory is MISSING}
+    if missing := [key for key, field in needed.items() if field not in arguments]:
         raise ValueError(f"{name} needs {', '.join(missing)}; give it as {name}:{missing[0]}=...")
     return kind(**arguments)
 
 
-def option(
-    default: Value,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-    choices: tuple[Value, ...] | None = None,
-) -> Any:
+def spell(name: str, part: Any, aliases: dict[str, str] | None = None) -> str:
+    """The shortest spec that builds `part`, a dataclass: its name and the options that are not the default."""
+    values = {key: (getattr(part, f.name), f.default) for key, f in _options(part, aliases).items()}
+    text = ",".join(f"{key}={spell_value(value)}" for key, (value, default) in values.items() if value != default)
+    return f"{name}:{text}" if text else name
+
+
+def spell_value(value: Value) -> str:
+    """What `parse_value` reads as the value, as short as that goes."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+
+
+def option(default: Value, *, low=None, high=None, above=None, choices: tuple[Value, ...] | None = None) -> Any:
     """A dataclass field that is an option: low <= value <= high, value > above, or one of `choices`.
 
     `check_options` holds the values to it. None, where an option's type has it, is outside of every range and allowed.
@@ -89,51 +91,46 @@ def option(
     return field(default=default, metadata={"low": low, "high": high, "above": above, "choices": choices})
 
 
-def check_options(name: str, part: Any) -> None:
+def allowed(option: Field) -> str:
+    """The values that an option may have, in words; nothing for free text."""
+    low, high, above, choices = (option.metadata.get(key) for key in ("low", "high", "above", "choices"))
+    if choices or isinstance(option.default, bool):
+        return ", ".join(map(spell_value, choices or (True, False)))
+    if low is not None and high is not None:
+        return f"{low:g}..{high:g}"
+    words = {"at least": low, "above": above, "at most": high}
+    return " and ".join(f"{word} {limit:g}" for word, limit in words.items() if limit is not None)
+
+
+def check_options(name: str, part: Any, aliases: dict[str, str] | None = None) -> None:
     """ValueError for the first option of a dataclass that is out of its range, with value and range; nan always is."""
-    for f in fields(part):
-        value, (low, high, above, choices) = getattr(part, f.name), _limits(f)
-        given = f"{name}: {f.name}={value!r}"
-        if choices is not None:
-            if value not in choices:
-                shown = ", ".join("none" if choice is None else str(choice) for choice in choices)
-                raise ValueError(f"{given} must be one of {shown}")
-        elif value is None:
+    for key, f in _options(part, aliases).items():
+        value, limits = getattr(part, f.name), f.metadata
+        if limits.get("choices"):
+            good, verb = value in limits["choices"], "be one of"
+        elif value is None or not limits:
             continue
-        elif above is not None and not value > above:
-            raise ValueError(f"{given} must be above {above:g}")
-        elif high is not None and not (-float("inf") if low is None else low) <= value <= high:
-            raise ValueError(f"{given} must lie in {low:g}..{high:g}")
-        elif low is not None and not value >= low:
-            raise ValueError(f"{given} must be at least {low:g}")
+        else:
+            low, high, above = (limits[key] for key in ("low", "high", "above"))
+            good = (
+                (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
+            )
+            verb = "be" if low is None or high is None else "lie in"
+        if not good:
+            raise ValueError(f"{name}: {key}={value!r} must {verb} {allowed(f)}")
 
 
-def _limits(f: Any) -> tuple[Any, ...]:
-    return tuple(f.metadata.get(key) for key in ("low", "high", "above", "choices"))
-
-
-def spell(name: str, part: Any, aliases: dict[str, str] | None = None) -> str:
-    """The shortest spec that builds `part`, a dataclass: its name and the options that are not the default."""
+def _options(kind: Any, aliases: dict[str, str] | None) -> dict[str, Field]:
+    """The fields that are options, by their alias or name."""
     names = {field: alias for alias, field in (aliases or {}).items()}
-    default = {f.name: f.default for f in fields(part) if f.init}
-    changed = [(names.get(k, k), v) for k, v in asdict(part).items() if k in default and v != default[k]]
-    text = ",".join(f"{key}={_write(value)}" for key, value in changed)
-    return f"{name}:{text}" if text else name
+    return {names.get(f.name, f.name): f for f in fields(kind) if f.init}
 
 
-def _write(value: Value) -> str:
-    """What `parse_value` reads as the value, as short as that goes."""
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
-
-
-def _typed(name: str, key: str, value: Value, default: Any, hint: Any) -> Value:
+def _typed(name: str, key: str, value: Value, hint: Any) -> Value:
     types = getattr(hint, "__args__", None) or (hint,)
     if type(value) in types:
         return value
     if type(value) is int and float in types:
         return float(value)
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
-    wanted = " or ".join(words.get(t, "none") for t in types)
-    raise ValueError(f"{name}: {key}={value!r} must be {wanted}")
+    raise ValueError(f"{name}: {key}={value!r} must be {' or '.join(words.get(t, 'none') for t in types)}")

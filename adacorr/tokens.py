@@ -14,10 +14,7 @@ MULTIPLE = 8  # moving tokens are rounded up to a multiple of it, so that images
 
 
 def moved(now: Tensor, before: Tensor) -> Tensor:
-    """Saliency: each token's squared change, the larger of both halves, over its image's largest one.
-
-    (halves, m, T, D) twice -> (m, T).
-    """
+    """Saliency (m, T): each token's squared change, the larger of both halves, over its image's largest one."""
     change = (now.float() - before.float()).square().sum(dim=-1).amax(dim=0)
     return change / change.amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
-from toy import begun, make_run, make_view, obeyed, ran, sample, sample_with, tiny_dit
+from toy import begun, make_run, make_view, obeyed, ran, sample, tiny_dit
 
 import adacorr.policies.ertacache as ertacache
 from adacorr import AdaCorrection, CacheManager, make_policy
@@ -16,8 +16,6 @@ from adacorr.policies.ertacache import adjusted, replay
 from adacorr.policy import Ran
 from adacorr.profile import Profile
 from diffusion import make_sampler
-
-KNOWN = {"model_id": "m", "sampler": "ddim", "cfg_scale": 1.5}
 
 
 @pytest.fixture(scope="module")
@@ -263,40 +261,6 @@ def test_long_runs_measure_15_lags(model):
     np.testing.assert_allclose(arrays["error"][17], 1 - 0.5 ** np.arange(1, 16), rtol=1e-5)
     np.testing.assert_allclose(arrays["error"][2], [0.5, 0.75] + [0] * 13, rtol=1e-5)
     np.testing.assert_allclose(arrays["phi"][2], [0.5, 0.25] + [0] * 13)  # |R_2 - R_3| is 4, |R_0 - R_2| is 3
-
-
-def test_thresholds_0_and_infinity(model, use):
-    use(np.ones((10, 15)))
-    assert torch.equal(sample(model, cache=CacheManager(make_policy("ertacache:threshold=0"))), sample(model))
-    manager = CacheManager(make_policy("ertacache:threshold=inf"))
-    out = sample(model, cache=manager)
-    assert bool(torch.isfinite(out).all())
-    assert bool((manager.trace.executed[0] == 1).all())
-    assert not manager.trace.executed[1:].any()
-    # A correction of nothing is plain reuse.
-    assert torch.equal(out, sample(model, cache=CacheManager(make_policy("ertacache:threshold=inf,rectify=none"))))
-
-
-def test_a_reused_step_adds_the_corrected_residual(model, use):
-    slope, offset = np.full((10, 15), 0.2), np.full((10, 15), -0.03)
-    use(np.ones((10, 15)), slope=slope, offset=offset)
-
-    class Corrected:
-        """The first step's residual r, and 0.8 r + 0.03 in every other step."""
-
-        held = None
-
-        def run_blocks(self, blocks, x, c):
-            if self.held is not None:
-                return x + 0.8 * self.held + 0.03
-            out = x
-            for block in blocks:
-                out = block(out, c)
-            self.held = out - x
-            return out
-
-    out = sample(model, cache=CacheManager(make_policy("ertacache:threshold=inf,rectify=all")))
-    assert_close(out, sample_with(Corrected(), model), rtol=1e-4, atol=1e-4)
 
 
 def test_a_run_without_the_correction_samples_on_the_adjusted_grid(use, model):

@@ -94,11 +94,3 @@ def test_a_run_is_the_plain_dual_cache(front, back, order):
     assert [manager.trace.computed_steps(i) for i in range(3)] == [steps] * 3
     # Order 1 is the same with difference quotients and polynomials.
     torch.testing.assert_close(out, sample_with(Dual(front, back, steps, order), model), rtol=1e-3, atol=1e-4)
-
-
-def test_at_threshold_infinity_the_front_alone_runs():
-    manager = CacheManager(make_policy("first_block:threshold=inf"))
-    sample(tiny_dit(), cache=manager)
-    assert manager.trace.executed[:, 0].all()
-    assert not manager.trace.executed[1:, 1:].any()
-    assert manager.trace.compute == pytest.approx((3 + 9) / 30)

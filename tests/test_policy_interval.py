@@ -2,9 +2,8 @@
 
 import pytest
 from by_hand import schedule
-from toy import sample, tiny_dit
 
-from adacorr import CacheManager, Predictor, make_policy
+from adacorr import Predictor, make_policy
 
 
 @pytest.mark.parametrize(("every", "count"), [(1, 50), (2, 26), (3, 18), (5, 11), (7, 8)])
@@ -35,9 +34,3 @@ def test_what_is_stored():
     assert make_policy("interval").predictor == Predictor("branches", order=0)
     assert make_policy("interval:order=2").predictor == Predictor("branches", order=2)
     assert make_policy("never").predictor is None
-
-
-def test_a_run_keeps_to_the_schedule():
-    manager = CacheManager(make_policy("interval:every=4"))
-    sample(tiny_dit(), cache=manager)
-    assert [manager.trace.computed_steps(i) for i in range(3)] == [[0, 1, 5, 9]] * 3

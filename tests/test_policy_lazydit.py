@@ -119,12 +119,6 @@ def test_each_branch_and_step_has_its_own_change(plain, tmp_path):
         assert found == [False, step == 3, False, False]
 
 
-def test_a_decision_that_was_not_obeyed_is_asked_for_again(plain, tmp_path):
-    profile = fitted(tmp_path / "p.safetensors", 0.0, 0.3)
-    policy, run = begun(plain, f"lazydit:threshold=0.5,profile={profile}")
-    assert [ask(policy, run, step, stream([[0.0]]), ATTN)[0] for step in range(1, 5)] == [False, True, True, True]
-
-
 def test_the_half_that_changes_more_decides(plain, tmp_path):
     profile = fitted(tmp_path / "p.safetensors", math.log(4), 0.1)
     policy, run = begun(plain, f"lazydit:threshold=0.35,profile={profile}", images=3, halves=2)
@@ -218,10 +212,7 @@ def test_halves_of_an_image_skip_only_together(plain, tmp_path):
         ({"depth": 3}, "for 2 blocks and 4 steps, as this run; it has them for 3 blocks and 4 steps"),
         ({"steps": 5}, "for 2 blocks and 4 steps, as this run; it has them for 2 blocks and 5 steps"),
         ({"width": 64}, r"must have the entry .* of shape \(1, 32\); its shape is \(1, 64\)"),
-        (
-            {"edit": lambda g: g.pop("block_1_mlp_lazy_learning_weight_2")},
-            "block_1_mlp_lazy_learning_weight_2 .* its shape is none",
-        ),
+        ({"edit": lambda g: g.pop("block_1_mlp_lazy_learning_weight_2")}, "block_1_mlp_.*_2 .* its shape is none"),
         ({"edit": dict.clear}, "must have entries block_0_attn"),
     ],
 )
@@ -242,13 +233,10 @@ def test_files_that_are_no_gates_are_refused_unexecuted(plain, tmp_path, monkeyp
     torch.save({"model": {}, "args": Trap()}, tmp_path / "trap.pt")
     torch.save({"weights": {}}, tmp_path / "other.pt")
     (tmp_path / "text.pt").write_text("no gates")
-    for name, words in (
-        ("trap.pt", "must be stand-in, or a torch file with the key 'model'"),
-        ("other.pt", "must be stand-in, or a torch file with the key 'model'"),
-        ("text.pt", "must be stand-in, or a torch file with the key 'model'"),
-        ("none.pt", "No such file"),
-    ):
-        with pytest.raises(ValueError, match=f"lazydit: gates=.*{words}") as caught:
+    for name in ("trap.pt", "other.pt", "text.pt", "none.pt"):
+        with pytest.raises(
+            ValueError, match="gates=.* must be stand-in, or a torch file with the key 'model'"
+        ) as caught:
             begun(plain, f"lazydit:gates={tmp_path / name}", steps=4)
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "sprung").exists()
@@ -288,17 +276,6 @@ def test_proposals_see_the_newest_computed_input_under_the_modulation_of_now(pla
     for block in plain.blocks:
         block.adaLN_modulation[1].bias.view(6, WIDTH)[[0, 3]] = -2 * PATTERN
     assert ask(policy, run, 2, other, question="propose") == [True, True]
-
-
-def test_modulations_for_a_proposal_are_left_for_the_run_to_count(plain, tmp_path):
-    profile = fitted(tmp_path / "p.safetensors", 0.0, 0.1)
-    policy, run = begun(plain, f"lazydit:profile={profile}")
-    tell(policy, run, 0, stream([[0.0]]))
-    view = make_view(run, 1, stream([[0.0]]))
-    policy.propose(view)
-    assert set(view.conditioning.made) == {0, 1}
-    assert view.account.extra_flops == 0
-    assert policy.bytes >= 4 * WIDTH * 4  # the means that proposals go by
 
 
 def observe(model, images, steps, log_change, batches=1):
@@ -350,17 +327,12 @@ def test_calibration_does_not_take_chance_for_a_gate():
     assert_close(arrays["offset"][0, 1:], np.float32(-2 - 0.1 * np.arange(1, 6)), atol=0.3, rtol=0)
 
 
-@pytest.mark.parametrize("cfg_scale", [1.0, 1.5])
-@pytest.mark.parametrize(
-    ("threshold", "steps"), [("0", list(range(10))), ("0.35", [0, 3, 6, 9]), ("inf", [0])], ids=["0", "0.35", "inf"]
-)
-def test_equal_changes_hold_the_branches_under_fresh_gates(model, tmp_path, threshold, steps, cfg_scale):
-    profile = fitted(tmp_path / "p.safetensors", 0.0, 0.1, units=6, cfg_scale=cfg_scale)
+@pytest.mark.parametrize(("threshold", "steps"), [("0", list(range(10))), ("0.35", [0, 3, 6, 9]), ("inf", [0])])
+def test_equal_changes_hold_the_branches_under_fresh_gates(model, tmp_path, threshold, steps):
+    profile = fitted(tmp_path / "p.safetensors", 0.0, 0.1, units=6)
     manager = CacheManager(make_policy(f"lazydit:threshold={threshold},profile={profile}"))
-    found = sample(model, cache=manager, cfg_scale=cfg_scale)
-    twin = Twin("branches", steps, make_sampler("ddim", 10).timesteps)
-    expected = sample(model, cfg_scale=cfg_scale) if threshold == "0" else sample_with(twin, model, cfg_scale=cfg_scale)
-    assert_close(found, expected)
+    found = sample(model, cache=manager)
+    assert_close(found, sample_with(Twin("branches", steps, make_sampler("ddim", 10).timesteps), model))
     assert [manager.trace.computed_steps(i) for i in range(3)] == [steps] * 3
 
 

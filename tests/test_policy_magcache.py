@@ -8,12 +8,9 @@ from toy import Twin, begun, make_run, make_view, obeyed, ran, sample, sample_wi
 import adacorr.policies.magcache as magcache
 from adacorr import CacheManager, make_policy
 from adacorr.calibration.magcache import MagCacheCalibration
-from adacorr.policies.magcache import skippable
 from adacorr.policy import Ran
 from adacorr.profile import Profile
 from diffusion import make_sampler
-
-KNOWN = {"model_id": "m", "sampler": "ddim", "cfg_scale": 1.5}
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +55,6 @@ def test_the_error_adds_up_until_a_computed_step(model, use_table):
     assert obeyed(policy, views) == [list(range(10))]
 
 
-def test_growth_and_decay_cancel_in_the_product(model, use_table):
-    # From 0: p is 0.5, 1, 0.5, 1, 0.5 and the sum 0.5, 0.5, 1, 1, 1.5. From 5: p is 2, 1, 2 and the sum 1, 1, 2.
-    use_table([1.0] + [0.5, 2.0] * 5)
-    policy, views = begun(model, "magcache:threshold=1,max_skip=9,retention=0", steps=11)
-    assert obeyed(policy, views) == [[0, 5, 8]]
-
-
 def test_every_table_gives_the_walk_of_the_release(model, use_table):
     rng = np.random.default_rng(5)
     for _ in range(40):
@@ -102,11 +92,6 @@ def test_what_was_really_computed_starts_the_sum_anew_image_by_image(model, use_
     assert policy.propose(views[7]).tolist() == [False, True]
 
 
-def test_the_table_has_no_past_and_no_first_step():
-    table = skippable(np.ones(6), threshold=0.0, max_skip=9, retention=0.0)
-    assert np.array_equal(table, np.triu(np.ones((6, 6), dtype=bool), k=1))
-
-
 def calibrate(calibration, model, residuals):
     """Show a batch of residuals, each (halves, n, T, D), step by step."""
     halves, images = residuals[0].shape[:2]
@@ -136,17 +121,6 @@ def test_the_calibration_means_the_ratios_of_tokens_images_and_halves(model):
     np.testing.assert_allclose(arrays["ratio"], [1.0, (2.5 + 3 * 1) / 4, (1 + 3 * 3) / 4], rtol=1e-6)
     assert notes["images"] == 4
     np.testing.assert_allclose(notes["spread_over_images"], [0.649519, 0.866025], atol=1e-6)
-
-
-def test_thresholds_0_and_infinity(model, use_table):
-    use_table([1.0] + [0.9] * 9)
-    assert torch.equal(sample(model, cache=CacheManager(make_policy("magcache:threshold=0"))), sample(model))
-    manager = CacheManager(make_policy("magcache:threshold=inf"))
-    out = sample(model, cache=manager)
-    assert bool(torch.isfinite(out).all())
-    computed = [0, 1, 5, 9]
-    assert bool((manager.trace.executed[computed] == 1).all())
-    assert not np.delete(manager.trace.executed, computed, axis=0).any()
 
 
 def test_a_skipped_step_adds_the_last_residual(model, use_table):

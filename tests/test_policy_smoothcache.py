@@ -153,12 +153,6 @@ def test_calibration_counts_batches_alike_and_never_compares_across_them():
     assert not error[1].any()
 
 
-def test_a_threshold_below_all_errors_leaves_the_samples_alone(model, shelf):
-    manager = CacheManager(make_policy(shelf(two_tables(10), threshold=0.05)))
-    assert_close(sample(model, cache=manager), sample(model))
-    assert manager.trace.executed.min() == 1
-
-
 @pytest.mark.parametrize("cfg_scale", [1.0, 1.5])
 def test_both_types_on_one_table_are_held_branches_under_fresh_gates(model, shelf, cfg_scale):
     error = np.stack([growing(10)] * 2)

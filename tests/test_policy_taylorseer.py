@@ -8,7 +8,7 @@ import torch
 from by_hand import schedule
 from toy import Twin, apply_gates, run_all, sample, sample_with, tiny_dit
 
-from adacorr import CacheManager, make_policy
+from adacorr import CacheManager
 from adacorr.policies.taylorseer import TaylorSeer
 from diffusion import make_sampler
 
@@ -29,11 +29,6 @@ def test_first_steps_and_the_last():
     assert schedule("taylorseer:every=4,first_enhance=1", 12) == [0, 4, 8]  # the last step is not forced
     assert schedule("taylorseer:every=4,first_enhance=3", 12) == [0, 1, 2, 6, 10]
     assert schedule("taylorseer:every=1", 5) == [0, 1, 2, 3, 4]
-
-
-def test_the_defaults_are_the_sampling_scripts():
-    policy = make_policy("taylorseer")
-    assert (policy.every, policy.order, policy.first_enhance, policy.weights) == (4, 4, 2, "taylor")
 
 
 class Recursion:

@@ -3,9 +3,7 @@
 import copy
 import json
 import math
-import os
 import stat
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -87,12 +85,8 @@ def test_safetensors_keeps_types(tmp_path, dtype):
     save_profile(tmp_path / "p.safetensors", make(arrays={"a": array}))
     after = load_profile(tmp_path / "p.safetensors").arrays["a"]
     assert after.dtype == dtype
+    assert stat.S_IMODE((tmp_path / "p.safetensors").stat().st_mode) & 0o044 == 0o044  # others can read it
     assert np.array_equal(after, array)
-
-
-def test_safetensors_can_be_read_by_others(tmp_path):
-    save_profile(tmp_path / "p.safetensors", make())
-    assert stat.S_IMODE((tmp_path / "p.safetensors").stat().st_mode) & 0o044 == 0o044
 
 
 @pytest.mark.parametrize("name", ["p", "p.npz", "p.JSON", "json"])
@@ -121,25 +115,6 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, suffix):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_the_new_file_takes_the_place_of_the_old_one_at_once(tmp_path, monkeypatch, suffix):
-    path, complete = tmp_path / f"p.{suffix}", []
-    save_profile(path, make())
-
-    def stopped(source, target):
-        complete.append(source.read_bytes())
-        raise OSError("stopped")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", stopped)
-        with pytest.raises(OSError, match="stopped"):
-            save_profile(path, make(sampler="ddpm"))
-    assert load_profile(path).sampler == "ddim"
-    assert list(tmp_path.iterdir()) == [path]
-    path.write_bytes(complete[0])
-    assert load_profile(path).sampler == "ddpm"
-
-
 def good(**changes):
     header = {**make().header, "arrays": {"table": [0.0]}, **changes}
     return json.dumps({key: value for key, value in header.items() if value != "left out"})
@@ -158,27 +133,19 @@ def is_one_clear_line(path, *words):
     ("content", "word"),
     [
         ("", "JSON"),
-        ("{", "JSON"),
         (b"\x80\x04\x95\x00", "utf-8"),  # a pickle is not even text
-        ("[]", ""),
-        ("null", ""),
-        ('"text"', ""),
         ("{}", "arrays"),
         ("[" * 100_000, ""),
         (good(arrays=[1, 2]), ""),
         (good(arrays={"table": "abc"}), "abc"),
         (good(arrays={"table": [[1], [2, 3]]}), ""),
-        (good(arrays={"table": {"a": 1}}), ""),
         (good(arrays={"table": [10**400]}), ""),
         (good(extra=1), "extra"),
         (good(**{"two\nlines \x1b[2J" + "x" * 10_000: 1}), ""),
         (good(method="left out"), "method"),
-        (good(sampler="left out"), "sampler"),
         (good(method=5), "method is 5"),
-        (good(model_id=None), "model_id is None"),
         (good(sampler="ddim\nrm -rf"), "sampler"),
         (good(num_sampling_steps="10"), "num_sampling_steps is '10'"),
-        (good(cfg_scale=[1.5]), "cfg_scale"),
         (good(notes="text"), "notes"),
     ],
 )
@@ -186,30 +153,18 @@ def test_unreadable_json_is_one_line(tmp_path, content, word):
     path = tmp_path / "bad.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     is_one_clear_line(path, word)
-    with pytest.raises(ValueError, match="cannot be read"):
-        find_profile("rule", str(path), make_run())
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff" * 64, (10**9).to_bytes(8, "little") + b"{}"])
-def test_unreadable_safetensors_is_one_line(tmp_path, content):
-    (tmp_path / "bad.safetensors").write_bytes(content)
-    is_one_clear_line(tmp_path / "bad.safetensors")
 
 
 @pytest.mark.parametrize(
     "metadata",
-    [
-        None,
-        {"other": "x"},
-        {"profile": "{"},
-        {"profile": "[1]"},
-        {"profile": good()},  # arrays twice
-        {"profile": json.dumps({**make().header, "model_id": 7})},
-    ],
+    [None, {"other": "x"}, {"profile": "[1]"}, {"profile": good()}, b"", b"{", (10**9).to_bytes(8, "little")],
 )
-def test_safetensors_without_a_good_header_is_one_line(tmp_path, metadata):
+def test_unreadable_safetensors_is_one_line(tmp_path, metadata):
     path = tmp_path / "bad.safetensors"
-    safetensors.numpy.save_file({"table": np.zeros(2)}, path, metadata=metadata)
+    if isinstance(metadata, bytes):
+        path.write_bytes(metadata)
+    else:
+        safetensors.numpy.save_file({"table": np.zeros(2)}, path, metadata=metadata)
     is_one_clear_line(path)
 
 
@@ -220,16 +175,8 @@ def test_the_header_needs_no_notes(tmp_path):
 
 def test_a_missing_file_is_one_line(tmp_path):
     is_one_clear_line(tmp_path / "nowhere.json")
-    for name in (str(tmp_path / "nowhere.json"), str(tmp_path)):  # a folder is none, either
-        with pytest.raises(ValueError, match=r"rule: profile=.* does not exist; .*calibrate.py --cache rule --out"):
-            find_profile("rule", name, make_run())
-
-
-def test_a_profile_fits_the_run_it_was_made_for(tmp_path):
-    path = tmp_path / "p.json"
-    save_profile(path, make())
-    assert mismatch(make(), "rule", make_run()) == ""
-    assert find_profile("rule", str(path), make_run()).arrays["table"].tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match=r"nowhere.json cannot be read .*python calibrate.py"):
+        find_profile("rule", str(tmp_path / "nowhere.json"), make_run())
 
 
 @pytest.mark.parametrize(
@@ -253,14 +200,6 @@ def test_every_field_that_differs_is_named(tmp_path, run, method, text):
     assert f"profile={path}" in str(caught.value)
     assert f"({text})" in str(caught.value)
     assert f"python calibrate.py --cache {method} --out FILE" in str(caught.value)
-
-
-def test_all_fields_that_differ_are_named_at_once():
-    other = make_run(model_id=OTHER, sampler="ddpm", steps=5, cfg_scale=1.0)
-    text = mismatch(make(), "other", other)
-    assert [part.split()[0] for part in text.split(", ") if " there" in part] == [
-        *("method", "checkpoint", "sampler", "steps", "guidance"),
-    ]
 
 
 def test_auto_takes_the_one_that_fits(shipped):
@@ -301,12 +240,6 @@ def test_auto_without_any_profile(shipped, monkeypatch):
         find_profile("rule", "auto", make_run())
 
 
-def test_a_file_named_auto_is_given_by_its_path(shipped, tmp_path):
-    path = tmp_path / "auto.json"
-    save_profile(path, make())
-    assert find_profile("rule", str(path), make_run()).method == "rule"
-
-
 def test_a_calibration_computes_everything_and_is_shared_by_its_runs():
     observer, model = Calibration(), tiny_dit()
     assert observer.decide(make_view(toy.make_run(model, 3), 0, torch.zeros(1, 3, 16, 32))).tolist() == [True] * 3
@@ -314,9 +247,3 @@ def test_a_calibration_computes_everything_and_is_shared_by_its_runs():
     assert observer.predictor is None
     with pytest.raises(NotImplementedError):
         observer.fit()
-
-
-def test_profiles_do_not_change():
-    with pytest.raises(AttributeError):
-        make().sampler = "ddpm"
-    assert replace(make(), sampler="ddpm").sampler == "ddpm"

@@ -9,29 +9,13 @@ import adacorr
 from adacorr import make_policy, parse_correction
 from adacorr.command import Failure, run_command
 from adacorr.correct import ALIASES
-from adacorr.spec import build, check_options, hint, option, parse_options, parse_spec, parse_value, spell
+from adacorr.spec import build, check_options, option, parse_options, parse_spec, parse_value, spell
 
 
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("3", 3),
-        ("-2", -2),
-        ("0.5", 0.5),
-        ("1e-3", 1e-3),
-        ("3.0", 3.0),
-        ("true", True),
-        ("False", False),
-        ("none", None),
-        ("image", "image"),
-        ("a/b.json", "a/b.json"),
-        ("inf", math.inf),
-        ("nan", math.nan),
-    ],
-)
-def test_values_read_as_what_they_look_like(text, value):
-    read = parse_value(text)
-    assert (repr(read), type(read)) == (repr(value), type(value))
+def test_values_read_as_what_they_look_like():
+    texts = ["3", "-2", "0.5", "1e-3", "3.0", "true", "False", "none", "image", "a/b.json", "inf", "nan"]
+    values = [3, -2, 0.5, 1e-3, 3.0, True, False, None, "image", "a/b.json", math.inf, math.nan]
+    assert [repr(parse_value(text)) for text in texts] == [repr(value) for value in values]
 
 
 def test_options():
@@ -59,14 +43,9 @@ def test_specs_of_another_form_raise(text):
         parse_spec(text)
 
 
-def test_hint_only_for_something_close():
-    assert hint("treshold", ["scope", "threshold"]) == " (did you mean threshold?)"
-    assert hint("zzz", ["scope", "threshold"]) == ""
-
-
 @dataclass
 class Options:
-    whole: int = 3
+    whole: "int" = 3  # as under `from __future__ import annotations`, where types are text
     number: float = 0.5
     flag: bool = True
     word: str = "image"
@@ -78,15 +57,7 @@ class Options:
 @dataclass
 class Needs:
     size: int
-    rate: float = 0.1
-
-
-@dataclass
-class Quoted:
-    """As under `from __future__ import annotations`, where types are text."""
-
-    whole: "int" = 3
-    perhaps: "float | None" = None
+    share: float | None = 0.5
 
 
 def test_build_fills_in_what_is_given():
@@ -99,25 +70,15 @@ def test_build_fills_in_what_is_given():
     assert build(Needs, "x", {"size": 2}) == Needs(2)
 
 
-def test_build_understands_quoted_types():
-    assert build(Quoted, "x", {"whole": 4, "perhaps": 2}) == Quoted(4, 2.0)
-    with pytest.raises(ValueError, match="whole='four' must be a whole number"):
-        build(Quoted, "x", {"whole": "four"})
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"whole": 1.5}, "whole=1.5 must be a whole number"),
         ({"whole": True}, "whole=True must be a whole number"),
-        ({"whole": None}, "whole=None must be"),
         ({"number": "x"}, "number='x' must be a number"),
-        ({"number": True}, "number=True must be a number"),
         ({"flag": 1}, "flag=1 must be true or false"),
-        ({"flag": "yes"}, "flag='yes' must be true or false"),
         ({"word": 3}, "word=3 must be a word"),
         ({"perhaps": "x"}, "perhaps='x' must be a number or none"),
-        ({"perhaps": True}, "perhaps=True must be a number or none"),
         ({"hole": 1}, "x has no option 'hole'.*flag, name, number, perhaps, whole, word.*did you mean whole"),
         ({"_hidden": 1}, "x has no option '_hidden'"),
     ],
@@ -129,14 +90,7 @@ def test_build_refuses_unknown_keys_and_other_types(options, message):
 
 def test_build_names_what_is_missing():
     with pytest.raises(ValueError, match="x needs size"):
-        build(Needs, "x", {"rate": 0.2})
-
-
-def test_an_alias_replaces_its_field():
-    aliases = {"lambda": "number"}
-    assert build(Options, "x", {"lambda": 0.25}, aliases).number == 0.25
-    with pytest.raises(ValueError, match="no option 'number'.*lambda"):
-        build(Options, "x", {"number": 0.25}, aliases)
+        build(Needs, "x", {"share": 0.2})
 
 
 # --------------------------------------------------------------------------------------------------- ranges
@@ -177,21 +131,13 @@ def test_options_outside_of_their_ranges_raise(values, message):
 # ------------------------------------------------------------------------------------------------- spelling
 
 
-@dataclass
-class Perhaps:
-    """None where it is not the default."""
-
-    size: int
-    share: float | None = 0.5
-
-
 def test_spell_by_hand():
     options = Options(whole=-4, number=2.0, flag=False, word="batch", perhaps=1e-5, name="a/b.json")
     assert spell("x", options) == "x:whole=-4,number=2,flag=false,word=batch,perhaps=1e-05,name=a/b.json"
     assert spell("x", Options(number=0.25, whole=1), {"lambda": "number"}) == "x:whole=1,lambda=0.25"
     assert spell("x", Options(whole=3, number=0.5)) == "x"
-    assert spell("x", Perhaps(2)) == "x:size=2"
-    assert spell("x", Perhaps(2, None)) == "x:size=2,share=none"
+    assert spell("x", Needs(2)) == "x:size=2"
+    assert spell("x", Needs(2, None)) == "x:size=2,share=none"
     hidden = Options()
     hidden._hidden = 7
     assert spell("x", hidden) == "x"
@@ -202,8 +148,8 @@ def test_what_spell_says_builds_the_same():
     for options in (Options(), *others):
         name, given = parse_spec(spell("x", options))
         assert (name, build(Options, name, given)) == ("x", options)
-    for options in (Perhaps(1), Perhaps(1, None)):
-        assert build(Perhaps, *parse_spec(spell("x", options))) == options
+    for options in (Needs(1), Needs(1, None)):
+        assert build(Needs, *parse_spec(spell("x", options))) == options
 
 
 @pytest.mark.parametrize("name", sorted(adacorr.available()))
@@ -212,17 +158,9 @@ def test_every_policy_is_its_name_by_default(name):
 
 
 @pytest.mark.parametrize(
-    "text", ["interval:every=5,order=2,align=start", "teacache:threshold=0.2,profile=none", "first_block:scope=batch"]
-)
-def test_policies_are_spelled_as_they_were_given(text):
-    policy = make_policy(text)
-    assert spell(policy.name, policy) == text
-
-
-@pytest.mark.parametrize(
     "text", ["adacorr:gamma=2,lambda=0.5", "adacorr:budget=5.5,difference=false", "literal:lambda=0,form=squared"]
 )
-def test_corrections_are_spelled_as_they_were_given(text):
+def test_corrections_are_spelled_as_they_were_given(text):  # with the alias in place of its field
     correction = parse_correction(text.removeprefix("adacorr:"))
     assert spell(text.partition(":")[0], correction, ALIASES) == text
 

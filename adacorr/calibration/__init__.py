@@ -1,7 +1,4 @@
-"""Calibration: what a caching method learns from uncached runs before it is used, a file for each method.
-
-`python calibrate.py` runs it, and writes what it finds as a profile (adacorr/profile.py).
-"""
+"""Calibration: what a caching method learns from uncached runs before it is used, a file for each method."""
 
 import numpy as np
 

@@ -20,10 +20,9 @@ class FastCacheCalibration(Calibration):
     """Ridge fits of what a block (or the stack) adds, y, to its input x, both (tokens, D), in two forms.
 
     residual: y ~ x W + b[step]. increment: y[s] - y[r] ~ (x[s] - x[r]) W + b[s] - b[r] for pairs of steps 1, 2 and 4
-    apart, with b from the means of x and y. Every pair of steps has the same weight, whatever its size: otherwise the
-    large increments of the last steps would make maps that fail in the first ones. Every fourth image is held out. The
-    notes give R^2 on these, as the share of the error without a map that a map takes away; without one an increment is
-    0 (plain reuse) and a residual its mean.
+    apart, with b from the means of x and y. Every pair has the same weight: otherwise the large increments of the last
+    steps would make maps that fail in the first ones. The notes give R^2 on every fourth image, which is held out: the
+    share of the error of plain reuse (increment) or of the mean (residual) that a map takes away.
     """
 
     def __init__(self):

@@ -1,7 +1,4 @@
-"""LazyDiT's gates: trained ones from the authors' file, or a stand-in, LazyDiT-like and not trained.
-
-The stand-in's gates are fitted to uncached runs by ridge regression.
-"""
+"""LazyDiT's gates: trained ones from the authors' file, or a stand-in, fitted to uncached runs by ridge regression."""
 
 import argparse
 import re
@@ -25,8 +22,7 @@ class LazyDiTCalibration(Calibration):
 
     A row is an image's half at a step: z (D,) is the token mean of the branch's modulated input, and the change is
     |F - F_before| / |F|, L2 norms, for the pre-gate output F. The ridge is one for all branches, the best on images
-    left out. Notes give the share of the variance among the rows of a step that the gates explain on images left out:
-    what they are worth beyond a fixed schedule. Zero or less means nothing.
+    left out. Notes give the share of the variance within a step that the gates explain there; 0 or less: nothing.
     """
 
     def __init__(self):
@@ -104,10 +100,9 @@ def gate_input(mean: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def load_gates(path: str, info: RunInfo) -> np.ndarray:
     """Trained gates (branches, S, D) float32 in sampling order, from a file that the authors' code wrote.
 
-    The file is a dict of torch.save whose "model" has the entries block_{l}_attn_lazy_learning_weight_{i} and
-    block_{l}_mlp_..., (1, D) each. i counts the kept timesteps upwards, so sampling step s of S reads entry S - 1 - s.
-    The file is read without running code from it. It does not name its checkpoint or sampler. ValueError for a file
-    that cannot be read, or whose blocks, steps or width are not the run's.
+    Under "model" it has the entries block_{l}_attn_lazy_learning_weight_{i} and block_{l}_mlp_..., (1, D) each. i
+    counts the kept timesteps upwards: sampling step s of S reads entry S - 1 - s. No code from the file is run.
+    ValueError for a file that cannot be read, or whose blocks, steps or width are not the run's.
     """
     given = f"lazydit: gates={path} must"
     try:
@@ -119,10 +114,8 @@ def load_gates(path: str, info: RunInfo) -> np.ndarray:
         raise ValueError(f"{given} be {STAND_IN}, or a torch file with the key 'model' ({reason})") from None
     blocks, steps = (1 + max((int(key[i]) for key in found), default=-1) for i in (0, 2))
     if (blocks, steps) != (info.depth, info.num_steps):
-        raise ValueError(
-            f"{given} have entries block_0_attn_lazy_learning_weight_0, ... for {info.depth} blocks and "
-            f"{info.num_steps} steps, as this run; it has them for {blocks} blocks and {steps} steps"
-        )
+        wanted = f"entries block_0_attn_lazy_learning_weight_0, ... for {info.depth} blocks and {info.num_steps} steps"
+        raise ValueError(f"{given} have {wanted}, as this run; it has them for {blocks} blocks and {steps} steps")
     gates = []
     for unit in by_branch(info.depth):
         for i in reversed(range(steps)):

@@ -1,4 +1,4 @@
-"""Ridge regression from sums over rows, which may come in any number of batches: for FastCache's maps, LazyDiT's gates.
+"""Ridge regression from sums over rows, which may come in any number of batches.
 
 Rows come in groups (sampling steps), each with an intercept of its own: y ~ x W + b[group], for x (rows, P) and
 y (rows, Q). The sums of a fit also give the error of any other fit on their rows, so held-out rows need no second pass.
@@ -36,10 +36,7 @@ class Moments:
         return self.sums / self.weight.where(self.weight > 0, 1.0)[:, None]
 
     def fit(self, ridge: float, means: Tensor | None = None) -> Tensor:
-        """W (P, Q) about `means` (groups, P + Q), by default the rows' own.
-
-        ridge: in units of the mean eigenvalue of the covariance of x.
-        """
+        """W (P, Q) about `means` (groups, P + Q), by default the rows'; ridge in mean eigenvalues of x's covariance."""
         square, cross, _ = self._centred(self.means if means is None else means)
         penalty = ridge * square.diagonal().mean().clamp_min(TINY)
         return torch.linalg.solve(square + penalty * torch.eye(len(square), device=square.device), cross)

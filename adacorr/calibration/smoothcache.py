@@ -12,9 +12,8 @@ MAX_LAG = 8  # so many outputs of every branch are held
 class SmoothCacheCalibration(Calibration):
     """error (2, S, 8): mean over blocks and images of |F[s] - F[s - lag]| / |F[s]|, L1 norms, for each branch type.
 
-    F is the pre-gate output of a branch. As in the release the change is set against the newer output, which is what a
-    reused one stands in for, and both guidance halves count. The release takes one norm over the whole batch; here
-    each image has its own, so that the mean does not depend on the batch.
+    F is the pre-gate output of a branch; both guidance halves count. The release takes one norm over the whole batch;
+    here each image has its own, so that the mean does not depend on the batch.
     """
 
     def __init__(self):
@@ -41,6 +40,5 @@ class SmoothCacheCalibration(Calibration):
         if self._sum is None or self._sum.shape[1] < 2:
             raise ValueError("smoothcache: nothing was observed; calibrate on a run of at least two steps")
         error = self._sum / self._count
-        return {"error": error}, {
-            f"mean_{name}_lag_1": float(error[b, 1:, 0].mean()) for b, name in enumerate(BRANCHES)
-        }
+        notes = {f"mean_{name}_lag_1": float(error[b, 1:, 0].mean()) for b, name in enumerate(BRANCHES)}
+        return {"error": error}, notes

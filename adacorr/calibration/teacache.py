@@ -32,10 +32,7 @@ class TeaCacheCalibration(Calibration):
 
 
 def fit_polynomial(change_in: np.ndarray, change_out: np.ndarray) -> dict[str, np.ndarray]:
-    """Least-squares quartic from input to output change, (m,) each: {"coefficients" (5,) highest first, "range" (2,)}.
-
-    ValueError for fewer pairs than coefficients.
-    """
+    """Least-squares quartic from input to output change, (m,) each; coefficients (5,) have the highest power first."""
     if len(change_in) <= DEGREE:
         raise ValueError(f"{len(change_in)} pairs cannot fit degree {DEGREE}: record more steps or images")
     ends = np.array([change_in.min(), change_in.max()])

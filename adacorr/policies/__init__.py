@@ -12,6 +12,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 from adacorr.policy import Policy
+from adacorr.profile import command
 from adacorr.spec import build, hint, parse_spec
 
 _POLICIES: dict[str, type[Policy]] = {}
@@ -21,10 +22,7 @@ def register(policy: type[Policy]) -> type[Policy]:
     """Make a policy known under the name of its file. ValueError for a name that is taken by another class."""
     name = policy.__module__.rpartition(".")[2]
     if not is_dataclass(policy):
-        raise ValueError(
-            f"policy {policy.__name__} must be a dataclass, since its fields are its options: put @dataclass "
-            "under @register"
-        )
+        raise ValueError(f"policy {policy.__name__} must be a dataclass of its options: put @dataclass under @register")
     if name in _POLICIES:
         raise ValueError(f"policy {name!r} is registered already; one file holds one method")
     policy.name = name
@@ -51,16 +49,17 @@ def calibrated() -> dict[str, type[Policy]]:
 
 def available() -> dict[str, str]:
     """Name -> the first line of the docstring, then the options with their defaults."""
-    lines = {name: (kind.__doc__ or "").strip().partition("\n")[0] for name, kind in policies().items()}
-    for name, kind in policies().items():
-        lines[name] = " ".join([lines[name], *(f"[{f.name}={f.default}]" for f in fields(kind) if f.init)])
-    return lines
+
+    def described(kind: type[Policy]) -> str:
+        options = (f"[{f.name}={f.default}]" for f in fields(kind) if f.init)
+        return " ".join([(kind.__doc__ or "").strip().partition("\n")[0], *options])
+
+    return {name: described(kind) for name, kind in policies().items()}
 
 
 def load_file(path: str | Path) -> None:
     """Import one policy file from elsewhere and so register it."""
-    path = Path(path)
-    spec = importlib.util.spec_from_file_location(f"adacorr.policies.{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(f"adacorr.policies.{Path(path).stem}", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
     spec.loader.exec_module(module)
 
@@ -73,8 +72,6 @@ def make_policy(spec: str) -> Policy:
     policy = build(known[name], name, options)
     profile = options.get("profile")
     if profile not in (None, "auto") and not Path(str(profile)).is_file():  # before anything heavy is loaded
-        raise ValueError(
-            f"{name}: profile={profile} does not exist; make one with python calibrate.py --cache {name} "
-            "--out FILE, or give profile=auto for the shipped one"
-        )
+        way_out = f"make one with {command(name)}, or give profile=auto for the shipped one"
+        raise ValueError(f"{name}: profile={profile} does not exist; {way_out}")
     return policy

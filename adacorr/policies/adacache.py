@@ -31,16 +31,10 @@ class AdaCache(Policy):
     Source: `opensora/models/stdit/stdit3.py` of the release. At a computed step let c be what the attention of block
     L // 2 adds now, r what it added at the last computed step, and k the number of steps between. The change per step
     is d = mean|c - r| / mean|r| / k, and the rate of the smallest key above d is the number of steps to the next
-    computed one. The first two steps (nothing can be compared at the first) and the last two are computed.
-    Stored: one prediction for each unit, and r.
+    computed one. The first two and the last two steps are computed. Stored: one prediction for each unit, and r.
 
-    Where this departs from the release:
-    - k is the number of steps that passed; the release divides by the rate that it chose, which is another number
-      where the end forces a step.
-    - d above all keys gives rate 1; the release gives the last rate, and its last key is so large that this never
-      happens, until `scale` shrinks it.
-    - Gates are fresh by default, since a DiT's gates follow the timestep.
-    - The motion term is for video and left out.
+    Departures: k is the number of steps that passed, where the release divides by the rate that it chose. d above all
+    keys gives rate 1, where the release gives the last rate. The motion term is for video and left out.
     """
 
     scale: float = option(1.0, low=0)
@@ -95,10 +89,7 @@ class AdaCache(Policy):
 
 
 def read_codebook(text: str) -> tuple[np.ndarray, np.ndarray]:
-    """(keys (K,), rates (K + 1,)) of a name or KEY:RATE/...; the last rate, 1, is for changes above all keys.
-
-    ValueError for anything but rising keys above 0 with whole rates that do not rise.
-    """
+    """(keys (K,), rates (K + 1,)) of a name or KEY:RATE/...; the last rate, 1, is for changes above all keys."""
     try:
         pairs = [pair.split(":") for pair in CODEBOOKS.get(text, text).split("/")]
         keys, rates = [float(key) for key, _ in pairs], [int(rate) for _, rate in pairs]
@@ -108,7 +99,7 @@ def read_codebook(text: str) -> tuple[np.ndarray, np.ndarray]:
     rising = all(a < b for a, b in zip([0.0, *keys], keys, strict=False))
     if not keys or not rising or not math.isfinite(keys[-1]) or not falling or rates[-1] < 1:
         raise ValueError(
-            f"adacache: codebook={text!r} must be one of {', '.join(CODEBOOKS)}, or KEY:RATE/KEY:RATE/... with keys "
-            "that rise from above 0 and whole rates of at least 1 that do not rise, such as 0.1:3/0.2:2"
+            f"adacache: codebook={text!r} must be one of {', '.join(CODEBOOKS)}, or KEY:RATE/... with rising keys "
+            "above 0 and whole rates of at least 1 that do not rise, such as 0.1:3/0.2:2"
         )
     return np.array(keys), np.array([*rates, 1])

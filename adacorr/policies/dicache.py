@@ -21,17 +21,13 @@ class DiCache(Policy):
     error      of a step, relative L1 to the step before, computed or not. feature: of the probe's output; difference:
                |that of its output - that of its input|
     depth      m: blocks of the probe, which run in every step (1 to 5 in the paper)
-    retention  share of the steps that are all computed at the start: the first int(retention * steps) + 1. The last
-               step is always computed, too
+    retention  share of the steps that are all computed at the start: the first int(retention * steps) + 1, and the last
     g_max      upper bound of g below (1.5 in the release for FLUX, up to 2 for Wan); 1 reuses the newest residual
     scope      image: each image decides, and has its g, with both its guidance halves; batch: one for all, as released
-    Let p be the probe's residual now, p2 and p1 those of the newest and the second newest computed step, and R2 and R1
-    the residuals of the whole stack at these steps. A skipped step gives x_in + R1 + g (R2 - R1) with
-    g = clip(mean|p - p1| / mean|p2 - p1|, 1, g_max), and x_in + R2 until there are two computed steps. As released, the
-    probe's fresh output only sets g in a skipped step; a computed step goes on from it.
-
-    Stored for each image and half: two residuals of what follows the probe, two of the probe (the release holds all of
-    the run's), and the probe's last output (with error=difference its input, too).
+    Let p be the probe's residual now, p2 and p1 those of the newest two computed steps, and R2 and R1 the stack's
+    residuals there. A skipped step gives x_in + R1 + g (R2 - R1), g = clip(mean|p - p1| / mean|p2 - p1|, 1, g_max), and
+    x_in + R2 until there are two computed steps. Stored for each image and half: two residuals of what follows the
+    probe, two of the probe, and the probe's last output (with error=difference its input, too).
     """
 
     threshold: float = option(0.4, low=0)

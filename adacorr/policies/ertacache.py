@@ -26,17 +26,14 @@ class ERTACache(Policy):
     adjust     move the timesteps: short steps where the residual is reused, longer ones elsewhere
     profile    auto: the shipped errors; or a file of `python calibrate.py`
 
-    With R_c from the last computed step, step i reuses it if |R_c - R_i|_1 / |R_i|_1 < threshold, as measured over
-    uncached runs, and else is computed. No residual serves more than the 15 steps that are measured. Nothing depends on
-    the image.
+    With R_c from the last computed step, step i reuses it if |R_c - R_i|_1 / |R_i|_1 < threshold over uncached runs. No
+    residual serves more than the 15 steps that are measured. Nothing depends on the image.
 
-    Rectification: the paper models the error eps of the reused v by sigmoid(K v + B) and linearises the sigmoid, so
-    what is subtracted is K v / 4 + B / 4 + 1 / 2 with K = 4 cov(v, eps) / var(v): ordinary least squares. rectify=all
-    takes one such pair (slope, offset) for each step and lag. On a small DiT that lowers the error of R but not that of
-    the image, hence the default: R_i is regressed on R_c in each channel, with the slope r dev_i / dev_c from its
-    deviations and one correlation r for each pair of steps.
-    Timesteps: a step that reuses is shortened to phi_i = clip(1 - |R_c - R_i|_1 / |R_i - R_i+1|_1, 0, 1) of what it
-    would be, and the time that is left is spread over the steps that are left; see `adjusted`.
+    Rectification: the paper linearises its model of the error eps of the reused v, sigmoid(K v + B), to
+    K v / 4 + B / 4 + 1 / 2 with K = 4 cov(v, eps) / var(v): least squares, with one slope and offset for each step and
+    lag (rectify=all). That does not help the image of a small DiT, hence the default: R_i is regressed on R_c in each
+    channel, with the slope r dev_i / dev_c and one correlation r for each pair of steps.
+    Timesteps: a step that reuses takes phi_i = clip(1 - |R_c - R_i|_1 / |R_i - R_i+1|_1, 0, 1) of its time.
 
     The paper's code could not be had; this follows notes on it. There, the network's output is cached under flow
     matching; here, the stack's residual, under the final layer of now and whole timesteps.

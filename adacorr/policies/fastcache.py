@@ -24,15 +24,14 @@ class FastCache(Policy):
     scope      image: each image's blocks are tested with both its guidance halves; batch: one test for all
     profile    auto: the shipped maps; a file of `python calibrate.py`; none: plain reuse (form=increment only)
 
-    In each step after the first, the tokens that moved, rounded up to a multiple of 8 by the next ones, go through the
-    blocks and attend to each other only. The others get what the stack's map gives. A block whose moving tokens changed
-    by d = |H - H_ref| / |H_ref| < threshold is replaced by its map: residual F ~ H W + b[s] for what it adds, increment
-    F ~ F_ref + (H - H_ref) W + b[s] - b[ref] from the token's last computed pair (W = 0, b = 0 is plain reuse).
+    After the first step, only tokens that moved, rounded up to a multiple of 8, go through the blocks and attend to
+    each other. The others get what the stack's map gives. A block whose moving tokens changed by |H - H_ref| / |H_ref|
+    < threshold is replaced by its map: residual F ~ H W + b[s] for what it adds, increment F ~ F_ref + (H - H_ref) W +
+    b[s] - b[ref] from the token's last computed pair. Under AdaCorrection a step is proposed if block 0's test fails or
+    most tokens move.
 
-    Departures: the release's maps are random, these are ridge fits to uncached runs (see FastCacheCalibration). Its
-    chi-square test passes everything (docs/policies.md), so `threshold` is its code's rel_thresh. It compares a block
-    with the state of this very step, and one token mask serves all images. reference=seen would let slow drift pass.
-    Under AdaCorrection a step is proposed if block 0's test fails or, as in its accelerator variant, most tokens move.
+    Departures: the release's maps are random, these are ridge fits to uncached runs. Its chi-square test passes
+    everything (docs/policies.md), so `threshold` is its code's rel_thresh; one token mask serves all of its images.
     """
 
     threshold: float = option(0.05, low=0)

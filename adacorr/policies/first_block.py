@@ -13,22 +13,16 @@ from adacorr.policy import SCOPES, Knob, Policy, Predictor, Ran, RunInfo, Unit, 
 class FirstBlock(Policy):
     """Skip the middle blocks while the first ones' residual stays near that of the last computed step.
 
-    threshold       relative L1 change of the front blocks' residual below which the middle is reused; 0 never reuses.
-                    It has to grow with `front`: cache-dit's default for front=8 is 0.08
-    front           Fn: first blocks, always computed, whose residual is measured (1 is FBCache; cache-dit's default, 8,
-                    is meant for 57 blocks)
-    back            Bn: last blocks, always computed, on what the reused middle gives
-    warmup          leading steps that are all computed (cache-dit: 8)
-    max_continuous  reused steps in a row after which one is computed; -1: no limit
-    max_cached      reused steps of a run after which all are computed; -1: no limit
-    order           0 reuses the middle's residual as it was; a higher order forecasts it by TaylorSeer's difference
-                    quotients (cache-dit's calibrator, which ships with order 1)
-    scope           image: each image decides and counts with both its guidance halves; batch: one decision for all,
-                    as released
-    As in the releases, the change is not accumulated, and the residual is reused without fresh gates. cache-dit takes a
-    threshold of 1 or more as "always reuse"; here it is compared like any other.
-
-    Stored for each image and half: order + 1 residuals of the middle, the front's residual of the last computed step.
+    threshold relative L1 change of the front blocks' residual below which the middle is reused; 0 never reuses. It has
+    to grow with `front`: cache-dit's default for front=8 is 0.08 front Fn: first blocks, always computed, whose
+    residual is measured (1 is FBCache; cache-dit's default, 8, is meant for 57 blocks) back Bn: last blocks, always
+    computed, on what the reused middle gives warmup leading steps that are all computed (cache-dit: 8) max_continuous
+    reused steps in a row after which one is computed; -1: no limit max_cached reused steps of a run after which all are
+    computed; -1: no limit order 0 reuses the middle's residual as it was, without fresh gates; a higher order forecasts
+    it by TaylorSeer's difference quotients (cache-dit's calibrator, which ships with order 1) scope image: each image
+    decides and counts with both its guidance halves; batch: one decision for all, as released cache-dit takes a
+    threshold of 1 or more as "always reuse"; here it is compared like any other. Stored for each image and half: order
+    + 1 residuals of the middle, the front's residual of the last computed step.
     """
 
     threshold: float = option(0.05, low=0)
@@ -49,10 +43,8 @@ class FirstBlock(Policy):
     def units(self, depth: int) -> list[Unit]:
         end = depth - self.back
         if self.front >= end:
-            raise ValueError(
-                f"first_block: front={self.front} and back={self.back} must leave a block to reuse, and the model "
-                f"has {depth}"
-            )
+            given = f"first_block: front={self.front} and back={self.back}"
+            raise ValueError(f"{given} must leave a block to reuse, and the model has {depth}")
         return [Unit(0, self.front), Unit(self.front, end), *([Unit(end, depth)] if self.back else [])]
 
     def probe(self, depth: int) -> int:

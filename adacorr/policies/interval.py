@@ -17,13 +17,10 @@ class Interval(Policy):
     order   of the forecast through the newest computed steps: 0 holds the outputs, as released; a higher order
             extrapolates by the exact polynomial
     warmup  further steps after the first that are always computed
-    align   end: counted back from the last step, which is always computed, as released (the release counts its steps
-            down and computes the first one and those divisible by N); start: counted from the last step of the warm-up
-    The alignment matters: with N = 3 and 50 steps, "end" computes 18 of them, the published 2.77x.
-
+    align   end: counted back from the last step, which is always computed, as released; start: counted from the last
+            step of the warm-up. With N = 3 and 50 steps, "end" computes 18 of them, the published 2.77x
     Stored for each image and half: the pre-gate branch outputs of order + 1 computed steps, compressed to the few sums
-    of the gates' basis (see adacorr/gates.py) where the release holds two tensors a block. They are reused under the
-    gates of the current step.
+    of the gates' basis (adacorr/gates.py), where the release holds two tensors a block.
     """
 
     every: int = option(3, low=1)

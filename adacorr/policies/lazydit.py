@@ -27,16 +27,14 @@ class LazyDiT(Policy):
     scope           image: an image skips a branch only if both its halves agree; batch: only if all images do
 
     Reused is the pre-gate output F of a branch, under fresh gates; Z (T, D) is its modulated input. Trained gates, as
-    published: s = sigmoid(sum over tokens of w . Z), and F is reused where s < threshold.
-    Stand-in: exp(w . (token mean of Z) + offset of the step), at most 1, predicts the relative L2 change of F since the
-    step before; w is shared by the steps (see LazyDiTCalibration). The changes since the branch last ran add up to the
-    error of reusing F now, and F is reused while the sum of these errors over the steps is below the threshold: each
-    reuse does its own harm, and a bound on the error alone would hold the slow changes of the first steps too long.
+    published: s = sigmoid(sum over tokens of w . Z), and F is reused where s < threshold. Stand-in: exp(w . (token mean
+    of Z) + offset of the step), at most 1, predicts the relative L2 change of F since the step before (see
+    LazyDiTCalibration). The changes since the branch last ran add up to the error of reusing F now, and F is reused
+    while the sum of these errors over the steps is below the threshold.
 
-    Departures from the release: there each half of an image decides alone; here both decide by the larger of their two
-    scores. Under AdaCorrection a step is proposed when the gates ask for at least half of the FLOPs of the branches. A
-    skipped step has no branch inputs, so its gates see the current shift and scale on the token mean of the normalised
-    input of the image's newest computed step.
+    Departures: in the release each half of an image decides alone; here both decide by the larger of their two scores.
+    Under AdaCorrection a step is proposed when the gates ask for at least half of the FLOPs of the branches; they see
+    the current shift and scale on the token mean of the normalised input of the image's newest computed step.
     """
 
     threshold: float | None = option(None, low=0)

@@ -24,9 +24,8 @@ class MagCache(Policy):
     each step after a computed one p *= gamma_t and err += |1 - p|; it is skipped while err <= threshold, and the
     residual is reused as it was. The defaults are those of diffusers; the authors use 0.24, 5 and 0.1 for FLUX.
 
-    Departures: the release starts err anew where it decided to compute; here it starts where a step was really
-    computed, image by image, which differs only under AdaCorrection. A table serves its own number of steps only; the
-    release takes the nearest entries for others. One table serves both guidance halves, which are computed together.
+    Departures: err starts anew where a step was really computed, image by image. A table serves its own number of steps
+    only. One table serves both guidance halves, which are computed together.
     """
 
     threshold: float = option(0.06, low=0)

@@ -34,11 +34,10 @@ class RFC(Policy):
     those of the newest two computed steps, and T the forecast less F0. Then (RFE)
     F = F0 + |F0 - F1| / |a0 - a1| * |a - a0| * T / |T|, which is F0 where T is nothing, and the forecast as it is where
     a0 and a1 are the same. Whole steps are computed or skipped by the error at the head of the stack (RCS). Gates are
-    fresh. No release was at hand: this follows descriptions of the paper. The threshold's default computes 31 of 50
-    steps of the bundled checkpoint, 0.13 computes 17.
+    fresh. No release was at hand: this follows descriptions of the paper.
 
-    Stored for each image and half: order + 1 outputs and two inputs of each branch of every block (of the first module
-    order + 1 inputs). With rfe=false, and under AdaCorrection, which forecasts itself, only the first module's inputs.
+    Stored for each image and half: order + 1 outputs and two inputs of each branch (of the first module order + 1
+    inputs). With rfe=false, and under AdaCorrection, which forecasts itself, only the first module's inputs.
     """
 
     threshold: float = option(0.05, low=0)

@@ -21,12 +21,9 @@ class SmoothCache(Policy):
     profile    auto (the one shipped for this model and run) or a file of `python calibrate.py`
 
     After a computed step the type's branches are skipped for the largest k <= max_lag at which the errors of all lags
-    1..k are at most the threshold, then computed; the first and the last step are computed. The table of computed steps
-    is the same for all images. The newest pre-gate output of every branch is stored, and reused under current gates.
-
-    Departures: the release looks at the error of lag k alone, not at those below; both agree where errors grow with the
-    lag. Under AdaCorrection a step is proposed when the table computes at least half of the FLOPs of the branches: in
-    DiT-XL/2 attention has 0.36 of them and the MLP 0.64, so the MLP decides.
+    1..k are at most the threshold, then computed; the first and the last step are computed. The newest pre-gate output
+    of every branch is stored, and reused under current gates. Departures: the release looks at the error of lag k
+    alone. Under AdaCorrection a step is proposed when the table computes at least half of the FLOPs of the branches.
     """
 
     threshold: float = option(0.18, low=0)
@@ -57,13 +54,8 @@ class SmoothCache(Policy):
 
 def scan(error: np.ndarray, threshold: float, max_lag: int) -> np.ndarray:
     """The steps that one type computes, (S,) bool, from error[step, lag - 1] (S, K)."""
-    steps = len(error)
-    table = np.zeros(steps, dtype=bool)
-    step = 0
-    while step < steps:
-        table[step] = True
-        lag = 0
-        while lag < max_lag and step + lag + 1 < steps - 1 and error[step + lag + 1, lag] <= threshold:
-            lag += 1
-        step += lag + 1
+    last, table, lag = len(error) - 1, np.zeros(len(error), dtype=bool), 0  # lag: reused steps in a row
+    for step in range(len(error)):
+        table[step] = step in (0, last) or lag >= max_lag or not error[step, lag] <= threshold
+        lag = 0 if table[step] else lag + 1
     return table

@@ -20,14 +20,11 @@ class TaylorSeer(Policy):
     first_enhance  leading steps that are all computed; the interval counts from the last of them
     weights        taylor: difference quotients in step indices over the newest interval, as released; exact: the
                    polynomial through the newest order + 1 computed steps in timesteps. Both are the same up to order 1
-                   and for even timesteps. They differ most after the first interval, of 1 step where later ones have N
-    The defaults N = 4, O = 4 are those of the release's sampling script for 50 DDIM steps (3.56x). The release's table
-    has its best FID at every=3,order=3 (2.77x). As in the release, the last step is not forced.
-
-    Stored for each image and half: the pre-gate branch outputs of order + 1 computed steps, as values and not as
-    differences, compressed to the few sums of the gates' basis (see adacorr/gates.py) where the release holds order + 1
-    tensors for each branch of every block. Forecasts come under the gates of the current step, as in the release, but
-    for the basis's gate_error. All is float32 by default: order 4 amplifies the rounding of bf16.
+                   and for even timesteps
+    The defaults are those of the release's sampling script for 50 DDIM steps (3.56x). Its table has its best FID at
+    every=3,order=3 (2.77x). As in the release, the last step is not forced, and gates are fresh, but for gate_error.
+    Stored for each image and half: the pre-gate branch outputs of order + 1 computed steps as values, compressed to the
+    few sums of the gates' basis (adacorr/gates.py). Float32 by default: order 4 amplifies the rounding of bf16.
     """
 
     every: int = option(4, low=1)

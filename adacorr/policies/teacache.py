@@ -16,16 +16,15 @@ from adacorr.profile import find_profile
 class TeaCache(Policy):
     """Skip the stack until the rescaled changes of the timestep-modulated input add up to `threshold`.
 
-    threshold  sum of estimated relative L1 changes of the stack's residual at which a step is computed; 0 computes
-               every step
+    threshold  sum of estimated relative L1 changes of the stack's residual at which a step is computed; 0: every step
     profile    auto: the shipped polynomial from input to output change; a file of `python calibrate.py`; none:
                the input change as it is ("raw" TeaCache)
     scope      image: each image decides with both its guidance halves; batch: one decision for all, as released
 
     Each change is to the step before, computed or not. The first and last steps are computed, and the stack's residual
-    is reused as it was, as in the release. There are no published coefficients for DiT, so the polynomial is fitted to
-    the change of what is reused. Unlike in the release it is held at 0 or above and within the range it was fitted on:
-    a quartic explodes outside.
+    is reused as it was, as in the release. There are no published coefficients for DiT: the polynomial is fitted to the
+    change of what is reused. It is held at 0 or above and within the range it was fitted on; a quartic explodes
+    outside.
     """
 
     threshold: float = option(0.1, low=0)
