@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import re
+import textwrap
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,8 +68,6 @@ def find_checkpoint(name_or_path: str | os.PathLike, offline: bool = False) -> P
     name = os.fspath(name_or_path)
     local = Path(name).expanduser()
     if name == BUNDLED:
-        if not BUNDLED_PATH.is_file():
-            raise ValueError(f"the bundled model is missing: tried {BUNDLED_PATH}; check that the clone is whole")
         return BUNDLED_PATH
     if local.is_dir():
         tried = [inner / weights for inner in (local / "transformer", local) for weights in FOLDER_WEIGHTS]
@@ -191,10 +190,8 @@ def _check_extra(extra: dict[str, Any], path: Path) -> tuple[dict[str, Any] | No
         config, names = (json.loads(part) if isinstance(part, str) else part for part in found)
         if config is not None:
             if odd := inspect.signature(DiT).parameters.keys() ^ config.keys():
-                raise ValueError(
-                    f"it and the arguments of DiT differ in {', '.join(sorted(odd))}; it was written by another "
-                    "version, so save it again with save_checkpoint"
-                )
+                odd = ", ".join(sorted(odd))
+                raise ValueError(f"it and the arguments of DiT differ in {odd}; save it again with save_checkpoint")
             check_config(config)
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: its config cannot be used: {error}") from error
@@ -240,13 +237,18 @@ def build_model(
         raise ValueError(
             f"{path} is for {config['num_classes']} classes, --num-classes {num_classes} was asked; leave it out"
         )
-    if image_size is not None:
-        _check_image_size(image_size, config, path)
+    trained = config["input_size"] * (VAE_FACTOR if config["in_channels"] == 4 else 1)
+    if image_size not in (None, trained):
+        other = f"{model_name(config).replace('/', '-')}-{image_size}x{image_size}.pt"
+        advice = f"--ckpt {other}" if other in RELEASED else f"--image-size {trained}"
+        raise ValueError(f"{path} is for {trained} px, --image-size {image_size} was asked; use {advice}")
     with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
         dit = DiT(**config)
-    _check_shapes(dit.state_dict(), checkpoint)
-    dit.to_empty(device="cpu")
-    dit.load_state_dict(checkpoint.state_dict, strict=True)
+    try:
+        dit.to_empty(device="cpu").load_state_dict(checkpoint.state_dict, strict=True)
+    except RuntimeError as error:  # in hundreds of lines: the first names a tensor
+        fault = textwrap.shorten(str(error).splitlines()[1], 160, placeholder=" ...")
+        raise ValueError(f"{path} is not a whole DiT: {fault}; give another --ckpt") from error
     return dit.eval().requires_grad_(False)
 
 
@@ -258,39 +260,9 @@ def model_name(config: dict[str, Any]) -> str:
     return "a DiT {depth} deep, {hidden_size} wide, {num_heads} heads, patch {patch_size}".format(**config)
 
 
-def _check_image_size(image_size: int, config: dict[str, Any], path: Path) -> None:
-    factor = VAE_FACTOR if config["in_channels"] == 4 else 1
-    if image_size < 1 or image_size % factor:
-        kind = "number" if factor == 1 else f"multiple of {factor}, the pixels per latent"
-        raise ValueError(f"--image-size {image_size} is not a positive {kind}")
-    trained = config["input_size"] * factor
-    if image_size != trained:
-        other = f"{model_name(config).replace('/', '-')}-{image_size}x{image_size}.pt"
-        advice = f"use --ckpt {other}" if other in RELEASED else f"use --image-size {trained}"
-        raise ValueError(
-            f"{path} is for {trained} px (an input of {config['input_size']}), --image-size {image_size} was asked; "
-            f"{advice}"
-        )
-
-
-def _check_shapes(expected: dict[str, Tensor], checkpoint: Checkpoint) -> None:
-    """What a strict load would find, said in one line instead of hundreds."""
-    found = checkpoint.state_dict
-    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    wrong = [name for name in expected if name in found and expected[name].shape != found[name].shape]
-    faults = [f"lacks {missing[0]!r} and {len(missing) - 1} more"] if missing else []
-    faults += [f"has {extra[0]!r} and {len(extra) - 1} more that DiT has not"] if extra else []
-    faults += [f"{n!r} has shape {tuple(found[n].shape)}, expected {tuple(expected[n].shape)}" for n in wrong[:1]]
-    if faults:
-        raise ValueError(f"{checkpoint.path} is not a whole DiT: {'; '.join(faults)}; give another --ckpt")
-
-
 def load_vae(name_or_path: str | os.PathLike, *, offline: bool = False) -> Any:
     """diffusers AutoencoderKL, in eval mode without gradients, for a key of VAES or a local diffusers folder."""
-    try:
-        from diffusers import AutoencoderKL
-    except ImportError as error:
-        raise ValueError(f"the VAE needs diffusers ({error}): pip install diffusers") from error
+    from diffusers import AutoencoderKL  # late: it takes seconds to load
 
     name = os.fspath(name_or_path)
     folder = Path(name).expanduser()
