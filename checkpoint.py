@@ -1,8 +1,7 @@
-"""Name or path -> weights -> model. Whatever is wrong with a checkpoint is said here, before any sampling.
+"""Name or path -> weights -> model, checked before any sampling.
 
-What is accepted: a released name (downloaded once, checked at every load), the bundled model's name, a local .pt or
-.pth (also a whole training checkpoint), a .safetensors, or a folder in Hugging Face diffusers layout. All functions
-raise ValueError for weights that cannot be had, read or used; the message is one line and names the way out.
+The functions accept a released name (downloaded once, checked at every load), the bundled model's name, a .pt, .pth
+or .safetensors, and a folder in Hugging Face diffusers layout. They raise ValueError with the way out in one line.
 """
 
 import argparse
@@ -11,7 +10,7 @@ import json
 import os
 import pickle
 import re
-import struct
+import textwrap
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,9 +49,6 @@ class Checkpoint:
     class_names: list[str] | None
 
 
-# ------------------------------------------------------------------------------------------------ finding
-
-
 def released_name(model: str, image_size: int) -> str:
     """File name of the released weights for `model` at `image_size` pixels."""
     name = f"{model.replace('/', '-')}-{image_size}x{image_size}.pt"
@@ -65,16 +61,20 @@ def released_name(model: str, image_size: int) -> str:
 
 
 def find_checkpoint(name_or_path: str | os.PathLike, offline: bool = False) -> Path:
-    """Path of the file or folder that `name_or_path` means; a released name that is missing is downloaded.
+    """The file that `name_or_path` means: a path that exists, a file in such a folder, or a released name.
 
-    A path that exists comes before a released name.
+    A released file that is missing is downloaded.
     """
     name = os.fspath(name_or_path)
     local = Path(name).expanduser()
     if name == BUNDLED:
-        if not BUNDLED_PATH.is_file():
-            raise ValueError(f"the bundled model is missing: tried {BUNDLED_PATH}; check the clone is whole")
         return BUNDLED_PATH
+    if local.is_dir():
+        tried = [inner / weights for inner in (local / "transformer", local) for weights in FOLDER_WEIGHTS]
+        for path in tried:
+            if path.is_file():
+                return path
+        raise ValueError(f"{local} is a folder without weights: tried {', '.join(map(str, tried))}; give a file")
     if local.exists():
         return local
     if name not in RELEASED:
@@ -85,11 +85,8 @@ def find_checkpoint(name_or_path: str | os.PathLike, offline: bool = False) -> P
     return released_file(name, offline)
 
 
-def verify_digest(path: Path, *, allow_unverified: bool = False, record: bool = False) -> str:
-    """sha256 of `path`, held to `path`.sha256; where there is none, `record` writes it.
-
-    A difference raises ValueError with both digests, or only warns with `allow_unverified`.
-    """
+def _verify_digest(path: Path, allow_unverified: bool, record: bool) -> str:
+    """sha256 of `path`, which must be the one in `path`.sha256; where there is no such file, `record` writes it."""
     found, recorded = file_sha256(path), recorded_digest(path)
     if recorded is None and record:
         try:
@@ -99,14 +96,9 @@ def verify_digest(path: Path, *, allow_unverified: bool = False, record: bool = 
     elif recorded not in (None, found):
         message = f"{path} is not the file that was recorded: sha256 is {found}, {path.name}.sha256 says {recorded}"
         if not allow_unverified:
-            raise ValueError(
-                f"{message}; delete both and fetch the file again, or go on with --allow-unverified if you trust it"
-            )
+            raise ValueError(f"{message}; delete both and fetch it again, or trust it with --allow-unverified")
         warnings.warn(f"{message}; going on unverified as asked", stacklevel=2)
     return found
-
-
-# ------------------------------------------------------------------------------------------------ reading
 
 
 def load_checkpoint(
@@ -118,17 +110,14 @@ def load_checkpoint(
     are read with weights_only, so nothing in them is executed.
     """
     path = find_checkpoint(name_or_path, offline)
-    folder_config, id2label = None, None
-    if path.is_dir():
-        path, folder_config, id2label = _open_folder(path)
     try:
         downloaded = path == cache_folder() / path.name and path.name in RELEASED
         head = check_first_bytes(path)  # first: "a web page" says more than "another digest"
-        sha256 = verify_digest(path, allow_unverified=allow_unverified, record=downloaded)
+        sha256 = _verify_digest(path, allow_unverified, record=downloaded)
         if path.suffix == ".safetensors":
             content, extra = _read_safetensors(path)
         elif path.suffix in TORCH_SUFFIXES:
-            content, extra = _read_torch(path, mmap=head.startswith(b"PK\x03\x04"))
+            content = extra = _read_torch(path, mmap=head.startswith(b"PK\x03\x04"))
         else:
             raise ValueError(f"{path} ends in {path.suffix!r}: weights end in .safetensors, .pt or .pth")
     except OSError as error:
@@ -138,28 +127,15 @@ def load_checkpoint(
     strays = [str(name) for name, value in state_dict.items() if not isinstance(value, Tensor)]
     if strays or not state_dict:
         what = f"entries that are not tensors ({', '.join(strays[:3])})" if strays else "nothing"
-        what += f" and none of {', '.join(STATE_KEYS)}" if source_key == "flat" else f" under {source_key!r}"
-        raise ValueError(f"{path} holds {what}: not a state dict")
+        where = f"and none of {', '.join(STATE_KEYS)}" if source_key == "flat" else f"under {source_key!r}"
+        raise ValueError(f"{path} holds {what} {where}: not a state dict")
     config, class_names = _check_extra(extra, path)
     if any(name.startswith("transformer_blocks.") for name in state_dict):
-        folder_config = folder_config or _read_json(path.parent / "config.json")
-        state_dict, config = convert_diffusers(state_dict, folder_config)
-        source_key, class_names = "diffusers", id2label
+        state_dict, config = convert_diffusers(state_dict, _read_json(path.with_name("config.json")))
+        index = path.parent.parent / "model_index.json"  # of the pipeline around the transformer's folder
+        labels = _read_json(index).get("id2label") if index.is_file() else None
+        source_key, class_names = "diffusers", [labels[key] for key in sorted(labels, key=int)] if labels else None
     return Checkpoint(state_dict, config, path, sha256, source_key, class_names)
-
-
-def _open_folder(folder: Path) -> tuple[Path, dict[str, Any], list[str] | None]:
-    """Weights file, config and class names of a diffusers pipeline folder, or of its transformer folder."""
-    tried = [inner / name for inner in (folder / "transformer", folder) for name in FOLDER_WEIGHTS]
-    path = next((path for path in tried if path.is_file()), None)
-    if path is None:
-        raise ValueError(
-            f"{folder} is a folder without weights: tried {', '.join(map(str, tried))}; give a file by its path"
-        )
-    index = folder / "model_index.json"
-    labels = _read_json(index).get("id2label") if path.parent != folder and index.is_file() else None
-    names = [labels[key] for key in sorted(labels, key=int)] if labels else None
-    return path, _read_json(path.parent / "config.json"), names
 
 
 def _read_json(path: Path) -> Any:
@@ -171,44 +147,22 @@ def _read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not JSON ({error}); fetch it again") from error
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Tensors and metadata of a safetensors file; ours are `config` and `class_names`, both JSON."""
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            metadata = file.metadata() or {}
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
-        raise _corrupt(path, _promised_length(path) or str(error)) from error
-    return tensors, metadata
+        raise _corrupt(path, str(error)) from error
 
 
-def _promised_length(path: Path) -> str | None:
-    """The length that a safetensors header promises, in words; None if the header itself is not whole."""
-    with open(path, "rb") as file:
-        try:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(min(length, 100 << 20)))
-            ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
-        except (struct.error, ValueError, KeyError, TypeError):
-            return None
-    return f"its header promises {8 + length + max(ends, default=0)} bytes"
-
-
-def _read_torch(path: Path, mmap: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A torch file, and its `config` and `class_names` where a training script put them there."""
+def _read_torch(path: Path, mmap: bool) -> dict[str, Any]:
+    """What a torch file holds, read without running anything in it."""
     try:
         # Training checkpoints carry their arguments as a Namespace, plain data: the one class let through.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=mmap)
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        LookupError,
-        AttributeError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except UNREADABLE as error:
         culprit = re.search(r"global:? (?:GLOBAL )?([\w.]+)", str(error), re.IGNORECASE)
         if culprit and isinstance(error, pickle.UnpicklingError):
             raise ValueError(
@@ -222,7 +176,7 @@ def _read_torch(path: Path, mmap: bool) -> tuple[dict[str, Any], dict[str, Any]]
         raise _corrupt(path, why) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a state dict")
-    return content, content
+    return content
 
 
 def _corrupt(path: Path, why: str) -> ValueError:
@@ -236,10 +190,8 @@ def _check_extra(extra: dict[str, Any], path: Path) -> tuple[dict[str, Any] | No
         config, names = (json.loads(part) if isinstance(part, str) else part for part in found)
         if config is not None:
             if odd := inspect.signature(DiT).parameters.keys() ^ config.keys():
-                raise ValueError(
-                    f"it and the arguments of DiT differ in {', '.join(sorted(odd))}; it was written by another "
-                    "version, so save it again with save_checkpoint"
-                )
+                odd = ", ".join(sorted(odd))
+                raise ValueError(f"it and the arguments of DiT differ in {odd}; save it again with save_checkpoint")
             check_config(config)
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: its config cannot be used: {error}") from error
@@ -268,92 +220,49 @@ def save_checkpoint(
         partial.chmod(0o644)  # safetensors writes private files
 
 
-# ----------------------------------------------------------------------------------------------- building
-
-
 def build_model(
-    checkpoint: Checkpoint,
-    *,
-    model: str | None = None,
-    image_size: int | None = None,
-    num_classes: int | None = None,
+    checkpoint: Checkpoint, *, model: str | None = None, image_size: int | None = None, num_classes: int | None = None
 ) -> DiT:
     """The checkpoint's model in float32, loaded strictly, in eval mode, without gradients.
 
-    `model` ("DiT-XL/2"), `image_size` (pixels) and `num_classes` are what the caller believes: each is compared with
-    the weights, and a contradiction raises ValueError naming both. A model of 4 input channels, those of the Stable
-    Diffusion VAE, is taken to work on latents of image_size / 8.
+    `model` ("DiT-XL/2"), `image_size` (pixels) and `num_classes` are what the caller believes: ValueError where they
+    contradict the weights. A model of 4 input channels, those of the Stable Diffusion VAE, works on latents.
     """
-    config = infer_config(checkpoint.state_dict) if checkpoint.config is None else checkpoint.config
-    path = checkpoint.path
-    if model is not None:
-        found = model_name(config)
-        if model not in DiT_models:
-            raise ValueError(f"no model {model!r}: there are {', '.join(DiT_models)}")
-        if found != model:
-            raise ValueError(f"{path} is {found}, --model {model} was asked; leave --model out or give another --ckpt")
+    config, path = checkpoint.config or infer_config(checkpoint.state_dict), checkpoint.path
+    if model is not None and model not in DiT_models:
+        raise ValueError(f"no model {model!r}: there are {', '.join(DiT_models)}")
+    if model not in (None, model_name(config)):
+        raise ValueError(f"{path} is {model_name(config)}, --model {model} was asked; leave --model out")
     if num_classes not in (None, config["num_classes"]):
         raise ValueError(
-            f"{path} is for {config['num_classes']} classes, --num-classes {num_classes} was asked; leave "
-            "--num-classes out"
+            f"{path} is for {config['num_classes']} classes, --num-classes {num_classes} was asked; leave it out"
         )
-    if image_size is not None:
-        _check_image_size(image_size, config, path)
+    trained = config["input_size"] * (VAE_FACTOR if config["in_channels"] == 4 else 1)
+    if image_size not in (None, trained):
+        other = f"{model_name(config).replace('/', '-')}-{image_size}x{image_size}.pt"
+        advice = f"--ckpt {other}" if other in RELEASED else f"--image-size {trained}"
+        raise ValueError(f"{path} is for {trained} px, --image-size {image_size} was asked; use {advice}")
     with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
         dit = DiT(**config)
-    _check_shapes(dit.state_dict(), checkpoint)
-    dit.to_empty(device="cpu")
-    dit.load_state_dict(checkpoint.state_dict, strict=True)
+    try:
+        dit.to_empty(device="cpu").load_state_dict(checkpoint.state_dict, strict=True)
+    except RuntimeError as error:  # in hundreds of lines: the first names a tensor
+        fault = textwrap.shorten(str(error).splitlines()[1], 160, placeholder=" ...")
+        raise ValueError(f"{path} is not a whole DiT: {fault}; give another --ckpt") from error
     return dit.eval().requires_grad_(False)
 
 
 def model_name(config: dict[str, Any]) -> str:
     """The published name of a config, or its sizes in words."""
     for name, build in DiT_models.items():
-        if all(config[key] == value for key, value in build.keywords.items()):
+        if build.keywords.items() <= config.items():
             return name
     return "a DiT {depth} deep, {hidden_size} wide, {num_heads} heads, patch {patch_size}".format(**config)
 
 
-def _check_image_size(image_size: int, config: dict[str, Any], path: Path) -> None:
-    factor = VAE_FACTOR if config["in_channels"] == 4 else 1
-    if image_size < 1 or image_size % factor:
-        kind = "number" if factor == 1 else f"multiple of {factor}, the pixels per latent"
-        raise ValueError(f"--image-size {image_size} is not a positive {kind}")
-    trained = config["input_size"] * factor
-    if image_size != trained:
-        other = f"{model_name(config).replace('/', '-')}-{image_size}x{image_size}.pt"
-        advice = f"use --ckpt {other}" if other in RELEASED else f"use --image-size {trained}"
-        raise ValueError(
-            f"{path} is for {trained} px (an input of {config['input_size']}), --image-size {image_size} was asked; "
-            f"{advice}"
-        )
-
-
-def _check_shapes(expected: dict[str, Tensor], checkpoint: Checkpoint) -> None:
-    """What a strict load would find, said in one line instead of hundreds."""
-    found = checkpoint.state_dict
-    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    wrong = [name for name in expected if name in found and expected[name].shape != found[name].shape]
-    faults = [f"lacks {missing[0]!r} and {len(missing) - 1} more"] if missing else []
-    faults += [f"has {extra[0]!r} and {len(extra) - 1} more that DiT has not"] if extra else []
-    faults += [f"{n!r} has shape {tuple(found[n].shape)}, expected {tuple(expected[n].shape)}" for n in wrong[:1]]
-    if faults:
-        raise ValueError(f"{checkpoint.path} is not a whole DiT: {'; '.join(faults)}; give another --ckpt")
-
-
-# ---------------------------------------------------------------------------------------------------- VAE
-
-
 def load_vae(name_or_path: str | os.PathLike, *, offline: bool = False) -> Any:
-    """diffusers AutoencoderKL, in eval mode without gradients, for "ema", "mse" or a local diffusers folder.
-
-    "ema" and "mse" are stabilityai/sd-vae-ft-*, fetched and kept by the Hugging Face hub client.
-    """
-    try:
-        from diffusers import AutoencoderKL
-    except ImportError as error:
-        raise ValueError(f"the VAE needs diffusers ({error}): pip install diffusers") from error
+    """diffusers AutoencoderKL, in eval mode without gradients, for a key of VAES or a local diffusers folder."""
+    from diffusers import AutoencoderKL  # late: it takes seconds to load
 
     name = os.fspath(name_or_path)
     folder = Path(name).expanduser()

@@ -2,12 +2,7 @@
 
 The network predicts the noise eps in x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, t in 0..999. abar_t is the running
 product of 1 - beta (Ho et al. 2020, Eq. 4). A sampler walks a subset of these timesteps from the noisiest to the
-cleanest. All share one interface, `Sampler`. It tells a caching loop what it has to know: whether a step wants noise
-(`stochastic`), and whether it may be taken again (`rewindable`).
-
-    ddim, ddpm                              closed forms, written out here, rewindable
-    dpmsolver++, unipc, euler, ... or the   diffusers schedulers, which keep a history of past steps: schedulers.py
-    class name of a diffusers scheduler
+cleanest. ddim and ddpm are closed forms, written out here; other names are diffusers schedulers (schedulers.py).
 
 References: Ho et al. 2020, Denoising Diffusion Probabilistic Models. Song et al. 2021, Denoising Diffusion Implicit
 Models. Nichol & Dhariwal 2021, Improved Denoising Diffusion Probabilistic Models.
@@ -32,25 +27,20 @@ NUM_TRAIN = 1000  # timesteps the network was trained on
 BETAS = (1e-4, 2e-2)  # the first and the last
 
 
-# ---------------------------------------------------------------------------------------------- schedule
-
-
 def linear_betas() -> np.ndarray:
     """The linear schedule of Ho et al. 2020, Sec. 4: (1000,) float64, 1e-4 to 0.02, both ends included."""
     return np.linspace(*BETAS, NUM_TRAIN, dtype=np.float64)
 
 
-def respace(num_steps: int, num_train: int = NUM_TRAIN) -> np.ndarray:
+def respace(num_steps: int) -> np.ndarray:
     """The training timesteps kept for a run of `num_steps` steps: (num_steps,) int64, ascending.
 
-    Evenly spaced with both ends kept (Nichol & Dhariwal 2021, Sec. 4): position k is at
-    k (num_train - 1) / (num_steps - 1), rounded half to even. A single step keeps timestep 0. ValueError unless
-    `num_steps` is a whole number in 1..num_train.
+    Evenly spaced with both ends kept (Nichol & Dhariwal 2021, Sec. 4): position k is at 999 k / (num_steps - 1),
+    rounded half to even. A single step keeps timestep 0. ValueError unless `num_steps` is a whole number in 1..1000.
     """
-    whole = hasattr(num_steps, "__index__") and not isinstance(num_steps, bool)
-    if not whole or not 1 <= num_steps <= num_train:
-        raise ValueError(f"num_steps={num_steps!r} is not a whole number in 1..{num_train}; 50 is usual")
-    stride = (num_train - 1) / (num_steps - 1) if num_steps > 1 else 0.0
+    if type(num_steps) is not int or not 1 <= num_steps <= NUM_TRAIN:
+        raise ValueError(f"num_steps={num_steps!r} is not a whole number in 1..{NUM_TRAIN}; 50 is usual")
+    stride = (NUM_TRAIN - 1) / max(num_steps - 1, 1)
     # Summed, not multiplied: on a half, the accumulated rounding error decides.
     positions = itertools.accumulate([stride] * (num_steps - 1), initial=0.0)
     return np.array([round(position) for position in positions], dtype=np.int64)
@@ -68,16 +58,13 @@ def respaced_schedule(kept: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndar
     return beta, abar, np.append(1.0, abar[:-1])
 
 
-# --------------------------------------------------------------------------------------------- interface
-
-
 class Sampler:
     """What a sampling loop sees.
 
-    name         the sampler's name in a spec
+    name         the name in a spec
     spec         the whole spec that made it, None where it was built by hand
-    timesteps    (S,) on the CPU, in sampling order, noisiest first: what the network is fed. int64, or float32 for
-                 schedulers that step between training timesteps. A grid in log-SNR may round two steps to one timestep
+    timesteps    (S,) on the CPU, noisiest first: what the network is fed. int64, or float32 for schedulers that step
+                 between training timesteps. A grid in log-SNR may round two steps to one timestep
     stochastic   `step` wants `noise`
     rewindable   `step` depends on its arguments only, so that any step may be taken again
     """
@@ -110,7 +97,7 @@ class Sampler:
                variance, which only ddpm uses
         noise  (N, C, H, W) unit Gaussian, ignored unless `stochastic`
 
-        Raises ValueError for a step that is not on, shapes that do not fit, or missing noise.
+        Raises ValueError for a step out of range or turn, shapes that do not fit, or missing noise.
         """
         raise NotImplementedError
 
@@ -134,21 +121,17 @@ def split_output(x: Tensor, out: Tensor, noise: Tensor | None = None) -> tuple[T
     return out[:, :channels], out[:, channels:] if out.shape[1] > channels else None
 
 
-# ------------------------------------------------------------------------------------------ closed forms
-
-
 class _ClosedForm(Sampler):
     """DDIM and DDPM: float64 tables of coefficients by step, in sampling order.
 
     A step is computed in float32, or float64 for such a state. One step index and one for each row go through the same
-    operations on broadcast coefficients, so that both give the same bits.
+    operations on broadcast coefficients, so that both give the same bits. A subclass says what its coefficients are and
+    how they make the next state, from the state `x`, its predicted `x0` and `eps`, the learned variance `v`, and noise.
     """
 
     rewindable = True
 
     def __init__(self, num_steps: int, clip: bool) -> None:
-        if not isinstance(clip, bool):
-            raise ValueError(f"clip={clip!r} is not true or false; leave it out not to clip")
         self.clip = clip
         self._lay_out(respace(num_steps))
 
@@ -167,9 +150,6 @@ class _ClosedForm(Sampler):
         moved._lay_out(kept)
         return moved
 
-    def _coefficients(self, beta: np.ndarray, abar: np.ndarray, before: np.ndarray) -> list[np.ndarray]:
-        raise NotImplementedError
-
     def _at(self, i: int | Tensor, x: Tensor) -> tuple[Tensor, ...]:
         """The tables at step `i`, each (1, 1, 1, 1) or (N, 1, 1, 1), in the dtype to compute in."""
         if isinstance(i, Tensor) and i.ndim:
@@ -186,20 +166,18 @@ class _ClosedForm(Sampler):
             self._copies[key] = self._tables.to(*key)
         return self._copies[key][:, where].reshape(len(self._tables), -1, 1, 1, 1).unbind()
 
-    def _predict(self, x: Tensor, eps: Tensor, at: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        """(x, x_0, eps) in the dtype to compute in; a clipped x_0 moves eps with it, so that both give x."""
-        x, eps = x.to(at[0].dtype), eps.to(at[0].dtype)
-        x0 = at[0] * x - at[1] * eps
+    def step(self, i: int | Tensor, x: Tensor, out: Tensor, noise: Tensor | None = None) -> Tensor:
+        """See `Sampler.step`."""
+        at, (eps, v) = self._at(i, x), split_output(x, out, noise)
+        if self.stochastic and noise is None and bool((torch.as_tensor(i) < self.num_steps - 1).any()):
+            raise ValueError(f"{self.name} adds noise in all steps but the last; pass noise {tuple(x.shape)}")
+        wide, eps = x.to(at[0].dtype), eps.to(at[0].dtype)
+        noise = torch.zeros_like(wide) if noise is None else noise.to(wide.dtype)
+        x0 = at[0] * wide - at[1] * eps
         if self.clip:
             x0 = x0.clamp(-1.0, 1.0)
-            eps = (at[0] * x - x0) / at[1]
-        return x, x0, eps
-
-    def _noise(self, i: int | Tensor, x: Tensor, noise: Tensor | None) -> Tensor:
-        """The noise in the dtype of `x`, or zeros if there is none and no row needs it."""
-        if noise is None and bool((torch.as_tensor(i) < self.num_steps - 1).any()):
-            raise ValueError(f"{self.name} adds noise in all steps but the last; pass noise {tuple(x.shape)}")
-        return torch.zeros_like(x) if noise is None else noise.to(x.dtype)
+            eps = (at[0] * wide - x0) / at[1]  # so that both give x
+        return self._advance(at[2:], wide, x0, eps, v, noise).to(x.dtype)
 
 
 class DDIM(_ClosedForm):
@@ -212,10 +190,9 @@ class DDIM(_ClosedForm):
     name = "ddim"
 
     def __init__(self, num_steps: int, eta: float = 0.0, clip: bool = False) -> None:
-        if isinstance(eta, (bool, str)) or eta is None or not 0.0 <= eta <= 1.0:
+        if not 0.0 <= eta <= 1.0:
             raise ValueError(f"eta={eta!r} is not a number in 0..1; 0 is deterministic, 1 as random as ddpm")
-        self.eta = float(eta)
-        self.stochastic = self.eta > 0.0
+        self.eta, self.stochastic = eta, eta > 0.0
         super().__init__(num_steps, clip)
 
     def _coefficients(self, beta: np.ndarray, abar: np.ndarray, before: np.ndarray) -> list[np.ndarray]:
@@ -223,21 +200,17 @@ class DDIM(_ClosedForm):
         # Below zero only by rounding, and only in the last step.
         return [np.sqrt(before), np.sqrt(np.maximum(1.0 - before - sigma**2, 0.0)), sigma]
 
-    def step(self, i: int | Tensor, x: Tensor, out: Tensor, noise: Tensor | None = None) -> Tensor:
-        """sqrt(abar_s) x_0 + sqrt(1 - abar_s - sigma^2) eps + sigma noise; see `Sampler.step`."""
-        at, eps = self._at(i, x), split_output(x, out, noise)[0]
-        wide, x0, eps = self._predict(x, eps, at)
-        result = at[2] * x0 + at[3] * eps
-        if self.stochastic:
-            result = result + at[4] * self._noise(i, wide, noise)  # sigma = 0 in the last step
-        return result.to(x.dtype)
+    def _advance(self, at, x, x0, eps, v, noise):
+        """sqrt(abar_s) x_0 + sqrt(1 - abar_s - sigma^2) eps + sigma noise, with sigma = 0 in the last step."""
+        result = at[0] * x0 + at[1] * eps
+        return result + at[2] * noise if self.stochastic else result
 
 
 class DDPM(_ClosedForm):
-    """Ancestral sampling (Ho et al. 2020, Algorithm 2) on the respaced chain.
+    """Ancestral sampling (Ho et al. 2020, Algorithm 2) on the respaced chain; arguments as for `DDIM`.
 
-    num_steps 1..1000; clip as for `DDIM`. The variance follows the network: 2C output channels bring the
-    learned range of Nichol & Dhariwal 2021, Eq. 15; with C it is beta, the larger of Ho's two fixed choices.
+    The variance follows the network: 2C output channels bring the learned range of Nichol & Dhariwal 2021, Eq. 15;
+    with C it is beta, the larger of Ho's two fixed choices.
     """
 
     name = "ddpm"
@@ -251,30 +224,24 @@ class DDPM(_ClosedForm):
         mean_x0 = beta * np.sqrt(before) / (1.0 - abar)
         mean_x = (1.0 - before) * np.sqrt(1.0 - beta) / (1.0 - abar)
         posterior = beta * (1.0 - before) / (1.0 - abar)
-        # The last step has posterior variance 0, which has no logarithm. The value of the step before stands in, for
-        # the fixed variance too; noisy = 0 takes it out again, so that it only has to be finite.
-        stand_in = posterior[-2] if len(beta) > 1 else beta[-1]
-        log_posterior, log_fixed = (np.log(np.append(table[:-1], stand_in)) for table in (posterior, beta))
+        # The last step has posterior variance 0, which has no logarithm. The value of the step before stands in, and
+        # noisy = 0 takes it out again.
+        log_posterior = np.log(np.append(posterior[:-1], posterior[-2] if len(beta) > 1 else beta[-1]))
         noisy = np.append(np.ones(len(beta) - 1), 0.0)
-        return [mean_x0, mean_x, log_posterior, np.log(beta), log_fixed, noisy]
+        return [mean_x0, mean_x, log_posterior, np.log(beta), noisy]
 
-    def step(self, i: int | Tensor, x: Tensor, out: Tensor, noise: Tensor | None = None) -> Tensor:
-        """The posterior mean at the predicted x_0, plus noise in every step but the last; see `Sampler.step`.
+    def _advance(self, at, x, x0, eps, v, noise):
+        """The posterior mean at the predicted x_0, plus noise in every step but the last.
 
-        The learned half of a 2C output is v in [-1, 1]: the log variance goes linearly from the posterior's at -1 to
-        log beta at 1.
+        v in [-1, 1] takes the log variance linearly from the posterior's at -1 to log beta at 1.
         """
-        at, (eps, v) = self._at(i, x), split_output(x, out, noise)
-        wide, x0, _ = self._predict(x, eps, at)
-        mean_x0, mean_x, log_posterior, log_beta, log_variance, noisy = at[2:]
+        mean_x0, mean_x, log_posterior, log_beta, noisy = at
+        log_variance = log_beta
         if v is not None:
-            share = (v.to(wide.dtype) + 1.0) / 2.0
+            share = (v.to(x.dtype) + 1.0) / 2.0
             log_variance = share * log_beta + (1.0 - share) * log_posterior
-        scale = noisy * torch.exp(0.5 * log_variance)
-        return (mean_x0 * x0 + mean_x * wide + scale * self._noise(i, wide, noise)).to(x.dtype)
+        return mean_x0 * x0 + mean_x * x + noisy * torch.exp(0.5 * log_variance) * noise
 
-
-# ------------------------------------------------------------------------------------------------- specs
 
 # Short names of diffusers schedulers, with the options that make the name true and so cannot be set.
 SCHEDULERS: dict[str, tuple[str, dict[str, Value]]] = {
@@ -319,8 +286,7 @@ def check_arguments(name: str, kind: type, options: Mapping[str, Value], closed:
 def make_sampler(spec: str, num_steps: int) -> Sampler:
     """The sampler of a spec NAME[:key=value,...] for `num_steps` steps, 1..1000.
 
-    For example ddim, ddim:eta=0.5, ddpm, dpmsolver++:use_lu_lambdas=true, unipc:timestep_spacing=trailing.
-    ValueError for an unknown name, key or value, with the valid ones.
+    Examples: ddim:eta=0.5, unipc:timestep_spacing=trailing. ValueError, with what is valid, for anything unknown.
     """
     name, options = parse_spec(spec)
     respace(num_steps)  # for its range check
@@ -328,10 +294,8 @@ def make_sampler(spec: str, num_steps: int) -> Sampler:
         check_arguments(name, _CLOSED_FORMS[name], options)
         sampler = _CLOSED_FORMS[name](num_steps, **options)
     elif name in SCHEDULERS or name.endswith("Scheduler"):
-        try:
-            from schedulers import SchedulerSampler  # late: diffusers takes seconds to load
-        except ImportError as error:
-            raise ImportError(f"sampler {name} needs the diffusers package: pip install diffusers") from error
+        from schedulers import SchedulerSampler  # late: diffusers takes seconds to load
+
         sampler = SchedulerSampler(name, num_steps, **options)
     else:
         raise unknown_sampler(name)

@@ -20,11 +20,10 @@ def cache_folder() -> Path:
 
 
 def released_file(name: str, offline: bool = False) -> Path:
-    """Path of the released file `name`, one of RELEASED; a missing one is downloaded, which ValueErrors explain.
+    """Path of the released file `name`, one of RELEASED; a missing one is downloaded. ValueError if that fails.
 
-    It appears whole or not at all, with its digest in `name`.sha256. The released files come without published digests,
-    so a first download can only be checked for its length and its kind. What is recorded then is what every later load
-    is held to.
+    It appears whole or not at all. No digests are published, so a first download is checked for its length and its
+    kind only. Its digest is recorded in `name`.sha256, and every later load is held to it.
     """
     target, url = cache_folder() / name, RELEASE_URL.format(name=name)
     if target.is_file():
@@ -45,15 +44,13 @@ def released_file(name: str, offline: bool = False) -> Path:
             found = partial.stat().st_size
             if expected and found != expected:
                 raise ValueError(
-                    f"download of {url} stopped at {found} of {expected} bytes; nothing was kept, run the same command "
-                    "again"
+                    f"download of {url} stopped at {found} of {expected} bytes; run the same command again"
                 )
             check_first_bytes(partial, f"what {url} served")
             record_digest(target, file_sha256(partial))  # before the file: one that is there always has its digest
     except (OSError, http.client.HTTPException) as error:
         raise ValueError(
-            f"could not download {url} to {target}: {error}; run the same command again, or fetch it elsewhere and put "
-            "it at that path"
+            f"could not download {url} to {target}: {error}; run the same command again, or put the file there by hand"
         ) from error
     return target
 
@@ -62,8 +59,7 @@ def check_first_bytes(path: Path, label: str | None = None) -> bytes:
     """First 512 bytes of a file; ValueError if they show nothing, a web page or a Git LFS pointer."""
     with open(path, "rb") as file:
         head = file.read(512)
-    label = label or str(path)
-    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    label, text = label or str(path), head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not head:
         raise ValueError(f"{label} is empty (0 bytes): corrupt or incomplete, fetch it again")
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):

@@ -1,5 +1,4 @@
-"""What a state dict says about its DiT: the config from the shapes of the weights, and weights and config from the
-layout of Hugging Face diffusers."""
+"""The config of a DiT from the shapes of its weights, and weights and config from the layout of diffusers."""
 
 import math
 import re
@@ -28,7 +27,7 @@ def infer_config(state_dict: dict[str, Tensor], num_heads: int | None = None) ->
     if num_heads is None and width not in heads:
         raise ValueError(
             f"width {width} is not a published one ({', '.join(map(str, sorted(heads)))}), so the number of heads is "
-            "unknown: save the weights as .safetensors with their config (save_checkpoint)"
+            "unknown: save the weights with their config (save_checkpoint)"
         )
     grid, per_patch = round(tokens**0.5), patch * patch * channels
     if grid * grid != tokens or outputs not in (per_patch, 2 * per_patch):
@@ -54,8 +53,6 @@ def infer_config(state_dict: dict[str, Tensor], num_heads: int | None = None) ->
     }
 
 
-# ---------------------------------------------------------------------------------------- diffusers layout
-
 # diffusers' name -> ours, each with a weight and a bias, but for the table.
 _OUTER = {
     "pos_embed.proj": "x_embedder.proj",
@@ -75,24 +72,20 @@ _EMBEDDERS = {
     "timestep_embedder.linear_2.bias": "t_embedder.mlp.2.bias",
     "class_embedder.embedding_table.weight": "y_embedder.embedding_table.weight",
 }
-# What a diffusers config must say, where it says it. The second class name is that of files from before 2024.
+# What a diffusers config must say, where it says it (the second class name: before 2024), and what it must have.
 _FIXED = {
     "_class_name": ("DiTTransformer2DModel", "Transformer2DModel"),
     "activation_fn": ("gelu-approximate",),
     "norm_type": ("ada_norm_zero",),
 }
-# What it must have.
 _STATED = "num_layers num_attention_heads attention_head_dim sample_size patch_size in_channels num_embeds_ada_norm"
 
 
-def convert_diffusers(
-    state_dict: dict[str, Tensor], config: dict[str, Any]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def convert_diffusers(state_dict: dict[str, Tensor], config: dict[str, Any]) -> tuple[dict[str, Tensor], dict]:
     """State dict and config of a diffusers DiT -> ours; ValueError for whatever does not map exactly.
 
-    Two things differ in the running model, and ours follows the release in both. diffusers computes the timestep
-    frequencies over 127 intervals (`downscale_freq_shift=1`), and the weights were trained with 128. It normalises
-    before the MLP with the config's `norm_eps`, and the release has 1e-6.
+    The running models differ in two things, where ours follows the release: diffusers computes the timestep frequencies
+    over 127 intervals (`downscale_freq_shift=1`) instead of 128, and its norm before the MLP has another eps than 1e-6.
     """
     for key, allowed in _FIXED.items():
         if config.get(key, allowed[0]) not in allowed:
@@ -121,17 +114,12 @@ def convert_diffusers(
         for theirs, name in _EMBEDDERS.items():
             copy = take(f"transformer_blocks.{i}.norm1.emb.{theirs}")
             if not torch.equal(result.setdefault(name, copy), copy):
-                raise ValueError(
-                    f"transformer_blocks.{i}.norm1.emb.{theirs} differs from block 0's: DiT has one embedder for all "
-                    "blocks, so this model cannot be converted"
-                )
+                where = f"transformer_blocks.{i}.norm1.emb.{theirs}"
+                raise ValueError(f"{where} differs from block 0's: DiT has one embedder for all blocks")
     positions = source.pop("pos_embed.pos_embed", None)  # older files store it, newer ones compute it
     result["pos_embed"] = sincos_pos_embed(heads * head_width, size // patch) if positions is None else positions
     if source:
-        raise ValueError(
-            f"diffusers weights hold {len(source)} tensors that DiT has not, such as {min(source)!r}; this is another "
-            "model"
-        )
+        raise ValueError(f"diffusers weights hold {len(source)} tensors that DiT has not, such as {min(source)!r}")
     ours = infer_config(result, heads)
     stated = {"hidden_size": heads * head_width, "input_size": size, "patch_size": patch, "in_channels": channels}
     stated |= {"num_classes": classes, "learn_sigma": config.get("out_channels") == 2 * channels}

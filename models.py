@@ -19,8 +19,6 @@ def modulate(x, shift, scale):
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
-# ------------------------------------------------------------------------ Conditioning: timestep and class label
-
 def timestep_features(t, dim=256, max_period=10000):
     """Sinusoids of (possibly fractional) timesteps: t (N,) -> (N, dim) float32, cosines before sines.
 
@@ -41,11 +39,7 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, hidden_size, feature_size=256):
         super().__init__()
         self.feature_size = feature_size
-        self.mlp = nn.Sequential(
-            nn.Linear(feature_size, hidden_size),
-            nn.SiLU(),
-            nn.Linear(hidden_size, hidden_size),
-        )
+        self.mlp = nn.Sequential(nn.Linear(feature_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t):
         features = timestep_features(t, self.feature_size)       # (N, 256) float32
@@ -72,13 +66,8 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(labels)                                               # (N, D)
 
 
-# --------------------------------------------------------------------------------------------------- Transformer
-
 class DiTBlock(nn.Module):
-    """Self-attention and MLP, each with adaLN-Zero: shifted and scaled before, gated after, all three from c.
-
-    The pieces are separate methods: a caller may take the gates without the branches, or one before its gate.
-    """
+    """Self-attention and MLP, each with adaLN-Zero: shifted and scaled before, gated after, all three from c."""
 
     def __init__(self, hidden_size, num_heads, mlp_ratio=4.0):
         super().__init__()
@@ -137,38 +126,21 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module):
     """Class-conditional diffusion transformer: x (N, C, H, W), t (N,), y (N,) -> (N, C or 2C, H, W).
 
-    It predicts the noise and, with `learn_sigma`, as many variance channels. `num_classes=0` builds an
-    unconditional model without a label table. `config` holds the constructor's arguments as a plain dict,
-    ready for JSON. Raises ValueError for sizes that do not divide and for values out of range. Source: arXiv
-    2212.09748, section 3.2 (adaLN-Zero).
+    It predicts the noise and, with `learn_sigma`, as many variance channels. `num_classes=0` builds an unconditional
+    model without a label table. `config` holds the constructor's arguments, ready for JSON. Raises ValueError for
+    sizes that do not divide and for values out of range. Source: arXiv 2212.09748, section 3.2 (adaLN-Zero).
     """
 
-    def __init__(
-        self,
-        input_size=32,
-        patch_size=2,
-        in_channels=4,
-        hidden_size=1152,
-        depth=28,
-        num_heads=16,
-        mlp_ratio=4.0,
-        class_dropout_prob=0.1,
-        num_classes=1000,
-        learn_sigma=True,
-    ):
+    def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
+                 mlp_ratio=4.0, class_dropout_prob=0.1, num_classes=1000, learn_sigma=True):
         super().__init__()
-        self.config = {
-            "input_size": input_size, "patch_size": patch_size, "in_channels": in_channels,
-            "hidden_size": hidden_size, "depth": depth, "num_heads": num_heads, "mlp_ratio": mlp_ratio,
-            "class_dropout_prob": class_dropout_prob, "num_classes": num_classes, "learn_sigma": learn_sigma,
-        }
+        self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         check_config(self.config)
         self.input_size = input_size
         self.patch_size = patch_size
         self.in_channels = in_channels
         self.hidden_size = hidden_size
         self.num_classes = num_classes
-        self.learn_sigma = learn_sigma
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
@@ -196,9 +168,9 @@ class DiT(nn.Module):
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
         if self.num_classes > 0:
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for layer in [*(block.adaLN_modulation[1] for block in self.blocks),
-                      self.final_layer.adaLN_modulation[1], self.final_layer.linear]:
-            nn.init.zeros_(layer.weight)
+        for module in [*self.blocks, self.final_layer]:
+            nn.init.zeros_(module.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
 
     @property
     def null_label(self):
@@ -214,8 +186,8 @@ class DiT(nn.Module):
         if x.shape[1:] != (self.in_channels, size, size):
             raise ValueError(f"input {tuple(x.shape)} does not fit the model, which takes "
                              f"(N, {self.in_channels}, {size}, {size})")
-        # x_embedder as one matrix product over flat patches: its strided convolution is several times slower on a
-        # CPU and leaves the tokens transposed in memory, which would slow every block.
+        # One matrix product over flat patches: x_embedder's strided convolution is several times slower on a CPU and
+        # leaves the tokens transposed in memory, which would slow every block.
         x = x.unflatten(2, (-1, p)).unflatten(4, (-1, p))         # (N, C, H/p, p, W/p, p)
         x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (N, T, C * p * p)
         return nn.functional.linear(x, projection.weight.flatten(1), projection.bias) + self.pos_embed
@@ -223,8 +195,8 @@ class DiT(nn.Module):
     def condition(self, t, y=None):
         """t (N,) or (1,) for all rows, y (N,) int64 or None for an unconditional model -> c (N, D).
 
-        Raises ValueError if labels are missing or superfluous. Their range is the caller's to check, on the
-        CPU: looking at the values here would stall the device at every step.
+        Raises ValueError if labels are missing or superfluous. The caller checks their range, on the CPU: a look at
+        the values here would stall the device at every step.
         """
         if (y is None) != (self.num_classes == 0):
             raise ValueError(f"labels are {'missing' if y is None else 'given'}, but num_classes is "
@@ -257,11 +229,10 @@ class DiT(nn.Module):
         return self.decode(x, c)                                  # (N, out_channels, H, W)
 
     def forward_with_cfg(self, x, t, y, cfg_scale, cfg_channels=3):
-        """Classifier-free guidance in one stacked call, the conditional half first.
+        """`guide` in one stacked call: the release's interface, for code that was written against it.
 
         x (2N, C, H, W), t (2N,), y (2N,) = [labels; null labels] -> (2N, out_channels, H, W), guided in both halves.
-        Only the first half of x is read and stands for both. `cfg_channels` and errors are those of `guide`. Nothing
-        here calls it: it is the release's interface, kept for code that was written against that.
+        Only the first half of x is read and stands for both.
         """
         k = guided_channels(cfg_channels, self.in_channels, len(x))    # complain before the work, not after it
         out = self(x[: len(x) // 2], t, y)                             # (2N, out_channels, H, W)
@@ -270,10 +241,7 @@ class DiT(nn.Module):
         return torch.cat([first, second])
 
     def branch_flops(self):
-        """FLOPs (2 per multiply-add) of one block's attention and MLP for one row: (int, int).
-
-        Matrix products, nothing pointwise; each branch has half of adaLN, which runs once a row.
-        """
+        """FLOPs (2 per multiply-add) of one block's matrix products for a row: (attention, MLP), half of adaLN each."""
         tokens, width, hidden = self.pos_embed.shape[1], self.hidden_size, self.blocks[0].mlp.fc1.out_features
         modulation = 2 * 3 * width * width
         attn = 2 * (4 * tokens * width * width + 2 * tokens * tokens * width)  # qkv + proj; scores, weighted values
@@ -284,8 +252,6 @@ class DiT(nn.Module):
         """FLOPs per row of only the two gates of one block, two of the six outputs of its adaLN linear."""
         return 2 * 2 * self.hidden_size * self.hidden_size
 
-
-# -------------------------------------------------------------------------------------- Classifier-free guidance
 
 def guided_channels(cfg_channels, num_noise_channels, rows):
     """How many leading channels are guided: 3 for 3 or "3", all noise channels for "all"; else ValueError."""
@@ -304,9 +270,8 @@ def guide(out, cfg_scale, num_noise_channels, cfg_channels=3):
     """uncond + cfg_scale * (cond - uncond), all that a sampler goes on with: out (2N, C, H, W) -> (N, C, H, W).
 
     The first half of `out` is conditional. Only guided channels change; every other channel, sigma always, keeps the
-    conditional value. The released model guides 3 of its 4 noise channels, and its published scores were computed so.
-    Raises ValueError for another `cfg_channels` and for an odd batch. Source: arXiv 2207.12598, eq. 6 with
-    w = cfg_scale - 1.
+    conditional value. The release guides 3 of its 4 noise channels, and its published scores were computed so. Raises
+    ValueError for another `cfg_channels` and an odd batch. Source: arXiv 2207.12598, eq. 6 with w = cfg_scale - 1.
     """
     channels = guided_channels(cfg_channels, num_noise_channels, len(out))
     cond, uncond = out.chunk(2)                                   # 2 x (N, C, H, W)
@@ -319,9 +284,8 @@ def guide(out, cfg_scale, num_noise_channels, cfg_channels=3):
 def sincos_pos_embed(width, grid):
     """Fixed sine-cosine positions of a grid x grid image -> (1, grid * grid, width) float32, row by row.
 
-    The first half of the width encodes the column and the second the row, each as sines and then cosines at
-    frequencies 10000 ** (-4 k / width), in float64 (as in masked autoencoders, arXiv 2111.06377). Raises
-    ValueError for a width that 4 does not divide.
+    The first half of the width encodes the column and the second the row, each as sines and then cosines at frequencies
+    10000 ** (-4 k / width), in float64 (arXiv 2111.06377). Raises ValueError for a width that 4 does not divide.
     """
     if width % 4:
         raise ValueError(f"width {width} is not a multiple of 4, as sines and cosines of two axes need")
@@ -347,8 +311,6 @@ def check_config(config):
     if not 0 <= config["class_dropout_prob"] <= 1:
         raise ValueError(f"class_dropout_prob {config['class_dropout_prob']} must lie in [0, 1]")
 
-
-# --------------------------------------------------------------------------------------------------- Model sizes
 
 # Table 1 of arXiv 2212.09748; Ti is ours, the size of the bundled model.
 SIZES = {

@@ -12,7 +12,7 @@ from torch import Tensor
 from adacorr.spec import Value
 from diffusion import BETAS, NUM_TRAIN, SCHEDULERS, Sampler, check_arguments, names, split_output, unknown_sampler
 
-# What the network was trained with, which no option of a run can change,
+# What the network was trained with, which no option can change,
 _NETWORK: dict[str, Value] = {
     "num_train_timesteps": NUM_TRAIN,
     "beta_start": BETAS[0],
@@ -30,17 +30,11 @@ _DEFAULTS: dict[str, Value] = {"timestep_spacing": "linspace", "thresholding": F
 
 
 class SchedulerSampler(Sampler):
-    """A diffusers scheduler that calls the network once per step.
-
-    name       a key of SCHEDULERS, or the class name of a diffusers scheduler
-    num_steps  1..1000, which `make_sampler` checks
-    options    the scheduler's own, such as use_lu_lambdas=True (grid uniform in log-SNR) or solver_order=3 for
-               dpmsolver++. timestep_spacing is 'linspace' unless given
+    """A diffusers scheduler: a key of SCHEDULERS or a class name, 1..1000 steps, and the scheduler's own options.
 
     It remembers past steps, so they are taken in order, each once. If stochastic it wants noise in every step, the last
-    included. It computes in float32. Raises ValueError for an unknown name, option or value, and for a scheduler that
-    cannot be driven this way: several network calls per step, a formulation other than a discrete beta schedule, or
-    noise that it draws itself.
+    included. It computes in float32. ValueError for an unknown name, option or value, and for a scheduler that calls
+    the network more than once a step, has no discrete beta schedule, or draws noise itself.
     """
 
     rewindable = False
@@ -57,12 +51,11 @@ class SchedulerSampler(Sampler):
         self._restart(num_steps)
         start = float(self.timesteps[0])
         if start < NUM_TRAIN / 2:
-            where = f"{name} with {num_steps} steps would start at timestep {start:g} of 0..{NUM_TRAIN - 1}"
-            raise ValueError(f"{where}, not in noise; take more steps or timestep_spacing=trailing")
+            where = f"{name} with {num_steps} steps would start at timestep {start:g}, not in noise"
+            raise ValueError(f"{where}; take more steps or timestep_spacing=trailing")
         self.stochastic = self._probe()
 
     def _restart(self, num_steps: int) -> None:
-        """Begin with a new scheduler object."""
         try:
             self._scheduler = self._class(**self._options)
             self._scheduler.set_timesteps(num_steps)
@@ -75,20 +68,16 @@ class SchedulerSampler(Sampler):
         self.timesteps = self._scheduler.timesteps.clone()
         if self.num_steps != num_steps:
             calls = f"{self.name} calls the network {self.num_steps} times in {num_steps} steps"
-            raise ValueError(f"{calls}, which must be once each; valid: {', '.join(names())}")
+            raise ValueError(f"{calls}; valid: {', '.join(names())}")
         sigmas = getattr(self._scheduler, "sigmas", torch.empty(0))
         if bool((sigmas.diff() >= 0).any()):
-            repeats = f"{self.name} has no {num_steps} distinct noise levels that fall from step to step"
-            raise ValueError(f"{repeats}; take fewer steps or timestep_spacing=trailing")
+            levels = f"{self.name} has no {num_steps} distinct noise levels"
+            raise ValueError(f"{levels}; take fewer steps or timestep_spacing=trailing")
         self._scheduler.set_begin_index(0)
         self._due = 0
 
     def _probe(self) -> bool:
-        """Whether any step adds noise: a run on a single number comes out differently for two seeds.
-
-        It is a whole run because some schedulers add noise in the middle only. Noise that the scheduler would draw
-        itself is refused, because it cannot be given for each image.
-        """
+        """Whether a run on a single number comes out differently for two seeds; some add noise in the middle only."""
         accepts = inspect.signature(self._class.step).parameters
         trial, runs = copy.copy(self), []
         for seed in (0, 1):
@@ -137,7 +126,6 @@ class SchedulerSampler(Sampler):
         return self._advance(eps, x, {"variance_noise": noise} if self.stochastic else {}).to(x.dtype)
 
     def fresh(self) -> SchedulerSampler:
-        """See `Sampler.fresh`."""
         other = copy.copy(self)
         other._restart(self.num_steps)
         return other

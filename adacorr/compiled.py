@@ -12,16 +12,20 @@ BACKEND = "inductor"
 def compile_blocks(model: nn.Module) -> None:
     """Compile `attn_branch` and `mlp_branch` of all `model.blocks`, in place; parameters and their names stay.
 
-    Uncached and cached runs both go through them. All blocks share the graphs, and these leave open the number of rows,
-    which changes from step to step under a cache: there are at most four for each branch, for one row or more and for
-    modulations of all rows or copies of some. The first of them are made here, so that a compiler that is missing shows
-    now: ValueError.
+    All blocks share the graphs, and these leave the number of rows open, which changes from step to step under a cache:
+    there are at most four for each branch, for one row or more and for modulations of all rows or copies of some. The
+    first are made here, so that a missing compiler shows now: ValueError.
     """
     for block in model.blocks:
         for name in ("attn_branch", "mlp_branch"):
             setattr(block, name, MethodType(_compiled(getattr(type(block), name)), block))
+    block, (tokens, width) = model.blocks[0], model.pos_embed.shape[1:]
     try:
-        _call_once(model)
+        with torch.inference_mode():  # as samples are drawn
+            rows = block.mlp.fc1.weight.new_zeros(2, tokens, width)  # of the device and dtype to come
+            six = block.modulation(rows[:, 0])
+            block.attn_branch(rows, *six[:2])
+            block.mlp_branch(rows, *six[3:5])
     except Exception as error:  # each compiler has its own
         device = model.pos_embed.device
         needs = "a C++ compiler (g++)" if device.type == "cpu" else "Triton and a C compiler (gcc)"
@@ -30,16 +34,6 @@ def compile_blocks(model: nn.Module) -> None:
             f"--compile needs {needs} that works for {device}: install it or leave --compile out "
             f"({type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]})"
         ) from error
-
-
-def _call_once(model: nn.Module) -> None:
-    """Both branches of the first block on two rows, in the mode that samples are drawn in."""
-    block, (tokens, width) = model.blocks[0], model.pos_embed.shape[1:]
-    with torch.inference_mode():
-        rows = block.mlp.fc1.weight.new_zeros(2, tokens, width)  # of the device and dtype to come
-        six = block.modulation(rows[:, 0])
-        block.attn_branch(rows, *six[:2])
-        block.mlp_branch(rows, *six[3:5])
 
 
 def _compiled(branch):

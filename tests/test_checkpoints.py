@@ -12,16 +12,7 @@ from PIL import Image
 
 import checkpoint as checkpoints
 from adacorr.files import file_sha256, record_digest
-from checkpoint import (
-    BUNDLED,
-    BUNDLED_PATH,
-    Checkpoint,
-    build_model,
-    load_checkpoint,
-    load_vae,
-    released_name,
-    save_checkpoint,
-)
+from checkpoint import BUNDLED, BUNDLED_PATH, Checkpoint, build_model, load_checkpoint, load_vae, save_checkpoint
 from evaluate.features import WEIGHTS, extract, load_features
 from layout import infer_config
 from models import DiT, DiT_models
@@ -31,7 +22,6 @@ NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse"
 
 @pytest.fixture(autouse=True)
 def _home(monkeypatch, tmp_path):
-    """A home of its own for downloads: no test may see or touch the user's."""
     monkeypatch.setenv("ADACORR_HOME", str(tmp_path / "home"))
 
 
@@ -61,9 +51,6 @@ def predict(model):
     x = torch.randn(2, model.in_channels, 8, 8, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         return model(x, torch.tensor([3, 998]), torch.tensor([1, model.null_label]))
-
-
-# --------------------------------------------------------------------------------------------------- formats
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -111,9 +98,9 @@ def test_safetensors_carry_config_and_class_names(tmp_path):
         ({"hidden_sise": 3}, "wrong.safetensors: its config cannot be used: .* differ in hidden_sise"),
         ({"num_heads": 5}, "hidden_size 192 must be a multiple of num_heads 5"),
         ({"depth": "2"}, "config cannot be used"),
-        ({"depth": 3}, "not a whole DiT: lacks 'blocks.2.adaLN_modulation.1.bias' and 9 more"),
-        ({"depth": 1}, "has 'blocks.1.adaLN_modulation.1.bias' and 9 more that DiT has not"),
-        ({"num_classes": 6}, r"embedding_table.weight' has shape \(6, 192\), expected \(7, 192\)"),
+        ({"depth": 3}, "not a whole DiT: Missing key.*blocks.2"),
+        ({"depth": 1}, "not a whole DiT: Unexpected key.*blocks.1"),
+        ({"num_classes": 6}, r"size mismatch for y_embedder.*\[6, 192\]"),
     ],
 )
 def test_metadata_that_contradicts_the_weights_is_refused(tmp_path, tiny, change, message):
@@ -129,7 +116,6 @@ def test_metadata_that_contradicts_the_weights_is_refused(tmp_path, tiny, change
 @pytest.mark.parametrize(
     "arguments",
     [
-        {},
         {"learn_sigma": False, "in_channels": 3, "num_classes": 10},
         {"num_classes": 0},
         {"mlp_ratio": 100 / 384, "patch_size": 4, "hidden_size": 384, "num_heads": 6},
@@ -144,12 +130,12 @@ def test_config_is_inferred_from_shapes(arguments):
 
 def test_mlp_ratio_survives_truncation():
     width = 196  # where DiT would truncate one ratio in seven to a layer too narrow
-    shapes = {"x_embedder.proj.weight": (width, 4, 2, 2), "pos_embed": (1, 16, width)}
-    shapes |= {"final_layer.linear.weight": (32, width)}
+    shapes = {"x_embedder.proj": (width, 4, 2, 2), "final_layer.linear": (32, width)}
+    weights = {f"{name}.weight": torch.empty(shape) for name, shape in shapes.items()}
+    weights["pos_embed"] = torch.empty(1, 16, width)
     for hidden in range(1, 3 * width):
-        state_dict = {name: torch.empty(shape) for name, shape in shapes.items()}
-        state_dict["blocks.0.mlp.fc1.weight"] = torch.empty(hidden, width)
-        assert int(width * infer_config(state_dict, num_heads=7)["mlp_ratio"]) == hidden
+        weights["blocks.0.mlp.fc1.weight"] = torch.empty(hidden, width)
+        assert int(width * infer_config(weights, num_heads=7)["mlp_ratio"]) == hidden
 
 
 @pytest.mark.parametrize(
@@ -173,8 +159,7 @@ def test_shapes_of_no_dit_are_refused(tiny, change, message):
         ({"model": "DiT-XL/2"}, "is a DiT 2 deep, 192 wide, 3 heads, patch 2, --model DiT-XL/2 was asked"),
         ({"model": "DiT-XXL/2"}, "no model 'DiT-XXL/2': there are DiT-XL/2, "),
         ({"num_classes": 1000}, "is for 5 classes, --num-classes 1000 was asked"),
-        ({"image_size": 512}, r"is for 64 px \(an input of 8\), --image-size 512 was asked; use --image-size 64"),
-        ({"image_size": 250}, "--image-size 250 is not a positive multiple of 8"),
+        ({"image_size": 512}, "is for 64 px, --image-size 512 was asked; use --image-size 64"),
     ],
 )
 def test_contradictions_name_both_sides(weights, arguments, message):
@@ -182,55 +167,42 @@ def test_contradictions_name_both_sides(weights, arguments, message):
         build_model(load_checkpoint(weights), **arguments)
 
 
-def test_image_sizes_of_a_pixel_model(tmp_path):
+def test_a_pixel_model_has_no_vae_factor(tmp_path):
     state_dict = DiT(8, 2, 3, 192, 1, 3, num_classes=5).state_dict()
     checkpoint = Checkpoint(state_dict, None, tmp_path / "pixels.pt", "", "flat", None)
     build_model(checkpoint, image_size=8, num_classes=5)
-    with pytest.raises(ValueError, match="is for 8 px .* --image-size 64 was asked"):
+    with pytest.raises(ValueError, match="is for 8 px, --image-size 64 was asked"):
         build_model(checkpoint, image_size=64)
-    with pytest.raises(ValueError, match="--image-size 0 is not a positive number"):
-        build_model(checkpoint, image_size=0)
 
 
 def test_512_px_asked_of_the_256_px_release_names_the_other_file():
     with torch.device("meta"):
         state_dict = DiT_models["DiT-XL/2"]().state_dict()
     checkpoint = Checkpoint(state_dict, None, pathlib.Path("a.pt"), "", "flat", None)
-    with pytest.raises(ValueError, match=r"is for 256 px .* 512 was asked; use --ckpt DiT-XL-2-512x512.pt"):
+    with pytest.raises(ValueError, match=r"is for 256 px.* 512 was asked; use --ckpt DiT-XL-2-512x512.pt"):
         build_model(checkpoint, model="DiT-XL/2", image_size=512)
 
 
 def test_released_names():
-    assert released_name("DiT-XL/2", 256) == "DiT-XL-2-256x256.pt"
-    assert released_name("DiT-XL/2", 512) == "DiT-XL-2-512x512.pt"
+    assert checkpoints.released_name("DiT-XL/2", 512) == "DiT-XL-2-512x512.pt"
     for model, size in (("DiT-XL/2", 128), ("DiT-B/4", 256)):
         with pytest.raises(ValueError, match="there are DiT-XL/2 at 256 and at 512 px"):
-            released_name(model, size)
+            checkpoints.released_name(model, size)
 
 
-# ------------------------------------------------------------------------- files that are not what they seem
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("fraction", [0.5, 0.999])
-def test_truncated_pt(tmp_path, tiny, fraction, zipped):
-    path = tmp_path / "tiny.pt"
-    torch.save(tiny.state_dict(), path, _use_new_zipfile_serialization=zipped)
+@pytest.mark.parametrize("kind", ["zipped", "legacy", "safetensors"])
+@pytest.mark.parametrize("fraction", [0.0001, 0.5, 0.999])
+def test_truncated_pt(tmp_path, tiny, fraction, kind):
+    path = tmp_path / ("tiny.safetensors" if kind == "safetensors" else "tiny.pt")
+    if kind == "safetensors":
+        save_checkpoint(path, tiny.state_dict(), tiny.config)
+    else:
+        torch.save(tiny.state_dict(), path, _use_new_zipfile_serialization=kind == "zipped")
     size = int(path.stat().st_size * fraction)
     os.truncate(path, size)
-    with pytest.raises(ValueError, match=rf"tiny.pt is corrupt or incomplete \({size} bytes; .*again$"):
+    with pytest.raises(ValueError, match=rf"{path.name} is corrupt or incomplete \({size} bytes; .*again$"):
         load_checkpoint(path)
     assert path.exists()
-
-
-@pytest.mark.parametrize(("kept", "said"), [(0.5, "promises {} bytes"), (0.0001, "header")])
-def test_truncated_safetensors(tmp_path, tiny, kept, said):
-    path = tmp_path / "tiny.safetensors"
-    save_checkpoint(path, tiny.state_dict(), tiny.config)
-    size = path.stat().st_size
-    os.truncate(path, int(size * kept))
-    with pytest.raises(ValueError, match=f"corrupt or incomplete .*{said.format(size)}"):
-        load_checkpoint(path)
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
@@ -263,12 +235,11 @@ class Payload:
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize(
     ("function", "argument", "name"),
-    [(os.mkdir, "{}", "mkdir"), (pathlib.Path.touch, pathlib.Path("{}"), ""), (exec, "open('{}', 'w')", "exec")],
+    [(os.mkdir, "{}", "mkdir"), (exec, "open('{}', 'w')", "exec")],
 )
 def test_malicious_pickle_is_refused_and_not_run(tmp_path, zipped, function, argument, name):
     sentinel, path = tmp_path / "owned", tmp_path / "evil.pt"
-    payload = Payload(function, type(argument)(str(argument).format(sentinel)))
-    torch.save({"ema": payload}, path, _use_new_zipfile_serialization=zipped)
+    torch.save({"ema": Payload(function, argument.format(sentinel))}, path, _use_new_zipfile_serialization=zipped)
     with pytest.raises(ValueError, match=f"is refused: it names .*{name}.* runs code"):
         load_checkpoint(path)
     assert not sentinel.exists()
@@ -294,7 +265,7 @@ def test_files_without_a_state_dict(tmp_path, content, message):
 
 def test_paths_without_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "BUNDLED_PATH", tmp_path / "gone.safetensors")
-    with pytest.raises(ValueError, match="bundled model is missing: tried .*gone.safetensors"):
+    with pytest.raises(ValueError, match="gone.safetensors cannot be read"):
         load_checkpoint(BUNDLED)
     with pytest.raises(ValueError, match="no checkpoint .*tried .*nothing.pt; .*dit-ti-2-cifar10, DiT-XL-2"):
         load_checkpoint(tmp_path / "nothing.pt")
@@ -315,9 +286,6 @@ def test_recorded_digest_is_checked(weights):
         load_checkpoint(weights)
     with pytest.warns(UserWarning, match="unverified as asked"):
         assert load_checkpoint(weights, allow_unverified=True).sha256 == good
-
-
-# ---------------------------------------------------------------------------- hugging face diffusers folders
 
 
 @pytest.fixture(scope="module")
@@ -352,8 +320,7 @@ def test_diffusers_folder_gives_the_same_outputs(hf):
     assert checkpoint.class_names == [f"class {i}" for i in range(5)]
     ours = build_model(checkpoint, num_classes=5, image_size=64)
     assert ours.config["num_heads"] == 3  # not a published width: it must come from config.json
-    generator = torch.Generator().manual_seed(3)
-    x = torch.randn(3, 4, 8, 8, generator=generator)
+    x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     t, y = torch.tensor([0, 417, 999]), torch.tensor([0, 4, 5])
     with torch.no_grad():
         expected, out = theirs(x, t, y).sample, ours(x, t, y)
@@ -415,8 +382,7 @@ def test_vae_from_a_local_folder(tmp_path):
         vae = load_vae(folder, offline=True)
         assert not vae.training
         assert not any(p.requires_grad for p in vae.parameters())
-        for name, p in made.state_dict().items():
-            assert torch.equal(vae.state_dict()[name], p)
+        torch.testing.assert_close(vae.state_dict(), made.state_dict(), rtol=0, atol=0)
 
 
 def test_vae_that_cannot_be_had(tmp_path, monkeypatch):
@@ -426,19 +392,13 @@ def test_vae_that_cannot_be_had(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="cannot be had offline .*config.json"):
         load_vae(tmp_path)
 
-    def unreachable(source, **options):
-        asked.append((source, options["local_files_only"]))
-        raise OSError("no connection\nsecond line")
+    def unreachable(source, local_files_only, **options):
+        raise OSError(f"{source} {local_files_only}\nsecond line")
 
-    asked = []
     monkeypatch.setattr(diffusers.AutoencoderKL, "from_pretrained", unreachable)
     for name, offline in (("ema", True), ("mse", False)):
-        with pytest.raises(ValueError, match=rf"sd-vae-ft-{name} cannot be had.*\(no connection\); .*--vae"):
+        with pytest.raises(ValueError, match=rf"be had.*\(stabilityai/sd-vae-ft-{name} {offline}\); .*--vae"):
             load_vae(name, offline=offline)
-    assert asked == [("stabilityai/sd-vae-ft-ema", True), ("stabilityai/sd-vae-ft-mse", False)]
-
-
-# --------------------------------------------------------------------------------- weights of the repository
 
 
 @pytest.fixture(scope="module")
@@ -447,17 +407,13 @@ def loaded():
     return checkpoint, build_model(checkpoint, model="DiT-Ti/2", image_size=32, num_classes=10)
 
 
-def test_one_model_is_bundled():
-    """Every clone downloads it."""
-    assert list(BUNDLED_PATH.parent.glob("*.safetensors")) == [BUNDLED_PATH]
-
-
 @pytest.mark.parametrize("path", [BUNDLED_PATH, WEIGHTS], ids=lambda path: path.stem)
 def test_digest_and_size(path):
     digest = file_sha256(path)
     assert path.with_name(f"{path.name}.sha256").read_text() == f"{digest}  {path.name}\n"
     assert digest in (path.parent / "README.md").read_text(encoding="utf-8")
-    assert path.stat().st_size < 17_000_000
+    assert path.stat().st_size < 17_000_000  # every clone downloads it
+    assert list(path.parent.glob("*.safetensors")) == [path]
 
 
 def test_bundled_model_is_the_named_one_in_16_bits(loaded, tmp_path, monkeypatch):
@@ -470,7 +426,6 @@ def test_bundled_model_is_the_named_one_in_16_bits(loaded, tmp_path, monkeypatch
     assert wide == ["pos_embed"]
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert all(torch.equal(p, checkpoint.state_dict[name].float()) for name, p in model.state_dict().items())
-    assert all(tensor.isfinite().all() for tensor in checkpoint.state_dict.values())
     monkeypatch.chdir(tmp_path)
     assert load_checkpoint(BUNDLED, offline=True).path == BUNDLED_PATH  # from any folder
 
