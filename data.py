@@ -12,7 +12,7 @@ import hashlib
 import io
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -26,7 +26,6 @@ from runtime import Progress, random_stream
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # of images in a folder; other files are passed over
 ORDER = 0  # the random streams of a seed for the order of images, an epoch each
-Files = Iterable[tuple[str, bytes]]  # names, for messages, and contents of encoded images
 
 
 @dataclass
@@ -52,48 +51,26 @@ def read_data(path: Path, image_size: int | None = None) -> Data:
             raise ValueError(f"{path} holds no class folders; put the images into one folder for each class")
         files = [image_files(folder) for folder in classes]
         labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(found) for found in files]))
-        names = [folder.name for folder in classes]
-        return Data(*decode_files(path, sum(files, []), image_size), labels, names, len(names))
+        return Data(*read_files(path, sum(files, []), image_size), labels, [c.name for c in classes], len(classes))
     arrays = read_arrays(path, ("jpeg", "offsets", "labels", "classes"), ("latents", "labels"))
-    if "latents" in arrays:
-        if image_size is not None:
-            raise ValueError("--image-size is for images: latents come encoded at their size")
-        return check_latents(path, arrays["latents"], arrays["labels"])
-    jpeg, offsets = check_offsets(path, arrays["jpeg"], arrays["offsets"])
-    names = [str(name) for name in arrays["classes"]]
-    labels = check_labels(path, arrays["labels"], len(offsets) - 1, len(names))
-    digest = digest_arrays(jpeg, offsets, labels.numpy())
-    return Data(decode_packed(path, jpeg, offsets, image_size), digest, labels, names, len(names))
+    if "jpeg" in arrays:
+        return read_packed(path, **arrays, size=image_size)
+    if image_size is not None:
+        raise ValueError("--image-size is for images: latents come encoded at their size")
+    return check_latents(path, **arrays)
 
 
 def read_images(path: Path) -> Data:
     """A folder with images in it, ADM's .npz or packed images; labels are not read."""
     if path.is_dir():
-        return Data(*decode_files(path, image_files(path)))
+        return Data(*read_files(path, image_files(path)))
     arrays = read_arrays(path, ("arr_0",), ("jpeg", "offsets"))
     if "jpeg" in arrays:
-        jpeg, offsets = check_offsets(path, arrays["jpeg"], arrays["offsets"])
-        return Data(decode_packed(path, jpeg, offsets), digest_arrays(jpeg, offsets))
+        return read_packed(path, **arrays)
     images = arrays["arr_0"]
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
         raise ValueError(f"{path}: expected uint8 (N, H, H, 3), got {images.dtype} {images.shape}")
     return Data(torch.from_numpy(images).permute(0, 3, 1, 2), digest_arrays(images))
-
-
-@lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
-    """The images of one epoch in their order: (count,) int64."""
-    return random_stream(seed, ORDER, epoch).permutation(count)
-
-
-def order(seed: int, count: int, start: int, length: int) -> np.ndarray:
-    """Images at positions start..start + length - 1 of all epochs, one after another: (length,) int64."""
-    first, last = start // count, (start + length - 1) // count
-    epochs = [epoch_order(seed, epoch, count) for epoch in range(first, last + 1)]
-    return np.concatenate(epochs)[start - first * count :][:length]
-
-
-# ------------------------------------------------------------------------------------------------- images
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -104,11 +81,11 @@ def image_files(folder: Path) -> list[Path]:
     return found
 
 
-def decode_files(root: Path, files: Sequence[Path], size: int | None = None) -> tuple[Tensor, str]:
+def read_files(root: Path, files: Sequence[Path], size: int | None = None) -> tuple[Tensor, str]:
     """The images of `files`, and the digest of their contents and of their paths below `root`."""
     digest = hashlib.sha256()
 
-    def contents() -> Files:
+    def contents() -> Iterator[tuple[str, bytes]]:
         for file in files:
             content = file.read_bytes()
             digest.update(f"{file.relative_to(root).as_posix()} {len(content)}\n".encode() + content)
@@ -117,15 +94,29 @@ def decode_files(root: Path, files: Sequence[Path], size: int | None = None) -> 
     return decode(contents(), len(files), size), digest.hexdigest()
 
 
-def decode_packed(path: Path, jpeg: np.ndarray, offsets: np.ndarray, size: int | None = None) -> Tensor:
-    """Image i is the file jpeg[offsets[i]:offsets[i + 1]]."""
-    spans = enumerate(zip(offsets[:-1], offsets[1:], strict=True))
-    files = ((f"{path}, image {i}", jpeg[start:end].tobytes()) for i, (start, end) in spans)
-    return decode(files, len(offsets) - 1, size)
+def read_packed(
+    path: Path,
+    jpeg: np.ndarray,
+    offsets: np.ndarray,
+    labels: np.ndarray | None = None,
+    classes: Sequence[str] = (),
+    size: int | None = None,
+) -> Data:
+    """Packed images, image i being the file jpeg[offsets[i]:offsets[i + 1]]; with labels, if they are given."""
+    if jpeg.dtype != np.uint8 or jpeg.ndim != 1 or offsets.ndim != 1 or offsets.dtype.kind not in "iu":
+        raise ValueError(f"{path}: jpeg must be uint8 and offsets whole numbers, both of one dimension")
+    offsets = offsets.astype(np.int64)
+    if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != len(jpeg) or (np.diff(offsets) <= 0).any():
+        raise ValueError(f"{path}: offsets do not lead from 0 to the {len(jpeg)} bytes of jpeg")
+    names, count = [str(name) for name in classes], len(offsets) - 1
+    checked = None if labels is None else check_labels(path, labels, count, len(names))
+    digest = digest_arrays(jpeg, offsets, *(() if checked is None else (checked.numpy(),)))
+    files = ((f"{path}, image {i}", jpeg[offsets[i] : offsets[i + 1]].tobytes()) for i in range(count))
+    return Data(decode(files, count, size), digest, checked, names or None, len(names))
 
 
-def decode(files: Files, count: int, size: int | None) -> Tensor:
-    """`count` files -> (count, 3, H, H) uint8. With `size` images are cropped and resized to it."""
+def decode(files: Iterable[tuple[str, bytes]], count: int, size: int | None) -> Tensor:
+    """`count` files, as names for messages and contents -> (count, 3, H, H) uint8, cropped and resized to `size`."""
     images, crop = None, size is not None
     with Progress(count, "image", "reading") as progress:
         for i, (name, content) in enumerate(files):
@@ -146,9 +137,6 @@ def decode(files: Files, count: int, size: int | None) -> Tensor:
     return torch.from_numpy(images)
 
 
-# ------------------------------------------------------------------------------------------------- arrays
-
-
 def read_arrays(path: Path, *formats: Sequence[str]) -> dict[str, np.ndarray]:
     """The arrays of the first of the `formats`, sets of names, that an .npz holds whole."""
     if not path.exists():
@@ -164,16 +152,6 @@ def read_arrays(path: Path, *formats: Sequence[str]) -> dict[str, np.ndarray]:
     except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is damaged, copy it again: {error}") from error
     raise ValueError(f"{path} holds {held}; expected {', or '.join(', '.join(names) for names in formats)}")
-
-
-def check_offsets(path: Path, jpeg: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The files of packed images, and where each begins and the last one ends: (N + 1,) int64."""
-    if jpeg.dtype != np.uint8 or jpeg.ndim != 1 or offsets.ndim != 1 or offsets.dtype.kind not in "iu":
-        raise ValueError(f"{path}: jpeg must be uint8 and offsets whole numbers, both of one dimension")
-    offsets = offsets.astype(np.int64)
-    if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != len(jpeg) or (np.diff(offsets) <= 0).any():
-        raise ValueError(f"{path}: offsets do not lead from 0 to the {len(jpeg)} bytes of jpeg")
-    return jpeg, offsets
 
 
 def check_latents(path: Path, latents: np.ndarray, labels: np.ndarray) -> Data:
@@ -192,9 +170,9 @@ def check_labels(path: Path, labels: np.ndarray, count: int, num_classes: int | 
     if labels.shape != (count,) or labels.dtype.kind not in "iu" or not count:
         raise ValueError(f"{path}: labels {labels.shape} {labels.dtype} are not {count or 'some'} whole numbers")
     low, high = int(labels.min()), int(labels.max())
-    if low < 0 or (num_classes is not None and high >= num_classes):
-        bound = "" if num_classes is None else num_classes - 1
-        raise ValueError(f"{path}: label {low if low < 0 else high} is outside 0..{bound}")
+    top = high if num_classes is None else num_classes - 1
+    if low < 0 or high > top:
+        raise ValueError(f"{path}: label {low if low < 0 else high} is outside 0..{top}")
     return torch.from_numpy(labels.astype(np.int64))
 
 
@@ -205,3 +183,16 @@ def digest_arrays(*arrays: np.ndarray) -> str:
         digest.update(f"{array.shape} {array.dtype}\n".encode())
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
+
+
+@lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """The images of one epoch in their order: (count,) int64."""
+    return random_stream(seed, ORDER, epoch).permutation(count)
+
+
+def order(seed: int, count: int, start: int, length: int) -> np.ndarray:
+    """Images at positions start..start + length - 1 of all epochs, one after another: (length,) int64."""
+    first, last = start // count, (start + length - 1) // count
+    epochs = [epoch_order(seed, epoch, count) for epoch in range(first, last + 1)]
+    return np.concatenate(epochs)[start - first * count :][:length]

@@ -19,11 +19,14 @@ import torch
 from tqdm import tqdm
 
 T = TypeVar("T")
-
+Line = Callable[[str], None]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QUIET = 30  # seconds between two lines of progress where there is no terminal to draw a bar on
-
-# ------------------------------------------------------------------------------------------------- device
+REQUEUE = 75  # exit code EX_TEMPFAIL of sysexits.h: try again later
+CTRL_C = 130
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# A terminal sends Ctrl-C to torchrun and to its processes, and torchrun passes it on: two that come together are one.
+ONE_KEYSTROKE = 1.0
 
 
 def find_device(name: str | None) -> torch.device:
@@ -47,9 +50,6 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
         raise ValueError(f"{name} {value} is outside {low}..{high}")
 
 
-# ------------------------------------------------------------------------------------------------- randomness
-
-
 def seed_words(seed: int, *counters: int) -> np.random.SeedSequence:
     """The seed of one random stream: `counters` number the streams of a seed."""
     # The high half of the seed comes last: SeedSequence splits big numbers into words of 32 bits, and so would draw
@@ -63,9 +63,6 @@ def random_stream(seed: int, *counters: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(seed_words(seed, *counters)))
 
 
-# ------------------------------------------------------------------------------------------------- clock, progress
-
-
 def timed(job: Callable[[], T], device: torch.device) -> tuple[T, float]:
     """What `job` returns and the seconds it took, with the device's queue empty before and after."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -77,22 +74,13 @@ def timed(job: Callable[[], T], device: torch.device) -> tuple[T, float]:
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a line every 30 s, or nothing without `line`.
+    """A bar on a terminal; elsewhere `line` gets a text every 30 s, if it is given.
 
-    total, unit   of what is counted, `done` of it before the start
-    shown         False on ranks that stay silent
-    line          prints one line of text, for output that is no terminal
+    `done` of the `total` units were there at the start; `shown` is False on ranks that stay silent.
     """
 
     def __init__(
-        self,
-        total: int,
-        unit: str,
-        title: str | None = None,
-        *,
-        done: int = 0,
-        shown: bool = True,
-        line: Callable[[str], None] | None = None,
+        self, total: int, unit: str, title: str = "", *, done: int = 0, shown: bool = True, line: Line | None = None
     ) -> None:
         terminal = sys.stderr is not None and sys.stderr.isatty()  # None where the caller closed it
         self.total, self.unit, self.done, self.first = total, unit, done, done
@@ -123,16 +111,6 @@ class Progress:
 
     def __exit__(self, *error: object) -> None:
         self.bar.close()
-
-
-# ------------------------------------------------------------------------------------------------- signals
-
-REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: try again later
-CTRL_C = 130
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
-# A terminal sends Ctrl-C to torchrun and to its processes, and torchrun passes it on: two that come together are one.
-ONE_KEYSTROKE = 1.0
 
 
 class Interrupted(Exception):
@@ -171,7 +149,7 @@ class Signals:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within, signals are noted; one that is still unanswered at the end is raised there."""
+        """A context in which signals are noted; one that is still unanswered at its end is raised there."""
         self._deferred = True
         try:
             yield
@@ -192,9 +170,6 @@ class Signals:
         self._at, self.number = time.monotonic(), number
         if not self._deferred:
             raise Interrupted(number)
-
-
-# ------------------------------------------------------------------------------------------------- record
 
 
 def environment() -> dict[str, Any]:

@@ -1,12 +1,9 @@
 """A small CIFAR-10 classifier, whose features measure the distance between sets of 32 x 32 images.
 
-    from evaluate.features import extract, load_features
-    network = load_features()                      # the packaged weights, checked against their digest
-    features, logits = extract(images, network)    # uint8 (N, 32, 32, 3) -> float32 (N, 128) and (N, 10)
+    features, logits = extract(images, load_features())    # uint8 (N, 32, 32, 3) -> float32 (N, 128) and (N, 10)
 
-It works offline and in minutes on a CPU. The distance is *not* FID: that name belongs to an Inception network at 299
-pixels. Distances compare with each other only, for the same weights (`network.sha256`) and about the same number of
-images; few images make every distance larger.
+The distance is *not* FID, which is of another network at 299 pixels. Distances compare with each other only, for the
+same weights (`network.sha256`) and about the same number of images: few images make every distance larger.
 
     python -m evaluate.features train --data cifar10-train.npz --test cifar10-test.npz --out FILE --epochs 60
     python -m evaluate.features check --test cifar10-test.npz      test accuracy of the packaged weights
@@ -31,7 +28,7 @@ from torch import Tensor
 from adacorr.command import Parser, run_command
 from adacorr.files import file_sha256, record_digest, recorded_digest, written_whole
 from data import Data, read_data, read_images
-from evaluate.frechet import Moments, frechet_distance
+from evaluate.frechet import frechet_distance, moments
 from runtime import find_device
 
 WEIGHTS = Path(__file__).resolve().with_name("cifar10-features.safetensors")
@@ -40,8 +37,6 @@ CLASSES = 10
 WIDTHS, DEPTHS = (64, 96, 128), (2, 2, 3)  # channels and blocks at 32, 16 and 8 pixels
 FEATURES = WIDTHS[-1]
 ENOUGH = 2048  # images of a set; the distance of fewer is noticeably too large
-
-# ------------------------------------------------------------------------------------------------ the network
 
 
 class SqueezeExcite(nn.Module):
@@ -69,9 +64,8 @@ class Block(nn.Module):
         self.scale = SqueezeExcite(channels)
         self.shortcut = nn.Identity()
         if inputs != channels or stride != 1:
-            self.shortcut = nn.Sequential(
-                nn.AvgPool2d(stride), nn.Conv2d(inputs, channels, 1, bias=False), nn.BatchNorm2d(channels)
-            )
+            narrow = nn.Conv2d(inputs, channels, 1, bias=False)
+            self.shortcut = nn.Sequential(nn.AvgPool2d(stride), narrow, nn.BatchNorm2d(channels))
         nn.init.zeros_(self.norm2.weight)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, inputs, H, W) -> (N, channels, H / stride, W / stride)
@@ -82,8 +76,7 @@ class Block(nn.Module):
 class CifarFeatures(nn.Module):
     """Residual network for CIFAR-10: images -> features (N, 128) after the last pooling, logits (N, 10).
 
-    Images are uint8 (N, 32, 32, 3), or float (N, 3, 32, 32) in [0, 1]; both give the same. In eval mode an image's
-    features do not depend on the rest of the batch, except for rounding. Raises TypeError and ValueError.
+    Images are uint8 (N, 32, 32, 3), or float (N, 3, 32, 32) in [0, 1]; TypeError or ValueError for others.
     """
 
     sha256: str | None = None  # of the file that the weights were read from
@@ -115,14 +108,15 @@ class CifarFeatures(nn.Module):
 def checked(images: Tensor) -> Tensor:
     """The same images, if they are of a kind that CifarFeatures takes; TypeError or ValueError if not."""
     kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
-    if kind != torch.uint8 and not (isinstance(images, Tensor) and images.is_floating_point()):
+    if kind != torch.uint8 and not getattr(kind, "is_floating_point", False):
         raise TypeError(f"images: expected uint8 in 0..255 or floats in [0, 1], not {kind}")
     expected = (SIZE, SIZE, 3) if kind == torch.uint8 else (3, SIZE, SIZE)
-    if images.ndim != 4 or images.shape[1:] != expected or not len(images):
-        wanted = ", ".join(map(str, expected))
-        raise ValueError(f"images: expected {kind} of shape (N, {wanted}), got {tuple(images.shape)}")
-    if images.is_floating_point():
-        low, high = (value.item() for value in images.aminmax())
+    if images.shape[1:] != expected or not len(images):
+        raise ValueError(
+            f"images: expected {kind} of shape (N, {', '.join(map(str, expected))}), got {tuple(images.shape)}"
+        )
+    if kind != torch.uint8:
+        low, high = images.aminmax()
         if not (low >= 0 and high <= 1):  # so that nan is refused, too
             raise ValueError(f"images: floats must lie in [0, 1], these are in [{low:.4g}, {high:.4g}]")
     return images
@@ -135,10 +129,8 @@ def scaled(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def extract(
-    images: Tensor, network: CifarFeatures | None = None, *, batch_size: int = 500
-) -> tuple[Tensor, Tensor]:  # (N, 128), (N, 10), both float32 on the CPU
-    """Features and logits of a set of images, batch by batch on the network's device, always in float32.
+def extract(images: Tensor, network: CifarFeatures | None = None, *, batch_size: int = 500) -> tuple[Tensor, Tensor]:
+    """Features (N, 128) and logits (N, 10) of images, float32 on the CPU, computed in float32 on the network's device.
 
     Without a network it is the packaged one, on the CPU. The batch size matters for speed and rounding only.
     """
@@ -148,7 +140,7 @@ def extract(
     exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
     with exact, torch.autocast(device.type, enabled=False):
         outputs = [network(batch.to(device)) for batch in images.split(batch_size)]
-        features, logits = (torch.cat(parts).cpu() for parts in zip(*outputs, strict=True))
+    features, logits = (torch.cat(parts).cpu() for parts in zip(*outputs, strict=True))
     return features, logits
 
 
@@ -157,20 +149,15 @@ def accuracy(network: CifarFeatures, images: Tensor, labels: Tensor) -> float:
     return (extract(images, network)[1].argmax(1) == labels).double().mean().item()
 
 
-# ------------------------------------------------------------------------------------------------ files
-
-
-def load_features(path: str | os.PathLike | None = None, device: str | torch.device = "cpu") -> CifarFeatures:
+def load_features(path: str | os.PathLike = WEIGHTS, device: str | torch.device = "cpu") -> CifarFeatures:
     """The network with the weights of a .safetensors file (default: the packaged one), in float32 and eval mode.
 
     The file must have the digest in FILE.sha256, where there is one. FileNotFoundError or ValueError, in one line.
     """
-    path, network = WEIGHTS if path is None else Path(path), CifarFeatures()
+    path, network = Path(path), CifarFeatures()
     if not path.is_file():
-        raise FileNotFoundError(
-            f"the feature weights {path} are missing: check the clone is whole, or make them with "
-            "`python -m evaluate.features train`"
-        )
+        way = "check the clone is whole, or make them with `python -m evaluate.features train`"
+        raise FileNotFoundError(f"the feature weights {path} are missing: {way}")
     network.sha256 = file_sha256(path)
     if (recorded := recorded_digest(path)) not in (None, network.sha256):
         raise ValueError(f"{path} is not the file that was recorded: {network.sha256} is not {recorded}")
@@ -213,9 +200,6 @@ def load_images(path: Path, labelled: bool = False) -> tuple[Tensor, Data]:
     return data.images.permute(0, 2, 3, 1).contiguous(), data
 
 
-# ------------------------------------------------------------------------------------------------ command line
-
-
 def make_parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser("evaluate.features", description=__doc__, formatter_class=raw, allow_abbrev=False)
@@ -225,6 +209,8 @@ def make_parser() -> argparse.ArgumentParser:
         child = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         child.add_argument("--device", help="default: cuda where there is one, else cpu")
         child.add_argument("--debug", action="store_true", help="show where an error was raised")
+        if name != "train":
+            child.add_argument("--weights", type=Path, default=WEIGHTS, help="default: the packaged ones")
         return child.add_argument
 
     labelled = "packed .npz, or a folder of class folders"
@@ -240,18 +226,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--compile", action="store_true", help="torch.compile the network; pays for long runs only")
     add = command("check", "print the accuracy of the weights on a test set")
     add("--test", type=Path, required=True, help=labelled)
-    add("--weights", type=Path, help="default: the packaged ones")
     add = command("distance", "print the Frechet distance between two sets of images")
     add("a", type=Path, metavar="A", help=".npz with arr_0 (ADM) or packed, or a folder of images")
     add("b", type=Path, metavar="B", help="the same")
-    add("--weights", type=Path, help="default: the packaged ones")
     return parser
-
-
-def train(args: argparse.Namespace, device: torch.device) -> None:
-    from evaluate.train_features import run  # here, because it imports this module
-
-    run(args, device)
 
 
 def check(args: argparse.Namespace, device: torch.device) -> None:
@@ -262,18 +240,24 @@ def check(args: argparse.Namespace, device: torch.device) -> None:
 
 def distance(args: argparse.Namespace, device: torch.device) -> None:
     network = load_features(args.weights, device)
-    a, b = (Moments(extract(load_images(path)[0], network)[0]) for path in (args.a, args.b))
-    value = frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
-    print(f"frechet distance {value:.6g} between {a.count} and {b.count} images, weights {network.sha256}")
-    if min(a.count, b.count) < ENOUGH:
+    a, b = (extract(load_images(path)[0], network)[0] for path in (args.a, args.b))
+    value = frechet_distance(*moments(a), *moments(b))
+    print(f"frechet distance {value:.6g} between {len(a)} and {len(b)} images, weights {network.sha256}")
+    if min(len(a), len(b)) < ENOUGH:
         why = f"fewer than {ENOUGH} images make the distance too large; compare only with sets of the same size"
         print(f"evaluate.features: warning: {why}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
-    command = {"train": train, "check": check, "distance": distance}[args.command]
-    return run_command("evaluate.features", lambda: command(args, find_device(args.device)), args.debug)
+
+    def job() -> None:
+        from evaluate.train_features import run as train  # here, because it imports this module
+
+        commands = {"train": train, "check": check, "distance": distance}
+        commands[args.command](args, find_device(args.device))
+
+    return run_command("evaluate.features", job, args.debug)
 
 
 if __name__ == "__main__":

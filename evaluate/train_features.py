@@ -52,8 +52,8 @@ def one_cycle(progress: float) -> float:
 
 def fit(
     network: CifarFeatures,
-    images: Tensor,  # uint8 (N, 32, 32, 3), moved to the network's device as a whole
-    labels: Tensor,  # int64 (N,)
+    images: Tensor,
+    labels: Tensor,
     *,
     epochs: int,
     batch_size: int = 512,
@@ -61,8 +61,9 @@ def fit(
     seed: int = 0,
     compiled: bool = False,
 ) -> list[float]:
-    """Train in place by SGD under a one-cycle rate; returns the mean loss of each epoch and prints a line for each.
+    """Train in place on uint8 images (N, 32, 32, 3) and int64 labels (N,), by SGD under a one-cycle rate.
 
+    Returns the mean loss of each epoch and prints a line for each; the images move to the network's device as a whole.
     bf16 on a GPU, float32 on a CPU. ValueError if the loss is no longer finite.
     """
     device = network.head.weight.device
@@ -70,8 +71,7 @@ def fit(
     rate = RATE * batch_size / 128 if rate is None else rate
     generator = torch.Generator(device).manual_seed(seed)
     images, labels = padded(images.to(device)), labels.to(device)
-    matrices = [p for p in network.parameters() if p.ndim > 1]
-    vectors = [p for p in network.parameters() if p.ndim <= 1]
+    matrices, vectors = ([p for p in network.parameters() if (p.ndim > 1) == wide] for wide in (True, False))
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.SGD(groups, lr=rate, momentum=MOMENTUM, nesterov=True)
     trunk = torch.compile(network.trunk) if compiled else network.trunk
@@ -99,12 +99,11 @@ def fit(
     losses = []
     network.train()
     with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=True):
-        for epoch in range(epochs):
-            (loss, share), seconds = timed(partial(one_epoch, epoch), device)
-            line = f"epoch {epoch + 1:3}/{epochs}  loss {loss:.4f}  accuracy {share:.2%}  {seconds:.2f} s"
-            print(line, flush=True)
+        for epoch in range(1, epochs + 1):
+            (loss, share), seconds = timed(partial(one_epoch, epoch - 1), device)
+            print(f"epoch {epoch:3}/{epochs}  loss {loss:.4f}  accuracy {share:.2%}  {seconds:.2f} s", flush=True)
             if not math.isfinite(loss):
-                raise ValueError(f"training diverged in epoch {epoch + 1}: give a lower --lr than {rate:g}")
+                raise ValueError(f"training diverged in epoch {epoch}: give a lower --lr than {rate:g}")
             losses.append(loss)
     network.eval()
     return losses
@@ -112,10 +111,9 @@ def fit(
 
 def run(args: argparse.Namespace, device: torch.device) -> None:
     """The command: train, measure on the test set where there is one, and write."""
-    for name, low, high in (
-        *(("epochs", 1, 10_000), ("batch_size", 2, 65_536), ("seed", 0, 2**63 - 1)),
-        *(("lr", 1e-6, 100.0), ("limit", 2, 10**9)),
-    ):
+    ranges = {"epochs": (1, 10_000), "batch_size": (2, 65_536), "seed": (0, 2**63 - 1)}
+    ranges |= {"lr": (1e-6, 100.0), "limit": (2, 10**9)}
+    for name, (low, high) in ranges.items():
         if getattr(args, name) is not None:
             check_range(f"--{name.replace('_', '-')}", getattr(args, name), low, high)
     if args.out.suffix != ".safetensors":
@@ -135,12 +133,11 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     options = {"epochs": args.epochs, "batch_size": args.batch_size, "seed": args.seed}
     fit(network, images, labels, rate=args.lr, compiled=args.compile, **options)
     round_weights(network)  # what is measured is what is stored
-    metadata = {key: str(value) for key, value in options.items()}
-    metadata |= {"images": str(len(images)), "class_names": json.dumps(data.class_names), "license": "Apache-2.0"}
+    metadata = options | {"images": len(images), "class_names": json.dumps(data.class_names), "license": "Apache-2.0"}
     if args.test is not None:
         share = accuracy(network, test_images, test.labels)
         metadata["test_accuracy"] = f"{share:.4f}"
         print(f"test accuracy {share:.2%} on {len(test_images)} images")
-    digest = save_features(network, args.out, **metadata)
+    digest = save_features(network, args.out, **{key: str(value) for key, value in metadata.items()})
     print(f"wrote {args.out}, {args.out.stat().st_size / 1e6:.2f} MB, in {time.perf_counter() - start:.0f} s")
     print(f"sha256 {digest}")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from images import CIFAR10_TEST, make_folder, pack, pictures
+from images import make_folder, pack, pictures
 from PIL import Image
 
 import data
@@ -71,91 +71,71 @@ def test_image_size(tmp_path):
     assert found.images[3].float().mean((1, 2)).tolist() == pytest.approx([254, 0, 0], abs=2)
 
 
-def broken(kind, path):
-    """A path at which something is wrong."""
-    folder, file = path / "data", path / "x.npz"
-    changes = {
-        "labels missing": {"labels": None},
-        "label": {"labels": [0, 1, 2, 10]},
-        "negative label": {"labels": [0, -1, 2, 1]},
-        "count": {"labels": [0, 1]},
-        "float labels": {"labels": [0.0] * 4},
-        "falling offsets": {"offsets": np.array([0, 9, 5, 7, 8])},
-        "far offsets": {"offsets": np.array([0, 5, 10**6])},
-        "short offsets": {"offsets": np.array([0, 5, 10])},
-        "no offsets": {"offsets": np.array([0])},
-        "float offsets": {"offsets": np.zeros(5)},
-        "no pictures": {"jpeg": np.arange(10, dtype=np.uint8), "offsets": np.array([0, 3, 5, 9, 10])},
-    }
-    if kind in changes or kind == "damaged":
-        content = bytearray(pack(file, pictures(4), **{"labels": [0, 1, 2, 0], **changes.get(kind, {})}).read_bytes())
-        content[200] ^= 255 * (kind == "damaged")
-        file.write_bytes(content)
-    elif kind in ("nan", "shape", "latent labels"):
-        make_latents(file, **{"nan": {"value": np.nan}, "shape": {"shape": (2, 4, 8)}}.get(kind, {"labels": (0, 1)}))
-    elif kind == "keys":
-        np.savez(file, a=np.zeros(3))
-    elif kind == "text":
-        file.write_text("hello")
-    elif kind == "no classes":
-        folder.mkdir()
-    elif kind != "absent":
-        make_folder(folder, pictures(4))
-        sizes = {"mixed": (6, 6), "wide": (8, 6)}
-        if kind == "empty class":
-            (folder / "none").mkdir()
-        elif kind == "no image":
-            (folder / "class0" / "000.bmp").write_bytes(b"not a picture")
-        else:
-            Image.new("RGB", sizes[kind]).save(folder / "class0" / ("zzz.png" if kind == "mixed" else "000.bmp"))
-    return folder if folder.exists() else file
+def written(path, content):
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def folder_with(path, size):
+    """A folder of images of 8 x 8 pixels, and after them one of another size."""
+    make_folder(path / "data", pictures(4))
+    Image.new("RGB", size).save(path / "data" / "class0" / "zzz.png")
+    return path / "data"
+
+
+def damaged(path):
+    content = bytearray(pack(path, pictures(4), [0, 1, 2, 0]).read_bytes())
+    content[200] ^= 255
+    return written(path, content)
+
+
+def packed(**changes):
+    return lambda path: pack(path / "x.npz", pictures(4), **{"labels": [0, 1, 2, 0], **changes})
 
 
 @pytest.mark.parametrize(
-    ("kind", "message"),
+    ("make", "message"),
     [
-        ("absent", "x.npz does not exist"),
-        ("no classes", "holds no class folders"),
-        ("empty class", "none holds no .png"),
-        ("mixed", "zzz.png is 6 x 6, expected 8 x 8 pixels; .* --image-size"),
-        ("wide", "000.bmp is 8 x 6, expected 8 x 8 pixels; .* --image-size"),
-        ("no image", "000.bmp cannot be read as an image"),
-        ("no pictures", "x.npz, image 0 cannot be read as an image"),
-        ("text", "x.npz is neither a folder"),
-        ("damaged", "x.npz is damaged"),
-        ("keys", "holds a; expected jpeg, offsets, labels, classes, or latents, labels"),
-        ("labels missing", "holds jpeg, offsets, classes; expected"),
-        ("label", r"label 10 is outside 0\.\.9"),
-        ("negative label", r"label -1 is outside 0\.\.9"),
-        ("count", "are not 4 whole numbers"),
-        ("float labels", "are not 4 whole numbers"),
-        ("falling offsets", "offsets do not lead from 0 to the"),
-        ("far offsets", "offsets do not lead from 0 to the"),
-        ("short offsets", "offsets do not lead from 0 to the"),
-        ("no offsets", "offsets do not lead from 0 to the"),
-        ("float offsets", "offsets whole numbers"),
-        ("nan", "infinite or undefined"),
-        ("shape", r"latents \(2, 4, 8\) float64 are not \(N, C, H, H\)"),
-        ("latent labels", "are not 3 whole numbers"),
+        (lambda path: path / "x.npz", "x.npz does not exist"),
+        (lambda path: path, "holds no class folders"),
+        (lambda path: written(path / "none" / "x.txt", b"").parents[1], "none holds no .png"),
+        (lambda path: folder_with(path, (6, 6)), "zzz.png is 6 x 6, expected 8 x 8 pixels; .* --image-size"),
+        (lambda path: folder_with(path, (8, 6)), "zzz.png is 8 x 6, expected 8 x 8 pixels; .* --image-size"),
+        (lambda path: written(path / "a" / "x.bmp", b"not a picture").parents[1], "x.bmp cannot be read as an image"),
+        (lambda path: written(path / "x.npz", b"hello"), "x.npz is neither a folder"),
+        (lambda path: damaged(path / "x.npz"), "x.npz is damaged"),
+        (packed(jpeg=np.arange(10, dtype=np.uint8), offsets=np.array([0, 3, 5, 9, 10])), "image 0 cannot be read as"),
+        (packed(labels=None), "holds jpeg, offsets, classes; expected jpeg, offsets, labels, classes, or latents, lab"),
+        (packed(labels=[0, 1, 2, 10]), r"label 10 is outside 0\.\.9"),
+        (packed(labels=[0, -1, 2, 1]), r"label -1 is outside 0\.\.9"),
+        (packed(labels=[0, 1]), "are not 4 whole numbers"),
+        (packed(labels=[0.0] * 4), "are not 4 whole numbers"),
+        (packed(offsets=np.array([0, 9, 5, 7, 8])), "offsets do not lead from 0 to the"),
+        (packed(offsets=np.array([0, 5, 10**6])), "offsets do not lead from 0 to the"),
+        (packed(offsets=np.array([0, 5, 10])), "offsets do not lead from 0 to the"),
+        (packed(offsets=np.array([0])), "offsets do not lead from 0 to the"),
+        (packed(offsets=np.zeros(5)), "offsets whole numbers"),
+        (lambda path: make_latents(path / "x.npz", value=np.nan), "infinite or undefined"),
+        (lambda path: make_latents(path / "x.npz", (2, 4, 8)), r"latents \(2, 4, 8\) float64 are not \(N, C, H, H\)"),
+        (lambda path: make_latents(path / "x.npz", labels=(0, 1)), "are not 3 whole numbers"),
     ],
 )
-def test_faults_are_named(tmp_path, kind, message):
+def test_faults_are_named(tmp_path, make, message):
     with pytest.raises((ValueError, OSError), match=message) as caught:
-        data.read_data(broken(kind, tmp_path))
+        data.read_data(make(tmp_path))
     assert str(tmp_path) in str(caught.value)
 
 
-def test_faults_of_images_alone(tmp_path):
-    np.savez(tmp_path / "other.npz", x=np.zeros(1))
-    np.savez(tmp_path / "float.npz", np.zeros((2, 32, 32, 3)))
-    (tmp_path / "empty").mkdir()
-    for name, message in (
-        ("other.npz", "holds x; expected arr_0, or jpeg, offsets"),
-        ("float.npz", "expected uint8"),
-        ("empty", "holds no .png"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            data.read_images(tmp_path / name)
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [({"x": np.zeros(1)}, "holds x; expected arr_0, or jpeg, offsets"), ({"arr_0": np.zeros((2, 8, 8, 3))}, "uint8")],
+)
+def test_faults_of_images_alone(tmp_path, array, message):
+    np.savez(tmp_path / "x.npz", **array)
+    for path, text in ((tmp_path / "x.npz", message), (tmp_path, "holds no .png")):
+        with pytest.raises(ValueError, match=text):
+            data.read_images(path)
 
 
 def test_order_covers_each_epoch():
@@ -166,11 +146,3 @@ def test_order_covers_each_epoch():
     assert (data.order(3, 10, 17, 21) == row[17:38]).all()  # from anywhere, over several epochs
     assert (data.order(4, 10, 0, 10) != epochs[0]).any()
     assert (data.order(3 + 2**32, 10, 0, 10) != epochs[0]).any()
-
-
-@pytest.mark.skipif(not CIFAR10_TEST.is_file(), reason="no test images: ADACORR_CIFAR10_TEST names the packed file")
-def test_cifar():
-    found = data.read_data(CIFAR10_TEST)
-    assert found.images.shape == (10000, 3, 32, 32)
-    assert found.labels.bincount().tolist() == [1000] * 10
-    assert found.class_names[:2] == ["airplane", "automobile"]

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from evaluate import features, train_features
 from evaluate.features import CifarFeatures, extract, load_features, load_images, save_features
-from evaluate.frechet import Moments, frechet_distance
+from evaluate.frechet import frechet_distance, moments
 
 
 def noise(n=4, seed=0):
@@ -41,98 +41,64 @@ def network():
     return net.eval().requires_grad_(False)
 
 
-# ---- the distance
-
-
-def test_distance_of_equal_covariances_is_the_squared_shift():
-    sigma = covariance(3, 1)
-    assert frechet_distance(np.ones(3), sigma, np.ones(3), sigma) == pytest.approx(0, abs=1e-12)
-    assert frechet_distance(np.zeros(3), sigma, [1.0, -2.0, 2.0], sigma) == pytest.approx(9, abs=1e-12)
-
-
-def test_distance_of_diagonal_covariances():
-    # They commute, so the trace is the sum over (a - b)^2 of the standard deviations: 1 + 4 + 0 + 25.
-    a, b = np.array([1.0, 2, 3, 0]), np.array([2.0, 4, 3, 5])
-    value = frechet_distance(np.zeros(4), np.diag(a**2), np.ones(4), np.diag(b**2))
-    assert value == pytest.approx(4 + 30, abs=1e-12)
-
-
-def test_distance_of_covariances_that_do_not_commute():
-    a, b = covariance(8, 2), 3 * covariance(8, 3)
-    root = scipy.linalg.sqrtm(a @ b).real
-    expected = np.trace(a) + np.trace(b) - 2 * np.trace(root)
-    assert frechet_distance(np.zeros(8), a, np.zeros(8), b) == pytest.approx(expected, rel=1e-10)
-    assert frechet_distance(np.zeros(8), b, np.zeros(8), a) == pytest.approx(expected, rel=1e-10)
-
-
-def test_distance_of_singular_covariances():
-    # Rank 5 of 40: no regulariser, no complex numbers, and still zero for equal ones.
-    a = covariance(40, 4, rank=5)
-    assert frechet_distance(np.zeros(40), a, np.zeros(40), a) == pytest.approx(0, abs=1e-10)
-    assert frechet_distance(np.zeros(40), 4 * a, np.zeros(40), a) == pytest.approx(np.trace(a), rel=1e-10)
-    # Supports at right angles: the mixed term is exactly nothing.
-    q = np.linalg.qr(np.random.default_rng(5).normal(size=(40, 40)))[0]
-    a, b = q[:, :9] @ q[:, :9].T, q[:, 9:12] @ q[:, 9:12].T
-    assert frechet_distance(np.zeros(40), a, np.zeros(40), b) == pytest.approx(12, abs=1e-10)
-
-
-@pytest.mark.parametrize("position", range(4))
-def test_distance_refuses_what_is_not_finite(position):
-    values = [np.zeros(2), np.eye(2), np.zeros(2), np.eye(2)]
-    values[position] = values[position] + np.array([0, np.nan])
-    with pytest.raises(ValueError, match=("mu1", "sigma1", "mu2", "sigma2")[position] + " holds infinite or undefined"):
-        frechet_distance(*values)
+A, B, SINGULAR = covariance(8, 2), 3 * covariance(8, 3), covariance(40, 4, rank=5)
+# Of A and B, which do not commute, by another way to the root; of singular ones without a regulariser.
+ROOT = np.trace(A) + np.trace(B) - 2 * np.trace(scipy.linalg.sqrtm(A @ B).real)
+Q = np.linalg.qr(np.random.default_rng(5).normal(size=(40, 40)))[0]
+ACROSS = Q[:, :9] @ Q[:, :9].T, Q[:, 9:12] @ Q[:, 9:12].T  # of rank 9 and 3, at right angles: nothing is mixed
 
 
 @pytest.mark.parametrize(
-    ("sigma", "message"),
+    ("shift", "sigma1", "sigma2", "expected"),
     [
-        (np.eye(3), "sigma1: expected shape"),
-        (np.diag([1.0, -0.1]), "negative eigenvalue"),
-        (np.array([[1.0, 0.2], [0, 1]]), "not symmetric"),
+        (np.zeros(8), A, A, 0),
+        (np.array([1.0, -2, 2, 0, 0, 0, 0, 0]), A, A, 9),
+        # These commute, so the trace is the sum over (a - b)^2 of the standard deviations: 1 + 4 + 0 + 25.
+        (np.ones(4), np.diag([1.0, 4, 9, 0]), np.diag([4.0, 16, 9, 25]), 4 + 30),
+        (np.zeros(8), A, B, ROOT),
+        (np.zeros(8), B, A, ROOT),
+        (np.zeros(40), SINGULAR, SINGULAR, 0),
+        (np.zeros(40), 4 * SINGULAR, SINGULAR, np.trace(SINGULAR)),
+        (np.zeros(40), *ACROSS, 12),
     ],
 )
-def test_distance_refuses_what_is_no_covariance(sigma, message):
+def test_distance(shift, sigma1, sigma2, expected):
+    value = frechet_distance(np.zeros(len(shift)), sigma1, shift, sigma2)
+    assert value == pytest.approx(expected, rel=1e-10, abs=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, np.full((2, 2)[: 1 + ("sigma" in name)], np.nan)) for name in ("mu1", "sigma1", "mu2", "sigma2")]
+    + [("sigma1", np.eye(3)), ("sigma1", np.diag([1.0, -0.1])), ("sigma2", np.array([[1.0, 0.2], [0, 1]]))],
+)
+def test_distance_refuses(name, value):
+    values = {"mu1": np.zeros(2), "sigma1": np.eye(2), "mu2": np.zeros(2), "sigma2": np.eye(2)}
+    with pytest.raises(ValueError, match=name):
+        frechet_distance(**{**values, name: value})
+
+
+def test_moments_are_those_of_numpy():
+    x = torch.randn(101, 7, generator=torch.Generator().manual_seed(0)) + 100  # float32, counted in float64
+    mean, sigma = moments(x)
+    assert mean.dtype == sigma.dtype == np.float64
+    np.testing.assert_allclose(mean, x.double().numpy().mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(sigma, np.cov(x.double().numpy(), rowvar=False), rtol=1e-11)
+    far = np.random.default_rng(2).normal(size=(64, 3))
+    np.testing.assert_allclose(moments(far + 1e8)[1], np.cov(far, rowvar=False), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (np.array([[0, 0], [np.inf, 0]]), "features of image 1 are infinite or undefined"),
+        (np.zeros(2), r"expected shape \(n, D\)"),
+        (np.zeros((1, 2)), "at least 2 images"),
+    ],
+)
+def test_moments_refuse(features, message):
     with pytest.raises(ValueError, match=message):
-        frechet_distance(np.zeros(2), sigma, np.zeros(2), np.eye(2))
-
-
-# ---- moments
-
-
-def test_moments_equal_numpy_however_they_come_in():
-    x = np.random.default_rng(0).normal(size=(101, 7)) @ np.random.default_rng(1).normal(size=(7, 7)) + 5
-    stream = Moments()
-    for rows in (x[:1], x[1:1], x[1:40], x[40:]):
-        stream.update(rows)
-    for result in (stream, Moments(x)):
-        assert result.count == 101
-        assert result.mean.dtype == result.covariance.dtype == np.float64
-        np.testing.assert_allclose(result.mean, x.mean(axis=0), rtol=1e-12)
-        np.testing.assert_allclose(result.covariance, np.cov(x, rowvar=False), rtol=1e-11, atol=1e-12)
-
-
-def test_moments_keep_their_digits():
-    x = np.random.default_rng(2).normal(size=(64, 3))
-    stream = Moments()
-    for rows in np.split(x + 1e8, 8):
-        stream.update(rows)
-    np.testing.assert_allclose(stream.covariance, np.cov(x, rowvar=False), atol=1e-6)
-    single = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)) + 100  # float32, counted in float64
-    np.testing.assert_allclose(Moments(single).covariance, np.cov(single.double().numpy(), rowvar=False), rtol=1e-11)
-
-
-def test_moments_refuse():
-    stream = Moments(np.zeros((5, 2)))
-    with pytest.raises(ValueError, match="features of image 6 are infinite or undefined"):
-        stream.update(np.array([[0, 0], [np.inf, 0]]))
-    with pytest.raises(ValueError, match="3 wide, those before were 2"):
-        stream.update(np.zeros((1, 3)))
-    with pytest.raises(ValueError, match=r"expected shape \(n, D\)"):
-        stream.update(np.zeros(2))
-    with pytest.raises(ValueError, match="at least 2 images, there are 1"):
-        _ = Moments(np.zeros((1, 2))).covariance
-    assert stream.count == 5
+        moments(features)
 
 
 # ---- the network
@@ -140,16 +106,13 @@ def test_moments_refuse():
 
 def test_shapes_and_the_two_kinds_of_input(network):
     images = noise()
-    feats, logits = network(images)
-    assert feats.shape == (4, features.FEATURES)
-    assert logits.shape == (4, 10)
-    assert feats.dtype == logits.dtype == torch.float32
-    floats = network(images.permute(0, 3, 1, 2).float() / 255)
-    assert torch.equal(floats[0], feats)
-    assert torch.equal(floats[1], logits)
+    whole, floats = network(images), network(images.permute(0, 3, 1, 2).float() / 255)
+    for found, same, width in zip(whole, floats, (features.FEATURES, 10), strict=True):
+        assert (found.shape, found.dtype) == ((4, width), torch.float32)
+        assert torch.equal(found, same)
 
 
-def test_an_image_does_not_depend_on_its_batch(network):
+def test_an_image_depends_neither_on_its_batch_nor_on_the_mode(network):
     images = coloured(7)[0]
     whole, single = extract(images, network), extract(images, network, batch_size=1)
     mixed = extract(torch.cat([noise(3), images]), network, batch_size=4)
@@ -157,15 +120,11 @@ def test_an_image_does_not_depend_on_its_batch(network):
         assert a.std(dim=0).mean() > 0.01  # images differ, so that the lines below say something
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(a, c[3:], rtol=1e-4, atol=1e-5)
-    assert torch.equal(whole[0], extract(images, network)[0])
-
-
-def test_extract_leaves_training_mode(network):
-    net = CifarFeatures().train()
-    net.load_state_dict(network.state_dict())
+    training = CifarFeatures().train()
+    training.load_state_dict(network.state_dict())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(extract(noise(), net)[0], extract(noise(), network)[0])
-    assert torch.equal(net.stem[1].running_mean, network.stem[1].running_mean)
+        assert torch.equal(extract(images, training)[0], whole[0])
+    assert torch.equal(training.stem[1].running_mean, network.stem[1].running_mean)
 
 
 @pytest.mark.parametrize(
@@ -198,9 +157,7 @@ def test_weights_survive_the_file(tmp_path, network):
     assert (tmp_path / "new" / "w.safetensors.sha256").read_text() == f"{digest}  w.safetensors\n"
     assert len(list(path.parent.iterdir())) == 2
     again = load_features(path)
-    assert again.sha256 == digest
-    assert not again.training
-    assert again.head.weight.dtype == torch.float32
+    assert (again.sha256, again.training, again.head.weight.dtype) == (digest, False, torch.float32)
     assert not any(p.requires_grad for p in again.parameters())
     before, rounded, after = (n(noise())[0] for n in (network, net.eval(), again))
     assert torch.equal(rounded, after)  # `save_features` rounds the network that it saves
@@ -244,11 +201,9 @@ def test_images_of_the_network(tmp_path):
 
 def test_padding_reflects():
     ramp = torch.arange(32, dtype=torch.uint8).view(1, 32, 1, 1).expand(1, 32, 32, 3)
-    expected = [4, 3, 2, 1, *range(32), 30, 29, 28, 27]
-    result = train_features.padded(ramp)
+    result, turned = train_features.padded(ramp), train_features.padded(ramp.transpose(1, 2))
     assert result.shape == (1, 40, 40, 3)
-    assert result[0, :, 7, 1].tolist() == expected
-    assert train_features.padded(ramp.transpose(1, 2))[0, 7, :, 1].tolist() == expected
+    assert result[0, :, 7, 1].tolist() == turned[0, 7, :, 1].tolist() == [4, 3, 2, 1, *range(32), 30, 29, 28, 27]
 
 
 def test_augmented_images_are_shifted_mirrored_and_partly_grey():
@@ -279,7 +234,7 @@ def test_one_cycle():
     assert values == pytest.approx([0, 0.5, 1, 0.5, 0], abs=1e-12)
 
 
-def test_training_lowers_the_loss(monkeypatch, capsys):
+def test_training_lowers_the_loss(monkeypatch):
     monkeypatch.setattr(features, "WIDTHS", (16, 32, features.FEATURES))  # a quarter of the work
     monkeypatch.setattr(features, "DEPTHS", (1, 1, 1))
     images, labels = coloured(32)
@@ -291,29 +246,36 @@ def test_training_lowers_the_loss(monkeypatch, capsys):
         assert not net.training
     assert runs[0] == pytest.approx(runs[1], rel=1e-4)  # the same seed
     assert runs[0][-1] < runs[0][0] - 0.3
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 8
-    assert lines[0].startswith("epoch   1/4  loss ")
     with pytest.raises(ValueError, match="diverged in epoch 1"):
         train_features.fit(net, images, labels, epochs=1, batch_size=16, rate=1e30)
 
 
+def main(*args):
+    """Exit code of `features.main`, argparse's own included."""
+    try:
+        return features.main(list(map(str, args)))
+    except SystemExit as leaving:
+        return leaving.code
+
+
 def test_commands(tmp_path, capsys):
     images, labels = coloured(8)
-    data = pack(tmp_path / "a.npz", images.numpy(), labels.numpy())
-    out = tmp_path / "w.safetensors"
-    command = ["train", "--data", data, "--test", data, "--out", out, "--epochs", "1", "--limit", "6"]
-    assert features.main([*map(str, command), "--device", "cpu"]) == 0
+    data, out = pack(tmp_path / "a.npz", images.numpy(), labels.numpy()), tmp_path / "w.safetensors"
+    flags = ["--epochs", 1, "--limit", 6, "--device", "cpu"]
+    assert main("train", "--data", data, "--test", data, "--out", out, *flags) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith("6 images, 1.3")
-    assert said[1].startswith("epoch   1/1")
-    assert said[2].startswith("test accuracy ")
-    assert said[-1] == f"sha256 {load_features(out).sha256}"
-    assert features.main(["check", "--test", str(data), "--weights", str(out), "--device", "cpu"]) == 0
+    starts = (
+        "6 images, 1.3",
+        "epoch   1/1  loss ",
+        "test accuracy ",
+        f"wrote {out}",
+        f"sha256 {load_features(out).sha256}",
+    )
+    assert all(line.startswith(start) for line, start in zip(said, starts, strict=True))
+    assert main("check", "--test", data, "--weights", out, "--device", "cpu") == 0
     assert capsys.readouterr().out.startswith(said[2])  # what was measured is what was stored
     np.savez(tmp_path / "b.npz", images.numpy())
-    command = ["distance", data, tmp_path / "b.npz", "--weights", out, "--device", "cpu"]
-    assert features.main(list(map(str, command))) == 0
+    assert main("distance", data, tmp_path / "b.npz", "--weights", out, "--device", "cpu") == 0
     said = capsys.readouterr()
     assert float(said.out.split()[2]) == pytest.approx(0, abs=1e-6)
     assert "between 8 and 8 images" in said.out
@@ -329,21 +291,13 @@ def test_commands(tmp_path, capsys):
         (["train", "--data", "x", "--epochs", "0"], "--epochs 0 is outside 1..10000"),
         (["check", "--test", "x", "--weights", "none.safetensors"], "the feature weights none.safetensors are missing"),
         (["check", "--test", "x", "--device", "nowhere"], "--device nowhere"),
-        (["fly"], "invalid choice"),
     ],
 )
 def test_mistakes_are_one_line(capsys, monkeypatch, tmp_path, args, message):
     monkeypatch.chdir(tmp_path)
-    try:
-        code = features.main(args)
-    except SystemExit as leaving:
-        code = leaving.code
-    said = capsys.readouterr()
-    assert code == 2
+    code, said = main(*args), capsys.readouterr()
+    assert (code, said.out, said.err.count("\n"), list(tmp_path.iterdir())) == (2, "", 1, [])
     assert message in said.err
-    assert said.err.count("\n") == 1
-    assert said.out == ""
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(not features.WEIGHTS.is_file(), reason="no packaged weights")
