@@ -4,33 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
-from toy import sample, tiny_dit
 
 import adacorr
-from adacorr import AdaCorrection, CacheManager, make_policy
-from adacorr.policies import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = sorted(adacorr.available())  # before any example is loaded
-
-
-@pytest.mark.parametrize(
-    ("page", "name", "options"),
-    [("README.md", "middle", "share=0.5"), ("docs/policies.md", "lazy_attention", "every=4")],
-)
-def test_the_policy_of_a_page_runs(page, name, options, tmp_path, monkeypatch):
-    monkeypatch.setattr(adacorr.policies, "_POLICIES", dict(adacorr.policies._POLICIES))
-    (code,) = [
-        block for block in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S) if "@register" in block
-    ]
-    (tmp_path / f"{name}.py").write_text(code)
-    load_file(tmp_path / f"{name}.py")
-    model = tiny_dit()
-    for correction in (None, AdaCorrection()):
-        manager = CacheManager(make_policy(f"{name}:{options}"), correction)
-        assert bool(torch.isfinite(sample(model, 12, cache=manager)).all())
-        assert 0.1 < manager.trace.compute < 1
 
 
 def test_every_method_is_in_the_lists():

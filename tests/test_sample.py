@@ -15,7 +15,6 @@ from toy import save_tiny
 import adacorr
 import pipeline
 import sample
-from adacorr import make_policy, policies
 from runtime import Progress
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -309,37 +308,6 @@ def test_picture_appears_whole_or_not_at_all(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------- policies, profiles
-
-POLICY = '''
-from dataclasses import dataclass
-
-from adacorr.policies import register
-from adacorr.policy import Policy
-
-
-@register
-@dataclass
-class EveryOther(Policy):
-    """Every second step, after `start` steps."""
-
-    start: int = 1
-
-    def decide(self, view):
-        return view.everyone(view.step < self.start or view.step % 2 == 0)
-'''
-
-
-def test_a_policy_dropped_in_as_one_file_is_on_the_command_line(tmp_path, tiny, registry):
-    file = tmp_path / "every_other.py"
-    file.write_text(POLICY)
-    with pytest.raises(ValueError, match="every_other"):
-        make_policy("every_other")
-    policies.load_file(file)
-    assert "every_other" in sample.make_parser().format_help()
-    _, record = run(tmp_path, tiny, "--cache", "every_other:start=3")
-    assert record["trace"]["executed_per_step"] == [1, 1, 1, 0, 1, 0]
-    _, record = run(tmp_path, tiny, "--cache", "every_other", "--adacorr")  # and corrected
-    assert set(record["method"]) == {"policy", "correction"}
 
 
 def test_a_calibrated_method_with_its_shipped_profile(tmp_path):
