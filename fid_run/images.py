@@ -37,9 +37,9 @@ class Unusable(Exception):
     """A file that holds no image of the run; the text says why."""
 
 
-# What the readers, Pillow, zipfile and numpy raise for files that are damaged or none of theirs
-BROKEN = (Unusable, OSError, SyntaxError, ValueError, EOFError, KeyError, RuntimeError, struct.error, zlib.error)
-BROKEN += (zipfile.BadZipFile,)
+# What Pillow, zipfile and numpy raise for files that are damaged or none of theirs
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, KeyError, RuntimeError)
+BROKEN += (struct.error, zlib.error, zipfile.BadZipFile)
 
 
 class Content(NamedTuple):
@@ -186,12 +186,7 @@ class Store:
             if pixels and found.images.shape != (len(found.indices), self.size, self.size, 3):
                 raise Unusable(f"its images are {found.images.shape}")
         except BROKEN as error:
-            why = (
-                str(error)
-                if isinstance(error, Unusable)
-                else f"it is cut, changed or something else ({type(error).__name__})"
-            )
-            raise Unusable(why) from None
+            raise Unusable(f"it is cut, changed or something else ({type(error).__name__})") from None
         return found
 
 

@@ -177,6 +177,8 @@ class Leader:
             say("note", f"unfinished files of killed processes removed: {left}")
         if args.overwrite:
             clear(folder)
+        else:
+            folder.check(protocol)  # again: another job may have been here before the lock was free
         missing = look_around(self.store, count, args.verify)
         packed = folder.packed(run)
         if len(missing) == 0 and not args.verify and (args.no_pack or packed == count):

@@ -140,13 +140,8 @@ class RunFolder:
     def clear(self) -> None:
         """Delete the run's record, logs, mark and .npz; the images are the image store's, other files stay."""
         logs = (self.path / "log").glob("rank-*.jsonl")
-        for path in (
-            self.success_json,
-            self.npz,
-            *logs,
-            self.labels,
-            self.run_json,
-        ):  # so it says whose it is to the end
+        # The record goes last: killed in between, the folder still says whose it is.
+        for path in (self.success_json, self.npz, *logs, self.labels, self.run_json):
             path.unlink(missing_ok=True)
 
     def begin(self, protocol: dict[str, Any], labels: np.ndarray | None, session: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -478,6 +479,23 @@ def test_two_jobs_in_one_folder(ddp, monkeypatch):
     assert f"pid {os.getpid()}" in one_line(err)
     assert "waiting for up to 0 s" in out
     assert ddp(count=2)[0] == 0
+
+
+def test_a_job_that_was_here_while_this_one_waited_for_the_lock_keeps_its_images(ddp, monkeypatch, tmp_path):
+    _, other, _, _ = ddp("--threads", 2, where=tmp_path / "other")
+    lock, place = record.RunFolder.lock, tmp_path / "out" / other.name
+
+    @contextmanager
+    def waiting(self, note):
+        with lock(self, note):
+            shutil.copytree(other, place, dirs_exist_ok=True)
+            yield
+
+    monkeypatch.setattr(record.RunFolder, "lock", waiting)
+    code, folder, _, err = ddp()
+    assert code == 2
+    assert "precision.threads: 2 in the folder, 1 asked" in one_line(err)
+    assert contents(folder) == contents(other)
 
 
 def test_a_folder_that_is_deleted_in_mid_run_is_named_and_not_made_again(ddp, monkeypatch):
