@@ -232,6 +232,7 @@ def test_shapes_that_do_not_fit(spec):
         (torch.tensor([0, -1, 2]), r"step -1 is outside 0\.\.3"),
         (torch.tensor([0, 1]), r"must be integers \(3,\)"),
         (torch.tensor([0.0, 1.0, 2.0]), r"must be integers \(3,\)"),
+        (torch.tensor([True, False, True]), r"must be integers \(3,\)"),
     ],
 )
 def test_step_indices_outside_the_run(i, message):
@@ -372,6 +373,7 @@ def test_make_sampler():
         ("dpmsolver++:use_karras_sigmas=true,use_beta_sigmas=true", "refuses its options"),
         ("euler:timestep_spacing=even", "timestep_spacing='even'|refuses its options"),
         ("euler:sigma_min=low", "must be of type float"),
+        ("unipc:beta_end=0.01", "no option 'beta_end'"),
         ("unipc:use_flow_sigmas=true", "no option 'use_flow_sigmas'"),
         ("HeunDiscreteScheduler", "calls the network 39 times in 20 steps"),
         ("EulerAncestralDiscreteScheduler", "draws its own noise"),
