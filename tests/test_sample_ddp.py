@@ -528,7 +528,7 @@ def test_a_folder_that_is_deleted_in_mid_run_is_named_and_not_made_again(ddp, mo
         (["--adacorr", "gama=1"], "did you mean gamma?"),
         (["--cache", "teecache"], "did you mean teacache?"),
         (["--sampler", "dim"], "ddim"),
-        (["--seed", -1], "--seed -1 is outside"),
+        (["--seed", -1], "-1 is outside 0.."),
         (["--grace", -1], "--grace -1.0 is outside"),
         (["--threads", 0], "--threads 0 is outside"),
         (["--device", "tpu"], "--device tpu"),
@@ -614,7 +614,7 @@ def test_a_folder_that_cannot_be_written(ddp, monkeypatch):
     ("flags", "message"),
     [
         (["--num-classes", 1000], "is for 4 classes, --num-classes 1000 was asked"),
-        (["--image-size", 16], "is for 8 px (an input of 8), --image-size 16 was asked"),
+        (["--image-size", 16], "is for 8 px, --image-size 16 was asked"),
         (["--model", "DiT-S/2"], "--model DiT-S/2 was asked"),
         (["--vae", "nowhere"], "no VAE 'nowhere'"),
     ],
