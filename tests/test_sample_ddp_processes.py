@@ -276,7 +276,8 @@ def test_a_rank_that_outlived_its_job_keeps_the_next_one_out_even_with_overwrite
     code, _, err = end(start(sys.executable, other, *flags, place, "--threads", 2, "--overwrite"))
     assert code == 2
     assert re.search(r"is in use by .*rank-001.lock is locked", err)
-    assert {path.name: path.read_bytes() for path in images_in(place)} == before
+    after = {path.name: path.read_bytes() for path in images_in(place)}
+    assert before.items() <= after.items()  # the surviving rank may have written one more of its own
     second.kill()
     end(second)
     assert end(start(sys.executable, other, *flags, place, "--threads", 2, "--overwrite"))[0] == 0
