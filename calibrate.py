@@ -1,9 +1,12 @@
 """Measure what a caching method needs to know about a model, on uncached runs; the profile is one file.
 
+    python calibrate.py --cache adacorr --out adacorr.safetensors       AdaCorrection itself
+    python sample.py --adacorr --calibrate adacorr.safetensors --compare
     python calibrate.py --cache teacache --out teacache.json
     python sample.py --cache teacache:threshold=0.1,profile=teacache.json --compare
 
-A profile holds for the checkpoint, sampler, steps and guidance that it was made with, and is refused elsewhere. The
+A profile holds for the checkpoint, sampler, steps and guidance that it was made with, and is refused elsewhere; that of
+AdaCorrection serves any number of steps. The
 suffix of --out picks the format: .json, or .safetensors for methods with large arrays. Profiles of the bundled
 checkpoint at the default settings ship with the package and are what profile=auto finds.
 
@@ -20,6 +23,7 @@ import numpy as np
 import torch
 
 import pipeline
+import profiles
 from adacorr.calibration import Calibration
 from adacorr.command import Parser, run_command
 from adacorr.files import check_writable
@@ -28,8 +32,6 @@ from adacorr.policies import calibrated
 from adacorr.profile import Profile, check_suffix, save_profile
 from adacorr.spec import hint
 from runtime import check_range
-
-SEED_OFFSET = 2**31  # no seed that anybody evaluates on
 
 
 def observe(calibration: Calibration, pipe: pipeline.Pipeline, seed: int, images: int, batch_size: int) -> None:
@@ -43,23 +45,28 @@ def observe(calibration: Calibration, pipe: pipeline.Pipeline, seed: int, images
 
 
 def run(args: argparse.Namespace, command_line: Sequence[str]) -> None:
-    if args.cache not in calibrated():
-        close = hint(args.cache.partition(":")[0], calibrated())
-        raise ValueError(f"--cache {args.cache}: only {', '.join(calibrated())} are measured on a model{close}")
+    methods = [profiles.METHOD, *calibrated()]
+    if args.cache not in methods:
+        close = hint(args.cache.partition(":")[0], methods)
+        raise ValueError(f"--cache {args.cache}: only {', '.join(methods)} are measured on a model{close}")
     check_range("--num-images", args.num_images, 1, 10_000)
     check_range("--batch-size", args.batch_size, 1, 10_000)
-    check_range("--seed", args.seed, 0, SEED_OFFSET - 1)
+    check_range("--seed", args.seed, 0, profiles.SEED_OFFSET - 1)
     check_suffix(args.out)
     check_writable("--out", args.out)
-    calibration, seed = calibrated()[args.cache].calibration(), SEED_OFFSET + args.seed
-    pipe = pipeline.load(pipeline.ModelOptions.of(args))
-    observe(calibration, pipe, seed, args.num_images, args.batch_size)
-    arrays, notes = calibration.fit()
-    notes |= {"checkpoint": pipe.checkpoint.path.name, "seed": seed, "images": args.num_images}
-    shown = ", ".join(f"{key} {value}" for key, value in notes.items())
-    notes["made_with"] = ["python", "calibrate.py", *command_line]
-    made_for = pipe.checkpoint.sha256, args.sampler, args.num_sampling_steps, args.cfg_scale
-    save_profile(args.out, Profile(args.cache, arrays, *made_for, notes))
+    pipe, seed = pipeline.load(pipeline.ModelOptions.of(args)), profiles.SEED_OFFSET + args.seed
+    if args.cache == profiles.METHOD:
+        profile = profiles.measure(pipe, args.num_images, seed)
+    else:
+        calibration = calibrated()[args.cache].calibration()
+        observe(calibration, pipe, seed, args.num_images, args.batch_size)
+        arrays, notes = calibration.fit()
+        notes |= {"checkpoint": pipe.checkpoint.path.name, "seed": seed, "images": args.num_images}
+        made_for = pipe.checkpoint.sha256, args.sampler, args.num_sampling_steps, args.cfg_scale
+        profile = Profile(args.cache, arrays, *made_for, notes)
+    shown = ", ".join(f"{key} {value}" for key, value in profile.notes.items())
+    profile.notes["made_with"] = ["python", "calibrate.py", *command_line]
+    save_profile(args.out, profile)
     print(f"{args.out}: {args.out.stat().st_size} bytes; {shown}")
 
 
@@ -67,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     parser = Parser("calibrate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    methods = f"the method to measure for: {', '.join(calibrated())}"
+    methods = f"the method to measure for: {', '.join([profiles.METHOD, *calibrated()])}"
     parser.add_argument("--cache", required=True, metavar="METHOD", help=methods)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the profile, .json or .safetensors")
     parser.add_argument("--num-images", type=int, default=16, help="images to measure on (default %(default)s)")

@@ -108,11 +108,23 @@ def add_cache_flags(parser: argparse.ArgumentParser) -> None:
         help="AdaCorrection, alone or over --cache: gamma=1 (more corrects more), lambda=1, budget=EVALUATIONS, ...; "
         "or literal, the paper's Algorithm 1, which saves nothing",
     )
+    add_calibrate_flag(group)
     group.add_argument(
         "--cache-dtype",
         choices=sorted(DTYPES),
         default="fp32",
         help="of the stored tensors; 16 bits halve the memory and add noise to the forecast (default %(default)s)",
+    )
+
+
+def add_calibrate_flag(group: argparse._ActionsContainer) -> None:
+    """Where --adacorr takes its profile of the model from: `profiles.with_profile` reads it."""
+    group.add_argument(
+        "--calibrate",
+        default="auto",
+        metavar="auto|off|N|FILE",
+        help="what --adacorr knows of the model: a shipped or kept profile, else one measured on 6 (or N) uncached "
+        "images and kept in the user's cache folder; off: nothing, at lower quality (default %(default)s)",
     )
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import pipeline
+import profiles
 import runtime
 from adacorr import CacheManager
 from adacorr.command import Parser, run_command
@@ -62,6 +63,7 @@ def run(args: argparse.Namespace) -> None:
     if doubt := pipeline.caveat(pipe.sampler, cache):
         print(f"sample.py: warning: {doubt}", file=sys.stderr)
     labels = parse_labels(args.class_labels, pipe.model)
+    cache = profiles.with_profile(cache, pipe, args.calibrate)
     count = args.num_images or (8 if labels is None else len(labels))
     if labels is not None:
         labels = labels[torch.arange(count) % len(labels)]
@@ -105,6 +107,7 @@ def check(args: argparse.Namespace) -> None:
     """Mistakes that show without a model: ValueError or OSError names the flag and the value."""
     if args.compare and args.cache is None and args.adacorr is None:
         raise ValueError("--compare needs a cache to compare with: add --adacorr, --cache POLICY or both")
+    profiles.check_calibrate(args.calibrate)
     if args.class_labels is not None:
         label_numbers(args.class_labels)
     runtime.check_range("--repeats", args.repeats, 1, 1000)
@@ -173,6 +176,7 @@ def describe(
         record["labels"] = labels.tolist()
     if cache is not None:
         record["method"] = pipeline.describe_cache(cache)
+        record["profile"] = profiles.digest(cache.profile)
     return record
 
 

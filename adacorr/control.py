@@ -15,6 +15,7 @@ from functools import partial
 import numpy as np
 
 from adacorr.correct import AdaCorrection
+from adacorr.model_profile import ModelProfile
 
 Interval = Callable[[float], float]  # length of the interval after a computed step at a timestep
 
@@ -30,6 +31,9 @@ COARSE_SCALE = 10.0
 # Intervals shrink in quanta of this share of the typical one. Images decide alone, yet those of like difficulty keep
 # computing in the same steps, and a batch runs in a few large calls instead of many small ones.
 INTERVAL_QUANTUM = 0.5
+
+# Error of the final state, in shares of its contrast, that a run with a profile is to leave at gamma 1.
+ERROR = 0.02
 
 # An offset over an interval grows like its length ** POWER: the forecast's order 2 plus one, and the steps that add up.
 POWER = 4.0
@@ -100,7 +104,11 @@ class RefreshClock:
         # A computation in the very last step corrects nothing after it; the one before it closes the forecast.
         self.last = closing_step(timesteps)
         positions = lay_out(interval, timesteps[0], timesteps[-1] - 1e-6, scale)
-        self.clock = np.interp(-timesteps, -positions, np.arange(len(positions)))  # (S,)
+        self.start(np.interp(-timesteps, -positions, np.arange(len(positions))), images)
+
+    def start(self, clock: np.ndarray, images: int) -> None:
+        """Begin a run of n images under a clock (S,)."""
+        self.clock = clock
         self.interval_scale = np.ones(images)
         self.count = np.zeros(images, dtype=np.int64)  # computed steps so far
         self.newest = np.full(images, -1)
@@ -201,6 +209,22 @@ class BudgetClock(RefreshClock):
         return np.where((left <= 0) | (due >= steps), steps, due)
 
 
+class ScheduleClock(RefreshClock):
+    """The steps of a schedule (adacorr.placement), the same for every image; offsets change nothing."""
+
+    def __init__(self, rule: RefreshRule, timesteps, images: int, schedule: list[int]):
+        self.rule, self.timesteps, self.schedule = rule, timesteps, np.array([*schedule, len(timesteps)])
+        self.start(np.interp(np.arange(len(timesteps)), self.schedule, np.arange(len(self.schedule))), images)
+
+    def _due(self, images: np.ndarray, step: int) -> np.ndarray:
+        return np.full(len(images), self.schedule[np.searchsorted(self.schedule, step, side="right")])
+
+    def nears(self, step: int, other: RefreshClock) -> np.ndarray:
+        """Whether the due step is nearer to this step than to the one after it on the clock of `other`. (n,)"""
+        clock = np.append(other.clock, np.inf)
+        return (self.newest < 0) | (clock[self.due] - clock[step] < 0.5)
+
+
 def split_budget(budget: float, steps: int, halves: int, guidance_error: float | None) -> tuple[int, int]:
     """(computed steps, those that compute both halves) for `budget` full evaluations over `steps`, never above it.
 
@@ -240,16 +264,25 @@ class Controller:
         halves: int,
         cfg_scale: float,
         spent: float = 0.0,
+        profile: ModelProfile | None = None,
     ):
         """`spent`: full evaluations that the run costs beside its computed steps; they count against a budget."""
-        self.infers = infers_unconditional(correction, halves)
+        self.infers, self.profile = infers_unconditional(correction, halves), profile
         self.guidance_error = abs(cfg_scale - 1.0)  # the guided output moves this much with the unconditional half
         self.amplify = amplification(np.asarray(alpha_bar, dtype=np.float64))
-        start, end = timesteps[0], timesteps[closing_step(timesteps)]
         # The guidance difference is smooth: far wider intervals, the narrower the more guidance amplifies its error.
-        wide = DIFFERENCE_INTERVAL * min(1.0, (0.5 / max(self.guidance_error, 0.1)) ** (1.0 / 3.0))
         rule = RefreshRule(correction.tolerance, warmup=correction.order + 1)
         difference_rule = RefreshRule(correction.difference_tolerance, 1, 1.0, most_shrinking=0.6, min_scale=0.1)
+        if profile is not None:
+            row = profile.leaving(ERROR * profile.contrast / max(correction.gamma, 1e-9))
+            if correction.budget is not None:
+                row = profile.within(correction.budget - spent)
+            nodes, refreshes = profile.schedule(timesteps, row)
+            self.clock = ScheduleClock(rule, timesteps, images, nodes)
+            self.difference_clock = ScheduleClock(difference_rule, timesteps, images, refreshes)
+            return
+        start, end = timesteps[0], timesteps[closing_step(timesteps)]
+        wide = DIFFERENCE_INTERVAL * min(1.0, (0.5 / max(self.guidance_error, 0.1)) ** (1.0 / 3.0))
         if correction.budget is None:
             kind, options = AdaptiveClock, [{"gamma": correction.gamma}] * 2
         else:

@@ -1,14 +1,17 @@
 """Adaptive correction module (ACM): Eq. 6 and 7 of arXiv 2602.13357, and the options of both forms of the method."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from adacorr.offset import SCORE_FORMS
-from adacorr.spec import build, check_options, option, parse_options
+from adacorr.spec import build, check_options, option, parse_options, spell_value
 
 ALIASES = {"lambda": "spatial_weight"}
+
+# Options of AdaCorrection that have a meaning without a profile of the model only.
+POLYNOMIAL = ("order", "difference", "rewind", "gate_error", "tolerance", "difference_tolerance")
 
 
 def correction_weight(score: Tensor, gamma: float = 1.0) -> Tensor:
@@ -66,6 +69,12 @@ class AdaCorrection:
     gate_error: float = option(0.03, low=0, high=0.5)
     tolerance: float = option(0.2, above=0, high=1e6)
     difference_tolerance: float = option(0.03, above=0, high=1e6)
+
+    @property
+    def polynomial_options(self) -> str:
+        """Those given that only the polynomial has, as key=value,...; a profile of the model needs none of them."""
+        given = [f for f in fields(self) if f.name in POLYNOMIAL and getattr(self, f.name) != f.default]
+        return ",".join(f"{f.name}={spell_value(getattr(self, f.name))}" for f in given)
 
     def __post_init__(self):
         check_options("adacorr", self, ALIASES)

@@ -93,7 +93,10 @@ class CorrectedRun(CachedRun):
         self.previous = self.last  # and the one before the current step
         self._ahead: tuple[range, list[Tensor]] = (range(0), [])  # forecasts of coming steps
         self.rewinds = rewindable and correction.rewind
-        self._anchor: Tensor | None = None  # (n, ...): each image's state where its next rewind starts
+        self.refreshed = np.full(info.images, -1)  # newest step that computed both halves, of each image,
+        self.refreshed_before = self.refreshed  # and the one before the current step
+        # (n, ...) each: the states after those steps, where a rewind starts
+        self._anchors: list[Tensor | None] = [None, None]
         self._added: Tensor | None = None  # (halves * n, T, D): what the stack added in the current step
         self._replayed: Tensor | None = None  # what it is to add in a step that is taken again
         self._set_units(policy, info.depth)
@@ -259,8 +262,9 @@ class CorrectedRun(CachedRun):
         if computed is not None:
             self.store.keep(computed.fresh, self.step)
             self._ahead = (range(0), [])
-        self._added, self.previous = added, self.last.copy()
-        self.last[plan.computed.cond] = self.step
+        self._added = added
+        self.previous, self.refreshed_before = self.last.copy(), self.refreshed.copy()
+        self.last[plan.computed.cond] = self.refreshed[plan.computed.uncond] = self.step
         executed = self.trace.executed[self.step]
         executed[:, :, plan.computed.cond, 0] = 1
         if self.halves == 2:
@@ -274,22 +278,22 @@ class CorrectedRun(CachedRun):
     def rewind(self, x: Tensor, out: Tensor, evaluate: Evaluate, advance: Advance) -> tuple[Tensor, Tensor]:
         """Take the steps since an image's last computed one again, with interpolated activations; no block runs.
 
-        x (n, ...) the state at this step and out the network's output for it -> both, for the corrected state.
+        With a profile an image whose guidance difference was refreshed goes back to its refresh before, if the computed
+        steps since then are still kept. x (n, ...) the state at this step and out the network's output for it -> both,
+        for the corrected state.
         """
         if not self.rewinds:
             return x, out
-        # Where a rewind starts is the state after a computed step, which is what this step begins with.
-        new = np.flatnonzero(self.previous == self.step - 1)
-        self._anchor = x if self._anchor is None else put_rows(self._anchor, new, take_rows(x, new))
-        again = np.flatnonzero((self.last == self.step) & (self.previous >= 0) & (self.step - self.previous > 1))
+        origin, anchor = self._rewind_from(x)
+        again = np.flatnonzero((origin >= 0) & (self.step - origin > 1))
         if not len(again):
             return x, out
-        start, state = self.previous[again] + 1, take_rows(self._anchor, again)
-        first = start.min()
-        between = self.store.predict(again, np.arange(first, self.step))  # in one pass over the stored tensors
-        for past in range(first, self.step):
+        start, state = origin[again] + 1, take_rows(anchor, again)
+        for past in range(start.min(), self.step):
+            if (past - start.min()) % LOOK_AHEAD == 0:  # some steps in one pass over the stored tensors
+                between = self.store.predict(again, np.arange(past, min(past + LOOK_AHEAD, self.step)))
             rows = np.flatnonzero(start <= past)
-            added = torch.cat([take_rows(half[:, past - first], rows) for half in between])
+            added = torch.cat([take_rows(half[:, (past - start.min()) % LOOK_AHEAD], rows) for half in between])
             now = take_rows(state, rows)
             replayed = self._replay(past, now, again[rows], added, evaluate)
             state = put_rows(state, rows, advance(past, now, replayed, again[rows]))
@@ -298,6 +302,22 @@ class CorrectedRun(CachedRun):
         added = torch.cat([take_rows(half, again) for half in added])
         replayed = self._replay(self.step, state, again, added, evaluate)
         return put_rows(x, again, state), put_rows(out, again, replayed)
+
+    def _rewind_from(self, x: Tensor) -> tuple[np.ndarray, Tensor]:
+        """(n,) the computed step after which each image is taken again, -1 for none, and (n, ...) its state after it.
+
+        x is the state that the current step begins with, and that the one before it ended with.
+        """
+        for i, newest in enumerate((self.previous, self.refreshed_before)):
+            new = np.flatnonzero(newest == self.step - 1)
+            self._anchors[i] = x if self._anchors[i] is None else put_rows(self._anchors[i], new, take_rows(x, new))
+        origin, (anchor, far_anchor) = np.where(self.last == self.step, self.previous, -1), self._anchors
+        if not (self.infers and self.controller.profile):
+            return origin, anchor
+        far = (self.refreshed == self.step) & (self.refreshed_before >= self.store.oldest())
+        far = np.flatnonzero(far)
+        origin[far] = self.refreshed_before[far]
+        return origin, put_rows(anchor, far, take_rows(far_anchor, far))
 
     def _replay(self, step: int, x: Tensor, images: np.ndarray, added: Tensor, evaluate: Evaluate) -> Tensor:
         """The network's output at a step for `images` (m,), the stack adding `added` (halves * m, T, D)."""

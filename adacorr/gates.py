@@ -36,21 +36,21 @@ class GateBasis:
 
 
 def fit_gate_basis(
-    blocks: Sequence[nn.Module], reference: Tensor, conditions: list[Tensor], tolerance: float
+    blocks: Sequence[nn.Module],
+    reference: Tensor,
+    conditions: list[Tensor],
+    tolerance: float,
+    weight: Tensor | None = None,
 ) -> GateBasis:
     """Factor the gates of a run.
 
     The basis and its rank come from `reference` (S, D), the null label's conditioning where there is one, and not from
     the labels at hand: an image's forecast never depends on what else is in the batch. The rank is the smallest at
     which every step's relative error is at most `tolerance` (0 keeps full rank). `conditions[half]` (labels, S, D).
+    weight (B, D): what an error of a gate's channel weighs; all the same without it.
     """
     # Left singular vectors through the small (S, S) Gram matrix: the other side of the gates is tens of thousands wide.
-    gram = torch.zeros(len(reference), len(reference), dtype=torch.float64, device=reference.device)
-    for block in blocks:
-        gates = torch.cat(block.gates(reference), dim=1).double()
-        gram += gates @ gates.T
-    # On the CPU: the matrix is small, and torch has no deterministic cumsum on a GPU.
-    gram = gram.cpu()
+    gram = _gram(blocks, reference, reference, weight)
     values, vectors = torch.linalg.eigh(gram)
     basis = vectors.flip(1)[:, : int((values > values[-1] * 1e-13).sum())]
     # Squared error of each step that the first q directions leave; row s of the basis holds the step's own components.
@@ -61,6 +61,42 @@ def fit_gate_basis(
     basis = basis[:, : int(enough[0]) + 1 if len(enough) else None].float().to(reference.device)
     halves = [_project(blocks, c, basis) for c in conditions]
     return GateBasis(basis, tuple(loadings for loadings, _ in halves), max(error for _, error in halves))
+
+
+def known_gate_basis(
+    blocks: Sequence[nn.Module],
+    reference: Tensor,
+    known: Tensor,
+    conditions: list[Tensor],
+    basis: Tensor,
+    weight: Tensor,
+) -> GateBasis:
+    """Factor the gates of a run along directions that a profile of the model has chosen.
+
+    basis (P, Q) is that of the profile's timesteps, whose conditioning is known (P, D) for the null label, and
+    conditions[half] (labels, P, D); reference (S, D) is that of the run's timesteps. weight (B, D): what an error of a
+    gate's channel weighs. At the profile's own timesteps this gives its basis back.
+    """
+    basis = basis.double().cpu()
+    directions = basis.T @ _gram(blocks, known, known, weight) @ basis
+    fitted = torch.linalg.solve(directions, (_gram(blocks, reference, known, weight) @ basis).T).T
+    basis, fitted = basis.float().to(reference.device), fitted.float().to(reference.device)
+    halves = [_project(blocks, c, basis) for c in conditions]
+    return GateBasis(fitted, tuple(loadings for loadings, _ in halves), max(error for _, error in halves))
+
+
+def _gram(blocks: Sequence[nn.Module], a: Tensor, b: Tensor, weight: Tensor | None = None) -> Tensor:
+    """(S, P) float64 on the CPU: inner products of the gates under a (S, D) and b (P, D), channels weighted (B, D).
+
+    On the CPU: the matrix is small, and torch has no deterministic cumsum on a GPU.
+    """
+    gram = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.device)
+    for i, block in enumerate(blocks):
+        left, right = (torch.cat(block.gates(c), dim=1).double() for c in (a, b))
+        if weight is not None:
+            left, right = (gates * weight[2 * i : 2 * i + 2].flatten().to(gates) for gates in (left, right))
+        gram += left @ right.T
+    return gram.cpu()
 
 
 def _project(blocks: Sequence[nn.Module], c: Tensor, basis: Tensor) -> tuple[Tensor, float]:

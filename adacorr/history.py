@@ -1,10 +1,14 @@
-"""What the cache remembers of one segment of blocks, and the forecast that reads it in one pass.
+"""What the cache remembers of one process in time, and the forecast that reads it in one pass.
 
-A *node* is a step at which an image was really computed. For each image the history holds the tensors of its newest
-nodes; a value at any other step is their Lagrange combination over the timesteps, which is exact for polynomials up to
-the order asked for, whatever the gaps (arXiv 2503.06923 uses difference quotients that are exact for equal gaps only).
-Between two nodes the same formula interpolates.
+For each image the history holds the tensors of its newest computed steps; the value at any other step is a weighted sum
+of them. A `Rule` says with which weights. That of `Polynomial` are exact for polynomials over the timesteps up to the
+order asked for, whatever the gaps (arXiv 2503.06923 uses difference quotients that are exact for equal gaps only);
+those of `adacorr.kriging` follow from what was measured on the model. Between two computed steps the same rules
+interpolate.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -65,51 +69,70 @@ def taylor_weights(nodes: np.ndarray, at: np.ndarray, order: int) -> np.ndarray:
 WEIGHTS = {"lagrange": lagrange_weights, "taylor": taylor_weights}
 
 
+# A rule of forecasting: (n, K) kept steps, newest first, -1 where there is none, and the steps (s,) to forecast
+# -> weights (n, s, K).
+Rule = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Polynomial:
+    """The polynomial through the newest order + 1 kept steps, over positions (S,) in time. `kind`: a key of WEIGHTS."""
+
+    positions: np.ndarray
+    order: int
+    kind: str = "lagrange"
+
+    def __call__(self, kept: np.ndarray, at: np.ndarray) -> np.ndarray:
+        nodes = np.where(kept < 0, np.nan, self.positions[kept])
+        used = WEIGHTS[self.kind](nodes, self.positions[at], self.order)
+        return np.pad(used, ((0, 0), (0, 0), (0, kept.shape[1] - used.shape[2])))
+
+
 class History:
-    """Ring of the newest K nodes for each image: E entries of a (T, D) tensor at each node.
+    """Ring of the newest K computed steps for each image: E entries of a (T, D) tensor at each of them.
 
     `values` (n, K, E, T * D) lies in one block of memory, so that a read is one batched matrix product.
     """
 
-    def __init__(self, images: int, nodes: int, entries: int, tokens: int, width: int, device, dtype):
+    def __init__(self, images: int, kept: int, entries: int, tokens: int, width: int, device, dtype):
         self.shape = (tokens, width)
-        self.values = torch.zeros(images, nodes, entries, tokens * width, device=device, dtype=dtype)
-        self.position = np.full((images, nodes), np.nan)  # of each slot in time
-        self.count = np.zeros(images, dtype=np.int64)  # nodes pushed so far
+        self.values = torch.zeros(images, kept, entries, tokens * width, device=device, dtype=dtype)
+        self.steps = np.full((images, kept), -1)  # of each slot
+        self.count = np.zeros(images, dtype=np.int64)  # steps pushed so far
 
     @property
     def bytes(self) -> int:
         return self.values.numel() * self.values.element_size()
 
-    def push(self, images: np.ndarray, position: float, values: Tensor) -> None:
-        """Store a node for `images` (n,), at a position in time, over their oldest. values (n, E, T, D)."""
+    def push(self, images: np.ndarray, step: int, values: Tensor) -> None:
+        """Store a computed step for `images` (n,) over their oldest. values (n, E, T, D)."""
         if len(images) == 0:
             return
-        slots = self.count[images] % self.position.shape[1]
+        slots = self.count[images] % self.steps.shape[1]
         stored = self.values.unflatten(-1, self.shape)
         if len(images) == len(self.values) and (slots == slots[0]).all():
             stored[:, slots[0]] = values
         else:
             for value, image, slot in zip(values, images.tolist(), slots.tolist(), strict=True):
                 stored[image, slot] = value
-        self.position[images, slots] = position
+        self.steps[images, slots] = step
         self.count[images] += 1
 
     def slot(self, images: np.ndarray, k: int | np.ndarray) -> np.ndarray:
-        """(m,) or (m, K): where the k-th newest node of `images` (m,) lies."""
-        return (self.count[images, None] - 1 - np.atleast_1d(k)) % self.position.shape[1]
+        """(m,) or (m, K): where the k-th newest step of `images` (m,) lies."""
+        return (self.count[images, None] - 1 - np.atleast_1d(k)) % self.steps.shape[1]
 
-    def weights(self, images: np.ndarray, at: np.ndarray, order: int, rule: str = "lagrange") -> np.ndarray:
-        """Forecast weights (m, s, K) in slot order for `images` (m,) at positions `at` (s,)."""
-        slots = self.slot(images, np.arange(self.position.shape[1]))
-        newest_first = np.take_along_axis(self.position[images], slots, axis=1)
-        used = WEIGHTS[rule](newest_first, at, order)
-        weights = np.zeros((len(images), len(at), self.position.shape[1]))
-        np.put_along_axis(weights, slots[:, None, : used.shape[2]], used, axis=2)
+    def weights(self, images: np.ndarray, at: np.ndarray, rule: Rule) -> np.ndarray:
+        """Forecast weights (m, s, K) in slot order for `images` (m,) at steps `at` (s,)."""
+        slots = self.slot(images, np.arange(self.steps.shape[1]))
+        newest_first = np.take_along_axis(self.steps[images], slots, axis=1)
+        used = rule(newest_first, at)
+        weights = np.zeros_like(used)
+        np.put_along_axis(weights, slots[:, None], used, axis=2)
         return weights
 
     def read(self, images: np.ndarray, coefficients: Tensor) -> Tensor:
-        """Weighted sums over nodes and entries: coefficients (m, s, K, E) for `images` (m,) -> (m, s, T, D)."""
+        """Weighted sums over kept steps and entries: coefficients (m, s, K, E) for `images` (m,) -> (m, s, T, D)."""
         values, coefficients = self.values.flatten(1, 2), coefficients.flatten(2)
         if len(images) == len(values):
             out = torch.bmm(coefficients, values)

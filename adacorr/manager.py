@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from adacorr.control import Controller, infers_unconditional
 from adacorr.correct import ALIASES, AdaCorrection, Algorithm1, parse_correction
 from adacorr.corrected_run import CorrectedRun
-from adacorr.gates import GateBasis, fit_gate_basis
+from adacorr.gates import GateBasis, fit_gate_basis, known_gate_basis
 from adacorr.literal import Algorithm1Run
+from adacorr.model_profile import KEPT, KINDS, ModelProfile
 from adacorr.policies import make_policy
 from adacorr.policy import Policy, Predictor, RunInfo
 from adacorr.policy_run import PolicyRun
+from adacorr.profile import Profile, mismatch
 from adacorr.run import CachedRun
 from adacorr.spec import spell
 from adacorr.store import GateSumStore, StoreShape, UnitStore, ValueStore
@@ -33,6 +35,10 @@ class CacheManager:
     policy      a caching method: says when, and alone also what is reused (None: AdaCorrection decides alone)
     correction  AdaCorrection (the practical form), Algorithm1 (the paper's Algorithm 1) or None (the policy alone)
     dtype       of the stored tensors; float32 by default, since forecasts amplify the rounding of bf16
+    profile     of method "adacorr": what is known of the model, for the best forecast and for the steps to compute
+                (adacorr.model_profile). Without one AdaCorrection forecasts by polynomials
+
+    Raises ValueError for what does not go together.
     """
 
     def __init__(
@@ -40,6 +46,7 @@ class CacheManager:
         policy: Policy | None = None,
         correction: AdaCorrection | Algorithm1 | None = None,
         dtype: torch.dtype = torch.float32,
+        profile: Profile | None = None,
     ):
         if policy is None and correction is None:
             raise ValueError("a cache needs a policy, a correction or both: give --cache POLICY or --adacorr")
@@ -49,6 +56,13 @@ class CacheManager:
                 "asked: give one of the two"
             )
         self.policy, self.correction, self.dtype = policy, correction, dtype
+        self.profile, self._known = profile, None
+        if profile is not None:
+            if not isinstance(correction, AdaCorrection):
+                raise ValueError("a profile of the model serves AdaCorrection alone: give a correction, or no profile")
+            if given := correction.polynomial_options:
+                raise ValueError(f"adacorr: {given} is of the polynomial, which a profile of the model replaces")
+            self._known = ModelProfile.of(profile)
         self.trace: Trace | None = None
         self.bytes = 0
 
@@ -148,13 +162,26 @@ class CacheManager:
         stores = _Stores(model, labels, timesteps, info, trace, self.dtype)
         if self.correction is None:
             return PolicyRun(policy, info, trace, stores.make)
-        predictor = Predictor("branches", self.correction.order, self.correction.gate_error)
-        store = stores.make(Unit(0, info.depth), predictor, infers_unconditional(self.correction, trace.halves))
+        difference, whole = infers_unconditional(self.correction, trace.halves), Unit(0, info.depth)
+        if self._known is None:
+            predictor = Predictor("branches", self.correction.order, self.correction.gate_error)
+            store = stores.make(whole, predictor, difference)
+        else:
+            self._check_profile(info, rewindable)
+            store = stores.known(whole, self._known)
         spent = trace.extra_flops / trace.evaluation_flops
         controller = Controller(
-            self.correction, info.timesteps, alpha_bar, info.images, trace.halves, info.cfg_scale, spent
+            self.correction, info.timesteps, alpha_bar, info.images, trace.halves, info.cfg_scale, spent, self._known
         )
         return CorrectedRun(policy, self.correction, controller, info, trace, store, rewindable)
+
+    def _check_profile(self, info: RunInfo, rewindable: bool) -> None:
+        """ValueError for a run that the profile was not made for."""
+        why = mismatch(self.profile, "adacorr", info, any_steps=True)
+        if not rewindable:
+            why = f"the sampler {info.sampler} cannot take a step again"
+        if why:
+            raise ValueError(f"adacorr: the profile of the model does not fit this run ({why}); make one for it")
 
 
 class _Stores:
@@ -185,19 +212,52 @@ class _Stores:
             return ValueStore(unit, predictor, self.shape)
         if self.basis is None:
             self.basis = self._fit_gates(predictor.gate_error)
-        return GateSumStore(unit, predictor, self.shape, self.basis, self.index.to(self.shape.device), difference)
+        tracks = [self.shape.polynomial(self.basis.rank, predictor) for _ in range(self.trace.halves)]
+        return GateSumStore(unit, self.basis, self.index.to(self.shape.device), tracks, difference)
+
+    def known(self, unit: Unit, profile: ModelProfile) -> GateSumStore:
+        """The store of one unit under what is known of the model."""
+        steps = self.shape.timesteps
+        known = self.timesteps
+        if not np.array_equal(steps, profile.timesteps):
+            known = torch.from_numpy(profile.timesteps).to(self.timesteps)
+            self._count_gates(len(steps))
+        self._count_gates(len(known))
+        basis = known_gate_basis(
+            self.model.blocks,
+            self._reference(self.timesteps),
+            self._reference(known),
+            self._conditions(known),
+            torch.from_numpy(profile.basis),
+            torch.from_numpy(profile.gate_weight),
+        )
+        tracks = []
+        for kind in KINDS[: self.trace.halves]:
+            trend = profile.trend(kind, steps, basis.basis)
+            tracks.append(self.shape.track(basis.rank, KEPT[kind], profile.rule(kind, steps), trend))
+        return GateSumStore(unit, basis, self.index.to(self.shape.device), tracks, self.trace.halves == 2)
 
     def _fit_gates(self, gate_error: float) -> GateBasis:
-        model, trace, t = self.model, self.trace, self.timesteps
-        trace.extra_flops += len(t) * trace.layers * model.gate_flops() * trace.images * trace.halves
+        self._count_gates(len(self.timesteps))
+        reference, conditions = self._reference(self.timesteps), self._conditions(self.timesteps)
+        return fit_gate_basis(self.model.blocks, reference, conditions, gate_error)
+
+    def _count_gates(self, steps: int) -> None:
+        trace = self.trace
+        trace.extra_flops += steps * trace.layers * self.model.gate_flops() * trace.images * trace.halves
+
+    def _reference(self, t: Tensor) -> Tensor:
+        """Conditioning (S, D) at timesteps t (S,), of the null label where the model has one."""
         if self.labels is None:
-            reference = model.condition(t)
-            return fit_gate_basis(model.blocks, reference, [reference[None]], gate_error)
-        steps = t.repeat(len(self.unique))
-        conditions = [model.condition(steps, self.unique.repeat_interleave(len(t))).view(len(self.unique), len(t), -1)]
+            return self.model.condition(t)
         # The last row of the label table: the null label where the model has one.
-        last = torch.full(t.shape, model.y_embedder.embedding_table.num_embeddings - 1, device=t.device)
-        reference = model.condition(t, last)
-        if trace.halves == 2:
-            conditions.append(reference[None])
-        return fit_gate_basis(model.blocks, reference, conditions, gate_error)
+        last = self.model.y_embedder.embedding_table.num_embeddings - 1
+        return self.model.condition(t, torch.full(t.shape, last, device=t.device))
+
+    def _conditions(self, t: Tensor) -> list[Tensor]:
+        """Conditioning (labels, S, D) of the run's labels at timesteps t (S,), and of the null label with guidance."""
+        if self.labels is None:
+            return [self._reference(t)[None]]
+        steps, count = t.repeat(len(self.unique)), len(self.unique)
+        labels = self.model.condition(steps, self.unique.repeat_interleave(len(t))).view(count, len(t), -1)
+        return [labels, self._reference(t)[None]][: self.trace.halves]

@@ -120,13 +120,21 @@ def find_profile(method: str, name: str, info: RunInfo) -> Profile:
     raise ValueError(f"{method} has no profile for this run ({found}); {make} and give profile=FILE")
 
 
-def mismatch(profile: Profile, method: str, info: RunInfo) -> str:
+def mismatch(profile: Profile, method: str, info: RunInfo, any_steps: bool = False) -> str:
     """What keeps a profile from serving a run, field by field; empty if nothing does."""
+    steps = None if any_steps else info.num_steps
+    return fit_of(profile, method, info.model_id, info.sampler, steps, info.cfg_scale)
+
+
+def fit_of(
+    profile: Profile, method: str, model_id: str | None, sampler: str | None, steps: int | None, cfg_scale: float
+) -> str:
+    """The same for a checkpoint's sha256, a sampler's spec, steps (None for any number of them) and guidance."""
     pairs = {
         "method": (profile.method, method),
-        "checkpoint": (profile.model_id[:12], (info.model_id or "unknown")[:12]),
-        "sampler": (profile.sampler, info.sampler or "unknown"),
-        "steps": (profile.num_sampling_steps, info.num_steps),
-        "guidance": (profile.cfg_scale, info.cfg_scale),
+        "checkpoint": (profile.model_id[:12], (model_id or "unknown")[:12]),
+        "sampler": (profile.sampler, sampler or "unknown"),
+        "steps": (profile.num_sampling_steps, profile.num_sampling_steps if steps is None else steps),
+        "guidance": (profile.cfg_scale, cfg_scale),
     }
     return ", ".join(f"{name} {made} there, {here} here" for name, (made, here) in pairs.items() if made != here)

@@ -1,11 +1,13 @@
 """What the cache remembers of a unit, and the forecast that it makes from it.
 
-A store keeps the newest computed steps of one unit, for every image and guidance half, and forecasts with polynomials
-through them (order 0 holds the newest value). Two kinds differ in what they keep:
+A store keeps the newest computed steps of one unit, for every image and guidance half, and forecasts from them: by
+polynomials (order 0 holds the newest value), or by what is known of the model. Two kinds differ in what they keep:
 
     ValueStore    one tensor a half: what the blocks add, or the pre-gate output of a branch
     GateSumStore  sums of all branches under the basis of the gates, so that gates stay fresh at a skipped step
 """
+
+from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -16,7 +18,8 @@ import torch
 from torch import Tensor
 
 from adacorr.gates import GateBasis
-from adacorr.history import History
+from adacorr.history import History, Polynomial, Rule
+from adacorr.kriging import Trend
 from adacorr.policy import Predictor
 from adacorr.unit import Unit
 
@@ -55,29 +58,58 @@ class StoreShape:
     device: torch.device
     dtype: torch.dtype
 
-    def history(self, steps: int, entries: int) -> History:
-        return History(self.images, steps, entries, *self.tokens, self.device, self.dtype)
+    def track(self, entries: int, kept: int, rule: Rule, trend: Trend | None = None) -> Track:
+        history = History(self.images, kept, entries, *self.tokens, self.device, self.dtype)
+        return Track(history, rule, trend)
+
+    def polynomial(self, entries: int, predictor: Predictor) -> Track:
+        """A track under the predictor's polynomial; TaylorSeer's counts in steps."""
+        taylor = predictor.weights == "taylor"
+        positions = np.arange(len(self.timesteps), dtype=np.float64) if taylor else self.timesteps
+        rule = Polynomial(positions, predictor.order, predictor.weights)
+        return self.track(entries, predictor.order + 1, rule)
+
+
+@dataclass(frozen=True)
+class Track:
+    """One process in time: its newest computed steps and the rule that forecasts from them, about a mean if known."""
+
+    history: History
+    rule: Rule
+    trend: Trend | None
+
+    def predict(self, images: np.ndarray, steps: np.ndarray, basis: Tensor | None) -> Tensor:
+        """(m, s, T, D) for `images` (m,) at steps (s,); with a basis (S, E) the entries are summed up under it."""
+        weights = self.history.weights(images, steps, self.rule)  # (m, s, K)
+        values = self.history.values
+        coefficients = torch.from_numpy(weights).to(values.device, values.dtype)[..., None]
+        if basis is not None:
+            coefficients = coefficients * basis[torch.from_numpy(steps)][:, None, :]  # (m, s, K, E)
+        out = self.history.read(images, coefficients)
+        if self.trend is None:
+            return out
+        return out + self.trend.bias(weights, self.history.steps[images], steps).to(out.dtype)
 
 
 class UnitStore(ABC):
-    """The newest order + 1 computed steps of one unit, for every image and guidance half."""
+    """The newest computed steps of one unit, for every image: a track for the conditional half, and for the other one.
 
-    def __init__(self, predictor: Predictor, shape: StoreShape, halves: int, entries: int):
-        self.predictor, self.shape = predictor, shape
-        self.positions = shape.timesteps  # of the steps in time, as the forecast's polynomial counts it
-        if predictor.weights == "taylor":
-            self.positions = np.arange(len(shape.timesteps), dtype=np.float64)
-        self.steps = np.full((shape.images, predictor.order + 1), -1)  # of each slot of the histories
-        self.histories = [shape.history(predictor.order + 1, entries) for _ in range(halves)]
+    `basis` (S, E) sums up the entries of a step; None where there is one.
+    """
+
+    basis: Tensor | None = None
+
+    def __init__(self, tracks: list[Track]):
+        self.tracks = tracks
 
     @property
     def bytes(self) -> int:
-        return sum(history.bytes for history in self.histories)
+        return sum(track.history.bytes for track in self.tracks)
 
     @property
     def count(self) -> np.ndarray:
         """(n,) computed steps so far."""
-        return self.histories[0].count
+        return self.tracks[0].history.count
 
     @property
     def empty(self) -> np.ndarray:
@@ -87,9 +119,14 @@ class UnitStore(ABC):
     def predict(self, images: np.ndarray, steps: np.ndarray) -> list[Tensor]:
         """What the unit gives for `images` (m,) at some steps (s,): (m, s, T, D) for each half; pre-gate for a branch.
 
-        At steps before the newest computed one the same polynomial interpolates.
+        At steps before the newest computed one the same rule interpolates.
         """
-        return [history.read(images, self._coefficients(history, images, steps)) for history in self.histories]
+        return [track.predict(images, steps, self.basis) for track in self.tracks]
+
+    def oldest(self) -> np.ndarray:
+        """(n,) the oldest step that is still kept of the conditional half; all images have one."""
+        steps = self.tracks[0].history.steps
+        return np.where(steps < 0, np.iinfo(steps.dtype).max, steps).min(axis=1)
 
     def stored(self, images: np.ndarray, k: int) -> Tensor:
         """(halves, m, T, D) of the k-th newest computed step of `images` (m,), zeros where there is none.
@@ -100,23 +137,18 @@ class UnitStore(ABC):
 
     def stored_steps(self, images: np.ndarray, k: int) -> np.ndarray:
         """(m,) the k-th newest computed step, -1 where there is none."""
-        return np.where(self.count[images] > k, self.steps[images, self.histories[0].slot(images, k)[:, 0]], -1)
+        history = self.tracks[0].history
+        return np.where(self.count[images] > k, history.steps[images, history.slot(images, k)[:, 0]], -1)
 
     @abstractmethod
-    def collect(self, computed: ComputedRows) -> "FreshStep":
+    def collect(self, computed: ComputedRows) -> FreshStep:
         """Gather what a computed step gives for these rows."""
 
-    def keep(self, fresh: "FreshStep", step: int) -> None:
+    def keep(self, fresh: FreshStep, step: int) -> None:
         """Store a computed step for the images that it was computed for."""
         rows = fresh.computed.cond, fresh.computed.uncond
-        self.steps[rows[0], self.count[rows[0]] % self.steps.shape[1]] = step
-        for history, images, values in zip(self.histories, rows, fresh.values, strict=False):
-            history.push(images, self.positions[step], values)
-
-    def _coefficients(self, history: History, images: np.ndarray, steps: np.ndarray) -> Tensor:
-        """(m, s, K, 1): forecast weight of each kept step."""
-        weights = history.weights(images, self.positions[steps], self.predictor.order, self.predictor.weights)
-        return torch.from_numpy(weights).to(history.values.device, history.values.dtype)[..., None]
+        for track, images, values in zip(self.tracks, rows, fresh.values, strict=False):
+            track.history.push(images, step, values)
 
 
 class FreshStep:
@@ -144,17 +176,19 @@ class ValueStore(UnitStore):
     """What a unit adds to the stream, or the output of a branch unit before its gate (kind "branches")."""
 
     def __init__(self, unit: Unit, predictor: Predictor, shape: StoreShape):
-        super().__init__(predictor, shape, shape.halves, entries=1)
+        super().__init__([shape.polynomial(1, predictor) for _ in range(shape.halves)])
         self.before_gate = predictor.stands_before_gate(unit)
 
     def stored(self, images: np.ndarray, k: int) -> Tensor:
-        if k >= self.steps.shape[1]:
-            raise ValueError(f"computed step {k} is not kept: the predictor stores {self.steps.shape[1]}")
-        slots, rows = torch.from_numpy(self.histories[0].slot(images, k)[:, 0]), torch.from_numpy(images)
-        return torch.stack([h.values[rows, slots, 0].unflatten(-1, h.shape) for h in self.histories])
+        histories = [track.history for track in self.tracks]
+        kept = histories[0].steps.shape[1]
+        if k >= kept:
+            raise ValueError(f"computed step {k} is not kept: the predictor stores {kept}")
+        slots, rows = torch.from_numpy(histories[0].slot(images, k)[:, 0]), torch.from_numpy(images)
+        return torch.stack([h.values[rows, slots, 0].unflatten(-1, h.shape) for h in histories])
 
-    def collect(self, computed: ComputedRows) -> "FreshValue":
-        return FreshValue(computed, self.shape.halves, self.before_gate)
+    def collect(self, computed: ComputedRows) -> FreshValue:
+        return FreshValue(computed, len(self.tracks), self.before_gate)
 
 
 class FreshValue(FreshStep):
@@ -174,19 +208,20 @@ class FreshValue(FreshStep):
 class GateSumStore(UnitStore):
     """Sums of a unit's branches under the basis of the gates, one entry for each of its directions (adacorr.gates).
 
-    With `difference` the second history is that of the guidance difference, with a step only where both halves were
+    With `difference` the second track is that of the guidance difference, with a step only where both halves were
     computed: the unconditional half is the conditional one minus it. Inferred halves are never stored: what follows
     from them would feed on itself, which is unstable.
 
     labels (n,): index of each image's label among those of the basis.
     """
 
-    def __init__(self, unit: Unit, predictor: Predictor, shape: StoreShape, basis: GateBasis, labels, difference=False):
-        super().__init__(predictor, shape, shape.halves, basis.rank)
+    def __init__(self, unit: Unit, basis: GateBasis, labels: Tensor, tracks: list[Track], difference: bool = False):
+        super().__init__(tracks)
+        values = tracks[0].history.values
         self.labels, self.difference = labels, difference
         own = slice(2 * unit.start, 2 * unit.stop)
-        self.loadings = [half[own].to(shape.device, shape.dtype) for half in basis.loadings]  # (B, labels, E, D) each
-        self.basis = basis.basis.to(shape.device, shape.dtype)  # (S, E)
+        self.loadings = [half[own].to(values) for half in basis.loadings]  # (B, labels, E, D) each
+        self.basis = basis.basis.to(values)  # (S, E)
 
     def predict(self, images: np.ndarray, steps: np.ndarray) -> list[Tensor]:
         values = super().predict(images, steps)
@@ -194,21 +229,17 @@ class GateSumStore(UnitStore):
             values[1] = values[0] - values[1]
         return values
 
-    def collect(self, computed: ComputedRows) -> "FreshSums":
+    def collect(self, computed: ComputedRows) -> FreshSums:
         loadings = [self.loadings[0][:, self.labels[torch.from_numpy(computed.cond)]]]
-        if self.shape.halves == 2:
+        if len(self.tracks) == 2:
             loadings.append(self.loadings[1].expand(-1, len(computed.uncond), -1, -1))
         return FreshSums(computed, loadings)
 
-    def keep(self, fresh: "FreshStep", step: int) -> None:
+    def keep(self, fresh: FreshStep, step: int) -> None:
         if self.difference:
             cond, uncond = fresh.values
             fresh.values = [cond, cond[fresh.computed.shared] - uncond]
         super().keep(fresh, step)
-
-    def _coefficients(self, history: History, images: np.ndarray, steps: np.ndarray) -> Tensor:
-        """(m, s, K, E): forecast weight of each kept step times the gates' basis at the step."""
-        return super()._coefficients(history, images, steps) * self.basis[torch.from_numpy(steps)][:, None, :]
 
 
 class FreshSums(FreshStep):

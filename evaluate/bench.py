@@ -16,6 +16,7 @@ from adacorr import Algorithm1, CacheManager
 from diffusion import make_sampler
 from evaluate.fidelity import fidelity
 from pipeline import Pipeline
+from profiles import with_profile
 from runtime import timed
 
 NEAR = 0.03  # computes that differ by this share count as equal
@@ -82,6 +83,7 @@ class Bench:
     solution_steps  of DDIM, the reference of `solution_psnr`; 0 leaves it out
     few             images that settings are searched on, the first of all
     cache_dtype     of the stored tensors
+    calibrate       what AdaCorrection is to know of the model: see `profiles.with_profile`
     """
 
     pipe: Pipeline
@@ -90,6 +92,7 @@ class Bench:
     solution_steps: int = 0
     few: int = 1
     cache_dtype: torch.dtype = torch.float32
+    calibrate: str = "auto"
     rows: dict[tuple[Setting, int], Row] = field(default_factory=dict)  # by setting and number of images
 
     @cached_property
@@ -112,6 +115,7 @@ class Bench:
         pipe = self.pipe
         if setting.sampler is not None:
             pipe = replace(pipe, sampler=make_sampler(setting.sampler, setting.steps))
+        cache = with_profile(cache, pipe, self.calibrate)
         x, seconds = timed(lambda: pipe.sample(self.seed, np.arange(count), labels, cache, stop=stop), pipe.device)
         return x, cache, seconds
 

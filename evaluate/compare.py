@@ -34,11 +34,13 @@ from adacorr.policy import Knob
 from adacorr.spec import hint, parse_value
 from evaluate.bench import NEAR, Bench, Row, Setting
 from evaluate.report import markdown, plot, summary_table
+from profiles import check_calibrate
 from runtime import check_range, environment
 
 LEVELS = (0.5, 0.35, 0.25, 0.15)
 SOLVERS = ("ddim", "dpmsolver++", "dpmsolver++:use_lu_lambdas=true", "unipc")
-SAME = ("sampler", "num_sampling_steps", "cfg_scale", "cfg_channels", "seed", "dtype", "num_images", "solution_steps")
+SAME = ("sampler", "num_sampling_steps", "cfg_scale", "cfg_channels", "seed", "dtype", "num_images")
+SAME += ("solution_steps", "calibrate")
 REACHED = 0.2  # a compute that is off by more than this share does not stand for the level
 TRIES = 8  # runs of one search
 NARROW = 0.03  # a knob known this closely, in natural logarithms, is not searched further: compute comes in steps
@@ -183,6 +185,7 @@ def time_rows(bench: Bench, rows: list[Row], repeats: int, count: int) -> None:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     pipeline.add_model_flags(parser)
+    pipeline.add_calibrate_flag(parser)
     parser.set_defaults(seed=4242)
     add = parser.add_argument_group("comparison").add_argument
     add("--methods", default="all", metavar="NAME,...", help="default: all that have a knob to sweep")
@@ -239,6 +242,7 @@ def run(args: argparse.Namespace) -> None:
     check_range("--search-images", args.search_images, 1, args.num_images)
     check_range("--solution-steps", args.solution_steps, 0, 1000)
     check_range("--repeats", args.repeats, 0, 1000)
+    check_calibrate(args.calibrate)
     if args.timed_images is None:
         args.timed_images = args.num_images
     check_range("--timed-images", args.timed_images, 1, args.num_images)
@@ -248,7 +252,7 @@ def run(args: argparse.Namespace) -> None:
     if args.plot and find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install matplotlib, or leave --plot out")
     pipe = pipeline.load(pipeline.ModelOptions.of(args))
-    bench = Bench(pipe, args.seed, args.num_images, args.solution_steps, args.search_images)
+    bench = Bench(pipe, args.seed, args.num_images, args.solution_steps, args.search_images, calibrate=args.calibrate)
     for method in methods:  # one that refuses the model or has no profile for it says so now, not after hours
         bench.sample(Setting(method), count=1, stop=1)
     identity = {key: str(getattr(args, key)) for key in SAME} | {"checkpoint_sha256": pipe.checkpoint.sha256}

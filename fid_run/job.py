@@ -16,10 +16,12 @@ import numpy as np
 import torch
 
 import pipeline
+import profiles
 import runtime
 from adacorr import CacheManager
 from adacorr.command import Failure
 from adacorr.compiled import compile_blocks
+from adacorr.profile import Profile, save_profile
 from fid_run.images import Store, pack
 from fid_run.labels import make_labels
 from fid_run.presets import PRESETS
@@ -35,7 +37,10 @@ READY = timedelta(minutes=3)  # for all ranks to see the folder of rank 0 and to
 
 @dataclass(frozen=True)
 class Job:
-    """What rank 0 found out and every rank works by. missing (m,) indices; labels (N,) int64 or None."""
+    """What rank 0 found out and every rank works by.
+
+    missing (m,) indices; labels (N,) int64 or None; profile: what AdaCorrection knows of the model, or None.
+    """
 
     args: argparse.Namespace
     path: Path
@@ -44,6 +49,7 @@ class Job:
     session: int
     missing: np.ndarray
     labels: np.ndarray | None
+    profile: Profile | None
 
 
 def run(args: argparse.Namespace | None, ranks: Ranks) -> int:
@@ -72,7 +78,7 @@ def run(args: argparse.Namespace | None, ranks: Ranks) -> int:
         ranks.close()  # there is no collective from here on: ranks may lag, fail or end on their own
         if not leader:
             stack.enter_context(signals)
-        pipe, cache = (leader.pipe, leader.cache) if leader else load(job.args)
+        pipe, cache = (leader.pipe, leader.cache) if leader else load(job.args, job.profile)
         work(job, folder, ranks, signals, pipe, cache)
         if leader:
             leader.finish()
@@ -98,9 +104,11 @@ def set_up(args: argparse.Namespace, ranks: Ranks) -> None:
             torch.use_deterministic_algorithms(True)
 
 
-def load(args: argparse.Namespace) -> tuple[Pipeline, CacheManager | None]:
+def load(args: argparse.Namespace, profile: Profile | None = None) -> tuple[Pipeline, CacheManager | None]:
     """Model, sampler and cache of this process; ValueError or OSError for a mistake."""
     cache = pipeline.make_cache(args)
+    if profile is not None:
+        cache = CacheManager(cache.policy, cache.correction, cache.dtype, profile)
     pipe = pipeline.load(pipeline.ModelOptions.of(args))
     if args.compile:
         compile_blocks(pipe.model)
@@ -161,11 +169,18 @@ class Leader:
         args, count = self.args, self.args.num_fid_samples
         runtime.check_range("--seed", args.seed, 0, 2**63 - 1)
         set_up(args, self.ranks)
-        self.pipe, self.cache = pipe, cache = load(args)
+        profiles.check_calibrate(args.calibrate)
+        pipe, cache = load(args)
         labels = make_labels(args.labels, args.seed, count, pipe.model.num_classes)
+        name = folder_name(args, pipe, cache, run_id(describe(args, pipe, cache)))
+        self.folder = folder = RunFolder(args.sample_dir / name)
+        # A run goes on with the profile that it began with, wherever it does.
+        own = args.calibrate == "auto" and not args.overwrite and folder.profile.is_file()
+        calibrate = str(folder.profile) if own else args.calibrate
+        cache = profiles.with_profile(cache, pipe, calibrate, lambda text: say("note", text))
+        self.pipe, self.cache = pipe, cache
         protocol, environment = describe(args, pipe, cache), runtime.environment()
         run = run_id(protocol)
-        self.folder = folder = RunFolder(args.sample_dir / folder_name(args, pipe, cache, run))
         self.store = Store(folder.images, run, image_size(pipe.model.config, pipe.vae), args.format)
         record = None if args.overwrite else folder.check(protocol)
         self._say(protocol, labels)
@@ -190,8 +205,10 @@ class Leader:
         session |= {"batch": args.per_proc_batch_size, "environment": environment}
         if labels is not None:
             session["labels"] = np.bincount(labels, minlength=pipe.model.num_classes).tolist()
-        token = folder.begin(protocol, labels, session)
-        return Job(args, folder.path, run, token, len(folder.record["sessions"]), missing, labels)
+        token, profile = folder.begin(protocol, labels, session), None if cache is None else cache.profile
+        if profile is not None:
+            save_profile(folder.profile, profile)
+        return Job(args, folder.path, run, token, len(folder.record["sessions"]), missing, labels, profile)
 
     def _say(self, protocol: dict[str, Any], labels: np.ndarray | None) -> None:
         args = self.args

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import pipeline
+import profiles
 from adacorr import CacheManager
 from adacorr.files import file_sha256
 from checkpoint import VAE_FACTOR, model_name
@@ -34,6 +35,7 @@ def describe(args: argparse.Namespace, pipe: Pipeline, cache: CacheManager | Non
         "cache": pipeline.describe_cache(cache),
         # None where a calibrated method finds the shipped profile itself, by the checkpoint's digest
         "profile": None if profile in (None, "auto") else file_sha256(Path(profile)),
+        "forecast": None if cache is None else profiles.digest(cache.profile),
         "cache_dtype": None if cache is None else args.cache_dtype,
         "seed": args.seed,
         "labels": labels if pipe.model.num_classes else None,

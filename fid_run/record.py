@@ -40,6 +40,7 @@ class RunFolder:
         self.path = Path(path)
         self.images, self.run_json = self.path / "images", self.path / "run.json"
         self.labels, self.success_json = self.path / "labels.npy", self.path / "SUCCESS.json"
+        self.profile = self.path / "profile.safetensors"  # what AdaCorrection knows of the model
         self.npz = self.path.with_name(f"{self.path.name}.npz")  # names hold dots, where with_suffix would cut
         self.record: dict[str, Any] = {}  # run.json, since `begin`
 
@@ -141,7 +142,7 @@ class RunFolder:
         """Delete the run's record, logs, mark and .npz; the images are the image store's, other files stay."""
         logs = (self.path / "log").glob("rank-*.jsonl")
         # The record goes last: killed in between, the folder still says whose it is.
-        for path in (self.success_json, self.npz, *logs, self.labels, self.run_json):
+        for path in (self.success_json, self.npz, *logs, self.labels, self.profile, self.run_json):
             path.unlink(missing_ok=True)
 
     def begin(self, protocol: dict[str, Any], labels: np.ndarray | None, session: dict[str, Any]) -> str:

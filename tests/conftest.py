@@ -23,6 +23,14 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="needs the internet (--net)"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache_folder(tmp_path_factory):
+    """Downloads and kept profiles of the tests, and of what they start, stay out of the user's folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ADACORR_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
 @pytest.fixture
 def registry(monkeypatch):
     """Policies registered in a test are forgotten after it."""

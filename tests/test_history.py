@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from adacorr.history import History, lagrange_weights, taylor_weights
+from adacorr.history import History, Polynomial, lagrange_weights, taylor_weights
 
 UNEVEN = np.array([611.0, 660.0, 775.0, 790.0, 999.0])  # newest first, as timesteps fall
 AT = np.array([600.0, 520.5, 0.0, 640.0, 700.0, 780.0, 980.0, 999.0])  # beyond the newest one, between, and on one
@@ -72,19 +72,19 @@ class Pushed:
         return sum(float(w * b) * v[e] for w, (_, v) in zip(weights, newest, strict=True) for e, b in enumerate(basis))
 
     def read(self, images, at, order, basis):
-        """Forecasts (m, s, T, D) at positions `at`, entries weighted by basis (2,)."""
-        images = np.array(images)
-        weights = torch.from_numpy(self.history.weights(images, np.array(at), order)).float()
+        """Forecasts (m, s, T, D) at steps `at`, which are their own positions, entries weighted by basis (2,)."""
+        images, rule = np.array(images), Polynomial(np.arange(1000.0), order)
+        weights = torch.from_numpy(self.history.weights(images, np.array(at), rule)).float()
         return self.history.read(images, weights[..., None] * torch.tensor(basis))
 
 
 # Five steps for image 0 (the ring wraps), four others for image 1, one for image 2.
-MIXED = [([0, 1, 2], 999.0), ([0], 900.0), ([0, 1], 850.0), ([1], 777.0), ([0], 700.0), ([0, 1], 610.0)]
+MIXED = [([0, 1, 2], 999), ([0], 900), ([0, 1], 850), ([1], 777), ([0], 700), ([0, 1], 610)]
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])
 def test_read_is_the_weighted_sum_over_each_images_own_newest_steps(order):
-    pushed, at, basis = Pushed(MIXED), [600.0, 480.0, 655.0], [0.7, -1.3]
+    pushed, at, basis = Pushed(MIXED), [600, 480, 655], [0.7, -1.3]
     out = pushed.read([0, 1, 2], at, order, basis)
     assert out.shape == (3, 3, 4, 6)
     for image in range(3):
@@ -95,15 +95,15 @@ def test_read_is_the_weighted_sum_over_each_images_own_newest_steps(order):
 @pytest.mark.parametrize("images", [[0], [2], [0, 2], [1, 2]])
 def test_a_subset_reads_what_the_whole_reads(images):
     pushed, basis = Pushed(MIXED), [1.0, 0.5]
-    whole = pushed.read([0, 1, 2], [600.0, 480.0], 2, basis)
-    assert_close(pushed.read(images, [600.0, 480.0], 2, basis), whole[images], rtol=1e-5, atol=1e-5)
+    whole = pushed.read([0, 1, 2], [600, 480], 2, basis)
+    assert_close(pushed.read(images, [600, 480], 2, basis), whole[images], rtol=1e-5, atol=1e-5)
 
 
 def test_a_push_for_nobody_changes_nothing():
     pushed = Pushed(MIXED)
-    assert set(pushed.history.position[0]) == {850.0, 700.0, 610.0}  # the ring forgets the oldest
+    assert set(pushed.history.steps[0]) == {850, 700, 610}  # the ring forgets the oldest
     before = pushed.history.values.clone()
-    pushed.history.push(np.array([], dtype=np.int64), 500.0, torch.zeros(0, 2, 4, 6))
+    pushed.history.push(np.array([], dtype=np.int64), 500, torch.zeros(0, 2, 4, 6))
     assert torch.equal(pushed.history.values, before)
     assert pushed.history.count.tolist() == [5, 4, 1]
 

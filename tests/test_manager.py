@@ -1,5 +1,7 @@
 """The cache end to end: exact against the uncached model and against references that keep every branch."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from toy import (
     forced,
     forecast,
     guided,
+    known_model,
     open_run,
     rows_at,
     run_all,
@@ -148,20 +151,28 @@ def test_images_with_steps_of_their_own_equal_images_alone(model):
 
 
 @torch.no_grad()
-def practical_reference(model, noise, label, cfg_scale, sampler, computed, both, order, rewind):
+def practical_reference(model, noise, label, cfg_scale, sampler, computed, both, order=2, rewind=True, known=None):
     """The practical AdaCorrection for one image, given its decisions, branch by branch and with exact gates.
 
     noise (1, C, H, W); computed, both: steps that compute the conditional half, and both halves. Elsewhere the
     unconditional half adds what the conditional one does, less the difference of the two at the steps of `both`, under
-    fresh gates.
+    fresh gates. known (S, S): the covariance that the forecasts follow, in place of a polynomial; a rewind then goes
+    back to the step of `both` before, where four computed steps reach as far.
     """
     halves = 1 if cfg_scale == 1.0 else 2
     labels, times = torch.tensor([label]), sampler.timesteps.tolist()
-    history, pairs, last, anchor, x = [], ([], []), None, noise, noise
+    history, pairs, last, anchors, x = [], ([], []), None, {}, noise
+
+    def expected(entries, step, kept):
+        if known is None:
+            return forecast([(times[at], branches) for at, branches in entries], times[step], order)
+        at, branches = zip(*entries[-kept:], strict=True)
+        weights = np.linalg.solve(known[np.ix_(at, at)], known[list(at), step])
+        return sum(float(w) * value for w, value in zip(weights, branches, strict=True))
 
     def inferred(step, tokens, c, added):
         """The null half of tokens (2, T, D), c (2, D): what the other half added, less the forecast difference."""
-        own, null = (forecast(half, times[step], order) for half in pairs)
+        own, null = (expected(half, step, 3) for half in pairs)
         own, null = (apply_gates(model.blocks, tokens[:1], c[i : i + 1], f) for i, f in enumerate((own, null)))
         return tokens[1:] + added - (own - null)
 
@@ -174,7 +185,7 @@ def practical_reference(model, noise, label, cfg_scale, sampler, computed, both,
 
     def skip(step, x):
         tokens, c = begin(step, x)
-        out = apply_gates(model.blocks, tokens[:1], c[:1], forecast(history, times[step], order))
+        out = apply_gates(model.blocks, tokens[:1], c[:1], expected(history, step, 4))
         if halves == 2:
             out = torch.cat([out, inferred(step, tokens, c, out - tokens[:1])])
         return advance(step, x, c, out)
@@ -185,23 +196,26 @@ def practical_reference(model, noise, label, cfg_scale, sampler, computed, both,
             continue
         tokens, c = begin(step, x)
         out, cond = run_all(model.blocks, tokens[:1], c[:1])
+        origin = last
         if halves == 2:
             if step in both:
+                far = pairs[0] and known is not None and ([*history, (step, None)])[-4:][0][0] <= pairs[0][-1][0]
+                origin = pairs[0][-1][0] if far else last
                 null_out, null = run_all(model.blocks, tokens[1:], c[1:])
                 for half, branches in zip(pairs, (cond, null), strict=True):
-                    half.append((times[step], branches))
+                    half.append((step, branches))
             else:
                 null_out = inferred(step, tokens, c, out - tokens[:1])
             out = torch.cat([out, null_out])
-        history.append((times[step], cond))
-        if rewind and last is not None and step - last > 1:
-            x = anchor
-            for past in range(last + 1, step):
+        history.append((step, cond))
+        if rewind and origin is not None and step - origin > 1:
+            x = anchors[origin]
+            for past in range(origin + 1, step):
                 x = skip(past, x)
             added, (tokens, c) = out - tokens, begin(step, x)
             out = tokens + added
         x = advance(step, x, c, out)
-        anchor, last = x, step
+        anchors[step], last = x, step
     return x
 
 
@@ -222,6 +236,48 @@ def test_the_practical_form_equals_its_reference(model, cfg_scale, difference, o
         expected = practical_reference(model, noise, label, cfg_scale, sampler, steps, both, order, rewind)
         near(out[i : i + 1], expected, rel=1e-4)
         apart(out[i], plain[i])
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 1.5, 4.0])
+@pytest.mark.parametrize("schedule", ["2..12..1..21..1.2", "21112...1..2.1", "2.1.1.1.2"])
+def test_with_a_profile_it_equals_its_reference(model, cfg_scale, schedule):
+    """Steps of a schedule: 2 computes both halves, 1 the conditional one, and a dot neither."""
+    schedule = schedule.ljust(24, ".")
+    profile = known_model(model, schedule, cfg_scale)
+    manager = CacheManager(correction=AdaCorrection(budget=20), profile=profile)
+    out, plain = (sample(model, steps=24, cfg_scale=cfg_scale, cache=cache) for cache in (manager, None))
+    sampler, steps = make_sampler("ddim", 24), [i for i, kind in enumerate(schedule) if kind != "."]
+    both = [i for i in steps if cfg_scale != 1.0 and schedule[i] == "2"]
+    known = profile.arrays["covariance_conditional"]
+    for i, label in enumerate(LABELS):
+        assert computed(manager)[i] == steps
+        assert cfg_scale == 1.0 or computed(manager, 1)[i] == both
+        noise = gaussian(0, [i], (3, 8, 8))
+        expected = practical_reference(model, noise, label, cfg_scale, sampler, steps, both, known=known)
+        near(out[i : i + 1], expected, rel=1e-3)
+        apart(out[i], plain[i])
+
+
+def test_what_is_known_must_fit_the_run(model):
+    profile = known_model(model, "2.1.1.1.2.", 1.5)
+    for correction, message in (
+        (AdaCorrection(order=1), "order=1 is of the polynomial"),
+        (AdaCorrection(rewind=False, tolerance=0.1), "rewind=false,tolerance=0.1 is of the polynomial"),
+        (Algorithm1(), "serves AdaCorrection alone"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            CacheManager(correction=correction, profile=profile)
+    manager = CacheManager(correction=AdaCorrection(), profile=profile)
+    for options in ({"cfg_scale": 4.0}, {"sampler": "ddim:eta=1"}):
+        with pytest.raises(ValueError, match="does not fit this run .(guidance 1.5|sampler ddim) there"):
+            sample(model, cache=manager, **options)
+    sample(model, steps=7, cache=manager)  # any number of steps
+    assert computed(manager)[0] == [0, 1, 3, 4, 5]
+    with pytest.raises(ValueError, match="covariance_difference must have shape"):
+        CacheManager(
+            correction=AdaCorrection(),
+            profile=replace(profile, arrays={**profile.arrays, "covariance_difference": np.eye(3)}),
+        )
 
 
 def alike(model):

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 
 from adacorr import CacheManager, Policy, Predictor, Trace, make_policy
+from adacorr.gates import fit_gate_basis
+from adacorr.model_profile import KINDS
 from adacorr.policies import calibrated
 from adacorr.policy import Conditioning, Ran, RunInfo, Unit, View
 from adacorr.profile import Profile, save_profile
@@ -128,6 +130,25 @@ def fitted(name, model, folder, steps=10, cfg_scale=1.5, options=""):
             save_profile(path, Profile(name, arrays, "toy", "ddim", steps, cfg_scale, notes))
         options = ",".join(filter(None, [f"profile={path}", options]))
     return make_policy(f"{name}:{options}" if options else name)
+
+
+def known_model(model, schedule, cfg_scale=1.5):
+    """A profile for AdaCorrection with one schedule, a text of 2 (both halves), 1 and ".", and nearly exact gates.
+
+    Its covariance is that of a smooth process, its mean nothing.
+    """
+    sampler = make_sampler("ddim", len(schedule))
+    t, steps, width = sampler.timesteps, len(schedule), model.hidden_size
+    reference = model.condition(t, torch.full(t.shape, model.null_label))
+    basis = fit_gate_basis(model.blocks, reference, [reference[None]], 1e-5).basis
+    kernel = np.exp(-(np.subtract.outer(t.numpy(), t.numpy()) ** 2) / (2 * 200.0**2)) + 1e-4 * np.eye(steps)
+    arrays = {"timesteps": t.double().numpy(), "basis": basis.numpy(), "contrast": np.array(1.0)}
+    arrays |= {"gate_weight": np.ones((2 * len(model.blocks), width)), "expected": np.array([0.01])}
+    arrays["schedules"] = np.array([[".12".index(kind) for kind in schedule]], dtype=np.uint8)
+    for kind in KINDS[: 1 if cfg_scale == 1.0 else 2]:
+        mean, rest = np.zeros((steps, basis.shape[1], width)), np.zeros((steps, width))
+        arrays |= {f"mean_{kind}": mean, f"rest_{kind}": rest, f"covariance_{kind}": kernel}
+    return Profile("adacorr", arrays, "toy", "ddim", steps, cfg_scale)
 
 
 def rows_at(model, sampler, step, x, labels, halves):

@@ -1,0 +1,285 @@
+"""The profile of a model for AdaCorrection, measured on a few uncached trajectories: see adacorr.model_profile.
+
+Beside each uncached trajectory runs a cached one of the same noise. Where they differ is how a cached state is wrong,
+and what the network makes of the difference is how it answers such errors (adacorr.placement).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from adacorr.gates import GateBasis, fit_gate_basis
+from adacorr.model_profile import BOTH, CONDITIONAL, KEPT, KINDS
+from adacorr.placement import ErrorModel, Process, best_schedules
+from adacorr.store import ComputedRows, FreshSums
+
+GATE_ERROR = 0.015  # relative, as the final layer sees it; the forecasts' own errors are well above
+BAND_EDGES = (1.01, 2.5, 4.5, 8.5)  # of spatial frequency, in cycles per 32 pixels (or latent pixels)
+POWER_STEPS = 6  # at which the size of the branches is looked at, to fit the gates by
+ENOUGH = 0.005  # error of the final state, in shares of its contrast, below which placement does not matter
+
+
+class TrajectoryCalibration:
+    """Observes uncached runs of a DiT under a deterministic sampler on timesteps (P,) in sampling order.
+
+    `guided` channels, the first ones, take part in guidance. Uses the model's parts as `DiT.forward` does.
+    """
+
+    def __init__(self, model: nn.Module, timesteps: Tensor, alpha_bar: np.ndarray, cfg_scale: float, guided: int):
+        self.model, self.timesteps, self.alpha_bar = model, timesteps, alpha_bar
+        self.cfg_scale, self.guided = cfg_scale, guided
+        self.halves = 1 if cfg_scale == 1.0 else 2
+        self.images = 0
+        self.basis: GateBasis | None = None
+
+    @torch.no_grad()
+    def add(self, sampler, noise: Tensor, labels: Tensor | None, cached: list[Tensor]) -> None:
+        """Observe images: noise (n, C, H, W), labels (n,), and `cached` (P of (n, C, H, W)): the states that a cached
+        run of the same noise had after each step. `sampler` is that of both runs."""
+        if self.basis is None:
+            self._begin(labels, cached)
+        n, x = len(noise), sampler.prepare(noise)
+        seen: list[list[Tensor]] = [[] for _ in range(self.halves)]
+        for step in range(len(self.timesteps)):
+            rows = self._rows(step, n, labels)
+            tokens, out, fresh = self._evaluate(x, *rows)
+            for half, sums in enumerate(self._processes(fresh)):
+                self.sums[half][step] += sums.double().sum(dim=(0, 2))
+                seen[half].append(self._to_image(sums @ self.projection[half]))
+            self._add_rest(step, tokens, out, fresh, rows[0])
+            decoded = self._decode(out, rows[0])
+            if step and (cached[step - 1] != x).any():
+                self._add_response(step, x, cached[step - 1], tokens, out, decoded, rows)
+            x = sampler.step(step, x, self._guide(decoded), None)
+        for half, images in enumerate(seen):
+            self._add_spectrum(half, torch.stack(images))
+        self.power += float(x.square().sum())
+        self.images += n
+
+    def fit(self) -> tuple[dict[str, np.ndarray], dict]:
+        """(arrays of the profile, notes); ValueError before anything was observed."""
+        if not self.images:
+            raise ValueError("adacorr: nothing was observed; calibrate on one image at least")
+        kinds, count = KINDS[: self.halves], self.images * self.tokens
+        means = [sums / count for sums in self.sums]
+        readout = self.basis.basis.double().cpu().numpy() * self._reading()[:, None]
+        held, answers = self._answers()
+        arrays = {"timesteps": self.timesteps.double().cpu().numpy(), "basis": self.basis.basis.cpu().numpy()}
+        arrays["gate_weight"] = self.gate_weight.half().cpu().numpy()
+        processes = []
+        for half, kind in enumerate(kinds):
+            spectrum = self._centred(half, means[half])  # (F, P * Q, P * Q) per pixel
+            steps, rank = means[half].shape[:2]
+            covariance = np.einsum("fiqjq->ij", spectrum.reshape(-1, steps, rank, steps, rank))
+            weight = 1.0 if half == 0 else self.cfg_scale - 1.0
+            factor = _factor(spectrum).reshape(len(spectrum), steps, rank, -1)
+            processes.append(Process(factor, covariance, *answers[half], KEPT[kind], weight))
+            arrays[f"mean_{kind}"] = means[half].half().cpu().numpy()
+            arrays[f"rest_{kind}"] = (self.rest[half] / count).float().cpu().numpy()
+            arrays[f"covariance_{kind}"] = covariance
+        contrast = np.sqrt(self.power / self.images / self.pixels)
+        model = ErrorModel(self.alpha_bar, held, readout, processes)
+        found = best_schedules(model, (ENOUGH * contrast) ** 2)
+        arrays["schedules"] = np.zeros((len(found), model.steps), dtype=np.uint8)
+        for row, ((nodes, refreshes), _) in zip(arrays["schedules"], found, strict=True):
+            row[list(nodes)] = CONDITIONAL if model.guided else BOTH
+            row[list(refreshes)] = BOTH
+        arrays["expected"] = np.sqrt([error for _, error in found])
+        arrays["contrast"] = contrast
+        return arrays, {"images": self.images, "gate_directions": self.basis.rank, "gate_error": self.basis.error}
+
+    # -------------------------------------------------------------------------------- before the first image
+
+    def _begin(self, labels: Tensor | None, cached: list[Tensor]) -> None:
+        model, steps = self.model, len(self.timesteps)
+        final, patch, channels = model.final_layer, model.patch_size, model.in_channels
+        self.tokens, self.pixels = model.pos_embed.shape[1], cached[0][0].numel()
+        self.grid = model.input_size // patch
+        reference = model.condition(self.timesteps, self._null(steps))
+        scale = 1 + final.adaLN_modulation(reference).chunk(2, dim=1)[1]  # (P, D)
+        self.reading = scale.norm(dim=1) / scale.mean(dim=0).norm()
+        weight = final.linear.weight.unflatten(0, (patch * patch, -1))[:, :channels]  # (p * p, C, D)
+        projection = (scale.mean(dim=0) * weight).permute(2, 0, 1)  # (D, p * p, C)
+        projection = projection - projection.mean(dim=0)  # the final norm takes the mean over channels out
+        guided = projection.clone()
+        guided[:, :, self.guided :] = 0
+        self.projection = [projection.flatten(1), guided.flatten(1)][: self.halves]
+        self.gate_weight = self._branch_power(labels, cached) * projection.flatten(1).norm(dim=1)
+        self.classes = None if labels is None else torch.arange(model.num_classes, device=reference.device)
+        conditions = [reference[None]]
+        if labels is not None:
+            conditions = [self._class_conditions(), *conditions][: self.halves]
+        self.basis = fit_gate_basis(model.blocks, reference, conditions, GATE_ERROR, self.gate_weight)
+        rank, width = self.basis.rank, model.pos_embed.shape[2]
+        device, kind = reference.device, torch.float64
+        self.sums = [torch.zeros(steps, rank, width, dtype=kind, device=device) for _ in range(self.halves)]
+        self.rest = [torch.zeros(steps, width, dtype=kind, device=device) for _ in range(self.halves)]
+        self.bands = _bands(model.input_size, device)
+        grams = (len(self.bands), steps * rank, steps * rank)
+        self.grams = [torch.zeros(grams, dtype=kind, device=device) for _ in range(self.halves)]
+        self.spread = torch.zeros(steps, dtype=kind, device=device)
+        # Of a response: along the error and in size, for what is held, the conditional half and the difference.
+        self.answered = torch.zeros(steps, 1 + self.halves, 2, len(self.bands), dtype=kind, device=device)
+        self.asked = torch.zeros(steps, len(self.bands), dtype=kind, device=device)
+        self.power = 0.0
+
+    def _null(self, rows: int) -> Tensor | None:
+        if not self.model.num_classes:
+            return None
+        last = self.model.y_embedder.embedding_table.num_embeddings - 1
+        return torch.full((rows,), last, device=self.timesteps.device)
+
+    def _class_conditions(self) -> Tensor:
+        steps, classes = self.timesteps, self.classes
+        c = self.model.condition(steps.repeat(len(classes)), classes.repeat_interleave(len(steps)))
+        return c.view(len(classes), len(steps), -1)
+
+    def _branch_power(self, labels: Tensor | None, cached: list[Tensor]) -> Tensor:
+        """(B, D) rms of the branches' outputs over tokens, images and some steps of a cached run."""
+        power, steps = 0.0, np.linspace(1, len(cached) - 1, POWER_STEPS).astype(int)
+        for step in steps:
+            c, x = self._rows(step, len(cached[0]), labels)[0], self.model.embed(cached[step - 1].to(self._dtype))
+            branches: list[Tensor] = []
+            for block in self.model.blocks:
+                x = block(x, c[: len(x)], lambda *pair, to=branches: to.extend(pair))
+            power = power + torch.stack([branch.float().square().mean(dim=(0, 1)) for branch in branches])
+        return (power / len(steps)).sqrt()
+
+    # ------------------------------------------------------------------------------------- one evaluation
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.model.pos_embed.dtype
+
+    def _rows(self, step: int, n: int, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Conditioning (halves * n, D), and labels, of the rows [conditional; unconditional]."""
+        t = self.timesteps[step].expand(self.halves * n)
+        y = labels if labels is None or self.halves == 1 else torch.cat([labels, self._null(n)])
+        return self.model.condition(t, y), y
+
+    def _evaluate(self, x: Tensor, c: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, FreshSums]:
+        """The stack on states x (n, ...): its input and output (halves * n, T, D), and the branch sums."""
+        everyone = np.arange(len(x))
+        label = torch.zeros(len(x), dtype=torch.long) if y is None else y[: len(x)]
+        loadings = [self.basis.loadings[0][:, label]]
+        if self.halves == 2:
+            loadings.append(self.basis.loadings[1].expand(-1, len(x), -1, -1))
+        fresh = FreshSums(ComputedRows(everyone, everyone[: len(x) * (self.halves - 1)]), loadings)
+        tokens = self.model.embed(x.to(self._dtype)).repeat(self.halves, 1, 1)
+        out = tokens
+        for block in self.model.blocks:
+            out = block(out, c, fresh.tap)
+        fresh.finish(tokens, out, None)
+        return tokens, out, fresh
+
+    def _decode(self, tokens: Tensor, c: Tensor) -> list[Tensor]:
+        """The noise (n, C, H, W) of each half."""
+        out = self.model.decode(tokens, c)[:, : self.model.in_channels].float()
+        return list(out.unflatten(0, (self.halves, -1)))
+
+    def _guide(self, halves: list[Tensor]) -> Tensor:
+        out = halves[0].clone()
+        if self.halves == 2:
+            k = self.guided
+            out[:, :k] = halves[1][:, :k] + self.cfg_scale * (halves[0][:, :k] - halves[1][:, :k])
+        return out
+
+    @staticmethod
+    def _processes(fresh: FreshSums) -> list[Tensor]:
+        """(n, Q, T, D) sums of the conditional half, and how the other one differs from them."""
+        return [fresh.values[0], *(fresh.values[0] - other for other in fresh.values[1:])]
+
+    def _to_image(self, patches: Tensor) -> Tensor:
+        """(n, Q, T, p * p * C) -> (n, Q, C, H, W)."""
+        p = self.model.patch_size
+        x = patches.unflatten(3, (p, p, -1)).unflatten(2, (self.grid, self.grid))  # (n, Q, H/p, W/p, p, p, C)
+        return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+
+    # ------------------------------------------------------------------------------------ what is added up
+
+    def _add_rest(self, step: int, tokens: Tensor, out: Tensor, fresh: FreshSums, c: Tensor) -> None:
+        """What the stack added beyond the branch sums under the basis, and the spread of the final tokens."""
+        added = (out - tokens).float().unflatten(0, (self.halves, -1))
+        exact = [added[0], *(added[0] - other for other in added[1:])]
+        for half, sums in enumerate(self._processes(fresh)):
+            held = torch.einsum("q,nqtd->ntd", self.basis.basis[step], sums)
+            self.rest[half][step] += (exact[half] - held).double().sum(dim=(0, 1))
+        spread = out[: len(out) // self.halves].float().std(dim=2, correction=0)
+        self.spread[step] += spread.mean(dim=1).double().sum()
+
+    def _add_response(self, step, x, cached, tokens, out, decoded, rows) -> None:
+        """How the network, and what lies outside of its blocks, answer the error of a cached state."""
+        c, y = rows
+        changed = self.model.embed(cached.to(self._dtype)).repeat(self.halves, 1, 1)
+        skipped = self._decode(changed + (out - tokens), c)[0] - decoded[0]
+        for block in self.model.blocks:
+            changed = block(changed, c)
+        answers = [new - old for new, old in zip(self._decode(changed, c), decoded, strict=True)]
+        answers = [answers[0], *(answers[0] - other for other in answers[1:])]
+        if self.halves == 2:
+            answers[1][:, self.guided :] = 0
+        error = torch.fft.fft2(cached - x, norm="ortho")
+        self.asked[step] += self._by_band(error.abs().square())
+        for i, answer in enumerate([skipped, *answers]):
+            spectrum = torch.fft.fft2(answer, norm="ortho")
+            self.answered[step, i, 0] += self._by_band((spectrum * error.conj()).real)
+            self.answered[step, i, 1] += self._by_band(spectrum.abs().square())
+
+    def _by_band(self, power: Tensor) -> Tensor:
+        """(..., H, W) -> (F,) sums."""
+        return torch.stack([power[..., band].double().sum() for band in self.bands])
+
+    def _add_spectrum(self, half: int, images: Tensor) -> None:
+        """images (P, n, Q, C, H, W) of one process: products in time, by band, summed over all else."""
+        spectrum = torch.fft.fft2(images, norm="ortho").transpose(1, 2).flatten(0, 1)  # (P * Q, n, C, H, W)
+        for gram, band in zip(self.grams[half], self.bands, strict=True):
+            values = torch.view_as_real(spectrum[..., band]).flatten(1)
+            gram += (values @ values.T).double()
+
+    # ------------------------------------------------------------------------------------------- the fit
+
+    def _centred(self, half: int, mean: Tensor) -> np.ndarray:
+        """(F, P * Q, P * Q) covariance of a process per pixel, its mean (P, Q, D) taken out."""
+        patch = (mean.float() @ self.projection[half])[:, :, None].expand(-1, -1, self.tokens, -1)
+        spectrum = torch.fft.fft2(self._to_image(patch), norm="ortho").flatten(0, 1)  # (P * Q, C, H, W)
+        out = []
+        for gram, band in zip(self.grams[half], self.bands, strict=True):
+            values = torch.view_as_real(spectrum[..., band]).flatten(1).double()
+            out.append(gram / self.images - values @ values.T)
+        return torch.stack(out).cpu().numpy() / self.pixels
+
+    def _reading(self) -> np.ndarray:
+        """(P,) how much a step's final layer makes of the branch sums."""
+        return (self.reading.double() / (self.spread / self.images)).cpu().numpy()
+
+    def _answers(self) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
+        """held (P, F); and for each process its response (P, F) and scatter (P, F)."""
+        asked, answered = self.asked.cpu().numpy(), self.answered.cpu().numpy()
+        known = np.flatnonzero((asked > 0).all(axis=1))
+        if not len(known):
+            raise ValueError("adacorr: the cached run never differed from the uncached one; calibrate on more steps")
+        # Where the states agree, as before the first skipped step, the next step that tells stands in.
+        source = known[np.searchsorted(known, np.arange(len(asked))).clip(max=len(known) - 1)]
+        shares = answered[source] / asked[source][:, None, None]  # (P, kinds, 2, F)
+        along, size = shares[:, :, 0], shares[:, :, 1]
+        scatter = np.sqrt(np.maximum(size - along**2, 0.0))
+        return along[:, 0], [(along[:, i], scatter[:, i]) for i in range(1, along.shape[1])]
+
+
+def _bands(size: int, device: torch.device) -> list[Tensor]:
+    """(H, W) bool masks of the bands of spatial frequency that an image of that size has."""
+    cycles = torch.fft.fftfreq(size, device=device) * 32
+    radius = (cycles[:, None] ** 2 + cycles**2).sqrt()
+    edges = (-1.0, *BAND_EDGES, float("inf"))
+    masks = [(radius > low) & (radius <= high) for low, high in zip(edges, edges[1:], strict=False)]
+    return [mask for mask in masks if mask.any()]
+
+
+def _factor(covariance: np.ndarray) -> np.ndarray:
+    """(F, N, N) -> (F, N, r) with factor @ factor^T the covariance, less what is far below every forecast's error."""
+    values, vectors = np.linalg.eigh(covariance)
+    rank = int((values > 1e-7 * values.sum(axis=1, keepdims=True)).sum(axis=1).max())
+    values, vectors = values[:, ::-1][:, :rank], vectors[:, :, ::-1][:, :, :rank]
+    return vectors * np.sqrt(np.maximum(values, 0.0))[:, None]

@@ -1,0 +1,70 @@
+"""The best linear forecast of a process whose mean and covariance in time were measured on the model.
+
+With weights w(s) = C(kept, kept)^-1 C(kept, s) the expected squared error at step s is the least that any weighted sum
+of the kept steps has: simple kriging (G. Matheron, Les variables regionalisees, 1965). The process is what is left of
+the branch sums M when their mean over images and tokens is taken out,
+
+    forecast(s) = sum_k w_k(s) (M(s_k) - mean(s_k)) + mean(s)
+
+The mean depends on step and channel alone. So the sums are stored as they are, and all of the mean is one vector that
+is added to the tokens: see `Trend`.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Added to the covariance's diagonal, in shares of its mean: two kept steps close in time are nearly the same.
+RIDGE = 1e-9
+
+
+def kriging_weights(covariance: np.ndarray, kept: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """(len(at), len(kept)) weights of the best linear forecast at steps `at` from steps `kept`, covariance (S, S)."""
+    size = covariance[kept, kept].mean()
+    system = covariance[np.ix_(kept, kept)] / size + RIDGE * np.eye(len(kept))
+    return np.linalg.solve(system, covariance[np.ix_(kept, at)] / size).T
+
+
+@dataclass(frozen=True)
+class Kriging:
+    """A `history.Rule`: the best linear forecast under a covariance (S, S) between the steps of the run."""
+
+    covariance: np.ndarray
+
+    def __call__(self, kept: np.ndarray, at: np.ndarray) -> np.ndarray:
+        rows, inverse = np.unique(kept, axis=0, return_inverse=True)
+        weights = np.zeros((len(rows), len(at), kept.shape[1]))
+        for i, row in enumerate(rows):
+            if not (row >= 0).any():
+                raise ValueError("forecast from an empty history: compute the first step of every image before reusing")
+            weights[i][:, row >= 0] = kriging_weights(self.covariance, row[row >= 0], at)
+        return weights[inverse.ravel()]
+
+
+@dataclass(frozen=True)
+class Trend:
+    """What the branches add on average, which no forecast has to follow.
+
+    mean (S, Q, D) of the branch sums under the basis (S, Q) of the gates (adacorr.gates), over images and tokens; rest
+    (S, D) what the gated branches add on average beyond basis @ mean, since the basis does not hold the gates exactly.
+    """
+
+    mean: Tensor
+    rest: Tensor
+    basis: Tensor
+
+    def bias(self, weights: np.ndarray, kept: np.ndarray, at: np.ndarray) -> Tensor:
+        """(m, s, 1, D) to add to the forecast at steps (s,), with weights (m, s, K) of the kept steps (m, K).
+
+            sum_q basis_q(s) (mean_q(s) - sum_k w_k(s) mean_q(s_k)) + rest(s)
+
+        A slot without a step is -1 and has weight 0.
+        """
+        steps = torch.from_numpy(at)
+        basis, weights = self.basis[steps], torch.from_numpy(weights).to(self.mean)
+        own = torch.einsum("sq,sqd->sd", basis, self.mean[steps]) + self.rest[steps]
+        held = self.mean[torch.from_numpy(np.maximum(kept, 0))].flatten(1, 2)  # (m, K * Q, D)
+        coefficients = (weights[..., None] * basis[:, None, :]).flatten(2)  # (m, s, K * Q)
+        return (own - torch.bmm(coefficients, held)).unsqueeze(2)

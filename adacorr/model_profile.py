@@ -1,0 +1,109 @@
+"""What AdaCorrection knows of a model under one sampler and guidance: the profile that makes its forecasts the best.
+
+Made by adacorr.calibration.trajectory from a few uncached images. It is measured at P timesteps of its own and serves
+runs of any number of steps, which it is interpolated to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adacorr.history import lagrange_weights
+from adacorr.kriging import Kriging, Trend
+from adacorr.profile import Profile
+
+KINDS = ("conditional", "difference")  # the processes: the conditional half, and how the unconditional one differs
+KEPT = {"conditional": 4, "difference": 3}  # computed steps that a forecast rests on
+NONE, CONDITIONAL, BOTH = 0, 1, 2  # what a schedule computes in a step
+
+
+@dataclass(frozen=True)
+class ModelProfile:
+    """The arrays of a profile of method "adacorr".
+
+    timesteps (P,)            at which all of it was measured, in sampling order
+    basis (P, Q)              of the gates (adacorr.gates), gate_weight (B, D) what it was fitted under
+    mean[kind] (P, Q, D)      of the branch sums over images and tokens, rest[kind] (P, D) see `kriging.Trend`
+    covariance[kind] (P, P)   of what is left of them, seen through the final layer
+    schedules (R, P)          the best found for R costs: NONE, CONDITIONAL or BOTH halves in each step
+    expected (R,)             rms error of the final state that they should leave
+    contrast                  rms of the final state itself
+    """
+
+    timesteps: np.ndarray
+    basis: np.ndarray
+    gate_weight: np.ndarray
+    mean: dict[str, np.ndarray]
+    rest: dict[str, np.ndarray]
+    covariance: dict[str, np.ndarray]
+    schedules: np.ndarray
+    expected: np.ndarray
+    contrast: float
+
+    @classmethod
+    def of(cls, profile: Profile) -> ModelProfile:
+        """ValueError for arrays that are missing or of another shape."""
+        steps, kinds = profile.num_sampling_steps, KINDS[: 1 if profile.cfg_scale == 1.0 else 2]
+        shapes = {"timesteps": (steps,), "basis": (steps, None), "gate_weight": (None, None), "contrast": ()}
+        shapes |= {"schedules": (None, steps), "expected": (None,)}
+        for kind in kinds:
+            shapes |= {f"mean_{kind}": (steps, None, None), f"rest_{kind}": (steps, None)}
+            shapes |= {f"covariance_{kind}": (steps, steps)}
+        arrays = {name: np.asarray(value) for name, value in profile.require(**shapes).items()}
+        grouped = {
+            name: {kind: arrays.pop(f"{name}_{kind}") for kind in kinds} for name in ("mean", "rest", "covariance")
+        }
+        return cls(**{**arrays, "contrast": float(arrays["contrast"])}, **grouped)
+
+    @property
+    def costs(self) -> np.ndarray:
+        """(R,) what the schedules compute, in full evaluations (all guidance halves)."""
+        halves = len(self.mean)
+        return np.minimum(self.schedules, halves).sum(axis=1) / halves
+
+    def rule(self, kind: str, timesteps: np.ndarray) -> Kriging:
+        """How the process is forecast in a run at timesteps (S,)."""
+        onto = interpolation(timesteps, self.timesteps)
+        return Kriging(onto @ self.covariance[kind].astype(np.float64) @ onto.T)
+
+    def trend(self, kind: str, timesteps: np.ndarray, basis: Tensor) -> Trend:
+        """The mean of the process in a run at timesteps (S,), whose gates have the basis (S, Q)."""
+        onto = torch.from_numpy(interpolation(timesteps, self.timesteps)).to(basis)
+        mean, rest = (torch.from_numpy(v[kind].astype(np.float32)).to(basis) for v in (self.mean, self.rest))
+        return Trend(torch.einsum("sp,pqd->sqd", onto, mean), onto @ rest, basis)
+
+    def schedule(self, timesteps: np.ndarray, row: int) -> tuple[list[int], list[int]]:
+        """(computed steps, those that compute both halves) of a schedule in a run at timesteps (S,)."""
+        taken: dict[int, int] = {}
+        for known in np.flatnonzero(self.schedules[row]):
+            away = np.abs(timesteps - self.timesteps[known])
+            away[list(taken)] = np.inf  # a coarse run has fewer steps than the profile
+            if len(taken) < len(timesteps):
+                taken[int(away.argmin())] = int(self.schedules[row, known])
+        return sorted(taken), sorted(step for step, halves in taken.items() if halves == BOTH)
+
+    def within(self, evaluations: float) -> int:
+        """The schedule of the least expected error that costs at most so many full evaluations; -1 for none."""
+        return (
+            int(np.where(self.costs <= evaluations + 1e-9, -self.expected, -np.inf).argmax())
+            if (self.costs <= evaluations + 1e-9).any()
+            else -1
+        )
+
+    def leaving(self, error: float) -> int:
+        """The cheapest schedule that is expected to leave at most this rms error, or the best there is."""
+        good = self.expected <= error
+        return int(np.where(good, self.costs, np.inf).argmin()) if good.any() else int(self.expected.argmin())
+
+
+def interpolation(at: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """(S, P) weights of values at timesteps `known` (P,) for those at `at` (S,): cubic, through the four nearest."""
+    nearest = np.argsort(np.abs(at[:, None] - known), axis=1, kind="stable")[:, :4]
+    weights = np.zeros((len(at), len(known)))
+    for row, (t, near) in enumerate(zip(at, nearest, strict=True)):
+        weights[row, near] = lagrange_weights(known[None, near], t[None], len(near) - 1)[0, 0]
+    return weights

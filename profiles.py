@@ -1,0 +1,119 @@
+"""What AdaCorrection is to know of a model: a profile that is found, or measured on the spot and kept.
+
+Profiles of the bundled checkpoint ship with the package. Another model is measured on a few uncached images when it is
+first sampled with --adacorr, and what was found is kept in the user's cache folder. A profile is made for a checkpoint,
+a sampler and a guidance, and serves any number of steps.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from adacorr import AdaCorrection, CacheManager
+from adacorr.calibration.trajectory import TrajectoryCalibration
+from adacorr.profile import FOLDER, Profile, fit_of, load_profile, save_profile
+from diffusion import make_sampler
+from download import cache_folder
+from models import guided_channels
+from pipeline import Pipeline, alpha_bar, gaussian
+from runtime import check_range
+
+METHOD = "adacorr"
+SEED_OFFSET = 2**31  # calibrations draw their noise from seeds above it, on which nobody evaluates
+IMAGES = 6
+AT_ONCE = 2
+STEPS = 50  # at which a model is measured, whatever number it is sampled with
+
+
+def check_calibrate(text: str) -> None:
+    """ValueError unless --calibrate is auto, off, a number of images or a profile's file."""
+    if text.isdecimal():
+        check_range("--calibrate", int(text), 1, 1000)
+    elif text not in ("auto", "off") and not text.endswith(".safetensors"):
+        raise ValueError(f"--calibrate {text}: give auto, off, a number of images (1..1000) or a .safetensors file")
+
+
+def with_profile(
+    cache: CacheManager | None, pipe: Pipeline, calibrate: str = "auto", say: Callable[[str], None] = print
+) -> CacheManager | None:
+    """The cache with what is known of the pipeline's model, as --calibrate says; as it is where no profile serves it.
+
+    auto    the shipped or kept profile, else one is measured on IMAGES images and kept
+    N       the same, on N images if it must be measured
+    off     none: the polynomial
+    FILE    this one
+
+    A profile serves AdaCorrection without options of the polynomial, under DDIM without noise. `say` takes a line of
+    text where a model is measured. ValueError for a FILE that does not fit.
+    """
+    if cache is None or not isinstance(cache.correction, AdaCorrection) or calibrate == "off":
+        return cache
+    serves = not cache.correction.polynomial_options and re.match(r"ddim(:|$)", pipe.sampler.spec)
+    if calibrate.endswith(".safetensors"):
+        profile = load_profile(calibrate)
+        if why := fit_of(profile, METHOD, pipe.checkpoint.sha256, pipe.sampler.spec, None, pipe.cfg_scale):
+            raise ValueError(f"--calibrate {calibrate} does not fit this run ({why}): give auto")
+    elif not serves or pipe.sampler.stochastic or not pipe.sampler.rewindable:
+        return cache
+    else:
+        profile = find_profile(pipe)
+        if profile is None:
+            count, path = int(calibrate) if calibrate.isdecimal() else IMAGES, kept_at(pipe)
+            say(f"measuring the model on {count} uncached images, once; --calibrate off does without, at lower quality")
+            profile = measure(pipe, count)
+            save_profile(path, profile)
+            say(f"kept in {path}")
+    return CacheManager(cache.policy, cache.correction, cache.dtype, profile)
+
+
+def find_profile(pipe: Pipeline) -> Profile | None:
+    """The shipped or kept profile of the pipeline's model, sampler and guidance, or None."""
+    for path in [*sorted(FOLDER.glob(f"{METHOD}-*.safetensors")), kept_at(pipe)]:
+        if path.is_file():
+            profile = load_profile(path)
+            if fit_of(profile, METHOD, pipe.checkpoint.sha256, pipe.sampler.spec, None, pipe.cfg_scale) == "":
+                return profile
+    return None
+
+
+def kept_at(pipe: Pipeline) -> Path:
+    """The file in the user's cache folder that holds the profile of the pipeline's model, sampler and guidance."""
+    name = f"{METHOD}-{pipe.checkpoint.sha256[:12]}-{pipe.sampler.spec}-cfg{pipe.cfg_scale:g}"
+    return cache_folder() / "profiles" / (re.sub(r"[^A-Za-z0-9._=+-]", "-", name) + ".safetensors")
+
+
+def measure(pipe: Pipeline, images: int, seed: int = SEED_OFFSET) -> Profile:
+    """The profile of the pipeline's model, from uncached images that are spread evenly over the classes."""
+    model, classes = pipe.model, pipe.model.num_classes
+    sampler = make_sampler(pipe.sampler.spec, STEPS)
+    guided = guided_channels(pipe.cfg_channels, model.in_channels, 2) if pipe.cfg_scale != 1.0 else model.in_channels
+    timesteps = sampler.timesteps.to(pipe.device)
+    calibration = TrajectoryCalibration(model, timesteps, alpha_bar(sampler), pipe.cfg_scale, guided)
+    own = Pipeline(**{**vars(pipe), "sampler": sampler})
+    for start in range(0, images, AT_ONCE):
+        indices = np.arange(start, min(start + AT_ONCE, images))
+        labels = torch.from_numpy(indices * classes // images).to(pipe.device) if classes else None
+        cached: list[torch.Tensor] = []
+        polynomial = CacheManager(correction=AdaCorrection())
+        own.sample(seed, indices, labels, polynomial, lambda step, x, cache, to=cached: to.append(x.clone()))
+        noise = gaussian(seed, indices, pipe.noise_shape).to(pipe.device)
+        calibration.add(sampler.fresh(), noise, labels, cached)
+    arrays, notes = calibration.fit()
+    notes |= {"checkpoint": pipe.checkpoint.path.name, "seed": seed}
+    return Profile(METHOD, arrays, pipe.checkpoint.sha256, sampler.spec, STEPS, pipe.cfg_scale, notes)
+
+
+def digest(profile: Profile | None) -> str | None:
+    """sha256 of what a profile holds, None of None."""
+    if profile is None:
+        return None
+    sha = hashlib.sha256()
+    for name, array in sorted(profile.arrays.items()):
+        array = np.ascontiguousarray(array)
+        sha.update(f"{name} {array.dtype} {array.shape}".encode())
+        sha.update(array.tobytes())
+    return sha.hexdigest()

@@ -1,0 +1,140 @@
+"""The expected error of a schedule against the linear recursion that it stands for, and the search over schedules."""
+
+import numpy as np
+import pytest
+
+from adacorr.kriging import kriging_weights
+from adacorr.placement import ErrorModel, Process, best_schedules, local_search
+
+STEPS, BANDS, RANK = 12, 2, 3
+GUIDED = ((0, 3, 5, 9), (0, 5, 9))
+
+
+def error_model(seed=0, guided=True, smooth=3.0, scatter=0.3):
+    """A model of random numbers whose processes are smooth in time."""
+    generator = np.random.default_rng(seed)
+    time = np.arange(STEPS)
+    root = np.linalg.cholesky(np.exp(-(np.subtract.outer(time, time) ** 2) / (2 * smooth**2)) + 1e-6 * np.eye(STEPS))
+    processes = []
+    for weight in (1.0, 0.5)[: 1 + guided]:
+        factor = np.einsum("st,fqr->fsqtr", root, generator.normal(size=(BANDS, RANK, RANK)))
+        factor = factor.reshape(BANDS, STEPS, RANK, STEPS * RANK)
+        covariance = np.einsum("fiqr,fjqr->ij", factor, factor)
+        answers = generator.uniform(0, 1, size=(STEPS, BANDS)), scatter * generator.uniform(size=(STEPS, BANDS))
+        processes.append(Process(factor, covariance, *answers, kept=2, weight=weight))
+    alpha_bar = np.linspace(0.01, 0.99, STEPS)
+    held, readout = generator.uniform(0, 1, (STEPS, BANDS)), generator.normal(size=(STEPS, RANK))
+    return ErrorModel(alpha_bar, held, readout, processes)
+
+
+def simulate(model, schedule, generator):
+    """One draw of the processes, taken through the recursion of the module's docstring step by step: e (F,) at the end.
+
+    `generator` None: no scatter, and all r unit variables at once, e (F, columns).
+    """
+    nodes, refreshes = schedule
+    columns = [p.factor.shape[3] for p in model.processes]
+    offsets = np.cumsum([0, *columns])
+    total = offsets[-1]
+
+    def true(i, step):  # what the final layer makes of the process's sums at a step, at the readout of `at`
+        return lambda at: np.pad(
+            np.einsum("q,fqr->fr", model.readout[at], model.processes[i].factor[:, step]),
+            ((0, 0), (offsets[i], total - offsets[i + 1])),
+        )
+
+    noise = [{}, {}]
+
+    def forecast(i, kept, at):
+        weights = kriging_weights(model.processes[i].covariance, np.array(kept), np.array([at]))[0]
+        size = np.linalg.norm(model.readout, axis=1)
+        out = -true(i, at)(at)
+        for w, k in zip(weights, kept, strict=True):
+            out = out + w * (true(i, k)(at) + noise[i][k] * size[at] / size[k])
+        return out
+
+    after = np.append(model_alpha(model)[1:], 1.0)
+    keep = np.sqrt(after / model_alpha(model))
+    c = np.sqrt(1 - after) - np.sqrt(after * (1 - model_alpha(model)) / model_alpha(model))
+
+    def step_over(e, step, kept):
+        wrong = sum(p.weight * forecast(i, kept[i], step) for i, p in enumerate(model.processes))
+        return keep[step] * e + c[step] * (model.held[step][:, None] * e + wrong)
+
+    e = np.zeros((BANDS, total))
+    kept, last, refreshed, states = [[], []], None, None, {}
+    for step in range(STEPS):
+        if step not in nodes:
+            e = step_over(e, step, kept)
+            continue
+        both = step in refreshes
+        answer = []
+        for i, p in enumerate(model.processes):
+            if i == 0 or both:
+                own = (p.response[step] - (model.held[step] if i == 0 else 0))[:, None] * e
+                noise[i][step] = own
+                answer.append(p.weight * own)
+                kept[i] = (kept[i] + [step])[-p.kept :]
+            else:
+                answer.append(p.weight * forecast(i, kept[i], step))
+        start = last
+        if both and len(model.processes) == 2 and refreshed is not None and kept[0][0] <= refreshed:
+            start = refreshed
+        if start is not None:
+            e = states[start]
+            for past in range(start + 1, step):
+                e = step_over(e, past, kept)
+        e = keep[step] * e + c[step] * (model.held[step][:, None] * e + sum(answer))
+        states[step], last = e, step
+        if both:
+            refreshed = step
+    return e
+
+
+def model_alpha(model):
+    return np.linspace(0.01, 0.99, STEPS)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("schedule", [((0,), (0,)), ((0, 1, 2), (0, 2)), GUIDED, ((0, 4, 7, 8, 11), (0, 8))])
+def test_the_error_is_that_of_the_recursion(guided, schedule):
+    model = error_model(guided=guided, scatter=0.0)
+    schedule = schedule if guided else (schedule[0], ())
+    expected = (simulate(model, schedule, None) ** 2).sum()
+    assert model.error(schedule) == pytest.approx(expected, rel=1e-9)
+    assert model.error(schedule) == pytest.approx(expected, rel=1e-9)  # from what it remembers
+
+
+def test_everything_computed_leaves_nothing_and_scatter_adds():
+    model, noisy = error_model(scatter=0.0), error_model(scatter=0.5)
+    every = tuple(range(STEPS))
+    assert model.error((every, every)) == pytest.approx(0.0, abs=1e-20)
+    assert noisy.error(GUIDED) > model.error(GUIDED) > 0
+
+
+def test_costs():
+    assert error_model().evaluations(GUIDED) == 3.5
+    assert error_model(guided=False).evaluations((GUIDED[0], ())) == 4.0
+
+
+def test_the_search_finds_what_trying_all_finds():
+    """Three computed steps of twelve: every choice is tried."""
+    model = error_model(guided=False)
+    best = min(model.error(((0, a, b), ())) for a in range(1, STEPS) for b in range(a + 1, STEPS))
+    found = {model.evaluations(schedule): error for schedule, error in best_schedules(model, 1e-12)}
+    assert found[3.0] == pytest.approx(best, rel=2e-3)
+
+
+def test_schedules_get_better_with_cost_and_moves_keep_it():
+    model = error_model()
+    found = best_schedules(model, 1e-4)
+    costs, errors = [model.evaluations(s) for s, _ in found], [error for _, error in found]
+    assert costs == sorted(set(costs))
+    assert errors == sorted(errors, reverse=True)
+    for (nodes, refreshes), error in found:
+        assert nodes[0] == refreshes[0] == 0
+        assert set(refreshes) <= set(nodes) <= set(range(STEPS))
+        assert error == model.error((nodes, refreshes))
+    better, error = local_search(model, GUIDED)
+    assert model.evaluations(better) == model.evaluations(GUIDED)
+    assert error <= model.error(GUIDED)
