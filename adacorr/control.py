@@ -274,8 +274,9 @@ class Controller:
         rule = RefreshRule(correction.tolerance, warmup=correction.order + 1)
         difference_rule = RefreshRule(correction.difference_tolerance, 1, 1.0, most_shrinking=0.6, min_scale=0.1)
         if profile is not None:
-            row = profile.leaving(ERROR * profile.contrast / max(correction.gamma, 1e-9))
-            if correction.budget is not None:
+            if correction.budget is None:
+                row = profile.leaving(ERROR * profile.contrast / max(correction.gamma, 1e-9))
+            else:
                 row = profile.within(correction.budget - spent)
             nodes, refreshes = profile.schedule(timesteps, row)
             self.clock = ScheduleClock(rule, timesteps, images, nodes)

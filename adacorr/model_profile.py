@@ -30,7 +30,7 @@ class ModelProfile:
     mean[kind] (P, Q, D)      of the branch sums over images and tokens, rest[kind] (P, D) see `kriging.Trend`
     covariance[kind] (P, P)   of what is left of them, seen through the final layer
     schedules (R, P)          the best found for R costs: NONE, CONDITIONAL or BOTH halves in each step
-    expected (R,)             rms error of the final state that they should leave
+    expected (R,)             rms error of the final state that they should leave; 0 of the last, which computes all
     contrast                  rms of the final state itself
     """
 
@@ -78,6 +78,8 @@ class ModelProfile:
 
     def schedule(self, timesteps: np.ndarray, row: int) -> tuple[list[int], list[int]]:
         """(computed steps, those that compute both halves) of a schedule in a run at timesteps (S,)."""
+        if (self.schedules[row] == BOTH).all():  # a fine run has more steps than the profile
+            return list(range(len(timesteps))), list(range(len(timesteps)))
         taken: dict[int, int] = {}
         for known in np.flatnonzero(self.schedules[row]):
             away = np.abs(timesteps - self.timesteps[known])
@@ -87,17 +89,16 @@ class ModelProfile:
         return sorted(taken), sorted(step for step, halves in taken.items() if halves == BOTH)
 
     def within(self, evaluations: float) -> int:
-        """The schedule of the least expected error that costs at most so many full evaluations; -1 for none."""
-        return (
-            int(np.where(self.costs <= evaluations + 1e-9, -self.expected, -np.inf).argmax())
-            if (self.costs <= evaluations + 1e-9).any()
-            else -1
-        )
+        """The best schedule that costs at most so many full evaluations. ValueError for less than the cheapest."""
+        affordable = self.costs <= evaluations + 1e-9
+        if not affordable.any():
+            least = f"the cheapest schedule of the profile costs {self.costs.min():g} evaluations"
+            raise ValueError(f"the budget leaves {max(evaluations, 0):g}, and {least}: give a larger one")
+        return int(np.where(affordable, self.expected, np.inf).argmin())
 
     def leaving(self, error: float) -> int:
-        """The cheapest schedule that is expected to leave at most this rms error, or the best there is."""
-        good = self.expected <= error
-        return int(np.where(good, self.costs, np.inf).argmin()) if good.any() else int(self.expected.argmin())
+        """The cheapest schedule that is expected to leave at most this rms error in the final state."""
+        return int(np.where(self.expected <= error, self.costs, np.inf).argmin())
 
 
 def interpolation(at: np.ndarray, known: np.ndarray) -> np.ndarray:

@@ -159,12 +159,15 @@ class ErrorModel:
 # A move is taken if it lowers the expected squared error by more than this share.
 GAIN = 1e-3
 
+# Steps or refreshes that are added at once where placement does not matter any more.
+GROWTH = 4
+
 
 def best_schedules(model: ErrorModel, enough: float) -> list[tuple[Schedule, float]]:
-    """The best schedule found for each cost, with its expected squared error, until that is `enough`.
+    """The best schedule found for each cost, with its expected squared error; the last one computes everything.
 
-    Each grows from the one before by the best further step, and both go through local search. Then the way back, where
-    each may also come from the one after it.
+    Each grows from the one before by the best further step, and goes through local search. Then the way back, where
+    each may also come from the one after it. Once the error is `enough`, schedules just grow.
     """
     found: dict[float, tuple[Schedule, float]] = {}
 
@@ -180,6 +183,10 @@ def best_schedules(model: ErrorModel, enough: float) -> list[tuple[Schedule, flo
         schedule = keep(min(_larger(model, schedule), key=model.error))
     for cost in sorted(found, reverse=True)[:-1]:
         keep(min(_smaller(model, found[cost][0]), key=model.error))
+    while model.evaluations(schedule) < model.steps:
+        for better in sorted(_larger(model, schedule), key=model.error)[:GROWTH]:
+            schedule = tuple(tuple(sorted({*a, *b})) for a, b in zip(schedule, better, strict=True))
+        found[model.evaluations(schedule)] = schedule, model.error(schedule)
     # A larger schedule that leaves more serves nobody.
     rows, least = [], np.inf
     for cost in sorted(found):

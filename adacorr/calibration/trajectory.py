@@ -17,6 +17,7 @@ from adacorr.store import ComputedRows, FreshSums
 
 GATE_ERROR = 0.015  # relative, as the final layer sees it; the forecasts' own errors are well above
 BAND_EDGES = (1.01, 2.5, 4.5, 8.5)  # of spatial frequency, in cycles per 32 pixels (or latent pixels)
+ROUNDING = 1e-5  # relative difference of states below which it is none
 POWER_STEPS = 6  # at which the size of the branches is looked at, to fit the gates by
 ENOUGH = 0.005  # error of the final state, in shares of its contrast, below which placement does not matter
 
@@ -50,7 +51,7 @@ class TrajectoryCalibration:
                 seen[half].append(self._to_image(sums @ self.projection[half]))
             self._add_rest(step, tokens, out, fresh, rows[0])
             decoded = self._decode(out, rows[0])
-            if step and (cached[step - 1] != x).any():
+            if step and float((cached[step - 1] - x).norm()) > ROUNDING * float(x.norm()):
                 self._add_response(step, x, cached[step - 1], tokens, out, decoded, rows)
             x = sampler.step(step, x, self._guide(decoded), None)
         for half, images in enumerate(seen):

@@ -1,0 +1,132 @@
+"""What AdaCorrection knows of a model: found, measured once and kept, or given; and the same for all ranks."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from toy import save_tiny
+
+import pipeline
+import profiles
+import sample
+import sample_ddp
+from adacorr import AdaCorrection, CacheManager, make_policy
+from adacorr.correct import parse_correction
+from adacorr.profile import load_profile
+
+
+@pytest.fixture
+def checkpoint(tmp_path, monkeypatch):
+    """A model that nobody knows, measured quickly, and an empty cache folder."""
+    monkeypatch.setattr(profiles, "STEPS", 8)
+    monkeypatch.setattr(profiles, "IMAGES", 2)
+    monkeypatch.setenv("ADACORR_HOME", str(tmp_path / "home"))
+    return save_tiny(tmp_path / "tiny.safetensors")
+
+
+def load(checkpoint, **options):
+    return pipeline.load(pipeline.ModelOptions(ckpt=str(checkpoint), num_sampling_steps=10, **options))
+
+
+def correct(text=""):
+    return CacheManager(correction=parse_correction(text))
+
+
+def test_an_unknown_model_is_measured_once_and_kept(checkpoint, tmp_path):
+    said, pipe = [], load(checkpoint)
+    first = profiles.with_profile(correct(), pipe, "auto", said.append)
+    (kept,) = (tmp_path / "home" / "profiles").iterdir()
+    assert said == [
+        "measuring the model on 2 uncached images, once; --calibrate off does without, at lower quality",
+        f"kept in {kept}",
+    ]
+    assert first.profile.notes["images"] == 2
+    again = profiles.with_profile(correct("gamma=2"), load(checkpoint), "auto", said.append)
+    assert len(said) == 2
+    assert profiles.digest(again.profile) == profiles.digest(first.profile)
+    other = profiles.with_profile(correct(), load(checkpoint, cfg_scale=4.0), "3", said.append)
+    assert len(said) == 4
+    assert (other.profile.cfg_scale, other.profile.notes["images"]) == (4.0, 3)
+
+
+def test_it_is_measured_on_noise_that_nobody_evaluates_and_the_same_again(checkpoint):
+    pipe = load(checkpoint)
+    one, two = profiles.measure(pipe, 2), profiles.measure(pipe, 2)
+    assert one.notes["seed"] >= 2**31
+    assert profiles.digest(one) == profiles.digest(two)
+    two.arrays["contrast"] = two.arrays["contrast"] + 1e-9
+    assert profiles.digest(one) != profiles.digest(two)
+
+
+@pytest.mark.parametrize(
+    ("cache", "calibrate", "options"),
+    [
+        (correct(), "off", {}),
+        (correct("order=1"), "auto", {}),
+        (correct("literal"), "auto", {}),
+        (CacheManager(make_policy("interval")), "auto", {}),
+        (correct(), "auto", {"sampler": "ddim:eta=1"}),
+        (correct(), "auto", {"sampler": "ddpm"}),
+        (correct(), "auto", {"sampler": "unipc"}),
+        (None, "auto", {}),
+    ],
+)
+def test_where_no_profile_serves_nothing_is_measured(checkpoint, cache, calibrate, options):
+    assert profiles.with_profile(cache, load(checkpoint, **options), calibrate, pytest.fail) is cache
+
+
+def test_the_bundled_model_is_known(monkeypatch, tmp_path):
+    monkeypatch.setenv("ADACORR_HOME", str(tmp_path))
+    for cfg_scale in (1.0, 1.5, 4.0):
+        pipe = pipeline.load(pipeline.ModelOptions(cfg_scale=cfg_scale))
+        known = profiles.with_profile(correct(), pipe, "auto", pytest.fail)
+        assert known.profile.cfg_scale == cfg_scale
+
+
+def test_a_file_must_fit(checkpoint, tmp_path):
+    kept = tmp_path / "own.safetensors"
+    argv = ["--ckpt", str(checkpoint), "--num-sampling-steps", "10", "--out", str(tmp_path / "a.png")]
+    assert sample.main([*argv, "--adacorr", "--record", str(tmp_path / "a.json")]) == 0
+    next((tmp_path / "home" / "profiles").iterdir()).rename(kept)
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert record["profile"] == profiles.digest(load_profile(kept))
+    assert sample.main([*argv, "--adacorr", "--calibrate", str(kept), "--record", str(tmp_path / "b.json")]) == 0
+    assert json.loads((tmp_path / "b.json").read_text())["profile"] == record["profile"]
+    with pytest.raises(ValueError, match="does not fit this run .guidance 1.5 there, 4.0 here"):
+        profiles.with_profile(correct(), load(checkpoint, cfg_scale=4.0), str(kept))
+
+
+@pytest.mark.parametrize("value", ["maybe", "0", "1001", "-1", "x.json"])
+def test_what_calibrate_may_be(value, capsys, tmp_path):
+    assert sample.main(["--adacorr", "--calibrate", value, "--out", str(tmp_path / "a.png")]) == 2
+    assert value in capsys.readouterr().err
+
+
+def test_a_run_takes_its_profile_along(checkpoint, tmp_path, capsys, monkeypatch):
+    """Another machine, whose cache folder is empty, goes on with the profile that the run began with."""
+    argv = ["--ckpt", str(checkpoint), "--num-sampling-steps", "10", "--adacorr", "--device", "cpu"]
+    argv += ["--sample-dir", str(tmp_path / "runs"), "--format", "png"]
+    assert sample_ddp.main([*argv, "--num-fid-samples", "2", "--no-pack"]) == 0
+    assert "measuring the model on 2 uncached images" in capsys.readouterr().out
+    (folder,) = (tmp_path / "runs").iterdir()
+    record = json.loads((folder / "run.json").read_text())
+    assert record["protocol"]["forecast"] == profiles.digest(load_profile(folder / "profile.safetensors"))
+    monkeypatch.setenv("ADACORR_HOME", str(tmp_path / "elsewhere"))
+    assert sample_ddp.main([*argv, "--num-fid-samples", "3"]) == 0
+    assert "measuring" not in capsys.readouterr().out
+    with np.load(f"{folder}.npz") as packed:
+        assert len(packed["arr_0"]) == 3
+    assert sample_ddp.main([*argv, "--num-fid-samples", "3", "--calibrate", "off"]) == 2
+    assert "forecast" in capsys.readouterr().err
+
+
+def test_images_are_the_same_in_every_batch(checkpoint):
+    pipe = load(checkpoint)
+    cache = profiles.with_profile(CacheManager(correction=AdaCorrection()), pipe, "auto", lambda line: None)
+    labels = torch.tensor([3, 0, 1, 2])
+    together = pipe.sample(7, np.arange(4), labels, cache)
+    assert cache.trace.compute < 0.9
+    for i in range(4):
+        alone = pipe.sample(7, np.array([i]), labels[i : i + 1], cache)
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-4)

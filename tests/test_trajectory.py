@@ -1,0 +1,132 @@
+"""What is measured on uncached trajectories, against the same sums taken branch by branch."""
+
+import numpy as np
+import pytest
+import torch
+from toy import alphas, run_all, timed_dit, tiny_dit
+
+from adacorr import AdaCorrection, CacheManager
+from adacorr.calibration.trajectory import TrajectoryCalibration
+from adacorr.model_profile import BOTH, ModelProfile
+from adacorr.profile import Profile
+from diffusion import make_sampler
+from pipeline import gaussian, sample_latents
+
+STEPS, LABELS = 8, torch.tensor([3, 0, 1])
+
+
+def observed(model, cfg_scale=1.5, parts=(3,), correction=None):
+    """A calibration that has seen three images, in batches of the sizes `parts`."""
+    sampler = make_sampler("ddim", STEPS)
+    calibration = TrajectoryCalibration(model, sampler.timesteps, alphas(sampler), cfg_scale, model.in_channels)
+    cache = CacheManager(correction=correction or AdaCorrection(budget=3))
+    for start, size in zip(np.cumsum((0, *parts)), parts, strict=False):
+        noise, labels, states = gaussian(5, start + np.arange(size), (3, 8, 8)), LABELS[start : start + size], []
+        sample_latents(
+            model, sampler.fresh(), noise, labels, cfg_scale=cfg_scale, cache=cache,
+            observe=lambda step, x, cache, to=states: to.append(x.clone()), model_id="toy",
+        )  # fmt: skip
+        calibration.add(sampler.fresh(), noise, labels, states)
+    return calibration
+
+
+@torch.no_grad()
+def branch_sums(model, basis, cfg_scale=1.5):
+    """Of the uncached run: M (2, S, n, Q, T, D) of both processes and what the stack adds (2, S, n, T, D)."""
+    sampler, x = make_sampler("ddim", STEPS), gaussian(5, np.arange(3), (3, 8, 8))
+    t, null = sampler.timesteps, torch.full_like(LABELS, model.null_label)
+    sums, added = [], []
+    for step in range(STEPS):
+        halves, stack, decoded = [], [], []
+        for labels in (LABELS, null):
+            tokens, c = model.embed(x), model.condition(t[step].expand(3), labels)
+            out, branches = run_all(model.blocks, tokens, c)
+            by_image = []
+            for i, label in enumerate(labels):
+                over_time = model.condition(t, label.expand(STEPS))
+                gates = torch.stack([g for block in model.blocks for g in block.gates(over_time)])  # (B, S, D)
+                loadings = torch.einsum("sq,bsd->bqd", basis, gates)
+                by_image.append(torch.einsum("bqd,btd->qtd", loadings, branches[:, i]))
+            halves.append(torch.stack(by_image))
+            stack.append(out - tokens)
+            decoded.append(model.decode(out, c))
+        sums.append(torch.stack([halves[0], halves[0] - halves[1]]))
+        added.append(torch.stack([stack[0], stack[0] - stack[1]]))
+        x = sampler.step(step, x, decoded[1] + cfg_scale * (decoded[0] - decoded[1]))
+    return torch.stack(sums, dim=1), torch.stack(added, dim=1)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_dit()
+
+
+@pytest.fixture(scope="module")
+def calibration(model):
+    return observed(model)
+
+
+@pytest.fixture(scope="module")
+def arrays(calibration):
+    return calibration.fit()[0]
+
+
+def test_means_and_covariances_are_those_of_the_branch_sums(model, arrays):
+    basis = torch.from_numpy(arrays["basis"])
+    sums, added = branch_sums(model, basis)
+    t = make_sampler("ddim", STEPS).timesteps
+    scale = 1 + model.final_layer.adaLN_modulation(model.condition(t, torch.full_like(t, model.null_label)))[:, 32:]
+    read = (scale.mean(dim=0) * model.final_layer.linear.weight).T  # (D, 12)
+    read = read - read.mean(dim=0)
+    for own, whole, kind in zip(sums, added, ("conditional", "difference"), strict=True):
+        mean = own.mean(dim=(1, 3))  # (S, Q, D)
+        np.testing.assert_allclose(arrays[f"mean_{kind}"], mean, rtol=2e-3, atol=2e-3)
+        rest = whole.mean(dim=(1, 2)) - torch.einsum("sq,sqd->sd", basis, mean)
+        np.testing.assert_allclose(arrays[f"rest_{kind}"], rest, rtol=1e-3, atol=1e-4)
+        seen = (own - mean[:, None, :, None]) @ read  # (S, n, Q, T, 12)
+        covariance = torch.einsum("inqtc,jnqtc->ij", seen, seen) / (3 * 3 * 8 * 8)
+        np.testing.assert_allclose(arrays[f"covariance_{kind}"], covariance, rtol=1e-3, atol=1e-3 * covariance.max())
+
+
+def test_batches_make_no_difference(model, arrays):
+    apart = observed(model, parts=(1, 2)).fit()[0]
+    assert apart.keys() == arrays.keys()
+    for name in arrays.keys() - {"schedules", "expected"}:
+        # The gates are weighted by the branches of the first batch.
+        np.testing.assert_allclose(np.abs(apart[name]).sum(), np.abs(arrays[name]).sum(), rtol=0.2, err_msg=name)
+
+
+def test_branches_that_do_not_look_at_the_tokens_answer_no_error():
+    """Their model answers an error of the state by what lies outside of the blocks alone."""
+    model = timed_dit(degree=2, bend=0.5)
+    held, answers = observed(model, correction=AdaCorrection(budget=2, order=0))._answers()
+    (response, scatter), (difference, difference_scatter) = answers
+    assert (np.abs(held) > 0.1).any()
+    np.testing.assert_allclose(response, held, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(difference, 0, atol=0.15 * np.abs(held).max())  # both halves are held, nearly alike
+    assert scatter.shape == difference_scatter.shape == held.shape
+
+
+def test_schedules_reach_from_one_step_to_all(arrays):
+    kinds = ModelProfile.of(Profile("adacorr", arrays, "toy", "ddim", STEPS, 1.5))
+    assert kinds.costs[0] == 1.0
+    assert kinds.costs[-1] == STEPS
+    assert (np.diff(kinds.costs) > 0).all()
+    assert (np.diff(kinds.expected) < 0).all()
+    assert kinds.expected[-1] == pytest.approx(0, abs=1e-6)
+    assert (arrays["schedules"][:, 0] == BOTH).all()
+
+
+def test_without_guidance_there_is_one_process(model):
+    arrays, notes = observed(model, cfg_scale=1.0).fit()
+    assert not [name for name in arrays if "difference" in name]
+    assert set(np.unique(arrays["schedules"])) == {0, BOTH}
+    assert notes["images"] == 3
+
+
+def test_nothing_observed_raises(model):
+    sampler = make_sampler("ddim", STEPS)
+    with pytest.raises(ValueError, match="nothing was observed"):
+        TrajectoryCalibration(model, sampler.timesteps, alphas(sampler), 1.5, 3).fit()
+    with pytest.raises(ValueError, match="never differed"):
+        observed(model, correction=AdaCorrection(gamma=1e6)).fit()
