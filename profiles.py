@@ -7,7 +7,9 @@ a sampler and a guidance, and serves any number of steps.
 
 import hashlib
 import re
+import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +40,7 @@ def check_calibrate(text: str) -> None:
 
 
 def with_profile(
-    cache: CacheManager | None, pipe: Pipeline, calibrate: str = "auto", say: Callable[[str], None] = print
+    cache: CacheManager | None, pipe: Pipeline, calibrate: str = "auto", say: Callable[[str], None] | None = None
 ) -> CacheManager | None:
     """The cache with what is known of the pipeline's model, as --calibrate says; as it is where no profile serves it.
 
@@ -48,7 +50,7 @@ def with_profile(
     FILE    this one
 
     A profile serves AdaCorrection without options of the polynomial, under DDIM without noise. `say` takes a line of
-    text where a model is measured. ValueError for a FILE that does not fit.
+    text where a model is measured; stderr by default. ValueError for a FILE that does not fit.
     """
     if cache is None or not isinstance(cache.correction, AdaCorrection) or calibrate == "off":
         return cache
@@ -63,6 +65,7 @@ def with_profile(
         profile = find_profile(pipe)
         if profile is None:
             count, path = int(calibrate) if calibrate.isdecimal() else IMAGES, kept_at(pipe)
+            say = say or partial(print, file=sys.stderr, flush=True)
             say(f"measuring the model on {count} uncached images, once; --calibrate off does without, at lower quality")
             profile = measure(pipe, count)
             save_profile(path, profile)

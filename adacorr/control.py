@@ -275,10 +275,10 @@ class Controller:
         difference_rule = RefreshRule(correction.difference_tolerance, 1, 1.0, most_shrinking=0.6, min_scale=0.1)
         if profile is not None:
             if correction.budget is None:
-                row = profile.leaving(ERROR * profile.contrast / max(correction.gamma, 1e-9))
+                error = ERROR * profile.contrast / max(correction.gamma, 1e-9)
+                nodes, refreshes = profile.leaving(timesteps, error)
             else:
-                row = profile.within(correction.budget - spent)
-            nodes, refreshes = profile.schedule(timesteps, row)
+                nodes, refreshes = profile.within(timesteps, correction.budget - spent)
             self.clock = ScheduleClock(rule, timesteps, images, nodes)
             self.difference_clock = ScheduleClock(difference_rule, timesteps, images, refreshes)
             return

@@ -221,8 +221,8 @@ class _Stores:
         known = self.timesteps
         if not np.array_equal(steps, profile.timesteps):
             known = torch.from_numpy(profile.timesteps).to(self.timesteps)
-            self._count_gates(len(steps))
-        self._count_gates(len(known))
+            self._count_gates(len(steps))  # of the null label
+        self._count_gates(len(known) * self.trace.halves)
         basis = known_gate_basis(
             self.model.blocks,
             self._reference(self.timesteps),
@@ -238,13 +238,13 @@ class _Stores:
         return GateSumStore(unit, basis, self.index.to(self.shape.device), tracks, self.trace.halves == 2)
 
     def _fit_gates(self, gate_error: float) -> GateBasis:
-        self._count_gates(len(self.timesteps))
+        self._count_gates(len(self.timesteps) * self.trace.halves)
         reference, conditions = self._reference(self.timesteps), self._conditions(self.timesteps)
         return fit_gate_basis(self.model.blocks, reference, conditions, gate_error)
 
-    def _count_gates(self, steps: int) -> None:
-        trace = self.trace
-        trace.extra_flops += steps * trace.layers * self.model.gate_flops() * trace.images * trace.halves
+    def _count_gates(self, rows: int) -> None:
+        """Account for the gates of so many rows for each image, though images share them."""
+        self.trace.extra_flops += rows * self.trace.layers * self.model.gate_flops() * self.trace.images
 
     def _reference(self, t: Tensor) -> Tensor:
         """Conditioning (S, D) at timesteps t (S,), of the null label where the model has one."""

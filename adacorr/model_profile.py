@@ -29,7 +29,7 @@ class ModelProfile:
     basis (P, Q)              of the gates (adacorr.gates), gate_weight (B, D) what it was fitted under
     mean[kind] (P, Q, D)      of the branch sums over images and tokens, rest[kind] (P, D) see `kriging.Trend`
     covariance[kind] (P, P)   of what is left of them, seen through the final layer
-    schedules (R, P)          the best found for R costs: NONE, CONDITIONAL or BOTH halves in each step
+    schedules (R, P)          the best found for R costs, which rise: NONE, CONDITIONAL or BOTH halves in each step
     expected (R,)             rms error of the final state that they should leave; 0 of the last, which computes all
     contrast                  rms of the final state itself
     """
@@ -59,12 +59,6 @@ class ModelProfile:
         }
         return cls(**{**arrays, "contrast": float(arrays["contrast"])}, **grouped)
 
-    @property
-    def costs(self) -> np.ndarray:
-        """(R,) what the schedules compute, in full evaluations (all guidance halves)."""
-        halves = len(self.mean)
-        return np.minimum(self.schedules, halves).sum(axis=1) / halves
-
     def rule(self, kind: str, timesteps: np.ndarray) -> Kriging:
         """How the process is forecast in a run at timesteps (S,)."""
         onto = interpolation(timesteps, self.timesteps)
@@ -77,28 +71,34 @@ class ModelProfile:
         return Trend(torch.einsum("sp,pqd->sqd", onto, mean), onto @ rest, basis)
 
     def schedule(self, timesteps: np.ndarray, row: int) -> tuple[list[int], list[int]]:
-        """(computed steps, those that compute both halves) of a schedule in a run at timesteps (S,)."""
+        """(computed steps, those that compute both halves) of a schedule in a run at timesteps (S,).
+
+        Each at the timestep that is nearest; in a coarse run one step may stand for several.
+        """
         if (self.schedules[row] == BOTH).all():  # a fine run has more steps than the profile
             return list(range(len(timesteps))), list(range(len(timesteps)))
-        taken: dict[int, int] = {}
-        for known in np.flatnonzero(self.schedules[row]):
-            away = np.abs(timesteps - self.timesteps[known])
-            away[list(taken)] = np.inf  # a coarse run has fewer steps than the profile
-            if len(taken) < len(timesteps):
-                taken[int(away.argmin())] = int(self.schedules[row, known])
-        return sorted(taken), sorted(step for step, halves in taken.items() if halves == BOTH)
+        nodes, refreshes = (
+            np.abs(timesteps[:, None] - self.timesteps[self.schedules[row] >= halves]).argmin(axis=0)
+            for halves in (CONDITIONAL, BOTH)
+        )
+        return sorted(set(nodes.tolist())), sorted(set(refreshes.tolist()))
 
-    def within(self, evaluations: float) -> int:
-        """The best schedule that costs at most so many full evaluations. ValueError for less than the cheapest."""
-        affordable = self.costs <= evaluations + 1e-9
-        if not affordable.any():
-            least = f"the cheapest schedule of the profile costs {self.costs.min():g} evaluations"
-            raise ValueError(f"the budget leaves {max(evaluations, 0):g}, and {least}: give a larger one")
-        return int(np.where(affordable, self.expected, np.inf).argmin())
+    def within(self, timesteps: np.ndarray, evaluations: float) -> tuple[list[int], list[int]]:
+        """The largest schedule of a run that costs at most so many full evaluations. ValueError if none does."""
+        found = None
+        for row in range(len(self.schedules)):
+            nodes, refreshes = schedule = self.schedule(timesteps, row)
+            cost = (len(nodes) + len(refreshes)) / 2 if len(self.mean) == 2 else len(nodes)
+            if cost > evaluations + 1e-9:
+                break
+            found = schedule
+        if found is None:
+            raise ValueError(f"the budget leaves {max(evaluations, 0):g} evaluations; one is needed: give a larger one")
+        return found
 
-    def leaving(self, error: float) -> int:
-        """The cheapest schedule that is expected to leave at most this rms error in the final state."""
-        return int(np.where(self.expected <= error, self.costs, np.inf).argmin())
+    def leaving(self, timesteps: np.ndarray, error: float) -> tuple[list[int], list[int]]:
+        """The cheapest schedule of a run that is expected to leave at most this rms error in the final state."""
+        return self.schedule(timesteps, int((self.expected <= error).argmax()))
 
 
 def interpolation(at: np.ndarray, known: np.ndarray) -> np.ndarray:

@@ -159,8 +159,8 @@ class ErrorModel:
 # A move is taken if it lowers the expected squared error by more than this share.
 GAIN = 1e-3
 
-# Steps or refreshes that are added at once where placement does not matter any more.
-GROWTH = 4
+# Share of the steps that is added at once, in steps or refreshes, where placement does not matter any more.
+GROWTH = 0.08
 
 
 def best_schedules(model: ErrorModel, enough: float) -> list[tuple[Schedule, float]]:
@@ -184,7 +184,7 @@ def best_schedules(model: ErrorModel, enough: float) -> list[tuple[Schedule, flo
     for cost in sorted(found, reverse=True)[:-1]:
         keep(min(_smaller(model, found[cost][0]), key=model.error))
     while model.evaluations(schedule) < model.steps:
-        for better in sorted(_larger(model, schedule), key=model.error)[:GROWTH]:
+        for better in sorted(_larger(model, schedule), key=model.error)[: max(1, round(GROWTH * model.steps))]:
             schedule = tuple(tuple(sorted({*a, *b})) for a, b in zip(schedule, better, strict=True))
         found[model.evaluations(schedule)] = schedule, model.error(schedule)
     # A larger schedule that leaves more serves nobody.

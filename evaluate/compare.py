@@ -46,6 +46,7 @@ TRIES = 8  # runs of one search
 NARROW = 0.03  # a knob known this closely, in natural logarithms, is not searched further: compute comes in steps
 ENDS = 1.0, 0.03  # compute at the two ends of a knob, as a guess
 LOWER = 4  # times that gamma is lowered where all images spend more than the few that it was searched on
+LEAST = 2.5  # evaluations that --adacorr needs in any case
 GAMMA = Knob("gamma", 1e4, 1e-3)  # more gamma is more compute
 say = partial(print, flush=True)
 
@@ -115,11 +116,11 @@ def reached(row: Row, level: float) -> bool:
     return abs(row.compute / level - 1) <= REACHED
 
 
-def sweep(bench: Bench, method: str, level: float, gamma: float) -> tuple[Row, Row] | None:
+def sweep(bench: Bench, method: str, level: float) -> tuple[Row, Row] | None:
     """(alone, corrected) at a compute level, or None where the method cannot spend that little or that much.
 
-    Settings are searched on a few images, then run on all; gamma, searched from the one given, is lowered there until
-    no more is spent.
+    Settings are searched on a few images, then run on all; gamma, searched from 1, is lowered there until no more is
+    spent.
     """
     knob = make_policy(method).knob
     specs = [",".join(filter(None, (f"{method}:{knob.option}={{}}", variant))) for variant in knob.variants]
@@ -128,7 +129,7 @@ def sweep(bench: Bench, method: str, level: float, gamma: float) -> tuple[Row, R
     if best is None:
         return None
     template, compute = Setting(best.setting.cache, "gamma={}"), best.compute
-    bench.run(method, "adacorr", template.at(gamma), few=True)  # where the search begins
+    bench.run(method, "adacorr", template.at(1.0), few=True)  # where the search begins
     gamma = tune(bench, method, "adacorr", template, GAMMA, compute, most=compute * (1 + NEAR)).gamma
     best = bench.run(method, "alone", best.setting)
     for _ in range(LOWER + 1):
@@ -144,14 +145,14 @@ def sweep(bench: Bench, method: str, level: float, gamma: float) -> tuple[Row, R
 
 def compare(bench: Bench, methods: list[str], levels: list[float]) -> Iterator[Row]:
     """All rows, in the order of the table."""
-    own = {}  # --adacorr by itself, whose gamma is where that of a corrected method is searched from
+    own = {}
     for level in levels:
-        row = tune(bench, "adacorr", "adacorr", Setting(None, "gamma={}"), GAMMA, level)
-        row = own[level] = bench.run("adacorr", "adacorr", row.setting)
+        budget = max(level * bench.pipe.sampler.num_steps, LEAST)
+        row = own[level] = bench.run("adacorr", "adacorr", Setting(None, f"budget={budget:g}"))
         say(f"--adacorr at {level}: {f'{row.score:.1f} dB' if reached(row, level) else 'out of reach'}")
     for method in methods:
         for level in levels:
-            pair = sweep(bench, method, level, own[level].gamma)
+            pair = sweep(bench, method, level)
             if pair is None:
                 say(f"{method} at {level}: out of reach")
                 continue

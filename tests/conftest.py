@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import profiles
 from adacorr import policies
 
 
@@ -25,8 +26,13 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache_folder(tmp_path_factory):
-    """Downloads and kept profiles of the tests, and of what they start, stay out of the user's folder."""
+    """Downloads and kept profiles of the tests, and of what they start, stay out of the user's folder.
+
+    Models are measured at few steps on few images; each of the tiny ones once.
+    """
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(profiles, "STEPS", 16)
+        patch.setattr(profiles, "IMAGES", 2)
         patch.setenv("ADACORR_HOME", str(tmp_path_factory.mktemp("home")))
         yield
 

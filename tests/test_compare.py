@@ -16,6 +16,7 @@ from PIL import Image
 from toy import tiny_dit
 
 import pipeline
+import profiles
 from adacorr import available, make_policy, profile
 from adacorr.policies import calibrated
 from adacorr.policies.interval import Interval
@@ -229,6 +230,7 @@ def test_a_setting_reads_as_flags_and_runs_as_them(setting, text, bench):
     x, cache, seconds = bench.sample(setting)
     options = {"cache": None, "adacorr": setting.adacorr, "cache_dtype": "fp32"}
     expected = pipeline.make_cache(SimpleNamespace(**options | {"cache": setting.cache}))
+    expected = profiles.with_profile(expected, bench.pipe)
     assert (cache.spec if cache else None) == (expected.spec if expected else None)
     pipe = bench.pipe
     if setting.sampler:
@@ -302,7 +304,7 @@ def test_seconds_are_medians_in_turn(bench, monkeypatch):
 
 
 def test_sweep_keeps_the_best_variant_and_corrects_it_at_no_more_compute(bench):
-    alone, corrected = sweep(bench, "interval", 0.5, 1.0)
+    alone, corrected = sweep(bench, "interval", 0.5)
     assert abs(alone.compute / 0.5 - 1) <= REACHED
     tried = [r for r in bench.rows.values() if r.setting.adacorr is None]
     assert any("order=1" in r.setting.cache for r in tried)
@@ -330,20 +332,20 @@ def test_sweep_prefers_less_compute_to_more(compute, expected, monkeypatch):
         return self.rows.setdefault((setting, self.few if few else self.count), row)
 
     monkeypatch.setattr(Bench, "run", run)
-    alone, corrected = sweep(Bench(None, 0, 2), "interval", 0.5, 1.0)
+    alone, corrected = sweep(Bench(None, 0, 2), "interval", 0.5)
     assert alone.compute == 0.5
     assert corrected.compute == pytest.approx(expected, abs=0.02)
 
 
 def test_what_is_out_of_reach_is_left_out(bench, monkeypatch, capsys):
-    assert sweep(bench, "interval", 0.02, 1.0) is None  # 1 of 12 steps is 0.083
+    assert sweep(bench, "interval", 0.02) is None  # 1 of 12 steps is 0.083
     assert all(setting.adacorr is None for setting, _ in bench.rows)  # nothing to correct, so nothing ran
     rows = list(compare.compare(bench, ["interval"], [0.02]))
     assert [(row.method, row.form) for row in rows[:2]] == [("literal", "adacorr"), ("ddim", "fewer steps")]
     assert "--adacorr at 0.02: out of reach\ninterval at 0.02: out of reach\n" in capsys.readouterr().out
     assert [row.setting.steps for row in rows[1:]] == [1] * 4
     monkeypatch.setattr(Interval, "knob", Knob("every", 3, 4))
-    assert sweep(bench, "interval", 0.9, 1.0) is None
+    assert sweep(bench, "interval", 0.9) is None
 
 
 # --------------------------------------------------------------------------------------------------- a comparison
@@ -463,10 +465,10 @@ def test_the_shipped_comparison_can_be_taken_over():
 def test_a_run_that_was_stopped_goes_on(ckpt, tmp_path, monkeypatch):
     assert code(*swept(tmp_path / "whole", ckpt, "0.5,0.3", 2, 1, 0)) == 0
 
-    def stopped(bench, method, level, gamma):
+    def stopped(bench, method, level):
         if level == 0.3:
             raise KeyboardInterrupt
-        return sweep(bench, method, level, gamma)
+        return sweep(bench, method, level)
 
     arguments = swept(tmp_path / "stopped", ckpt, "0.5,0.3", 2, 1, 0)
     with monkeypatch.context() as patch:

@@ -24,23 +24,29 @@ def test_interpolation_is_exact_for_cubics_and_at_what_is_known():
         np.testing.assert_allclose(weights @ (known / 999) ** power, (at / 999) ** power, atol=1e-9)
 
 
-def test_the_cheapest_that_is_good_enough_and_the_best_that_can_be_paid(known):
-    np.testing.assert_array_equal(known.costs, [1, 3.5, 10])
-    assert [known.within(evaluations) for evaluations in (1, 3.4, 3.5, 9.9, 10, 50)] == [0, 0, 1, 1, 2, 2]
-    assert [known.leaving(error) for error in (1.0, 0.3, 0.29, 0.1, 0.01, 0)] == [0, 0, 1, 1, 2, 2]
-    with pytest.raises(ValueError, match="the budget leaves 0.9, .* costs 1 evaluations: give a larger one"):
-        known.within(0.9)
+TIMES = make_sampler("ddim", 10).timesteps.numpy()
+FIRST, SECOND, ALL = ([0], [0]), ([0, 2, 4, 6, 8], [0, 4]), (list(range(10)),) * 2
+
+
+def test_the_cheapest_that_is_good_enough_and_the_largest_that_can_be_paid(known):
+    paid = {1: FIRST, 3.4: FIRST, 3.5: SECOND, 9.9: SECOND, 10: ALL, 50: ALL}
+    assert {evaluations: known.within(TIMES, evaluations) for evaluations in paid} == paid
+    good = {1.0: FIRST, 0.3: FIRST, 0.29: SECOND, 0.1: SECOND, 0.01: ALL, 0: ALL}
+    assert {error: known.leaving(TIMES, error) for error in good} == good
+    with pytest.raises(ValueError, match="the budget leaves 0.9 evaluations; one is needed: give a larger one"):
+        known.within(TIMES, 0.9)
 
 
 @pytest.mark.parametrize(
     ("steps", "nodes", "refreshes"),
-    [(10, [0, 2, 4, 6, 8], [0, 4]), (4, [0, 1, 2, 3], [0, 2]), (19, [0, 4, 8, 12, 16], [0, 8])],
+    [(10, *SECOND), (4, [0, 1, 2, 3], [0, 1]), (19, [0, 4, 8, 12, 16], [0, 8])],
 )
 def test_a_schedule_in_a_run_of_other_steps(known, steps, nodes, refreshes):
-    """At the nearest timesteps; a coarse run takes no step twice, a fine one computes all where the profile does."""
+    """At the nearest timesteps; in a coarse run one step stands for several, a fine one computes all if asked for."""
     timesteps = make_sampler("ddim", steps).timesteps.numpy()
     assert known.schedule(timesteps, 1) == (nodes, refreshes)
     assert known.schedule(timesteps, 2) == (list(range(steps)),) * 2
+    assert known.within(timesteps, 3.0) == ((nodes, refreshes) if steps < 5 else FIRST)
 
 
 def test_a_rule_and_a_trend_at_their_own_timesteps_are_what_was_measured(known):

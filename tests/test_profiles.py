@@ -18,9 +18,7 @@ from adacorr.profile import load_profile
 
 @pytest.fixture
 def checkpoint(tmp_path, monkeypatch):
-    """A model that nobody knows, measured quickly, and an empty cache folder."""
-    monkeypatch.setattr(profiles, "STEPS", 8)
-    monkeypatch.setattr(profiles, "IMAGES", 2)
+    """A model that nobody knows, and an empty cache folder."""
     monkeypatch.setenv("ADACORR_HOME", str(tmp_path / "home"))
     return save_tiny(tmp_path / "tiny.safetensors")
 

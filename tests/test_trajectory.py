@@ -108,12 +108,13 @@ def test_branches_that_do_not_look_at_the_tokens_answer_no_error():
 
 
 def test_schedules_reach_from_one_step_to_all(arrays):
-    kinds = ModelProfile.of(Profile("adacorr", arrays, "toy", "ddim", STEPS, 1.5))
-    assert kinds.costs[0] == 1.0
-    assert kinds.costs[-1] == STEPS
-    assert (np.diff(kinds.costs) > 0).all()
-    assert (np.diff(kinds.expected) < 0).all()
-    assert kinds.expected[-1] == pytest.approx(0, abs=1e-6)
+    ModelProfile.of(Profile("adacorr", arrays, "toy", "ddim", STEPS, 1.5))
+    costs = arrays["schedules"].sum(axis=1)
+    assert costs[0] == 2
+    assert costs[-1] == 2 * STEPS
+    assert (np.diff(costs) > 0).all()
+    assert (np.diff(arrays["expected"]) < 0).all()
+    assert arrays["expected"][-1] == pytest.approx(0, abs=1e-6)
     assert (arrays["schedules"][:, 0] == BOTH).all()
 
 
