@@ -19,20 +19,23 @@ sys.path.insert(0, str(FILE.parents[1]))  # for the command above
 
 from adacorr import CacheManager  # noqa: E402
 from pipeline import ModelOptions, load  # noqa: E402
+from profiles import with_profile  # noqa: E402
 
-# name: sampler, steps, --cache, --adacorr
+# name: sampler, steps, --cache, --adacorr, --calibrate
 CASES = {
-    "uncached": ("ddim", 5, None, None),
-    "adacorr": ("ddim", 14, None, "gamma=0.5"),
-    "corrected": ("ddim", 10, "first_block:threshold=0.3", "gamma=0.2"),
-    "ddpm": ("ddpm", 6, "interval:every=3,order=1", None),
+    "uncached": ("ddim", 5, None, None, "off"),
+    "adacorr": ("ddim", 14, None, "gamma=0.5", "off"),
+    "corrected": ("ddim", 10, "first_block:threshold=0.3", "gamma=0.2", "off"),
+    "ddpm": ("ddpm", 6, "interval:every=3,order=1", None, "off"),
+    "known": ("ddim", 50, None, "budget=3", "auto"),
 }
 
 
-def draw(sampler: str, steps: int, policy: str | None, correction: str | None) -> np.ndarray:
+def draw(sampler: str, steps: int, policy: str | None, correction: str | None, calibrate: str) -> np.ndarray:
     """uint8 images (2, 32, 32, 3)."""
     pipe = load(ModelOptions(sampler=sampler, num_sampling_steps=steps, device="cpu", offline=True))
-    state = pipe.sample(11, np.arange(2), torch.tensor([1, 7]), CacheManager.of(policy, correction))
+    cache = with_profile(CacheManager.of(policy, correction), pipe, calibrate)
+    state = pipe.sample(11, np.arange(2), torch.tensor([1, 7]), cache)
     return pipe.decode(state).numpy()
 
 
