@@ -18,7 +18,8 @@ STEPS, LABELS = 8, torch.tensor([3, 0, 1])
 def observed(model, cfg_scale=1.5, parts=(3,), correction=None):
     """A calibration that has seen three images, in batches of the sizes `parts`."""
     sampler = make_sampler("ddim", STEPS)
-    calibration = TrajectoryCalibration(model, sampler.timesteps, alphas(sampler), cfg_scale, model.in_channels)
+    every = np.full(STEPS, True)
+    calibration = TrajectoryCalibration(model, sampler.timesteps, alphas(sampler), every, cfg_scale, model.in_channels)
     cache = CacheManager(correction=correction or AdaCorrection(budget=3))
     for start, size in zip(np.cumsum((0, *parts)), parts, strict=False):
         noise, labels, states = gaussian(5, start + np.arange(size), (3, 8, 8)), LABELS[start : start + size], []
@@ -128,6 +129,6 @@ def test_without_guidance_there_is_one_process(model):
 def test_nothing_observed_raises(model):
     sampler = make_sampler("ddim", STEPS)
     with pytest.raises(ValueError, match="nothing was observed"):
-        TrajectoryCalibration(model, sampler.timesteps, alphas(sampler), 1.5, 3).fit()
+        TrajectoryCalibration(model, sampler.timesteps, alphas(sampler), np.full(STEPS, True), 1.5, 3).fit()
     with pytest.raises(ValueError, match="never differed"):
         observed(model, correction=AdaCorrection(gamma=1e6)).fit()

@@ -25,11 +25,21 @@ ENOUGH = 0.005  # error of the final state, in shares of its contrast, below whi
 class TrajectoryCalibration:
     """Observes uncached runs of a DiT under a deterministic sampler on timesteps (P,) in sampling order.
 
-    `guided` channels, the first ones, take part in guidance. Uses the model's parts as `DiT.forward` does.
+    alpha_bar (P,) their signal power. placed (P,) bool: steps of the runs that schedules are made for; the others are
+    there to know the model in between. `guided` channels, the first ones, take part in guidance. Uses the model's parts
+    as `DiT.forward` does.
     """
 
-    def __init__(self, model: nn.Module, timesteps: Tensor, alpha_bar: np.ndarray, cfg_scale: float, guided: int):
-        self.model, self.timesteps, self.alpha_bar = model, timesteps, alpha_bar
+    def __init__(
+        self,
+        model: nn.Module,
+        timesteps: Tensor,
+        alpha_bar: np.ndarray,
+        placed: np.ndarray,
+        cfg_scale: float,
+        guided: int,
+    ):
+        self.model, self.timesteps, self.alpha_bar, self.placed = model, timesteps, alpha_bar, placed
         self.cfg_scale, self.guided = cfg_scale, guided
         self.halves = 1 if cfg_scale == 1.0 else 2
         self.images = 0
@@ -66,7 +76,7 @@ class TrajectoryCalibration:
         kinds, count = KINDS[: self.halves], self.images * self.tokens
         means = [sums / count for sums in self.sums]
         readout = self.basis.basis.double().cpu().numpy() * self._reading()[:, None]
-        held, answers = self._answers()
+        (held, answers), own = self._answers(), np.flatnonzero(self.placed)
         arrays = {"timesteps": self.timesteps.double().cpu().numpy(), "basis": self.basis.basis.cpu().numpy()}
         arrays["gate_weight"] = self.gate_weight.half().cpu().numpy()
         processes = []
@@ -75,18 +85,20 @@ class TrajectoryCalibration:
             steps, rank = means[half].shape[:2]
             covariance = np.einsum("fiqjq->ij", spectrum.reshape(-1, steps, rank, steps, rank))
             weight = 1.0 if half == 0 else self.cfg_scale - 1.0
-            factor = _factor(spectrum).reshape(len(spectrum), steps, rank, -1)
-            processes.append(Process(factor, covariance, *answers[half], KEPT[kind], weight))
+            factor = _factor(spectrum).reshape(len(spectrum), steps, rank, -1)[:, own]
+            response = (answer[own] for answer in answers[half])
+            processes.append(Process(factor, covariance[np.ix_(own, own)], *response, KEPT[kind], weight))
             arrays[f"mean_{kind}"] = means[half].half().cpu().numpy()
             arrays[f"rest_{kind}"] = (self.rest[half] / count).float().cpu().numpy()
             arrays[f"covariance_{kind}"] = covariance
         contrast = np.sqrt(self.power / self.images / self.pixels)
-        model = ErrorModel(self.alpha_bar, held, readout, processes)
+        model = ErrorModel(self.alpha_bar[own], held[own], readout[own], processes)
         found = best_schedules(model, (ENOUGH * contrast) ** 2)
-        arrays["schedules"] = np.zeros((len(found), model.steps), dtype=np.uint8)
+        arrays["schedules"] = np.zeros((len(found), len(self.timesteps)), dtype=np.uint8)
         for row, ((nodes, refreshes), _) in zip(arrays["schedules"], found, strict=True):
-            row[list(nodes)] = CONDITIONAL if model.guided else BOTH
-            row[list(refreshes)] = BOTH
+            row[own[list(nodes)]] = CONDITIONAL if model.guided else BOTH
+            row[own[list(refreshes)]] = BOTH
+        arrays["schedules"][-1] = BOTH  # where all of the run's steps are computed, no other is left
         arrays["expected"] = np.sqrt([error for _, error in found])
         arrays["contrast"] = contrast
         return arrays, {"images": self.images, "gate_directions": self.basis.rank, "gate_error": self.basis.error}
