@@ -159,6 +159,9 @@ class ErrorModel:
 # A move is taken if it lowers the expected squared error by more than this share.
 GAIN = 1e-3
 
+# Where a path through the costs begins, in shares of the steps: local search alone ends in the nearest dip.
+BEGINNINGS = ((0.0,), (0.0, 0.2, 0.6), (0.0, 0.35, 0.7, 0.9), (0.0, 0.15, 0.5, 0.8))
+
 # Share of the steps that is added at once, in steps or refreshes, where placement does not matter any more.
 GROWTH = 0.08
 
@@ -166,23 +169,30 @@ GROWTH = 0.08
 def best_schedules(model: ErrorModel, enough: float) -> list[tuple[Schedule, float]]:
     """The best schedule found for each cost, with its expected squared error; the last one computes everything.
 
-    Each grows from the one before by the best further step, and goes through local search. Then the way back, where
-    each may also come from the one after it. Once the error is `enough`, schedules just grow.
+    From a few beginnings, each schedule grows out of the one before by the best further step or refresh, and goes
+    through local search. Then each cost learns from its neighbours, upwards and downwards. Once the error is `enough`,
+    schedules just grow.
     """
     found: dict[float, tuple[Schedule, float]] = {}
 
-    def keep(schedule: Schedule) -> Schedule:
+    def keep(schedule: Schedule) -> tuple[Schedule, float]:
         schedule, error = local_search(model, schedule)
         cost = model.evaluations(schedule)
         if cost not in found or error < found[cost][1]:
             found[cost] = schedule, error
-        return found[cost][0]
+        return schedule, error
 
-    schedule = keep(((0,), (0,) if model.guided else ()))
-    while found[model.evaluations(schedule)][1] > enough and len(schedule[0]) < model.steps:
-        schedule = keep(min(_larger(model, schedule), key=model.error))
-    for cost in sorted(found, reverse=True)[:-1]:
+    for beginning in BEGINNINGS:
+        steps = tuple(sorted({int(share * model.steps) for share in beginning}))
+        schedule, error = keep((steps, (0,) if model.guided else ()))
+        while error > enough and len(schedule[0]) < model.steps:
+            schedule, error = keep(min(_larger(model, schedule), key=model.error))
+    costs = sorted(found)
+    for cost in costs[:-1]:
+        keep(min(_larger(model, found[cost][0]), key=model.error))
+    for cost in costs[:0:-1]:
         keep(min(_smaller(model, found[cost][0]), key=model.error))
+    schedule = found[costs[-1]][0]
     while model.evaluations(schedule) < model.steps:
         for better in sorted(_larger(model, schedule), key=model.error)[: max(1, round(GROWTH * model.steps))]:
             schedule = tuple(tuple(sorted({*a, *b})) for a, b in zip(schedule, better, strict=True))

@@ -293,6 +293,6 @@ def _bands(size: int, device: torch.device) -> list[Tensor]:
 def _factor(covariance: np.ndarray) -> np.ndarray:
     """(F, N, N) -> (F, N, r) with factor @ factor^T the covariance, less what is far below every forecast's error."""
     values, vectors = np.linalg.eigh(covariance)
-    rank = int((values > 1e-7 * values.sum(axis=1, keepdims=True)).sum(axis=1).max())
+    rank = int((values > 1e-6 * values.sum(axis=1, keepdims=True)).sum(axis=1).max())
     values, vectors = values[:, ::-1][:, :rank], vectors[:, :, ::-1][:, :, :rank]
     return vectors * np.sqrt(np.maximum(values, 0.0))[:, None]
