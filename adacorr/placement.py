@@ -34,7 +34,8 @@ Schedule = tuple[tuple[int, ...], tuple[int, ...]]  # computed steps, and those 
 class Process:
     """Branch sums in time, as the final layer sees them: those of the conditional half or of the guidance difference.
 
-    factor (F, S, Q, r)  of their covariance in each of F frequency bands, per pixel: factor @ factor^T
+    factor (F, S, Q, r)  of their covariance in each of F frequency bands, per pixel: factor @ factor^T. The processes
+                         of a model share the r unit variables, so they may be correlated
     covariance (S, S)    what the forecast's weights follow from
     response (S, F)      of a computed step to an error of the state, along it, and scatter (S, F) beside it
     kept                 computed steps that a forecast rests on
@@ -63,8 +64,7 @@ class ErrorModel:
         self.carry = self.keep[:, None] + self.noise[:, None] * held  # (S, F) of a skipped step
         self.size = np.linalg.norm(readout, axis=1)
         self.steps, self.bands = held.shape
-        ranks = [process.factor.shape[3] for process in processes]
-        self.own = np.cumsum([0, *ranks])  # columns of e: those of each process, then the scatter of each node
+        self.rank = processes[0].factor.shape[3]  # columns of e: those of the processes, then the scatter of each node
         self.true = [np.einsum("sq,fsqr->sfr", readout, process.factor) for process in processes]
         self._weights: dict[tuple, np.ndarray] = {}
         self._intervals: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}
@@ -81,7 +81,7 @@ class ErrorModel:
     def error(self, schedule: Schedule) -> float:
         """Expected mean square of the error of the final state, per pixel."""
         nodes, refreshes = schedule
-        e = np.zeros((self.bands, self.own[-1] + 2 * self.steps))
+        e = np.zeros((self.bands, self.rank + 2 * self.steps))
         kept: list[tuple[int, ...]] = [()] * len(self.processes)
         noises: list[dict[int, np.ndarray]] = [{} for _ in self.processes]
         anchors = [(0, e), (0, e)]  # step and state from which the next rewind goes on: near, and far
@@ -98,7 +98,7 @@ class ErrorModel:
                     continue
                 answer = process.response[node] - (self.held[node] if i == 0 else 0.0)
                 own = answer[:, None] * e
-                own[:, self.own[-1] + i * self.steps + node] += process.scatter[node] * size
+                own[:, self.rank + i * self.steps + node] += process.scatter[node] * size
                 noises[i][node] = own
                 kept[i] = (*kept[i], node)[-process.kept :]
                 answers = answers + process.weight * own
@@ -118,13 +118,13 @@ class ErrorModel:
             return e
         for i in range(len(self.processes)):
             added, gains = self._interval(i, kept[i], start, stop)
-            e[:, self.own[i] : self.own[i + 1]] += added
+            e[:, : self.rank] += added
             for node, gain in zip(kept[i], gains, strict=True):
                 e += gain[:, None] * noises[i][node]
         return e
 
     def _interval(self, i: int, kept: tuple[int, ...], start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """What skipping start..stop-1 adds to e: (F, r) in the process's columns, (K, F) of each kept node's noise."""
+        """What skipping start..stop-1 adds to e: (F, r) in the processes' columns, (K, F) of each kept node's noise."""
         key = i, kept, start, stop
         if key not in self._intervals:
             steps = np.arange(start, stop)
@@ -150,7 +150,7 @@ class ErrorModel:
         """(F, columns) error of a process that a computed step forecasts."""
         wrong, shares = self._forecast(i, kept, np.array([step]))
         e = sum(share * noises[node] for node, share in zip(kept, shares[0], strict=True))
-        e[:, self.own[i] : self.own[i + 1]] += wrong[0]
+        e[:, : self.rank] += wrong[0]
         return e
 
 

@@ -15,10 +15,10 @@ def error_model(seed=0, guided=True, smooth=3.0, scatter=0.3):
     generator = np.random.default_rng(seed)
     time = np.arange(STEPS)
     root = np.linalg.cholesky(np.exp(-(np.subtract.outer(time, time) ** 2) / (2 * smooth**2)) + 1e-6 * np.eye(STEPS))
-    processes = []
+    processes, shared = [], generator.normal(size=(BANDS, RANK, RANK))  # what the processes have in common
     for weight in (1.0, 0.5)[: 1 + guided]:
-        factor = np.einsum("st,fqr->fsqtr", root, generator.normal(size=(BANDS, RANK, RANK)))
-        factor = factor.reshape(BANDS, STEPS, RANK, STEPS * RANK)
+        mixed = shared + 0.5 * generator.normal(size=(BANDS, RANK, RANK))
+        factor = np.einsum("st,fqr->fsqtr", root, mixed).reshape(BANDS, STEPS, RANK, STEPS * RANK)
         covariance = np.einsum("fiqr,fjqr->ij", factor, factor)
         answers = generator.uniform(0, 1, size=(STEPS, BANDS)), scatter * generator.uniform(size=(STEPS, BANDS))
         processes.append(Process(factor, covariance, *answers, kept=2, weight=weight))
@@ -27,21 +27,13 @@ def error_model(seed=0, guided=True, smooth=3.0, scatter=0.3):
     return ErrorModel(alpha_bar, held, readout, processes)
 
 
-def simulate(model, schedule, generator):
-    """One draw of the processes, taken through the recursion of the module's docstring step by step: e (F,) at the end.
-
-    `generator` None: no scatter, and all r unit variables at once, e (F, columns).
-    """
+def simulate(model, schedule):
+    """The recursion of the module's docstring step by step, without scatter: e (F, r) at the end."""
     nodes, refreshes = schedule
-    columns = [p.factor.shape[3] for p in model.processes]
-    offsets = np.cumsum([0, *columns])
-    total = offsets[-1]
+    total = model.processes[0].factor.shape[3]
 
     def true(i, step):  # what the final layer makes of the process's sums at a step, at the readout of `at`
-        return lambda at: np.pad(
-            np.einsum("q,fqr->fr", model.readout[at], model.processes[i].factor[:, step]),
-            ((0, 0), (offsets[i], total - offsets[i + 1])),
-        )
+        return lambda at: np.einsum("q,fqr->fr", model.readout[at], model.processes[i].factor[:, step])
 
     noise = [{}, {}]
 
@@ -100,7 +92,7 @@ def model_alpha(model):
 def test_the_error_is_that_of_the_recursion(guided, schedule):
     model = error_model(guided=guided, scatter=0.0)
     schedule = schedule if guided else (schedule[0], ())
-    expected = (simulate(model, schedule, None) ** 2).sum()
+    expected = (simulate(model, schedule) ** 2).sum()
     assert model.error(schedule) == pytest.approx(expected, rel=1e-9)
     assert model.error(schedule) == pytest.approx(expected, rel=1e-9)  # from what it remembers
 

@@ -64,8 +64,7 @@ class TrajectoryCalibration:
             if step and float((cached[step - 1] - x).norm()) > ROUNDING * float(x.norm()):
                 self._add_response(step, x, cached[step - 1], tokens, out, decoded, rows)
             x = sampler.step(step, x, self._guide(decoded), None)
-        for half, images in enumerate(seen):
-            self._add_spectrum(half, torch.stack(images))
+        self._add_spectrum(torch.cat([torch.stack(images) for images in seen], dim=2))
         self.power += float(x.square().sum())
         self.images += n
 
@@ -79,14 +78,16 @@ class TrajectoryCalibration:
         (held, answers), own = self._answers(), np.flatnonzero(self.placed)
         arrays = {"timesteps": self.timesteps.double().cpu().numpy(), "basis": self.basis.basis.cpu().numpy()}
         arrays["gate_weight"] = self.gate_weight.half().cpu().numpy()
-        processes = []
+        processes, spectrum = [], self._centred(means)  # (F, P * halves * Q, P * halves * Q) per pixel
+        size = len(self.timesteps), self.halves, self.basis.rank
+        factors = _factor(spectrum)
+        factors = factors.reshape(len(spectrum), *size, factors.shape[2])
+        spectrum = spectrum.reshape(len(spectrum), *size, *size)
         for half, kind in enumerate(kinds):
-            spectrum = self._centred(half, means[half])  # (F, P * Q, P * Q) per pixel
-            steps, rank = means[half].shape[:2]
-            covariance = np.einsum("fiqjq->ij", spectrum.reshape(-1, steps, rank, steps, rank))
+            covariance = np.einsum("fiqjq->ij", spectrum[:, :, half, :, :, half])
             weight = 1.0 if half == 0 else self.cfg_scale - 1.0
-            factor = _factor(spectrum).reshape(len(spectrum), steps, rank, -1)[:, own]
             response = (answer[own] for answer in answers[half])
+            factor = factors[:, own, half]
             processes.append(Process(factor, covariance[np.ix_(own, own)], *response, KEPT[kind], weight))
             arrays[f"mean_{kind}"] = means[half].half().cpu().numpy()
             arrays[f"rest_{kind}"] = (self.rest[half] / count).float().cpu().numpy()
@@ -130,8 +131,8 @@ class TrajectoryCalibration:
         self.sums = [torch.zeros(steps, rank, width, dtype=kind, device=device) for _ in range(self.halves)]
         self.rest = [torch.zeros(steps, width, dtype=kind, device=device) for _ in range(self.halves)]
         self.bands = _bands(model.input_size, device)
-        grams = (len(self.bands), steps * rank, steps * rank)
-        self.grams = [torch.zeros(grams, dtype=kind, device=device) for _ in range(self.halves)]
+        rows = steps * self.halves * rank
+        self.grams = torch.zeros(len(self.bands), rows, rows, dtype=kind, device=device)
         self.spread = torch.zeros(steps, dtype=kind, device=device)
         # Of a response: along the error and in size, for what is held, the conditional half and the difference.
         self.answered = torch.zeros(steps, 1 + self.halves, 2, len(self.bands), dtype=kind, device=device)
@@ -244,21 +245,22 @@ class TrajectoryCalibration:
         """(..., H, W) -> (F,) sums."""
         return torch.stack([power[..., band].double().sum() for band in self.bands])
 
-    def _add_spectrum(self, half: int, images: Tensor) -> None:
-        """images (P, n, Q, C, H, W) of one process: products in time, by band, summed over all else."""
-        spectrum = torch.fft.fft2(images, norm="ortho").transpose(1, 2).flatten(0, 1)  # (P * Q, n, C, H, W)
-        for gram, band in zip(self.grams[half], self.bands, strict=True):
+    def _add_spectrum(self, images: Tensor) -> None:
+        """images (P, n, halves * Q, C, H, W) of the processes: products of all pairs (P, halves, Q), by band."""
+        spectrum = torch.fft.fft2(images, norm="ortho").transpose(1, 2).flatten(0, 1)  # (P * halves * Q, n, C, H, W)
+        for gram, band in zip(self.grams, self.bands, strict=True):
             values = torch.view_as_real(spectrum[..., band]).flatten(1)
             gram += (values @ values.T).double()
 
     # ------------------------------------------------------------------------------------------- the fit
 
-    def _centred(self, half: int, mean: Tensor) -> np.ndarray:
-        """(F, P * Q, P * Q) covariance of a process per pixel, its mean (P, Q, D) taken out."""
-        patch = (mean.float() @ self.projection[half])[:, :, None].expand(-1, -1, self.tokens, -1)
-        spectrum = torch.fft.fft2(self._to_image(patch), norm="ortho").flatten(0, 1)  # (P * Q, C, H, W)
+    def _centred(self, means: list[Tensor]) -> np.ndarray:
+        """(F, P * halves * Q, P * halves * Q) covariance per pixel of the processes about their means (P, Q, D)."""
+        patch = torch.cat([mean.float() @ own for mean, own in zip(means, self.projection, strict=True)], dim=1)
+        patch = patch[:, :, None].expand(-1, -1, self.tokens, -1)
+        spectrum = torch.fft.fft2(self._to_image(patch), norm="ortho").flatten(0, 1)  # (P * halves * Q, C, H, W)
         out = []
-        for gram, band in zip(self.grams[half], self.bands, strict=True):
+        for gram, band in zip(self.grams, self.bands, strict=True):
             values = torch.view_as_real(spectrum[..., band]).flatten(1).double()
             out.append(gram / self.images - values @ values.T)
         return torch.stack(out).cpu().numpy() / self.pixels
