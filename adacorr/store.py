@@ -88,7 +88,7 @@ class Track:
         out = self.history.read(images, coefficients)
         if self.trend is None:
             return out
-        return out + self.trend.bias(weights, self.history.steps[images], steps).to(out.dtype)
+        return out.add_(self.trend.bias(weights, self.history.steps[images], steps))
 
 
 class UnitStore(ABC):
@@ -226,7 +226,7 @@ class GateSumStore(UnitStore):
     def predict(self, images: np.ndarray, steps: np.ndarray) -> list[Tensor]:
         values = super().predict(images, steps)
         if self.difference:
-            values[1] = values[0] - values[1]
+            torch.sub(values[0], values[1], out=values[1])
         return values
 
     def collect(self, computed: ComputedRows) -> FreshSums:
