@@ -46,7 +46,10 @@ class Algorithm1:
 
 @dataclass(frozen=True)
 class AdaCorrection:
-    """The practical form: blocks are skipped, and measured offsets decide which steps correct the forecast.
+    """The practical form: blocks are skipped, and computed steps correct the forecast.
+
+    With a profile of the model (adacorr.model_profile) the steps to compute and the forecast follow from it; without
+    one from measured offsets and a polynomial, whose options are those from `order` on.
 
     gamma          more is more correction, fidelity and compute; 1 is the tuned middle
     spatial_weight lambda of Eq. 3, the share of the change of spatial variation in the offset

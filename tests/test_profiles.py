@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from toy import save_tiny
+from toy import TINY, save_tiny
 
 import pipeline
 import profiles
@@ -14,6 +14,8 @@ import sample_ddp
 from adacorr import AdaCorrection, CacheManager, make_policy
 from adacorr.correct import parse_correction
 from adacorr.profile import load_profile
+from checkpoint import save_checkpoint
+from models import DiT
 
 
 @pytest.fixture
@@ -117,6 +119,32 @@ def test_a_run_takes_its_profile_along(checkpoint, tmp_path, capsys, monkeypatch
         assert len(packed["arr_0"]) == 3
     assert sample_ddp.main([*argv, "--num-fid-samples", "3", "--calibrate", "off"]) == 2
     assert "forecast" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("made", "options"),
+    [
+        ({"num_classes": 0}, {"cfg_scale": 1.0}),
+        ({"in_channels": 4, "learn_sigma": True}, {"cfg_scale": 4.0, "vae": "none"}),
+        ({"in_channels": 4, "learn_sigma": True}, {"cfg_scale": 4.0, "vae": "none", "cfg_channels": "all"}),
+        ({}, {"dtype": "bf16"}),
+    ],
+)
+def test_every_kind_of_model_can_be_measured(tmp_path, made, options):
+    """Unconditional, latent with learned variance and three or all channels guided, in half precision."""
+    torch.manual_seed(0)
+    model = DiT(**{**TINY, "depth": 2, **made})
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)  # adaLN-Zero starts with blocks that do nothing
+    save_checkpoint(tmp_path / "model.safetensors", model.state_dict(), model.config)
+    pipe = load(tmp_path / "model.safetensors", **options)
+    cache = CacheManager(correction=AdaCorrection(budget=5), profile=profiles.measure(pipe, 2))
+    labels = torch.tensor([1, 0]) if pipe.model.num_classes else None
+    x = pipe.sample(7, np.arange(2), labels, cache)
+    assert x.isfinite().all()
+    assert 0.1 < cache.trace.compute < 0.6
+    plain = pipe.sample(7, np.arange(2), labels)
+    assert float((x - plain).norm() / plain.norm()) < 0.5
 
 
 def test_images_are_the_same_in_every_batch(checkpoint):

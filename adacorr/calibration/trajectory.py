@@ -112,9 +112,9 @@ class TrajectoryCalibration:
         self.tokens, self.pixels = model.pos_embed.shape[1], cached[0][0].numel()
         self.grid = model.input_size // patch
         reference = model.condition(self.timesteps, self._null(steps))
-        scale = 1 + final.adaLN_modulation(reference).chunk(2, dim=1)[1]  # (P, D)
+        scale = 1 + final.adaLN_modulation(reference).chunk(2, dim=1)[1].float()  # (P, D)
         self.reading = scale.norm(dim=1) / scale.mean(dim=0).norm()
-        weight = final.linear.weight.unflatten(0, (patch * patch, -1))[:, :channels]  # (p * p, C, D)
+        weight = final.linear.weight.float().unflatten(0, (patch * patch, -1))[:, :channels]  # (p * p, C, D)
         projection = (scale.mean(dim=0) * weight).permute(2, 0, 1)  # (D, p * p, C)
         projection = projection - projection.mean(dim=0)  # the final norm takes the mean over channels out
         guided = projection.clone()
