@@ -19,9 +19,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
-
 import pipeline
 import profiles
 from adacorr.calibration import Calibration
@@ -36,11 +33,7 @@ from runtime import check_range
 
 def observe(calibration: Calibration, pipe: pipeline.Pipeline, seed: int, images: int, batch_size: int) -> None:
     """Run a pipeline uncached on `images` images, and show every step to the calibration."""
-    classes = pipe.model.num_classes
-    for start in range(0, images, batch_size):
-        indices = np.arange(start, min(start + batch_size, images))
-        # Spread over the classes, not the first few of a thousand.
-        labels = torch.from_numpy(indices * classes // images) if classes else None
+    for indices, labels in profiles.batches(images, batch_size, pipe.model.num_classes):
         pipe.sample(seed, indices, labels, CacheManager(calibration))
 
 

@@ -8,7 +8,8 @@ a sampler and a guidance, and serves any number of steps.
 import hashlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def with_profile(
             profile = measure(pipe, count)
             save_profile(path, profile)
             say(f"kept in {path}")
-    return CacheManager(cache.policy, cache.correction, cache.dtype, profile)
+    return cache.knowing(profile)
 
 
 def find_profile(pipe: Pipeline) -> Profile | None:
@@ -92,7 +93,7 @@ def kept_at(pipe: Pipeline) -> Path:
 
 def measure(pipe: Pipeline, images: int, seed: int = SEED_OFFSET) -> Profile:
     """The profile of the pipeline's model, from uncached images that are spread evenly over the classes."""
-    model, classes = pipe.model, pipe.model.num_classes
+    model = pipe.model
     sampler = make_sampler(pipe.sampler.spec, STEPS)
     placed = sampler.timesteps.numpy()
     sampler = sampler.on(np.array(sorted({*placed.tolist(), *LAST}, reverse=True)))
@@ -101,10 +102,9 @@ def measure(pipe: Pipeline, images: int, seed: int = SEED_OFFSET) -> Profile:
     calibration = TrajectoryCalibration(
         model, timesteps, alpha_bar(sampler), np.isin(timesteps.cpu().numpy(), placed), pipe.cfg_scale, guided
     )
-    own = Pipeline(**{**vars(pipe), "sampler": sampler})
-    for start in range(0, images, AT_ONCE):
-        indices = np.arange(start, min(start + AT_ONCE, images))
-        labels = torch.from_numpy(indices * classes // images).to(pipe.device) if classes else None
+    own = replace(pipe, sampler=sampler)
+    for indices, labels in batches(images, AT_ONCE, model.num_classes):
+        labels = None if labels is None else labels.to(pipe.device)
         cached: list[torch.Tensor] = []
         polynomial = CacheManager(correction=AdaCorrection())
         own.sample(seed, indices, labels, polynomial, lambda step, x, cache, to=cached: to.append(x.clone()))
@@ -113,6 +113,13 @@ def measure(pipe: Pipeline, images: int, seed: int = SEED_OFFSET) -> Profile:
     arrays, notes = calibration.fit()
     notes |= {"checkpoint": pipe.checkpoint.path.name, "seed": seed}
     return Profile(METHOD, arrays, pipe.checkpoint.sha256, pipe.sampler.spec, len(timesteps), pipe.cfg_scale, notes)
+
+
+def batches(images: int, at_once: int, classes: int) -> Iterator[tuple[np.ndarray, torch.Tensor | None]]:
+    """Indices (n,) and labels (n,) of the images of a calibration: spread over the classes, not the first few."""
+    for start in range(0, images, at_once):
+        indices = np.arange(start, min(start + at_once, images))
+        yield indices, torch.from_numpy(indices * classes // images) if classes else None
 
 
 def digest(profile: Profile | None) -> str | None:

@@ -93,6 +93,7 @@ class CorrectedRun(CachedRun):
         self.previous = self.last  # and the one before the current step
         self._ahead: tuple[range, list[Tensor]] = (range(0), [])  # forecasts of coming steps
         self.rewinds = rewindable and correction.rewind
+        self.rewinds_far = self.infers and controller.profile is not None
         self.refreshed = np.full(info.images, -1)  # newest step that computed both halves, of each image,
         self.refreshed_before = self.refreshed  # and the one before the current step
         # (n, ...) each: the states after those steps, where a rewind starts
@@ -308,11 +309,11 @@ class CorrectedRun(CachedRun):
 
         x is the state that the current step begins with, and that the one before it ended with.
         """
-        for i, newest in enumerate((self.previous, self.refreshed_before)):
+        for i, newest in enumerate((self.previous, self.refreshed_before)[: 1 + self.rewinds_far]):
             new = np.flatnonzero(newest == self.step - 1)
             self._anchors[i] = x if self._anchors[i] is None else put_rows(self._anchors[i], new, take_rows(x, new))
         origin, (anchor, far_anchor) = np.where(self.last == self.step, self.previous, -1), self._anchors
-        if not (self.infers and self.controller.profile):
+        if not self.rewinds_far:
             return origin, anchor
         far = (self.refreshed == self.step) & (self.refreshed_before >= self.store.oldest())
         far = np.flatnonzero(far)

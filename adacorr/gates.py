@@ -85,6 +85,21 @@ def known_gate_basis(
     return GateBasis(fitted, tuple(loadings for loadings, _ in halves), max(error for _, error in halves))
 
 
+def null_condition(model: nn.Module, t: Tensor) -> Tensor:
+    """Conditioning (S, D) at timesteps t (S,) of the null label, the last row of the label table (of a class, if the
+    model has no null label), or of an unconditional model."""
+    if not model.num_classes:
+        return model.condition(t)
+    last = model.y_embedder.embedding_table.num_embeddings - 1
+    return model.condition(t, torch.full(t.shape, last, device=t.device))
+
+
+def label_conditions(model: nn.Module, t: Tensor, labels: Tensor) -> Tensor:
+    """Conditioning (labels, S, D) of labels (n,) at timesteps t (S,)."""
+    c = model.condition(t.repeat(len(labels)), labels.repeat_interleave(len(t)))
+    return c.view(len(labels), len(t), -1)
+
+
 def _gram(blocks: Sequence[nn.Module], a: Tensor, b: Tensor, weight: Tensor | None = None) -> Tensor:
     """(S, P) float64 on the CPU: inner products of the gates under a (S, D) and b (P, D), channels weighted (B, D).
 

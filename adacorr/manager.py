@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from adacorr.control import Controller, infers_unconditional
 from adacorr.correct import ALIASES, AdaCorrection, Algorithm1, parse_correction
 from adacorr.corrected_run import CorrectedRun
-from adacorr.gates import GateBasis, fit_gate_basis, known_gate_basis
+from adacorr.gates import GateBasis, fit_gate_basis, known_gate_basis, label_conditions, null_condition
 from adacorr.literal import Algorithm1Run
 from adacorr.model_profile import KEPT, KINDS, ModelProfile
 from adacorr.policies import make_policy
@@ -75,6 +75,10 @@ class CacheManager:
             return None
         made = None if policy is None else make_policy(policy)
         return cls(made, None if correction is None else parse_correction(correction), dtype)
+
+    def knowing(self, profile: Profile) -> "CacheManager":
+        """The same configuration with a profile of the model."""
+        return CacheManager(self.policy, self.correction, self.dtype, profile)
 
     @property
     def name(self) -> str:
@@ -225,8 +229,8 @@ class _Stores:
         self._count_gates(len(known) * self.trace.halves)
         basis = known_gate_basis(
             self.model.blocks,
-            self._reference(self.timesteps),
-            self._reference(known),
+            null_condition(self.model, self.timesteps),
+            null_condition(self.model, known),
             self._conditions(known),
             torch.from_numpy(profile.basis),
             torch.from_numpy(profile.gate_weight),
@@ -239,25 +243,16 @@ class _Stores:
 
     def _fit_gates(self, gate_error: float) -> GateBasis:
         self._count_gates(len(self.timesteps) * self.trace.halves)
-        reference, conditions = self._reference(self.timesteps), self._conditions(self.timesteps)
+        reference, conditions = null_condition(self.model, self.timesteps), self._conditions(self.timesteps)
         return fit_gate_basis(self.model.blocks, reference, conditions, gate_error)
 
     def _count_gates(self, rows: int) -> None:
         """Account for the gates of so many rows for each image, though images share them."""
         self.trace.extra_flops += rows * self.trace.layers * self.model.gate_flops() * self.trace.images
 
-    def _reference(self, t: Tensor) -> Tensor:
-        """Conditioning (S, D) at timesteps t (S,), of the null label where the model has one."""
-        if self.labels is None:
-            return self.model.condition(t)
-        # The last row of the label table: the null label where the model has one.
-        last = self.model.y_embedder.embedding_table.num_embeddings - 1
-        return self.model.condition(t, torch.full(t.shape, last, device=t.device))
-
     def _conditions(self, t: Tensor) -> list[Tensor]:
         """Conditioning (labels, S, D) of the run's labels at timesteps t (S,), and of the null label with guidance."""
+        null = null_condition(self.model, t)[None]
         if self.labels is None:
-            return [self._reference(t)[None]]
-        steps, count = t.repeat(len(self.unique)), len(self.unique)
-        labels = self.model.condition(steps, self.unique.repeat_interleave(len(t))).view(count, len(t), -1)
-        return [labels, self._reference(t)[None]][: self.trace.halves]
+            return [null]
+        return [label_conditions(self.model, t, self.unique), null][: self.trace.halves]

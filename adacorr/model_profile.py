@@ -14,11 +14,12 @@ from torch import Tensor
 
 from adacorr.history import lagrange_weights
 from adacorr.kriging import Kriging, Trend
+from adacorr.placement import evaluations as cost
 from adacorr.profile import Profile
 
 KINDS = ("conditional", "difference")  # the processes: the conditional half, and how the unconditional one differs
 KEPT = {"conditional": 4, "difference": 3}  # computed steps that a forecast rests on
-NONE, CONDITIONAL, BOTH = 0, 1, 2  # what a schedule computes in a step
+CONDITIONAL, BOTH = 1, 2  # what a schedule computes in a step; 0 where it computes nothing
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class ModelProfile:
     basis (P, Q)              of the gates (adacorr.gates), gate_weight (B, D) what it was fitted under
     mean[kind] (P, Q, D)      of the branch sums over images and tokens, rest[kind] (P, D) see `kriging.Trend`
     covariance[kind] (P, P)   of what is left of them, seen through the final layer
-    schedules (R, P)          the best found for R costs, which rise: NONE, CONDITIONAL or BOTH halves in each step
+    schedules (R, P)          the best found for R costs, which rise: 0, CONDITIONAL or BOTH in each step
     expected (R,)             rms error of the final state that they should leave; 0 of the last, which computes all
     contrast                  rms of the final state itself
     """
@@ -87,9 +88,8 @@ class ModelProfile:
         """The largest schedule of a run that costs at most so many full evaluations. ValueError if none does."""
         found = None
         for row in range(len(self.schedules)):
-            nodes, refreshes = schedule = self.schedule(timesteps, row)
-            cost = (len(nodes) + len(refreshes)) / 2 if len(self.mean) == 2 else len(nodes)
-            if cost > evaluations + 1e-9:
+            schedule = self.schedule(timesteps, row)
+            if cost(schedule, halves=len(self.mean)) > evaluations + 1e-9:
                 break
             found = schedule
         if found is None:

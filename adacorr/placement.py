@@ -30,6 +30,12 @@ from adacorr.kriging import kriging_weights
 Schedule = tuple[tuple[int, ...], tuple[int, ...]]  # computed steps, and those that compute both guidance halves
 
 
+def evaluations(schedule: Schedule, halves: int) -> float:
+    """What a schedule computes, in full evaluations of all guidance halves."""
+    nodes, refreshes = schedule
+    return (len(nodes) + len(refreshes)) / 2 if halves == 2 else float(len(nodes))
+
+
 @dataclass(frozen=True)
 class Process:
     """Branch sums in time, as the final layer sees them: those of the conditional half or of the guidance difference.
@@ -75,8 +81,7 @@ class ErrorModel:
 
     def evaluations(self, schedule: Schedule) -> float:
         """The schedule's cost in full evaluations."""
-        nodes, refreshes = schedule
-        return (len(nodes) + len(refreshes)) / 2 if self.guided else float(len(nodes))
+        return evaluations(schedule, len(self.processes))
 
     def error(self, schedule: Schedule) -> float:
         """Expected mean square of the error of the final state, per pixel."""

@@ -108,7 +108,7 @@ def load(args: argparse.Namespace, profile: Profile | None = None) -> tuple[Pipe
     """Model, sampler and cache of this process; ValueError or OSError for a mistake."""
     cache = pipeline.make_cache(args)
     if profile is not None:
-        cache = CacheManager(cache.policy, cache.correction, cache.dtype, profile)
+        cache = cache.knowing(profile)
     pipe = pipeline.load(pipeline.ModelOptions.of(args))
     if args.compile:
         compile_blocks(pipe.model)

@@ -6,11 +6,13 @@ and what the network makes of the difference is how it answers such errors (adac
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adacorr.gates import GateBasis, fit_gate_basis
+from adacorr.gates import GateBasis, fit_gate_basis, label_conditions, null_condition
 from adacorr.model_profile import BOTH, CONDITIONAL, KEPT, KINDS
 from adacorr.placement import ErrorModel, Process, best_schedules
 from adacorr.store import ComputedRows, FreshSums
@@ -54,15 +56,16 @@ class TrajectoryCalibration:
         n, x = len(noise), sampler.prepare(noise)
         seen: list[list[Tensor]] = [[] for _ in range(self.halves)]
         for step in range(len(self.timesteps)):
-            rows = self._rows(step, n, labels)
-            tokens, out, fresh = self._evaluate(x, *rows)
-            for half, sums in enumerate(self._processes(fresh)):
+            c = self._rows(step, n, labels)
+            tokens, out, fresh = self._evaluate(x, c, labels)
+            processes = self._differences(fresh.values)
+            for half, sums in enumerate(processes):
                 self.sums[half][step] += sums.double().sum(dim=(0, 2))
                 seen[half].append(self._to_image(sums @ self.projection[half]))
-            self._add_rest(step, tokens, out, fresh, rows[0])
-            decoded = self._decode(out, rows[0])
+            self._add_rest(step, tokens, out, processes)
+            decoded = self._decode(out, c)
             if step and float((cached[step - 1] - x).norm()) > ROUNDING * float(x.norm()):
-                self._add_response(step, x, cached[step - 1], tokens, out, decoded, rows)
+                self._add_response(step, x, cached[step - 1], tokens, out, decoded, c)
             x = sampler.step(step, x, self._guide(decoded), None)
         self._add_spectrum(torch.cat([torch.stack(images) for images in seen], dim=2))
         self.power += float(x.square().sum())
@@ -111,7 +114,7 @@ class TrajectoryCalibration:
         final, patch, channels = model.final_layer, model.patch_size, model.in_channels
         self.tokens, self.pixels = model.pos_embed.shape[1], cached[0][0].numel()
         self.grid = model.input_size // patch
-        reference = model.condition(self.timesteps, self._null(steps))
+        reference = null_condition(model, self.timesteps)
         scale = 1 + final.adaLN_modulation(reference).chunk(2, dim=1)[1].float()  # (P, D)
         self.reading = scale.norm(dim=1) / scale.mean(dim=0).norm()
         weight = final.linear.weight.float().unflatten(0, (patch * patch, -1))[:, :channels]  # (p * p, C, D)
@@ -121,10 +124,10 @@ class TrajectoryCalibration:
         guided[:, :, self.guided :] = 0
         self.projection = [projection.flatten(1), guided.flatten(1)][: self.halves]
         self.gate_weight = self._branch_power(labels, cached) * projection.flatten(1).norm(dim=1)
-        self.classes = None if labels is None else torch.arange(model.num_classes, device=reference.device)
         conditions = [reference[None]]
         if labels is not None:
-            conditions = [self._class_conditions(), *conditions][: self.halves]
+            classes = torch.arange(model.num_classes, device=reference.device)
+            conditions = [label_conditions(model, self.timesteps, classes), *conditions][: self.halves]
         self.basis = fit_gate_basis(model.blocks, reference, conditions, GATE_ERROR, self.gate_weight)
         rank, width = self.basis.rank, model.pos_embed.shape[2]
         device, kind = reference.device, torch.float64
@@ -139,22 +142,11 @@ class TrajectoryCalibration:
         self.asked = torch.zeros(steps, len(self.bands), dtype=kind, device=device)
         self.power = 0.0
 
-    def _null(self, rows: int) -> Tensor | None:
-        if not self.model.num_classes:
-            return None
-        last = self.model.y_embedder.embedding_table.num_embeddings - 1
-        return torch.full((rows,), last, device=self.timesteps.device)
-
-    def _class_conditions(self) -> Tensor:
-        steps, classes = self.timesteps, self.classes
-        c = self.model.condition(steps.repeat(len(classes)), classes.repeat_interleave(len(steps)))
-        return c.view(len(classes), len(steps), -1)
-
     def _branch_power(self, labels: Tensor | None, cached: list[Tensor]) -> Tensor:
         """(B, D) rms of the branches' outputs over tokens, images and some steps of a cached run."""
         power, steps = 0.0, np.linspace(1, len(cached) - 1, POWER_STEPS).astype(int)
         for step in steps:
-            c, x = self._rows(step, len(cached[0]), labels)[0], self.model.embed(cached[step - 1].to(self._dtype))
+            c, x = self._rows(step, len(cached[0]), labels), self.model.embed(cached[step - 1].to(self._dtype))
             branches: list[Tensor] = []
             for block in self.model.blocks:
                 x = block(x, c[: len(x)], lambda *pair, to=branches: to.extend(pair))
@@ -167,16 +159,16 @@ class TrajectoryCalibration:
     def _dtype(self) -> torch.dtype:
         return self.model.pos_embed.dtype
 
-    def _rows(self, step: int, n: int, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Conditioning (halves * n, D), and labels, of the rows [conditional; unconditional]."""
-        t = self.timesteps[step].expand(self.halves * n)
-        y = labels if labels is None or self.halves == 1 else torch.cat([labels, self._null(n)])
-        return self.model.condition(t, y), y
+    def _rows(self, step: int, n: int, labels: Tensor | None) -> Tensor:
+        """Conditioning (halves * n, D) of the rows [conditional; unconditional]."""
+        t = self.timesteps[step].expand(n)
+        null = [null_condition(self.model, t)] * (self.halves - 1)
+        return torch.cat([self.model.condition(t, labels), *null])
 
-    def _evaluate(self, x: Tensor, c: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, FreshSums]:
+    def _evaluate(self, x: Tensor, c: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, FreshSums]:
         """The stack on states x (n, ...): its input and output (halves * n, T, D), and the branch sums."""
         everyone = np.arange(len(x))
-        label = torch.zeros(len(x), dtype=torch.long) if y is None else y[: len(x)]
+        label = torch.zeros(len(x), dtype=torch.long) if labels is None else labels
         loadings = [self.basis.loadings[0][:, label]]
         if self.halves == 2:
             loadings.append(self.basis.loadings[1].expand(-1, len(x), -1, -1))
@@ -201,9 +193,9 @@ class TrajectoryCalibration:
         return out
 
     @staticmethod
-    def _processes(fresh: FreshSums) -> list[Tensor]:
-        """(n, Q, T, D) sums of the conditional half, and how the other one differs from them."""
-        return [fresh.values[0], *(fresh.values[0] - other for other in fresh.values[1:])]
+    def _differences(halves: Sequence[Tensor]) -> list[Tensor]:
+        """What the conditional half has, and how the other one differs from it."""
+        return [halves[0], *(halves[0] - other for other in halves[1:])]
 
     def _to_image(self, patches: Tensor) -> Tensor:
         """(n, Q, T, p * p * C) -> (n, Q, C, H, W)."""
@@ -213,25 +205,24 @@ class TrajectoryCalibration:
 
     # ------------------------------------------------------------------------------------ what is added up
 
-    def _add_rest(self, step: int, tokens: Tensor, out: Tensor, fresh: FreshSums, c: Tensor) -> None:
+    def _add_rest(self, step: int, tokens: Tensor, out: Tensor, processes: list[Tensor]) -> None:
         """What the stack added beyond the branch sums under the basis, and the spread of the final tokens."""
         added = (out - tokens).float().unflatten(0, (self.halves, -1))
-        exact = [added[0], *(added[0] - other for other in added[1:])]
-        for half, sums in enumerate(self._processes(fresh)):
+        exact = self._differences(added)
+        for half, sums in enumerate(processes):
             held = torch.einsum("q,nqtd->ntd", self.basis.basis[step], sums)
             self.rest[half][step] += (exact[half] - held).double().sum(dim=(0, 1))
         spread = out[: len(out) // self.halves].float().std(dim=2, correction=0)
         self.spread[step] += spread.mean(dim=1).double().sum()
 
-    def _add_response(self, step, x, cached, tokens, out, decoded, rows) -> None:
+    def _add_response(self, step, x, cached, tokens, out, decoded, c) -> None:
         """How the network, and what lies outside of its blocks, answer the error of a cached state."""
-        c, y = rows
         changed = self.model.embed(cached.to(self._dtype)).repeat(self.halves, 1, 1)
         skipped = self._decode(changed + (out - tokens), c)[0] - decoded[0]
         for block in self.model.blocks:
             changed = block(changed, c)
         answers = [new - old for new, old in zip(self._decode(changed, c), decoded, strict=True)]
-        answers = [answers[0], *(answers[0] - other for other in answers[1:])]
+        answers = self._differences(answers)
         if self.halves == 2:
             answers[1][:, self.guided :] = 0
         error = torch.fft.fft2(cached - x, norm="ortho")
