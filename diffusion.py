@@ -266,10 +266,15 @@ def unknown_sampler(name: str, classes: Iterable[str] = ()) -> ValueError:
     return ValueError(f"no sampler is called {name!r}{hint(name, [*names(), *classes])}; {valid}")
 
 
-def check_arguments(name: str, kind: type, options: Mapping[str, Value], closed: Iterable[str] = ()) -> None:
-    """ValueError for a key that `kind` does not take, or that is `closed`, or a value unlike the default."""
+def check_arguments(
+    name: str, kind: type, options: Mapping[str, Value], closed: Iterable[str] = (), more: Iterable[str] = ()
+) -> None:
+    """ValueError for a key that `kind` does not take, or that is `closed`, or a value unlike the default.
+
+    `more` are valid keys that are checked elsewhere.
+    """
     parameters = inspect.signature(kind.__init__).parameters
-    valid = [key for key in parameters if key not in {"self", "num_steps", *closed}]
+    valid = [key for key in parameters if key not in {"self", "num_steps", *closed}] + [*more]
     for key, value in options.items():
         if key not in valid:
             raise ValueError(f"{name} has no option {key!r}{hint(key, valid)}; valid: {', '.join(valid)}")

@@ -9,8 +9,9 @@ import torch
 from diffusers import schedulers
 from torch import Tensor
 
-from adacorr.spec import Value
+from adacorr.spec import Value, hint
 from diffusion import BETAS, NUM_TRAIN, SCHEDULERS, Sampler, check_arguments, names, split_output, unknown_sampler
+from timesteps import optimized_steps
 
 # What the network was trained with, which no option can change,
 _NETWORK: dict[str, Value] = {
@@ -27,10 +28,21 @@ _CLOSED = {
     *("use_flow_sigmas", "flow_shift", "use_dynamic_shifting", "shift_terminal", "disable_corrector"),
 }
 _DEFAULTS: dict[str, Value] = {"timestep_spacing": "linspace", "thresholding": False, "clip_sample": False}
+# Values of grid=... with the power p of timesteps.py, the samplers that have one, and the options that it does not go
+# with: they lay out another grid, or make another solver than the one whose error is optimised.
+_GRIDS = {"optimized": 1, "optimized-latent": 2}
+_WITH_GRID = ("dpmsolver++", "unipc")
+_AGAINST = {
+    *("timestep_spacing", "steps_offset", "lambda_min_clipped", "lower_order_final", "predict_x0"),
+    *("use_karras_sigmas", "use_lu_lambdas", "use_exponential_sigmas", "use_beta_sigmas"),
+}
 
 
 class SchedulerSampler(Sampler):
     """A diffusers scheduler: a key of SCHEDULERS or a class name, 1..1000 steps, and the scheduler's own options.
+
+    `grid` lays out the 2..100 steps of dpmsolver++ or unipc by timesteps.py: "optimized" is for a model of pixels,
+    "optimized-latent" for one of latents.
 
     It remembers past steps, so they are taken in order, each once. If stochastic it wants noise in every step, the last
     included. It computes in float32. ValueError for an unknown name, option or value, and for a scheduler that calls
@@ -39,12 +51,14 @@ class SchedulerSampler(Sampler):
 
     rewindable = False
 
-    def __init__(self, name: str, num_steps: int, **options: Value) -> None:
+    def __init__(self, name: str, num_steps: int, grid: Value = None, **options: Value) -> None:
         class_name, pinned = SCHEDULERS.get(name, (name, {}))
         self.name, self._class = name, _scheduler_class(class_name)
-        check_arguments(name, self._class, options, {*_NETWORK, *_CLOSED, *pinned})
+        closed, more = {*_NETWORK, *_CLOSED, *pinned}, ["grid"] if name in _WITH_GRID else []
+        check_arguments(name, self._class, options, closed, more)
         if options.get("solver_order", 1) not in (1, 2, 3):  # higher ones run, but as order 3
             raise ValueError(f"{name}: solver_order={options['solver_order']} is outside 1..3; 2 is usual")
+        self._power = None if grid is None else _power(name, grid, options)
         accepted = inspect.signature(self._class.__init__).parameters
         defaults = {key: value for key, value in {**_NETWORK, **_DEFAULTS}.items() if key in accepted}
         self._options = {**defaults, **pinned, **options}
@@ -61,6 +75,10 @@ class SchedulerSampler(Sampler):
             self._scheduler.set_timesteps(num_steps)
         except (ValueError, NotImplementedError) as error:
             raise ValueError(f"{self.name} refuses its options for {num_steps} steps: {error}") from error
+        if self._power is not None:
+            timesteps, levels = optimized_steps(num_steps, self._scheduler.config.solver_order, self._power)
+            self._scheduler.timesteps = torch.tensor(timesteps)
+            self._scheduler.sigmas[:-1] = torch.tensor(levels)  # the last, 0 unless asked for, stays
         for key, value in self._options.items():  # some schedulers put another value for one they do not know
             used = self._scheduler.config[key]
             if used != value:
@@ -80,6 +98,7 @@ class SchedulerSampler(Sampler):
         """Whether a run on a single number comes out differently for two seeds; some add noise in the middle only."""
         accepts = inspect.signature(self._class.step).parameters
         trial, runs = copy.copy(self), []
+        trial._power = None  # which would be optimised anew for these steps
         for seed in (0, 1):
             trial._restart(20)
             rng = torch.Generator().manual_seed(seed)
@@ -129,6 +148,18 @@ class SchedulerSampler(Sampler):
         other = copy.copy(self)
         other._restart(self.num_steps)
         return other
+
+
+def _power(name: str, grid: Value, options: dict[str, Value]) -> int:
+    """The power of a grid, if sampler and options go with one."""
+    if name not in _WITH_GRID:
+        raise ValueError(f"{name} has no grid={grid}; {' and '.join(_WITH_GRID)} have one")
+    if grid not in _GRIDS:
+        close = hint(str(grid), _GRIDS)
+        raise ValueError(f"{name} has no grid={grid!r}{close}; valid: {', '.join(_GRIDS)}, or leave it out")
+    if against := sorted(_AGAINST & options.keys()):
+        raise ValueError(f"{name}: grid={grid} does not go with {', '.join(against)}; leave one out")
+    return _GRIDS[grid]
 
 
 def _scheduler_class(name: str) -> type:

@@ -36,9 +36,17 @@ from evaluate.bench import NEAR, Bench, Row, Setting
 from evaluate.report import markdown, plot, summary_table
 from profiles import check_calibrate
 from runtime import check_range, environment
+from timesteps import MOST
 
 LEVELS = (0.5, 0.35, 0.25, 0.15)
-SOLVERS = ("ddim", "dpmsolver++", "dpmsolver++:use_lu_lambdas=true", "unipc")
+SOLVERS = {  # by the name of the row
+    "ddim": "ddim",
+    "dpmsolver++": "dpmsolver++",
+    "dpmsolver++ (log-SNR)": "dpmsolver++:use_lu_lambdas=true",
+    "dpmsolver++ (optimised steps)": "dpmsolver++:grid={grid}",
+    "unipc": "unipc",
+    "unipc (optimised steps)": "unipc:grid={grid}",
+}
 SAME = ("sampler", "num_sampling_steps", "cfg_scale", "cfg_channels", "seed", "dtype", "num_images")
 SAME += ("solution_steps", "calibrate")
 REACHED = 0.2  # a compute that is off by more than this share does not stand for the level
@@ -164,9 +172,12 @@ def compare(bench: Bench, methods: list[str], levels: list[float]) -> Iterator[R
             yield replace(row, level=level)
     yield replace(bench.run("literal", "adacorr", Setting(None, "literal")))
     for level in levels:
-        for sampler in SOLVERS:
+        for name, sampler in SOLVERS.items():
             steps = max(1, round(level * bench.pipe.sampler.num_steps))
-            name = sampler.replace(":use_lu_lambdas=true", " (log-SNR)")
+            if "{grid}" in sampler and not 2 <= steps <= MOST:
+                say(f"{name} at {level}: out of reach")
+                continue
+            sampler = sampler.format(grid="optimized" if bench.pipe.vae is None else "optimized-latent")
             yield replace(bench.run(name, "fewer steps", Setting(sampler=sampler, steps=steps)), level=level)
     say("fewer steps: done")
 

@@ -85,7 +85,14 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             axes.annotate("", **ends, arrowprops={"arrowstyle": "->", "color": colour, "alpha": 0.5})
         axes.plot(*_points(before), "o", color=colour, markerfacecolor="white", label=method)
         axes.plot(*_points(after), "o", color=colour, markersize=4)
-    for name, style in (("adacorr", "*-"), ("ddim", "--"), ("dpmsolver++ (log-SNR)", "-."), ("unipc", ":")):
+    styles = {
+        "adacorr": "*-",
+        "ddim": "--",
+        "dpmsolver++ (log-SNR)": "-.",
+        "unipc": ":",
+        "unipc (optimised steps)": "-",
+    }
+    for name, style in styles.items():
         own = [row for row in rows if row.method == name and row.level is not None]
         label, colour = ("--adacorr alone", "black") if name == "adacorr" else (f"fewer steps: {name}", "grey")
         if own:

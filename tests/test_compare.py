@@ -386,8 +386,9 @@ def test_files(result):
 
 def test_rows(content):
     by_key = {(row["method"], row["form"], row["level"]): row for row in content["rows"]}
-    solvers = ["ddim", "dpmsolver++", "dpmsolver++ (log-SNR)", "unipc"]
-    assert len(solvers) == len(SOLVERS)
+    solvers = ["ddim", "dpmsolver++", "dpmsolver++ (log-SNR)", "dpmsolver++ (optimised steps)"]
+    solvers += ["unipc", "unipc (optimised steps)"]
+    assert solvers == [*SOLVERS]
     assert list(by_key) == [
         *((name, form, x) for name in ("taylorseer", "interval") for x in (0.5, 0.3) for form in ("alone", "adacorr")),
         *(("adacorr", "adacorr", x) for x in (0.5, 0.3)),

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from diffusion import DDIM, DDPM, SCHEDULERS, linear_betas, make_sampler, names, respace, respaced_schedule
+from timesteps import optimized_steps
 
 # Of NumPy, about array protocols, in the diffusers modules.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
@@ -288,6 +289,24 @@ def test_deterministic_samplers_on_a_gaussian(spec, tolerance):
     assert ratio.mean().item() == pytest.approx(1.0, abs=tolerance)
 
 
+@pytest.mark.parametrize("name", ["dpmsolver++", "unipc"])
+def test_optimised_time_steps(name):
+    """More of them come closer, and six leave less error than the six of the scheduler."""
+    unit, off = gauss(1, 4, 2, 2, dtype=torch.float32), {}
+    for steps in (6, 12, 24):
+        for grid, spec in (("own", name), ("optimized", f"{name}:grid=optimized")):
+            ratio = gaussian_run(make_sampler(spec, steps).fresh(), unit) / (0.5 * unit)
+            off[grid, steps] = (ratio - 1).abs().max().item()
+    assert off["optimized", 6] > off["optimized", 12] > off["optimized", 24]
+    assert off["optimized", 24] < 0.01
+    assert off["optimized", 6] < off["own", 6]
+    sampler = make_sampler(f"{name}:grid=optimized", 12)
+    assert sampler.timesteps.tolist() == pytest.approx(optimized_steps(12, 2, 1)[0])
+    assert sampler._scheduler.sigmas.tolist() == pytest.approx([*optimized_steps(12, 2, 1)[1], 0])
+    third = make_sampler(f"{name}:grid=optimized-latent,solver_order=3", 6)
+    assert third.timesteps.tolist() == pytest.approx(optimized_steps(6, 3, 2)[0])
+
+
 @pytest.mark.parametrize("spec", ["ddpm", "ddim:eta=1", "sde-dpmsolver++"])
 def test_stochastic_samplers_on_a_gaussian(spec):
     unit = gauss(1, 4, 64, 64, dtype=torch.float32)
@@ -375,6 +394,12 @@ def test_make_sampler():
         ("euler:sigma_min=low", "must be of type float"),
         ("unipc:beta_end=0.01", "no option 'beta_end'"),
         ("unipc:use_flow_sigmas=true", "no option 'use_flow_sigmas'"),
+        ("unipc:grid=best", "no grid='best'; valid: optimized, optimized-latent, or leave"),
+        ("unipc:grid=optimised", r"did you mean optimized\?"),
+        ("unipc:gird=optimized", r"no option 'gird' \(did you mean grid\?\)"),
+        ("deis:grid=optimized", r"deis has no grid=optimized; dpmsolver\+\+ and unipc have one"),
+        ("sde-dpmsolver++:grid=optimized", r"sde-dpmsolver\+\+ has no grid"),
+        ("dpmsolver++:grid=optimized,use_lu_lambdas=true", "does not go with use_lu_lambdas; leave one out"),
         ("HeunDiscreteScheduler", "calls the network 39 times in 20 steps"),
         ("EulerAncestralDiscreteScheduler", "draws its own noise"),
         ("DDIMScheduler", "does not step along its own timesteps"),
