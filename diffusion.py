@@ -291,7 +291,8 @@ def check_arguments(
 def make_sampler(spec: str, num_steps: int) -> Sampler:
     """The sampler of a spec NAME[:key=value,...] for `num_steps` steps, 1..1000.
 
-    Examples: ddim:eta=0.5, unipc:timestep_spacing=trailing. ValueError, with what is valid, for anything unknown.
+    Examples: ddim:eta=0.5, unipc:timestep_spacing=trailing, unipc:grid=optimized,solver_order=3. ValueError, with what
+    is valid, for anything unknown.
     """
     name, options = parse_spec(spec)
     respace(num_steps)  # for its range check

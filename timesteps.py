@@ -9,9 +9,10 @@ Xue et al. 2024, "Accelerating Diffusion Sampling with Optimized Time Steps", ar
 make the sum over j of |sum_s w_sj| sigma_j^p / alpha_j least, where sigma^p / alpha is how far the prediction is
 off at a noise level: p = 1 suits pixels, p = 2 latents. As it stands this has no use for many steps: the weights of one
 prediction in several steps cancel, down to zero, on grids whose first step is huge and whose last ones are empty. The
-authors' code takes the root of the summed squares in the first three steps, where nothing cancels. Here all steps are
-treated so: the error is the root of the sum over s and j of (w_sj sigma_j^p / alpha_j)^2, which is the expected one
-where errors are independent. It is smooth, and two starts led to one minimum in every case tried.
+authors' code prevents this in the first three steps: each adds the root of its summed squares. Here squares are summed
+in all steps: the error is the root of the sum over s and j of (w_sj sigma_j^p / alpha_j)^2, which is the expected one
+where errors are independent. It is smooth. From equal steps in lambda and in time the optimiser came to the same grid
+for 12 numbers of steps in 3..100, every order and both p, but for one hundredth of a timestep in one case.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import Tensor
 from diffusion import linear_betas
 
 MOST = 100  # steps, for one second of optimisation; the gain is in few steps
-ROUNDED = 2  # decimals of a timestep, so that rounding errors of one machine do not show in the grid
+ROUNDED = 2  # decimals of a timestep, so that rounding errors of a machine do not show in the grid
 NEAREST = 0.02  # least step in lambda, as a share of the mean one
 QUADRATURE = np.polynomial.legendre.leggauss(16)  # nodes and weights on [-1, 1], exact here to rounding
 

@@ -33,6 +33,14 @@ GAMMA = (
     *("rewind=false", "difference=false", "order=1", "order=3", "gate_error=0.001"),
 )
 SOLUTION_STEPS, DDIM_STEPS = 1000, (50, 100, 250)  # of table exact
+EVALUATIONS = (5, 6, 8, 9, 10, 12, 15)  # of its few-step solvers
+SOLVERS = ("ddim", "dpmsolver++:use_lu_lambdas=true", "dpmsolver++:use_lu_lambdas=true,solver_order=3")
+SOLVERS += tuple(
+    f"{name}:{grid}solver_order={order}"
+    for name in ("dpmsolver++", "unipc")
+    for order in (2, 3)
+    for grid in ("", "grid=optimized,")
+)
 PROTOCOLS = {
     "20 steps": {"steps": 20},
     "100 steps": {"steps": 100},
@@ -76,9 +84,8 @@ def protocol(pipe: Pipeline, args: argparse.Namespace) -> Lines:
 def exact(pipe: Pipeline, args: argparse.Namespace) -> Lines:
     """PSNR to the 1000-step DDIM solution, by full evaluations (both guidance halves) of the network."""
     bench = Bench(pipe, args.seed, args.images, SOLUTION_STEPS)
-    solvers = ("dpmsolver++:use_lu_lambdas=true", "dpmsolver++", "unipc")
     runs = {"uncached DDIM-50": Setting(sampler="ddim", steps=50)}
-    runs |= {f"uncached {s}, {n} steps": Setting(sampler=s, steps=n) for n in (8, 12, 15) for s in solvers}
+    runs |= {f"uncached {s}, {n} steps": Setting(sampler=s, steps=n) for n in EVALUATIONS for s in SOLVERS}
     for steps in DDIM_STEPS:
         for budget in (6, 7, 8, 10):
             setting = Setting(adacorr=f"budget={budget}", sampler="ddim", steps=steps)

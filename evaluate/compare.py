@@ -8,8 +8,9 @@ All runs share the model, the noise and the labels. A method's own knob (`Policy
 each compute level; of its variants the best at that level is kept. The corrected form keeps that setting, and gamma is
 moved until it spends at most 3 % more than the method ("more" marks where it cannot). Settings are searched on the
 first few images and then run on all. PSNR and SSIM are per image against the uncached run; `to solution` is PSNR
-against DDIM of 1000 steps from the same noise. Fewer steps of DDIM, DPM-Solver++ and UniPC are compared, too. Seconds
-are medians of --repeats runs after a warm-up, with the uncached run taken anew beside each method.
+against DDIM of 1000 steps from the same noise. Fewer steps of DDIM, DPM-Solver++ and UniPC are compared, too, of the
+solvers also on optimised time steps (timesteps.py). Seconds are medians of --repeats runs after a warm-up, with the
+uncached run taken anew beside each method.
 STEM.json is written after each row: a run that was stopped goes on with --known STEM.json.
 """
 
