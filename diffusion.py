@@ -66,6 +66,7 @@ class Sampler:
     timesteps    (S,) on the CPU, noisiest first: what the network is fed. int64, or float32 for schedulers that step
                  between training timesteps. A grid in log-SNR may round two steps to one timestep
     stochastic   `step` wants `noise`
+    eta          how much of it goes in, as in DDIM: 0 is none, 1 what DDPM injects, about
     rewindable   `step` depends on its arguments only, so that any step may be taken again
     """
 
@@ -73,6 +74,7 @@ class Sampler:
     spec: str | None = None
     timesteps: Tensor
     stochastic: bool
+    eta: float = 0.0
     rewindable: bool
 
     @property
@@ -215,6 +217,7 @@ class DDPM(_ClosedForm):
 
     name = "ddpm"
     stochastic = True
+    eta = 1.0
 
     def __init__(self, num_steps: int, clip: bool = False) -> None:
         super().__init__(num_steps, clip)

@@ -225,11 +225,11 @@ def load(options: ModelOptions) -> Pipeline:
 
 def caveat(sampler: Sampler, cache: CacheManager | None) -> str | None:
     """What to look out for in the images of a cached run, in one line; None where nothing is known."""
-    if cache is None or not sampler.stochastic or isinstance(cache.correction, Algorithm1):
+    if cache is None or not sampler.stochastic or isinstance(cache.correction, Algorithm1) or cache.profile is not None:
         return None
     return (
-        f"--sampler {sampler.spec} injects noise, and steps that a cache skips leave it in the images: look at some, "
-        "and raise --adacorr gamma (4 to 30 on the bundled model) or take ddim"
+        f"--sampler {sampler.spec} injects noise, and steps that this cache skips leave it in the images: give "
+        "--adacorr with --calibrate auto, which answers it, or take ddim"
     )
 
 
@@ -279,7 +279,7 @@ def sample_latents(
     (n, C, H, W) float32.
 
     Under AdaCorrection the steps before a computed one are taken once more with activations that are interpolated
-    instead of extrapolated (`CachedRun.rewind`). They cost no block, and the image goes on from the corrected state.
+    instead of extrapolated (`CachedRun.correct`). They cost no block, and the image goes on from the corrected state.
     """
     n, dtype = len(noise), next(model.parameters()).dtype
     everyone = np.arange(n)
@@ -311,6 +311,7 @@ def sample_latents(
             cfg_scale=cfg_scale,
             images=n,
             rewindable=sampler.rewindable,
+            eta=sampler.eta,
             model_id=model_id,
             sampler=sampler.spec,
         )
@@ -321,7 +322,7 @@ def sample_latents(
                 run.begin_step(step)
             out = evaluate(step, x, everyone)
             if run is not None:
-                x, out = run.rewind(x, out, evaluate, advance)
+                x, out = run.correct(x, out, evaluate, advance)
             x = advance(step, x, out, everyone)
             if observe is not None:
                 observe(step, x, cache)

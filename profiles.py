@@ -26,6 +26,7 @@ from pipeline import Pipeline, alpha_bar, gaussian
 from runtime import check_range
 
 METHOD = "adacorr"
+FORMAT = 2  # of the arrays: profiles that earlier versions kept are not looked at
 SEED_OFFSET = 2**31  # calibrations draw their noise from seeds above it, on which nobody evaluates
 IMAGES = 6
 AT_ONCE = 2
@@ -51,17 +52,18 @@ def with_profile(
     off     none: the polynomial
     FILE    this one
 
-    A profile serves AdaCorrection without options of the polynomial, under DDIM without noise. `say` takes a line of
-    text where a model is measured; stderr by default. ValueError for a FILE that does not fit.
+    A profile serves AdaCorrection without options of the polynomial, under DDIM and under every sampler that injects
+    noise. `say` takes a line of text where a model is measured; stderr by default. ValueError for a FILE that does not
+    fit.
     """
     if cache is None or not isinstance(cache.correction, AdaCorrection) or calibrate == "off":
         return cache
-    serves = not cache.correction.polynomial_options and re.match(r"ddim(:|$)", pipe.sampler.spec)
+    serves = not cache.correction.polynomial_options and re.match(r"ddim(:|$)", measured_under(pipe))
     if calibrate.endswith(".safetensors"):
         profile = load_profile(calibrate)
-        if why := fit_of(profile, METHOD, pipe.checkpoint.sha256, pipe.sampler.spec, None, pipe.cfg_scale):
+        if why := fit_of(profile, METHOD, pipe.checkpoint.sha256, measured_under(pipe), None, pipe.cfg_scale):
             raise ValueError(f"--calibrate {calibrate} does not fit this run ({why}): give auto")
-    elif not serves or pipe.sampler.stochastic or not pipe.sampler.rewindable:
+    elif not serves:
         return cache
     else:
         profile = find_profile(pipe)
@@ -75,26 +77,32 @@ def with_profile(
     return cache.knowing(profile)
 
 
+def measured_under(pipe: Pipeline) -> str:
+    """The spec of the sampler that the model is measured under: deterministic DDIM for one that injects noise."""
+    return "ddim" if pipe.sampler.stochastic else pipe.sampler.spec
+
+
 def find_profile(pipe: Pipeline) -> Profile | None:
     """The shipped or kept profile of the pipeline's model, sampler and guidance, or None."""
     for path in [*sorted(FOLDER.glob(f"{METHOD}-*.safetensors")), kept_at(pipe)]:
         if path.is_file():
             profile = load_profile(path)
-            if fit_of(profile, METHOD, pipe.checkpoint.sha256, pipe.sampler.spec, None, pipe.cfg_scale) == "":
+            if not fit_of(profile, METHOD, pipe.checkpoint.sha256, measured_under(pipe), None, pipe.cfg_scale):
                 return profile
     return None
 
 
 def kept_at(pipe: Pipeline) -> Path:
     """The file in the user's cache folder that holds the profile of the pipeline's model, sampler and guidance."""
-    name = f"{METHOD}-{pipe.checkpoint.sha256[:12]}-{pipe.sampler.spec}-cfg{pipe.cfg_scale:g}"
+    name = f"{METHOD}{FORMAT}-{pipe.checkpoint.sha256[:12]}-{measured_under(pipe)}-cfg{pipe.cfg_scale:g}"
     return cache_folder() / "profiles" / (re.sub(r"[^A-Za-z0-9._=+-]", "-", name) + ".safetensors")
 
 
 def measure(pipe: Pipeline, images: int, seed: int = SEED_OFFSET) -> Profile:
     """The profile of the pipeline's model, from uncached images that are spread evenly over the classes."""
     model = pipe.model
-    sampler = make_sampler(pipe.sampler.spec, STEPS)
+    spec = measured_under(pipe)
+    sampler = make_sampler(spec, STEPS)
     placed = sampler.timesteps.numpy()
     sampler = sampler.on(np.array(sorted({*placed.tolist(), *LAST}, reverse=True)))
     guided = guided_channels(pipe.cfg_channels, model.in_channels, 2) if pipe.cfg_scale != 1.0 else model.in_channels
@@ -112,7 +120,7 @@ def measure(pipe: Pipeline, images: int, seed: int = SEED_OFFSET) -> Profile:
         calibration.add(sampler.fresh(), noise, labels, cached)
     arrays, notes = calibration.fit()
     notes |= {"checkpoint": pipe.checkpoint.path.name, "seed": seed}
-    return Profile(METHOD, arrays, pipe.checkpoint.sha256, pipe.sampler.spec, len(timesteps), pipe.cfg_scale, notes)
+    return Profile(METHOD, arrays, pipe.checkpoint.sha256, spec, len(timesteps), pipe.cfg_scale, notes)
 
 
 def batches(images: int, at_once: int, classes: int) -> Iterator[tuple[np.ndarray, torch.Tensor | None]]:

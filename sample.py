@@ -60,10 +60,10 @@ def run(args: argparse.Namespace) -> None:
     check(args)
     cache = pipeline.make_cache(args)
     pipe = pipeline.load(pipeline.ModelOptions.of(args))
-    if doubt := pipeline.caveat(pipe.sampler, cache):
-        print(f"sample.py: warning: {doubt}", file=sys.stderr)
     labels = parse_labels(args.class_labels, pipe.model)
     cache = profiles.with_profile(cache, pipe, args.calibrate)
+    if doubt := pipeline.caveat(pipe.sampler, cache):
+        print(f"sample.py: warning: {doubt}", file=sys.stderr)
     count = args.num_images or (8 if labels is None else len(labels))
     if labels is not None:
         labels = labels[torch.arange(count) % len(labels)]

@@ -68,6 +68,7 @@ class SchedulerSampler(Sampler):
             where = f"{name} with {num_steps} steps would start at timestep {start:g}, not in noise"
             raise ValueError(f"{where}; take more steps or timestep_spacing=trailing")
         self.stochastic = self._probe()
+        self.eta = float(self.stochastic)
 
     def _restart(self, num_steps: int) -> None:
         try:

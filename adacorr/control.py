@@ -265,8 +265,10 @@ class Controller:
         cfg_scale: float,
         spent: float = 0.0,
         profile: ModelProfile | None = None,
+        renewed: np.ndarray | None = None,
     ):
-        """`spent`: full evaluations that the run costs beside its computed steps; they count against a budget."""
+        """`spent`: full evaluations that the run costs beside its computed steps; they count against a budget.
+        `renewed` (S,): share of the noise that each step renews, in a run with a profile; None where none does."""
         self.infers, self.profile = infers_unconditional(correction, halves), profile
         self.guidance_error = abs(cfg_scale - 1.0)  # the guided output moves this much with the unconditional half
         self.amplify = amplification(np.asarray(alpha_bar, dtype=np.float64))
@@ -274,11 +276,14 @@ class Controller:
         rule = RefreshRule(correction.tolerance, warmup=correction.order + 1)
         difference_rule = RefreshRule(correction.difference_tolerance, 1, 1.0, most_shrinking=0.6, min_scale=0.1)
         if profile is not None:
+            leaving, within = partial(profile.leaving, timesteps), partial(profile.within, timesteps)
+            if renewed is not None:
+                schedules = profile.noise_schedules(timesteps, alpha_bar, renewed, cfg_scale)
+                leaving, within = schedules.leaving, schedules.within
             if correction.budget is None:
-                error = ERROR * profile.contrast / max(correction.gamma, 1e-9)
-                nodes, refreshes = profile.leaving(timesteps, error)
+                nodes, refreshes = leaving(ERROR * profile.contrast / max(correction.gamma, 1e-9))
             else:
-                nodes, refreshes = profile.within(timesteps, correction.budget - spent)
+                nodes, refreshes = within(correction.budget - spent)
             self.clock = ScheduleClock(rule, timesteps, images, nodes)
             self.difference_clock = ScheduleClock(difference_rule, timesteps, images, refreshes)
             return

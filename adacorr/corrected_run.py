@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from adacorr.control import Controller
 from adacorr.correct import AdaCorrection
+from adacorr.injected_noise import InjectedNoise
 from adacorr.offset import innovation
 from adacorr.policy import Policy, Ran, RunInfo, View, scatter
 from adacorr.run import (
@@ -72,7 +73,8 @@ class CorrectedRun(CachedRun):
     """State of one sampling run under AdaCorrection.
 
     With `infers` the unconditional half of an image follows from the conditional one and the guidance difference
-    wherever it is not computed; the policy then sees one half only. `rewindable`: the sampler can take a step again.
+    wherever it is not computed; the policy then sees one half only. `rewindable`: the sampler can take a step again;
+    `noise`: what it injects, if that is known and to be answered.
     """
 
     def __init__(
@@ -84,20 +86,24 @@ class CorrectedRun(CachedRun):
         trace: Trace,
         store: UnitStore,
         rewindable: bool,
+        noise: InjectedNoise | None = None,
     ):
         super().__init__(info, trace)
         self.policy, self.correction, self.controller, self.store = policy, correction, controller, store
-        self.halves, self.infers = trace.halves, controller.infers
+        self.halves, self.infers, self.noise = trace.halves, controller.infers, noise
         self.everyone = np.arange(info.images)
         self.last = np.full(info.images, -1)  # newest computed step of each image,
         self.previous = self.last  # and the one before the current step
         self._ahead: tuple[range, list[Tensor]] = (range(0), [])  # forecasts of coming steps
         self.rewinds = rewindable and correction.rewind
-        self.rewinds_far = self.infers and controller.profile is not None
+        # Under injected noise a far rewind has more noise to bridge than it gains.
+        self.rewinds_far = self.infers and controller.profile is not None and noise is None
         self.refreshed = np.full(info.images, -1)  # newest step that computed both halves, of each image,
         self.refreshed_before = self.refreshed  # and the one before the current step
         # (n, ...) each: the states after those steps, where a rewind starts
         self._anchors: list[Tensor | None] = [None, None]
+        self._anchor_noise: Tensor | None = None  # and the noise of the near one
+        self._left: tuple[Tensor, Tensor] | None = None  # state and output that the step before ended with
         self._added: Tensor | None = None  # (halves * n, T, D): what the stack added in the current step
         self._replayed: Tensor | None = None  # what it is to add in a step that is taken again
         self._set_units(policy, info.depth)
@@ -112,7 +118,8 @@ class CorrectedRun(CachedRun):
 
     @property
     def bytes(self) -> int:
-        return self.store.bytes + (0 if self.policy is None else self.policy.bytes)
+        parts = self.store, self.policy, self.noise
+        return sum(part.bytes for part in parts if part is not None)
 
     def run_blocks(self, blocks: Sequence[nn.Module], x: Tensor, c: Tensor) -> Tensor:
         if self._replayed is not None:
@@ -274,34 +281,63 @@ class CorrectedRun(CachedRun):
             count_modulations(self.trace, self.step, plan.view.conditioning, self.info)
         self.trace.done = self.step + 1
 
-    # ------------------------------------------------------------------ rewinding
+    # ------------------------------------------------------------------ correcting state and output
 
-    def rewind(self, x: Tensor, out: Tensor, evaluate: Evaluate, advance: Advance) -> tuple[Tensor, Tensor]:
+    def correct(self, x: Tensor, out: Tensor, evaluate: Evaluate, advance: Advance) -> tuple[Tensor, Tensor]:
+        if self.noise is not None:
+            out = self._answer_noise(x, out)
+        if self.rewinds:
+            x, out = self._rewind(x, out, evaluate, advance)
+        self._left = None if self.noise is None else (x, out)
+        return x, out
+
+    def _answer_noise(self, x: Tensor, out: Tensor) -> Tensor:
+        """The output (n, C, ...) of this step for the state x, with the answer to noise where it was forecast."""
+        if self._left is not None:
+            self.noise.amount = self.noise.follow(self.noise.amount, self.step - 1, *self._left, x)
+        self.noise.store(np.flatnonzero(self.last == self.step), self.step)
+        skipped = np.flatnonzero(self.last != self.step)
+        answered = self._add_answer(self.step, take_rows(out, skipped), skipped, take_rows(self.noise.amount, skipped))
+        return put_rows(out, skipped, answered)
+
+    def _add_answer(self, step: int, out: Tensor, images: np.ndarray, amount: Tensor) -> Tensor:
+        """Output (m, C, ...) of a step for `images` (m,), with the answer to the noise `amount` that they have."""
+        if not len(images):
+            return out
+        answer = self.noise.answer(step, images, amount, self.store.tracks[0].weights(images, np.array([step])))
+        return torch.cat([out[:, : answer.shape[1]] + answer, out[:, answer.shape[1] :]], dim=1)
+
+    def _rewind(self, x: Tensor, out: Tensor, evaluate: Evaluate, advance: Advance) -> tuple[Tensor, Tensor]:
         """Take the steps since an image's last computed one again, with interpolated activations; no block runs.
 
         With a profile an image whose guidance difference was refreshed goes back to its refresh before, if the computed
         steps since then are still kept. x (n, ...) the state at this step and out the network's output for it -> both,
         for the corrected state.
         """
-        if not self.rewinds:
-            return x, out
         origin, anchor = self._rewind_from(x)
         again = np.flatnonzero((origin >= 0) & (self.step - origin > 1))
         if not len(again):
             return x, out
         start, state = origin[again] + 1, take_rows(anchor, again)
+        amount = take_rows(self._anchor_noise, again)
         for past in range(start.min(), self.step):
             if (past - start.min()) % LOOK_AHEAD == 0:  # some steps in one pass over the stored tensors
                 between = self.store.predict(again, np.arange(past, min(past + LOOK_AHEAD, self.step)))
             rows = np.flatnonzero(start <= past)
             added = torch.cat([take_rows(half[:, (past - start.min()) % LOOK_AHEAD], rows) for half in between])
             now = take_rows(state, rows)
-            replayed = self._replay(past, now, again[rows], added, evaluate)
-            state = put_rows(state, rows, advance(past, now, replayed, again[rows]))
+            replayed = self._replay(past, now, again[rows], added, evaluate, take_rows(amount, rows))
+            after = advance(past, now, replayed, again[rows])
+            if self.noise is not None:
+                followed = self.noise.follow(take_rows(amount, rows), past, now, replayed, after)
+                amount = put_rows(amount, rows, followed)
+            state = put_rows(state, rows, after)
             self.trace.rewound += len(rows)
         added = self._added.unflatten(0, (self.halves, -1))
         added = torch.cat([take_rows(half, again) for half in added])
-        replayed = self._replay(self.step, state, again, added, evaluate)
+        if self.noise is not None:
+            self.noise.moved(again, amount, self.step, state - take_rows(x, again))
+        replayed = self._replay(self.step, state, again, added, evaluate, amount)
         return put_rows(x, again, state), put_rows(out, again, replayed)
 
     def _rewind_from(self, x: Tensor) -> tuple[np.ndarray, Tensor]:
@@ -312,6 +348,10 @@ class CorrectedRun(CachedRun):
         for i, newest in enumerate((self.previous, self.refreshed_before)[: 1 + self.rewinds_far]):
             new = np.flatnonzero(newest == self.step - 1)
             self._anchors[i] = x if self._anchors[i] is None else put_rows(self._anchors[i], new, take_rows(x, new))
+            if i == 0 and self.noise is not None:
+                amount = self.noise.amount
+                known = self._anchor_noise
+                self._anchor_noise = amount if known is None else put_rows(known, new, take_rows(amount, new))
         origin, (anchor, far_anchor) = np.where(self.last == self.step, self.previous, -1), self._anchors
         if not self.rewinds_far:
             return origin, anchor
@@ -320,10 +360,16 @@ class CorrectedRun(CachedRun):
         origin[far] = self.refreshed_before[far]
         return origin, put_rows(anchor, far, take_rows(far_anchor, far))
 
-    def _replay(self, step: int, x: Tensor, images: np.ndarray, added: Tensor, evaluate: Evaluate) -> Tensor:
-        """The network's output at a step for `images` (m,), the stack adding `added` (halves * m, T, D)."""
+    def _replay(
+        self, step: int, x: Tensor, images: np.ndarray, added: Tensor, evaluate: Evaluate, amount: Tensor | None
+    ) -> Tensor:
+        """The network's output at a step for `images` (m,), the stack adding `added` (halves * m, T, D).
+
+        amount: the noise that they have, where it is to be answered.
+        """
         self._replayed = added
         try:
-            return evaluate(step, x, images)
+            out = evaluate(step, x, images)
         finally:
             self._replayed = None
+        return out if amount is None else self._add_answer(step, out, images, amount)

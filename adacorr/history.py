@@ -118,6 +118,11 @@ class History:
         self.steps[images, slots] = step
         self.count[images] += 1
 
+    def replace_newest(self, images: np.ndarray, values: Tensor) -> None:
+        """Put other values (n, E, T, D) in the place of the newest computed step of `images` (n,)."""
+        rows, slots = torch.from_numpy(images), torch.from_numpy(self.slot(images, 0)[:, 0])
+        self.values[rows, slots] = values.flatten(2)
+
     def slot(self, images: np.ndarray, k: int | np.ndarray) -> np.ndarray:
         """(m,) or (m, K): where the k-th newest step of `images` (m,) lies."""
         return (self.count[images, None] - 1 - np.atleast_1d(k)) % self.steps.shape[1]

@@ -7,6 +7,7 @@ calls, and `pipeline.sample_latents` is the whole loop.
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from adacorr.control import Controller, infers_unconditional
 from adacorr.correct import ALIASES, AdaCorrection, Algorithm1, parse_correction
 from adacorr.corrected_run import CorrectedRun
 from adacorr.gates import GateBasis, fit_gate_basis, known_gate_basis, label_conditions, null_condition
+from adacorr.injected_noise import renewed
 from adacorr.literal import Algorithm1Run
 from adacorr.model_profile import KEPT, KINDS, ModelProfile
 from adacorr.policies import make_policy
@@ -106,6 +108,7 @@ class CacheManager:
         cfg_scale: float = 1.0,
         images: int | None = None,
         rewindable: bool = True,
+        eta: float = 0.0,
         model_id: str | None = None,
         sampler: str | None = None,
     ) -> Iterator[CachedRun]:
@@ -113,9 +116,9 @@ class CacheManager:
 
         labels (n,) on any device, or None with `images` for an unconditional model; timesteps (S,) in sampling order
         with their alpha_bar (S,). With cfg_scale other than 1 the model is called on rows [labels; null labels].
-        `rewindable`: the sampler can take a step again. model_id (the checkpoint's sha256) and sampler (its spec) are
-        what calibrated profiles are held to. Raises RuntimeError if a cache is attached already, ValueError for what
-        the policy refuses.
+        `rewindable`: the sampler can take a step again; `eta`: how much noise it injects, as in DDIM. model_id (the
+        checkpoint's sha256) and sampler (its spec) are what calibrated profiles are held to. Raises RuntimeError if a
+        cache is attached already, ValueError for what the policy refuses.
         """
         if model.cache is not None:
             raise RuntimeError("a cache run is open on this model: leave its `with` block before the next one")
@@ -124,7 +127,7 @@ class CacheManager:
         self.trace = Trace(len(timesteps), len(model.blocks), n, halves, model.branch_flops())
         info = self._describe(model, n, halves, timesteps, cfg_scale, model_id, sampler)
         with torch.no_grad():
-            run = self._open(model, labels, timesteps, np.asarray(alpha_bar), info, rewindable)
+            run = self._open(model, labels, timesteps, np.asarray(alpha_bar), info, rewindable, eta)
             model.cache = run
             try:
                 yield run
@@ -156,7 +159,7 @@ class CacheManager:
             sampler=sampler,
         )
 
-    def _open(self, model, labels, timesteps, alpha_bar, info: RunInfo, rewindable: bool) -> CachedRun:
+    def _open(self, model, labels, timesteps, alpha_bar, info: RunInfo, rewindable: bool, eta: float) -> CachedRun:
         """The run's state, by what this manager was given."""
         if isinstance(self.correction, Algorithm1):
             return Algorithm1Run(self.correction, info, self.trace)
@@ -167,22 +170,35 @@ class CacheManager:
         if self.correction is None:
             return PolicyRun(policy, info, trace, stores.make)
         difference, whole = infers_unconditional(self.correction, trace.halves), Unit(0, info.depth)
+        noise = injected = None
         if self._known is None:
             predictor = Predictor("branches", self.correction.order, self.correction.gate_error)
             store = stores.make(whole, predictor, difference)
         else:
-            self._check_profile(info, rewindable)
-            store = stores.known(whole, self._known)
+            self._check_profile(info, rewindable, eta)
+            injected = renewed(alpha_bar, eta)
+            store = stores.known(whole, self._known, injected)
+            if eta:
+                size = model.in_channels, model.input_size, model.input_size
+                noise = self._known.noise(info.timesteps, alpha_bar, info.images, size, info.device)
         spent = trace.extra_flops / trace.evaluation_flops
         controller = Controller(
-            self.correction, info.timesteps, alpha_bar, info.images, trace.halves, info.cfg_scale, spent, self._known
+            self.correction,
+            info.timesteps,
+            alpha_bar,
+            info.images,
+            trace.halves,
+            info.cfg_scale,
+            spent,
+            self._known,
+            injected if eta else None,
         )
-        return CorrectedRun(policy, self.correction, controller, info, trace, store, rewindable)
+        return CorrectedRun(policy, self.correction, controller, info, trace, store, rewindable, noise)
 
-    def _check_profile(self, info: RunInfo, rewindable: bool) -> None:
-        """ValueError for a run that the profile was not made for."""
-        why = mismatch(self.profile, "adacorr", info, any_steps=True)
-        if not rewindable:
+    def _check_profile(self, info: RunInfo, rewindable: bool, eta: float) -> None:
+        """ValueError for a run that the profile was not made for. Under noise it is that of deterministic DDIM."""
+        why = mismatch(self.profile, "adacorr", replace(info, sampler="ddim") if eta else info, any_steps=True)
+        if not rewindable and not eta:
             why = f"the sampler {info.sampler} cannot take a step again"
         if why:
             raise ValueError(f"adacorr: the profile of the model does not fit this run ({why}); make one for it")
@@ -219,8 +235,8 @@ class _Stores:
         tracks = [self.shape.polynomial(self.basis.rank, predictor) for _ in range(self.trace.halves)]
         return GateSumStore(unit, self.basis, self.index.to(self.shape.device), tracks, difference)
 
-    def known(self, unit: Unit, profile: ModelProfile) -> GateSumStore:
-        """The store of one unit under what is known of the model."""
+    def known(self, unit: Unit, profile: ModelProfile, renewed: np.ndarray) -> GateSumStore:
+        """The store of one unit under what is known of the model; renewed (S,) see `ModelProfile.rule`."""
         steps = self.shape.timesteps
         known = self.timesteps
         if not np.array_equal(steps, profile.timesteps):
@@ -238,7 +254,7 @@ class _Stores:
         tracks = []
         for kind in KINDS[: self.trace.halves]:
             trend = profile.trend(kind, steps, basis.basis)
-            tracks.append(self.shape.track(basis.rank, KEPT[kind], profile.rule(kind, steps), trend))
+            tracks.append(self.shape.track(basis.rank, KEPT[kind], profile.rule(kind, steps, renewed), trend))
         return GateSumStore(unit, basis, self.index.to(self.shape.device), tracks, self.trace.halves == 2)
 
     def _fit_gates(self, gate_error: float) -> GateBasis:

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from adacorr.history import lagrange_weights
+from adacorr.injected_noise import InjectedNoise, NoiseSchedules
 from adacorr.kriging import Kriging, Trend
+from adacorr.placement import ddim_coefficients
 from adacorr.placement import evaluations as cost
 from adacorr.profile import Profile
 
@@ -33,6 +35,10 @@ class ModelProfile:
     schedules (R, P)          the best found for R costs, which rise: 0, CONDITIONAL or BOTH in each step
     expected (R,)             rms error of the final state that they should leave; 0 of the last, which computes all
     contrast                  rms of the final state itself
+    response (P, F, C, C)     sigma times the answer of the predicted noise to noise in the state, by radial frequency
+    held (P, F)               the part of it that comes from the layers outside of the blocks
+    unexplained[kind] (P,)    power of the answer that `response` misses, over that of the noise in units of sigma
+    readout[kind] (P,)        how much a step's final layer makes of the branch sums, rms over rms
     """
 
     timesteps: np.ndarray
@@ -44,6 +50,10 @@ class ModelProfile:
     schedules: np.ndarray
     expected: np.ndarray
     contrast: float
+    response: np.ndarray
+    held: np.ndarray
+    unexplained: dict[str, np.ndarray]
+    readout: dict[str, np.ndarray]
 
     @classmethod
     def of(cls, profile: Profile) -> ModelProfile:
@@ -51,25 +61,56 @@ class ModelProfile:
         steps, kinds = profile.num_sampling_steps, KINDS[: 1 if profile.cfg_scale == 1.0 else 2]
         shapes = {"timesteps": (steps,), "basis": (steps, None), "gate_weight": (None, None), "contrast": ()}
         shapes |= {"schedules": (None, steps), "expected": (None,)}
+        shapes |= {"response": (steps, None, None, None), "held": (steps, None)}
         for kind in kinds:
             shapes |= {f"mean_{kind}": (steps, None, None), f"rest_{kind}": (steps, None)}
             shapes |= {f"covariance_{kind}": (steps, steps)}
+            shapes |= {f"unexplained_{kind}": (steps,), f"readout_{kind}": (steps,)}
         arrays = {name: np.asarray(value) for name, value in profile.require(**shapes).items()}
-        grouped = {
-            name: {kind: arrays.pop(f"{name}_{kind}") for kind in kinds} for name in ("mean", "rest", "covariance")
-        }
+        by_kind = ("mean", "rest", "covariance", "unexplained", "readout")
+        grouped = {name: {kind: arrays.pop(f"{name}_{kind}") for kind in kinds} for name in by_kind}
         return cls(**{**arrays, "contrast": float(arrays["contrast"])}, **grouped)
 
-    def rule(self, kind: str, timesteps: np.ndarray) -> Kriging:
-        """How the process is forecast in a run at timesteps (S,)."""
+    def rule(self, kind: str, timesteps: np.ndarray, renewed: np.ndarray) -> Kriging:
+        """How the process is forecast in a run at timesteps (S,), whose steps renew so much of the noise (S,)."""
         onto = interpolation(timesteps, self.timesteps)
-        return Kriging(onto @ self.covariance[kind].astype(np.float64) @ onto.T)
+        covariance = onto @ self.covariance[kind].astype(np.float64) @ onto.T
+        unexplained = self._between(timesteps, self.unexplained[kind] / self.readout[kind] ** 2)
+        walk = np.append(0.0, np.cumsum(renewed * unexplained)[:-1])
+        return Kriging(covariance + np.minimum.outer(walk, walk))
 
     def trend(self, kind: str, timesteps: np.ndarray, basis: Tensor) -> Trend:
         """The mean of the process in a run at timesteps (S,), whose gates have the basis (S, Q)."""
         onto = torch.from_numpy(interpolation(timesteps, self.timesteps)).to(basis)
         mean, rest = (torch.from_numpy(v[kind].astype(np.float32)).to(basis) for v in (self.mean, self.rest))
         return Trend(torch.einsum("sp,pqd->sqd", onto, mean), onto @ rest, basis)
+
+    def noise(
+        self, timesteps: np.ndarray, alpha_bar: np.ndarray, images: int, size: tuple[int, int, int], device
+    ) -> InjectedNoise:
+        """The noise of a run that injects some."""
+        sigma = np.sqrt(1.0 - alpha_bar)
+        response, held = self._between(timesteps, self.response), self._between(timesteps, self.held)
+        response, held = response / sigma[:, None, None, None], held / sigma[:, None]
+        return InjectedNoise(response, held, alpha_bar, images, size, KEPT["conditional"], device)
+
+    def noise_schedules(
+        self, timesteps: np.ndarray, alpha_bar: np.ndarray, renewed: np.ndarray, cfg_scale: float
+    ) -> NoiseSchedules:
+        """The schedules of a run that injects noise."""
+        weights, c = (1.0, cfg_scale - 1.0), ddim_coefficients(alpha_bar)[1]
+        rates = []
+        for weight, unexplained in zip(weights, self.unexplained.values(), strict=False):
+            rates.append(np.cbrt((weight * c) ** 2 * renewed * self._between(timesteps, unexplained)))
+        return NoiseSchedules(rates)
+
+    def _between(self, timesteps: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """(S, ...) of values (P, ...) that stay between their neighbours."""
+        place = np.interp(-timesteps, -self.timesteps, np.arange(len(self.timesteps)))
+        low = np.minimum(place.astype(int), len(values) - 2)
+        share = (place - low).reshape(-1, *[1] * (values.ndim - 1))
+        values = values.astype(np.float64)
+        return (1 - share) * values[low] + share * values[low + 1]
 
     def schedule(self, timesteps: np.ndarray, row: int) -> tuple[list[int], list[int]]:
         """(computed steps, those that compute both halves) of a schedule in a run at timesteps (S,).

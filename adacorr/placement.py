@@ -12,7 +12,7 @@ half, or the guidance difference) with error sum_k w_k M(s_k) - M(s); a computed
 answers along it, and `scatter` the size of what it answers besides. All three are measured by spatial frequency. M has
 a covariance in time; so e is a Gaussian process too, and here it is carried as a vector of coefficients on independent
 unit variables: the expected squared error of the final state is its squared length. A rewind replays its steps with
-the forecast that rests on the newer steps, as `CorrectedRun.rewind` does.
+the forecast that rests on the newer steps, as `CorrectedRun` does.
 
 A forecast by kriging depends on the kept steps alone, so what an interval adds to e is computed once and remembered:
 a schedule costs about a millisecond, and local search goes through thousands of them.
@@ -34,6 +34,12 @@ def evaluations(schedule: Schedule, halves: int) -> float:
     """What a schedule computes, in full evaluations of all guidance halves."""
     nodes, refreshes = schedule
     return (len(nodes) + len(refreshes)) / 2 if halves == 2 else float(len(nodes))
+
+
+def ddim_coefficients(alpha_bar: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(keep, c), (S,) each, of the DDIM steps x -> keep x + c eps. alpha_bar (S,) in sampling order."""
+    after = np.append(alpha_bar[1:], 1.0)
+    return np.sqrt(after / alpha_bar), np.sqrt(1.0 - after) - np.sqrt(after * (1.0 - alpha_bar) / alpha_bar)
 
 
 @dataclass(frozen=True)
@@ -63,9 +69,7 @@ class ErrorModel:
     """
 
     def __init__(self, alpha_bar: np.ndarray, held: np.ndarray, readout: np.ndarray, processes: list[Process]):
-        after = np.append(alpha_bar[1:], 1.0)
-        self.keep = np.sqrt(after / alpha_bar)
-        self.noise = np.sqrt(1.0 - after) - np.sqrt(after * (1.0 - alpha_bar) / alpha_bar)  # c_s
+        self.keep, self.noise = ddim_coefficients(alpha_bar)
         self.held, self.readout, self.processes = held, readout, processes
         self.carry = self.keep[:, None] + self.noise[:, None] * held  # (S, F) of a skipped step
         self.size = np.linalg.norm(readout, axis=1)

@@ -23,7 +23,7 @@ class CachedRun(ABC):
     for step in range(len(timesteps)):
         run.begin_step(step)
         out = evaluate(step, x, images)                  # DiT.forward passes its blocks through run.run_blocks
-        x, out = run.rewind(x, out, evaluate, advance)   # may be left out: the run then forecasts only
+        x, out = run.correct(x, out, evaluate, advance)  # may be left out: the run then forecasts only
         x = advance(step, x, out, images)
     """
 
@@ -47,7 +47,7 @@ class CachedRun(ABC):
         Raises RuntimeError outside of a step, ValueError for rows that the run was not opened for.
         """
 
-    def rewind(self, x: Tensor, out: Tensor, evaluate: Evaluate, advance: Advance) -> tuple[Tensor, Tensor]:
+    def correct(self, x: Tensor, out: Tensor, evaluate: Evaluate, advance: Advance) -> tuple[Tensor, Tensor]:
         """The state at this step and the network's output for it, both (n, C, ...), after what was learned in the step.
 
         A run that corrects no past step gives back what it got.

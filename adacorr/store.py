@@ -78,9 +78,13 @@ class Track:
     rule: Rule
     trend: Trend | None
 
+    def weights(self, images: np.ndarray, steps: np.ndarray) -> np.ndarray:
+        """(m, s, K) of the kept steps in the forecasts for `images` (m,) at steps (s,), in the order of the slots."""
+        return self.history.weights(images, steps, self.rule)
+
     def predict(self, images: np.ndarray, steps: np.ndarray, basis: Tensor | None) -> Tensor:
         """(m, s, T, D) for `images` (m,) at steps (s,); with a basis (S, E) the entries are summed up under it."""
-        weights = self.history.weights(images, steps, self.rule)  # (m, s, K)
+        weights = self.weights(images, steps)
         values = self.history.values
         coefficients = torch.from_numpy(weights).to(values.device, values.dtype)[..., None]
         if basis is not None:

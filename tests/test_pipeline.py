@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from toy import tiny_dit
+from toy import known_model, tiny_dit
 
 import pipeline
 from adacorr import AdaCorrection, Algorithm1, CacheManager, make_policy
@@ -177,3 +177,5 @@ def test_caches_under_injected_noise_come_with_a_caveat():
     assert pipeline.caveat(make_sampler("ddim", 5), cached) is None
     assert pipeline.caveat(make_sampler("ddpm", 5), None) is None
     assert pipeline.caveat(make_sampler("ddpm", 5), CacheManager(None, Algorithm1())) is None  # computes everything
+    answers = cached.knowing(known_model(tiny_dit(), "2.1."))
+    assert pipeline.caveat(make_sampler("ddpm", 5), answers) is None

@@ -135,7 +135,7 @@ def fitted(name, model, folder, steps=10, cfg_scale=1.5, options=""):
 def known_model(model, schedule, cfg_scale=1.5):
     """A profile for AdaCorrection with one schedule, a text of 2 (both halves), 1 and ".", and nearly exact gates.
 
-    Its covariance is that of a smooth process, its mean nothing.
+    Its covariance is that of a smooth process, its mean nothing; its answers to noise are made up.
     """
     sampler = make_sampler("ddim", len(schedule))
     t, steps, width = sampler.timesteps, len(schedule), model.hidden_size
@@ -148,6 +148,10 @@ def known_model(model, schedule, cfg_scale=1.5):
     for kind in KINDS[: 1 if cfg_scale == 1.0 else 2]:
         mean, rest = np.zeros((steps, basis.shape[1], width)), np.zeros((steps, width))
         arrays |= {f"mean_{kind}": mean, f"rest_{kind}": rest, f"covariance_{kind}": kernel}
+        arrays |= {f"unexplained_{kind}": np.full(steps, 0.01), f"readout_{kind}": np.ones(steps)}
+    share = np.linspace(0.1, 0.9, model.input_size)  # the coarser, the less is answered
+    arrays["response"] = np.broadcast_to(share[:, None, None] * np.eye(3), (steps, len(share), 3, 3))
+    arrays["held"] = np.full((steps, len(share)), 0.3)
     return Profile("adacorr", arrays, "toy", "ddim", steps, cfg_scale)
 
 

@@ -1,0 +1,160 @@
+"""How skipped steps answer the noise that a stochastic sampler injects, and which steps to compute under it.
+
+A skipped step holds what the blocks gave before the noise came. It sees the noise through the layers outside of the
+blocks only, and leaves a part of it in the image. To first order the network answers a small change d of the state by
+a filter: J_s d, with a C x C matrix for each spatial frequency. So the path of the state without new noise is known,
+too. A DDIM step is x -> keep_s x + c_s eps, hence the difference to that path, the noise since some step, goes on as
+
+    d_(s+1) = T_s d_s + nu_s        T_s = keep_s + c_s J_s        nu_s = x_(s+1) - keep_s x_s - c_s eps_s
+
+and with Phi_s = T_(s-1) ... T_0 and a_(s+1) = a_s + Phi_(s+1)^-1 nu_s it is Phi_s (a_s - a_j) since any step j. One
+field `a` for each image holds it for all of them. A forecast sum_k w_k M(s_k) lacks what the blocks answer to the noise
+since each of its nodes s_k, so a skipped step adds
+
+    (J_s - held_s) Phi_s (a_s - sum_k w_k a_k)
+
+where held_s is the answer of the layers outside of the blocks, which it has given itself. Between two nodes the same
+expression interpolates: steps taken again know the noise on both sides.
+
+J is an average. What it leaves unexplained grows with the share of the noise that is renewed, like a random walk: the
+forecast's covariance gets that walk added, and steps are placed where it would cost most.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adacorr.history import History
+from adacorr.placement import Schedule, ddim_coefficients, evaluations
+
+
+def radial_bins(height: int, width: int) -> Tensor:
+    """(H, W // 2 + 1) int64: whole cycles per image of each frequency that rfft2 gives, from 0 on."""
+    rows, columns = torch.fft.fftfreq(height) * height, torch.fft.rfftfreq(width) * width
+    return (rows[:, None] ** 2 + columns**2).sqrt().round().long()
+
+
+def renewed(alpha_bar: np.ndarray, eta: float) -> np.ndarray:
+    """(S,) share of the noise's variance that each step renews: Song et al. 2021, Eq. 16. 0 in the last step.
+
+    alpha_bar (S,) in sampling order; eta as in DDIM, 1 for the posterior variance of DDPM.
+    """
+    share = np.zeros(len(alpha_bar))
+    share[:-1] = eta**2 * (1.0 - alpha_bar[:-1] / alpha_bar[1:]) / (1.0 - alpha_bar[:-1])
+    return share
+
+
+class InjectedNoise:
+    """The noise that the images of a run got, and the answer of skipped steps to it.
+
+    response (S, F, C, C) of the predicted noise to a change of the state in each frequency bin, held (S, F) the part
+    of it that comes from outside of the blocks; alpha_bar (S,); size (C, H, W) of the state; `kept` computed steps that
+    a forecast rests on.
+    """
+
+    def __init__(
+        self,
+        response: np.ndarray,
+        held: np.ndarray,
+        alpha_bar: np.ndarray,
+        images: int,
+        size: tuple[int, int, int],
+        kept: int,
+        device: torch.device,
+    ):
+        self.size = size
+        channels, height, width = size
+        self.keep, self.c = ddim_coefficients(alpha_bar)
+        unit = np.eye(channels)
+        carry = self.keep[:, None, None, None] * unit + self.c[:, None, None, None] * response
+        phi = [np.broadcast_to(unit, response.shape[1:])]
+        for step in range(len(alpha_bar) - 1):
+            phi.append(carry[step] @ phi[-1])
+        answer = (response - held[..., None, None] * unit) @ np.stack(phi)
+        self._answer = torch.from_numpy(answer).to(device, torch.complex64)  # (S, F, C, C): (J - held) Phi
+        self._inverse = torch.from_numpy(np.linalg.inv(np.stack(phi))).to(device, torch.complex64)
+        self._bins = radial_bins(height, width).to(device)
+        self.amount = torch.zeros(images, channels, *self._bins.shape, dtype=torch.complex64, device=device)  # a
+        self.history = History(images, kept, 1, channels, 2 * self._bins.numel(), device, torch.float32)
+
+    @property
+    def bytes(self) -> int:
+        return self.history.bytes + self.amount.numel() * self.amount.element_size()
+
+    def follow(self, amount: Tensor, step: int, x: Tensor, out: Tensor, after: Tensor) -> Tensor:
+        """The noise a (m, ...) of images after a step: from state x (m, C, H, W) with output `out` to `after`."""
+        injected = after - float(self.keep[step]) * x - float(self.c[step]) * out[:, : self.size[0]]
+        return amount + self._filter(self._inverse[step + 1], torch.fft.rfft2(injected))
+
+    def store(self, images: np.ndarray, step: int) -> None:
+        """`images` (m,) computed this step: remember the noise that they had."""
+        self.history.push(images, step, torch.view_as_real(self.amount[torch.from_numpy(images)]).flatten(2)[:, None])
+
+    def moved(self, images: np.ndarray, amount: Tensor, step: int, change: Tensor) -> None:
+        """The state of `images` (m,) changed by (m, C, H, W) after the step was computed; its noise is `amount` now.
+
+        What is stored of the step still belongs to the state that it was computed for.
+        """
+        self.amount = self.amount.index_copy(0, torch.from_numpy(images).to(amount.device), amount)
+        computed = amount - self._filter(self._inverse[step], torch.fft.rfft2(change))
+        self.history.replace_newest(images, torch.view_as_real(computed).flatten(2)[:, None])
+
+    def answer(self, step: int, images: np.ndarray, amount: Tensor, weights: np.ndarray) -> Tensor:
+        """(m, C, H, W) to add to the output of a forecast step for `images` (m,), whose noise is `amount` (m, ...).
+
+        weights (m, 1, K) of the kept steps in the forecast, in the order of their slots. What they lack to 1 is the
+        mean, which knows no noise: it counts as the newest step.
+        """
+        weights = weights.copy()
+        newest = self.history.slot(images, 0)[:, 0]
+        weights[np.arange(len(images)), 0, newest] += 1.0 - weights.sum(axis=2)[:, 0]
+        coefficients = torch.from_numpy(weights).to(self.history.values)[..., None]
+        nodes = self.history.read(images, coefficients)[:, 0].unflatten(-1, (*self._bins.shape, 2))
+        since = amount - torch.view_as_complex(nodes.contiguous())
+        return torch.fft.irfft2(self._filter(self._answer[step], since), s=self.size[1:])
+
+    def _filter(self, matrices: Tensor, spectrum: Tensor) -> Tensor:
+        """matrices (F, C, C) by bin on a spectrum (m, C, H, W // 2 + 1)."""
+        return torch.einsum("hwij,mjhw->mihw", matrices[self._bins], spectrum)
+
+
+# ------------------------------------------------------------------------------------------------- placement
+
+
+class NoiseSchedules:
+    """Which steps to compute where noise is the error.
+
+    What is unexplained of the noise is the area under a random walk between two computed steps, whose ends are known:
+    a gap of g steps leaves the variance rate^3 g^3 / 12. The sum is least, for a number of computed steps, where
+    g = 1 / (k rate), and then it is sum(rate) / (12 k^2).
+
+    rates (S,) of the conditional half and, with guidance, of the guidance difference: the cube roots of the variance
+    that a renewed share leaves in a step.
+    """
+
+    def __init__(self, rates: list[np.ndarray]):
+        self.rates = [np.append(rate[:-1], rate[-2:-1]) for rate in rates]  # the last step injects nothing
+
+    def at(self, k: float) -> Schedule:
+        """The schedule whose gaps are 1 / (k rate) steps, and one step at least."""
+        walks = [np.cumsum(np.minimum(k * rate, 1.0)) for rate in self.rates]
+        passed = [np.flatnonzero(np.diff(np.floor(np.append(0.0, walk[:-1]) + 1e-9), prepend=-1.0)) for walk in walks]
+        nodes = passed[0]
+        refreshes = sorted({int(nodes[np.abs(nodes - step).argmin()]) for step in passed[-1]})
+        return tuple(nodes.tolist()), tuple(refreshes)
+
+    def within(self, budget: float) -> Schedule:
+        """The largest schedule of at most so many full evaluations. ValueError if none costs so little."""
+        if budget < 1.0:
+            raise ValueError(f"the budget leaves {max(budget, 0):g} evaluations; one is needed: give a larger one")
+        low, high = 0.0, 2.0 / min(rate[rate > 0].min(initial=1.0) for rate in self.rates)
+        for _ in range(60):
+            k = (low + high) / 2
+            low, high = (k, high) if evaluations(self.at(k), len(self.rates)) <= budget + 1e-9 else (low, k)
+        return self.at(low)
+
+    def leaving(self, error: float) -> Schedule:
+        """The schedule that is expected to leave at most this rms error in the final state."""
+        return self.at(np.sqrt(sum(rate.sum() for rate in self.rates) / 12.0) / error)
