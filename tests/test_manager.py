@@ -268,7 +268,7 @@ def test_what_is_known_must_fit_the_run(model):
         with pytest.raises(ValueError, match=message):
             CacheManager(correction=correction, profile=profile)
     manager = CacheManager(correction=AdaCorrection(), profile=profile)
-    for options in ({"cfg_scale": 4.0}, {"sampler": "ddim:eta=1"}):
+    for options in ({"cfg_scale": 4.0}, {"sampler": "ddim:clip=true"}):
         with pytest.raises(ValueError, match="does not fit this run .(guidance 1.5|sampler ddim) there"):
             sample(model, cache=manager, **options)
     sample(model, steps=7, cache=manager)  # any number of steps

@@ -66,14 +66,21 @@ def test_it_is_measured_on_noise_that_nobody_evaluates_and_the_same_again(checkp
         (correct("order=1"), "auto", {}),
         (correct("literal"), "auto", {}),
         (CacheManager(make_policy("interval")), "auto", {}),
-        (correct(), "auto", {"sampler": "ddim:eta=1"}),
-        (correct(), "auto", {"sampler": "ddpm"}),
+        (correct("order=1"), "auto", {"sampler": "ddpm"}),
         (correct(), "auto", {"sampler": "unipc"}),
         (None, "auto", {}),
     ],
 )
 def test_where_no_profile_serves_nothing_is_measured(checkpoint, cache, calibrate, options):
     assert profiles.with_profile(cache, load(checkpoint, **options), calibrate, pytest.fail) is cache
+
+
+def test_under_noise_a_model_is_known_as_under_ddim(checkpoint, tmp_path):
+    known = profiles.with_profile(correct(), load(checkpoint, sampler="ddpm"), "auto", lambda line: None)
+    assert known.profile.sampler == "ddim"
+    for sampler in ("ddim", "ddim:eta=0.5", "sde-dpmsolver++"):
+        again = profiles.with_profile(correct(), load(checkpoint, sampler=sampler), "auto", pytest.fail)
+        assert profiles.digest(again.profile) == profiles.digest(known.profile)
 
 
 def test_the_bundled_model_is_known(monkeypatch, tmp_path):
