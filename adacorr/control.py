@@ -34,6 +34,7 @@ INTERVAL_QUANTUM = 0.5
 
 # Error of the final state, in shares of its contrast, that a run with a profile is to leave at gamma 1.
 ERROR = 0.02
+NOISE_ERROR = 0.04  # the same where noise is injected: it looks alike, and half of it would cost twice the steps
 
 # An offset over an interval grows like its length ** POWER: the forecast's order 2 plus one, and the steps that add up.
 POWER = 4.0
@@ -276,12 +277,12 @@ class Controller:
         rule = RefreshRule(correction.tolerance, warmup=correction.order + 1)
         difference_rule = RefreshRule(correction.difference_tolerance, 1, 1.0, most_shrinking=0.6, min_scale=0.1)
         if profile is not None:
-            leaving, within = partial(profile.leaving, timesteps), partial(profile.within, timesteps)
+            error, leaving, within = ERROR, partial(profile.leaving, timesteps), partial(profile.within, timesteps)
             if renewed is not None:
                 schedules = profile.noise_schedules(timesteps, alpha_bar, renewed, cfg_scale)
-                leaving, within = schedules.leaving, schedules.within
+                error, leaving, within = NOISE_ERROR, schedules.leaving, schedules.within
             if correction.budget is None:
-                nodes, refreshes = leaving(ERROR * profile.contrast / max(correction.gamma, 1e-9))
+                nodes, refreshes = leaving(error * profile.contrast / max(correction.gamma, 1e-9))
             else:
                 nodes, refreshes = within(correction.budget - spent)
             self.clock = ScheduleClock(rule, timesteps, images, nodes)

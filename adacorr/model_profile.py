@@ -7,6 +7,7 @@ runs of any number of steps, which it is interpolated to.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -102,7 +103,7 @@ class ModelProfile:
         rates = []
         for weight, unexplained in zip(weights, self.unexplained.values(), strict=False):
             rates.append(np.cbrt((weight * c) ** 2 * renewed * self._between(timesteps, unexplained)))
-        return NoiseSchedules(rates)
+        return NoiseSchedules(rates, partial(self.leaving, timesteps))
 
     def _between(self, timesteps: np.ndarray, values: np.ndarray) -> np.ndarray:
         """(S, ...) of values (P, ...) that stay between their neighbours."""

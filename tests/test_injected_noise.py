@@ -1,4 +1,4 @@
-"""The answer of skipped steps to injected noise: exact where the network is linear, and better images where it is not."""
+"""Skipped steps answer injected noise: exactly where the network is linear, and to good effect where it is not."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ from toy import alphas, known_model, tiny_dit
 import pipeline
 from adacorr import AdaCorrection, CacheManager
 from adacorr.correct import parse_correction
-from adacorr.injected_noise import InjectedNoise, NoiseSchedules, radial_bins, renewed
+from adacorr.injected_noise import EXCESS, InjectedNoise, NoiseSchedules, radial_bins, renewed
 from adacorr.model_profile import ModelProfile
 from adacorr.placement import ddim_coefficients, evaluations
 from diffusion import make_sampler
@@ -24,12 +24,12 @@ SIGMA = np.sqrt(1 - ALPHA_BAR)
 
 @pytest.mark.parametrize("spec", ["ddpm", "ddim:eta=1", "ddim:eta=0.5"])
 def test_the_share_renewed_is_the_variance_that_the_sampler_injects(spec):
-    """Over the variance of the noise at the next step; ddpm with the fixed variance injects more, its posterior less."""
+    """Over the variance of the noise at the next step; of ddpm with a learned variance at its lower end."""
     sampler = make_sampler(spec, 10)
     abar, x = alphas(sampler), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
     share = renewed(abar, sampler.eta)
     for step in range(9):
-        out = torch.cat([x, x - 1], dim=1)  # a learned variance at its lower end: the posterior's
+        out = torch.cat([x, x - 1], dim=1)
         injected = float(sampler.step(step, x, out, x + 1) - sampler.step(step, x, out, x)) ** 2
         assert injected / (1 - abar[step + 1]) == pytest.approx(share[step], rel=1e-6)
     assert share[9] == 0
@@ -141,14 +141,29 @@ def test_a_state_that_was_moved_after_its_step_was_computed_is_answered_for_the_
 # ------------------------------------------------------------------------------------ where steps are computed
 
 
+def first_only(error):
+    return [0], [0]
+
+
 def test_gaps_are_as_long_as_the_rate_is_low():
-    schedules = NoiseSchedules([np.array([1.0] * 8 + [0.5] * 8 + [0.0])])
-    assert schedules.at(0.5) == ((0, 2, 4, 6, 8, 12, 16), (0, 2, 4, 6, 8, 12, 16))
-    assert schedules.at(100.0)[0] == tuple(range(17))  # one step at least
+    rate = np.array([1.0] * 8 + [0.5] * 8 + [0.0])
+    schedules = NoiseSchedules([rate], first_only)
+    unit = EXCESS * np.sqrt((rate.sum() + 0.5) / 12)  # leaves gaps of 1 / rate; the last step takes the rate before
+    assert schedules.leaving(2 * unit) == ([0, 2, 4, 6, 8, 12, 16], [0, 2, 4, 6, 8, 12, 16])
+    assert schedules.leaving(unit / 100)[0] == list(range(17))  # one step at least
+
+
+def test_steps_are_as_dense_as_without_noise_at_least():
+    steady = [0, 2, 4, 10], [0, 4]
+    schedules = NoiseSchedules([np.full(20, 0.1), np.full(20, 1e-9)], lambda error: steady)
+    assert schedules.leaving(1e3) == steady
+    nodes, refreshes = schedules.leaving(EXCESS * np.sqrt(2.0 / 12) / 2)  # k = 2: gaps of 5
+    assert nodes == [0, 2, 4, 9, 14, 19]
+    assert refreshes == [0, 4]
 
 
 def test_refreshes_lie_on_nodes_and_a_budget_is_filled_but_never_exceeded():
-    schedules = NoiseSchedules([np.linspace(0.1, 1.0, 50), np.full(50, 0.1)])
+    schedules = NoiseSchedules([np.linspace(0.1, 1.0, 50), np.full(50, 0.1)], first_only)
     for budget in (1, 2, 5.5, 10, 25, 49, 60):
         nodes, refreshes = schedules.within(budget)
         assert nodes[0] == refreshes[0] == 0
@@ -165,7 +180,7 @@ def test_the_error_to_leave_is_that_of_bridged_random_walks():
     walk = np.cumsum(rng.standard_normal((2000, steps // gap, 100)) * np.sqrt(rate**3 * gap / 100), axis=2)
     bridge = walk - walk[:, :, -1:] * np.arange(1, 101) / 100
     error = np.sqrt((bridge.mean(axis=2) * gap).sum(axis=1).var())
-    nodes, _ = NoiseSchedules([np.full(steps, rate)]).leaving(error)
+    nodes, _ = NoiseSchedules([np.full(steps, rate)], first_only).leaving(EXCESS * error)
     assert len(nodes) == pytest.approx(steps / gap, rel=0.05)
 
 

@@ -108,6 +108,40 @@ def test_branches_that_do_not_look_at_the_tokens_answer_no_error():
     assert scatter.shape == difference_scatter.shape == held.shape
 
 
+@torch.no_grad()
+def test_the_answer_to_noise_is_the_weighted_fit_to_what_the_network_does(model, arrays):
+    """Against the model as it is called without a cache, frequency by frequency."""
+    step, sampler = 3, make_sampler("ddim", STEPS)
+    x = gaussian(5, np.arange(3), (3, 8, 8))
+    t, null = sampler.timesteps, torch.full_like(LABELS, model.null_label)
+
+    def halves(x, step):
+        return [model(x, t[step].expand(3), labels)[:, :3] for labels in (LABELS, null)]
+
+    def guided(cond, uncond):
+        return uncond + 1.5 * (cond - uncond)
+
+    for s in range(step):
+        x = sampler.step(s, x, guided(*halves(x, s)))
+    drawn = [torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(i * STEPS + step)) for i in range(3)]
+    before = halves(x, step)
+    change = 0.1**0.5 * torch.stack(drawn) - (1 - 0.9**0.5) * guided(*before)
+    after = halves(x + np.sqrt(1 - alphas(sampler)[step]) * change, step)
+    answer = after[0] - before[0]
+    stays = change - (guided(*after) - guided(*before)) + 0.3 * change
+    noise, answer, stays = (torch.fft.rfft2(v).numpy() for v in (change, answer, stays))
+    rows, columns = np.fft.fftfreq(8) * 8, np.fft.rfftfreq(8) * 8
+    cycles = np.round(np.hypot(rows[:, None], columns))
+    for cycle in range(2, int(cycles.max()) + 1):
+        a, n, z = (v.transpose(1, 0, 2, 3)[:, :, cycles == cycle].reshape(3, -1) for v in (answer, noise, stays))
+        fit = (a @ z.conj().T).real @ np.linalg.inv((n @ z.conj().T).real)
+        values, vectors = np.linalg.eigh((fit + fit.T) / 2)
+        fit = vectors * values.clip(0, 1) @ vectors.T
+        np.testing.assert_allclose(arrays["response"][step, cycle], fit, rtol=1e-2, atol=2e-3)
+    assert arrays["response"].shape == (STEPS, 7, 3, 3)
+    assert ((arrays["unexplained_conditional"] >= 0) & (arrays["unexplained_difference"] >= 0)).all()
+
+
 def test_schedules_reach_from_one_step_to_all(arrays):
     ModelProfile.of(Profile("adacorr", arrays, "toy", "ddim", STEPS, 1.5))
     costs = arrays["schedules"].sum(axis=1)
