@@ -218,7 +218,10 @@ class ScheduleClock(RefreshClock):
         self.start(np.interp(np.arange(len(timesteps)), self.schedule, np.arange(len(self.schedule))), images)
 
     def _due(self, images: np.ndarray, step: int) -> np.ndarray:
-        return np.full(len(images), self.schedule[np.searchsorted(self.schedule, step, side="right")])
+        # A step that a policy asked for stands for the one that was due next, so that a schedule costs no more.
+        asked = (self.due[images] > step) & (self.due[images] < len(self.timesteps)) & ~self.nonfinite[images]
+        done = np.where(asked, self.due[images], step)
+        return self.schedule[np.searchsorted(self.schedule, done, side="right").clip(max=len(self.schedule) - 1)]
 
     def nears(self, step: int, other: RefreshClock) -> np.ndarray:
         """Whether the due step is nearer to this step than to the one after it on the clock of `other`. (n,)"""

@@ -172,7 +172,7 @@ GAIN = 1e-3
 BEGINNINGS = ((0.0,), (0.0, 0.2, 0.6), (0.0, 0.35, 0.7, 0.9), (0.0, 0.15, 0.5, 0.8))
 
 # Share of the steps that is added at once, in steps or refreshes, where placement does not matter any more.
-GROWTH = 0.08
+GROWTH = 0.04
 
 
 def best_schedules(model: ErrorModel, enough: float) -> list[tuple[Schedule, float]]:

@@ -9,6 +9,7 @@ from adacorr.control import (
     AdaptiveClock,
     BudgetClock,
     RefreshRule,
+    ScheduleClock,
     amplification,
     closing_step,
     split_budget,
@@ -109,6 +110,22 @@ def test_a_step_computed_early_starts_a_new_interval():
     clock.restart(ONE, 0, np.array([np.nan]))
     clock.restart(ONE, 10, np.array([0.1]))
     assert clock.due[0] == pytest.approx(70, abs=1)
+
+
+def test_in_a_schedule_a_step_that_was_asked_for_stands_for_the_next_and_one_that_had_to_be_does_not():
+    clock, both = ScheduleClock(RefreshRule(0.2, 1), grid(20), 2, [0, 5, 10, 15]), np.arange(2)
+    clock.restart(both, 0, np.full(2, np.nan))
+    clock.restart(both[:1], 4, np.array([0.1]))  # asked for, in place of step 5
+    assert clock.due.tolist() == [10, 5]
+    clock.restart(both[1:], 5, np.array([np.nan]))  # not finite, so the next step must be computed, too
+    assert clock.due.tolist() == [10, 6]
+    clock.restart(both[1:], 6, np.array([0.1]))
+    assert clock.due.tolist() == [10, 10]
+    for step in (10, 15):
+        clock.restart(both, step, np.full(2, 0.1))
+    assert clock.due.tolist() == [20, 20]
+    clock.restart(both, 17, np.full(2, 0.1))  # nothing is left to stand for
+    assert clock.due.tolist() == [20, 20]
 
 
 @pytest.mark.parametrize(

@@ -258,6 +258,16 @@ def test_with_a_profile_it_equals_its_reference(model, cfg_scale, schedule):
         apart(out[i], plain[i])
 
 
+@pytest.mark.parametrize("policy", ["interval:every=4", "taylorseer:every=4"])
+def test_with_a_profile_a_policy_spends_no_more_than_the_schedule(model, policy):
+    profile = known_model(model, "2....1....2....1....1...", 1.5)
+    alone, asked = (CacheManager.of(name, "budget=20").knowing(profile) for name in (None, policy))
+    for manager in (alone, asked):
+        sample(model, steps=24, cache=manager)
+    assert 0 < asked.trace.compute <= alone.trace.compute
+    assert computed(asked) != computed(alone)
+
+
 def test_what_is_known_must_fit_the_run(model):
     profile = known_model(model, "2.1.1.1.2.", 1.5)
     for correction, message in (
