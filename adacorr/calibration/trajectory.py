@@ -13,21 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from adacorr.calibration.noise_response import NoiseResponse
 from adacorr.gates import GateBasis, fit_gate_basis, label_conditions, null_condition
-from adacorr.injected_noise import radial_bins
 from adacorr.model_profile import BOTH, CONDITIONAL, KEPT, KINDS
 from adacorr.placement import ErrorModel, Process, best_schedules
 from adacorr.store import ComputedRows, FreshSums
 
 GATE_ERROR = 0.015  # relative, as the final layer sees it; the forecasts' own errors are well above
 BAND_EDGES = (1.01, 2.5, 4.5, 8.5)  # of spatial frequency, in cycles per 32 pixels (or latent pixels)
-COARSE_BINS = 2  # of lowest frequency, which hold too few modes to tell channels apart
-MOMENTS = [("answer", "stays"), ("noise", "stays"), ("answer", "noise"), ("noise", "noise"), ("held", "noise")]
-MOMENTS += [("answer", "answer"), ("difference", "difference")]  # between spectra
 ROUNDING = 1e-5  # relative difference of states below which it is none
 POWER_STEPS = 6  # at which the size of the branches is looked at, to fit the gates by
-RENEWED = 0.1  # share of the noise's variance that is renewed to see the answer
-ALL_NOISE = 0.3  # see `TrajectoryCalibration._noise_answer`
 ENOUGH = 0.005  # error of the final state, in shares of its contrast, below which placement does not matter
 
 
@@ -73,7 +68,12 @@ class TrajectoryCalibration:
             decoded = self._decode(out, c)
             if step and float((cached[step - 1] - x).norm()) > ROUNDING * float(x.norm()):
                 self._add_response(step, cached[step - 1] - x, x, tokens, out, decoded, c)
-            self._add_noise_response(step, x, tokens, out, decoded, c)
+            sigma = float(np.sqrt(1.0 - self.alpha_bar[step]))
+            seeds = [(self.images + i) * len(self.timesteps) + step for i in range(n)]
+            change = self.noise.change(self._guide(decoded), seeds)
+            held, *answers = self._answers_to(sigma * change, x, tokens, out, decoded, c)
+            guided = answers[0] + (self.cfg_scale - 1.0) * answers[1] if self.halves == 2 else answers[0]
+            self.noise.add(step, change, held, answers, guided)
             x = sampler.step(step, x, self._guide(decoded), None)
         self._add_spectrum(torch.cat([torch.stack(images) for images in seen], dim=2))
         self.power += float(x.square().sum())
@@ -105,7 +105,7 @@ class TrajectoryCalibration:
             arrays[f"mean_{kind}"] = means[half].half().cpu().numpy()
             arrays[f"rest_{kind}"] = (self.rest[half] / count).float().cpu().numpy()
             arrays[f"covariance_{kind}"] = covariance
-        arrays |= self._noise_answer()
+        arrays |= self.noise.fit()
         contrast = np.sqrt(self.power / self.images / self.pixels)
         model = ErrorModel(self.alpha_bar[own], held[own], readout[own], processes)
         found = best_schedules(model, (ENOUGH * contrast) ** 2)
@@ -152,10 +152,8 @@ class TrajectoryCalibration:
         self.answered = torch.zeros(steps, 1 + self.halves, 2, len(self.bands), dtype=kind, device=device)
         self.asked = torch.zeros(steps, len(self.bands), dtype=kind, device=device)
         self.power = 0.0
-        # Of the answers to noise, by bin of frequency.
-        self.bin_of = radial_bins(model.input_size, model.input_size).flatten().to(device)
-        moments = len(MOMENTS), steps, int(self.bin_of.max()) + 1, channels, channels
-        self.moments = dict(zip(MOMENTS, torch.zeros(moments, dtype=kind, device=device), strict=True))
+        size = channels, model.input_size, model.input_size
+        self.noise = NoiseResponse(steps, size, self.halves, device)
 
     def _branch_power(self, labels: Tensor | None, cached: list[Tensor]) -> Tensor:
         """(B, D) rms of the branches' outputs over tokens, images and some steps of a cached run."""
@@ -252,21 +250,6 @@ class TrajectoryCalibration:
             self.answered[step, i, 0] += self._by_band((spectrum * error.conj()).real)
             self.answered[step, i, 1] += self._by_band(spectrum.abs().square())
 
-    def _add_noise_response(self, step, x, tokens, out, decoded, c) -> None:
-        """How they answer noise: new noise comes in, and as much of the old, as the network predicts it, goes."""
-        sigma = float(np.sqrt(1.0 - self.alpha_bar[step]))
-        drawn = [torch.Generator().manual_seed((self.images + i) * len(self.timesteps) + step) for i in range(len(x))]
-        new = torch.stack([torch.randn(x.shape[1:], generator=rng) for rng in drawn]).to(x)
-        change = np.sqrt(RENEWED) * new - (1.0 - np.sqrt(1.0 - RENEWED)) * self._guide(decoded)
-        held, *answers = self._answers_to(sigma * change, x, tokens, out, decoded, c)
-        guided = answers[0] + (self.cfg_scale - 1.0) * answers[1] if self.halves == 2 else answers[0]
-        seen = {"noise": change, "held": held, "answer": answers[0], "difference": answers[-1], "data": change - guided}
-        spectra = {name: torch.fft.rfft2(value, norm="ortho") for name, value in seen.items()}
-        spectra["stays"] = spectra["data"] + ALL_NOISE * spectra["noise"]
-        for (a, b), moment in self.moments.items():
-            products = torch.einsum("nchw,nkhw->hwck", spectra[a], spectra[b].conj()).real.flatten(0, 1)
-            moment[step].index_add_(0, self.bin_of, products.double())
-
     def _by_band(self, power: Tensor) -> Tensor:
         """(..., H, W) -> (F,) sums."""
         return torch.stack([power[..., band].double().sum() for band in self.bands])
@@ -307,31 +290,6 @@ class TrajectoryCalibration:
         along, size = shares[:, :, 0], shares[:, :, 1]
         scatter = np.sqrt(np.maximum(size - along**2, 0.0))
         return along[:, 0], [(along[:, i], scatter[:, i]) for i in range(1, along.shape[1])]
-
-    def _noise_answer(self) -> dict[str, np.ndarray]:
-        """The answers to noise in units of 1 / sigma: `ModelProfile.response` and what comes with it.
-
-        The average of an answer over all noise is not the best one. Noise that looks like structure stays in the image,
-        where the network answers it less than the rest, and noise that does not is taken out by the next computed step.
-        For Gaussian data an error of the state reaches the image with the variance K = 1 - sigma J (the posterior's
-        over the noise's), so the fit weighs errors with K, and with ALL_NOISE for what no computed step follows.
-        """
-        own = {pair: moment.cpu().numpy() for pair, moment in self.moments.items()}
-        trace = {pair: np.trace(moment, axis1=2, axis2=3) for pair, moment in own.items()}
-        response = own["answer", "stays"] @ np.linalg.inv(own["noise", "stays"])
-        few = (trace["answer", "stays"] / trace["noise", "stays"])[:, :COARSE_BINS, None, None]
-        response[:, :COARSE_BINS] = few * np.eye(response.shape[2])
-        # An ideal denoiser's answer is symmetric, and between none and all of the noise (Miyasawa 1961).
-        values, vectors = np.linalg.eigh((response + response.swapaxes(2, 3)) / 2)
-        response = vectors * values.clip(0.0, 1.0)[:, :, None] @ vectors.swapaxes(2, 3)
-        all_noise = trace["noise", "noise"].sum(axis=1)
-        cross = (own["answer", "noise"] * response).sum(axis=(1, 2, 3))
-        predicted = (response @ own["noise", "noise"] * response).sum(axis=(1, 2, 3))
-        unexplained = [trace["answer", "answer"].sum(axis=1) - 2 * cross + predicted]
-        unexplained += [trace["difference", "difference"].sum(axis=1)] * (self.halves - 1)
-        arrays = {"response": response, "held": trace["held", "noise"] / trace["noise", "noise"]}
-        arrays |= {f"unexplained_{kind}": v / all_noise for kind, v in zip(KINDS, unexplained, strict=False)}
-        return {name: array.astype(np.float32) for name, array in arrays.items()}
 
 
 def _bands(size: int, device: torch.device) -> list[Tensor]:
