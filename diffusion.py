@@ -32,6 +32,11 @@ def linear_betas() -> np.ndarray:
     return np.linspace(*BETAS, NUM_TRAIN, dtype=np.float64)
 
 
+def cumulative_alphas() -> np.ndarray:
+    """abar at every training timestep: (1000,) float64, falling."""
+    return np.cumprod(1.0 - linear_betas())
+
+
 def respace(num_steps: int) -> np.ndarray:
     """The training timesteps kept for a run of `num_steps` steps: (num_steps,) int64, ascending.
 
@@ -52,7 +57,7 @@ def respaced_schedule(kept: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndar
     A jump from s to the noisier t has 1 - beta = abar_t / abar_s (Nichol & Dhariwal 2021, Eq. 19), and abar is the
     product of those again. Cleaner than the first kept timestep is the data itself, abar = 1.
     """
-    kept_abar = np.cumprod(1.0 - linear_betas())[kept]
+    kept_abar = cumulative_alphas()[kept]
     beta = 1.0 - kept_abar / np.append(1.0, kept_abar[:-1])
     abar = np.cumprod(1.0 - beta)
     return beta, abar, np.append(1.0, abar[:-1])

@@ -16,7 +16,7 @@ from adacorr import Algorithm1, CacheManager
 from adacorr.policies import names as policy_names
 from adacorr.run import take_rows
 from checkpoint import BUNDLED, VAES, Checkpoint, build_model, load_checkpoint, load_vae, released_name
-from diffusion import Sampler, linear_betas, make_sampler, names
+from diffusion import Sampler, cumulative_alphas, make_sampler, names
 from models import DiT, DiT_models, guide, guided_channels
 from runtime import DTYPES, check_range, find_device, random_stream
 
@@ -331,5 +331,5 @@ def sample_latents(
 
 def alpha_bar(sampler: Sampler) -> np.ndarray:
     """Cumulative signal power at the sampler's timesteps: (S,) float64, by linear interpolation between integers."""
-    cumulative = np.cumprod(1.0 - linear_betas())
+    cumulative = cumulative_alphas()
     return np.interp(sampler.timesteps.double().numpy(), np.arange(len(cumulative)), cumulative)

@@ -24,7 +24,7 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from diffusion import linear_betas
+from diffusion import cumulative_alphas
 
 MOST = 100  # steps, for one second of optimisation; the gain is in few steps
 ROUNDED = 2  # decimals of a timestep, so that rounding errors of a machine do not show in the grid
@@ -34,7 +34,7 @@ QUADRATURE = np.polynomial.legendre.leggauss(16)  # nodes and weights on [-1, 1]
 
 def half_log_snr() -> np.ndarray:
     """lambda = log(alpha / sigma) at every training timestep: (1000,) float64, falling."""
-    abar = np.cumprod(1.0 - linear_betas())
+    abar = cumulative_alphas()
     return 0.5 * np.log(abar / (1.0 - abar))
 
 

@@ -221,7 +221,7 @@ class ScheduleClock(RefreshClock):
         # A step that a policy asked for stands for the one that was due next, so that a schedule costs no more.
         asked = (self.due[images] > step) & (self.due[images] < len(self.timesteps)) & ~self.nonfinite[images]
         done = np.where(asked, self.due[images], step)
-        return self.schedule[np.searchsorted(self.schedule, done, side="right").clip(max=len(self.schedule) - 1)]
+        return self.schedule[np.searchsorted(self.schedule, done, side="right")]
 
     def nears(self, step: int, other: RefreshClock) -> np.ndarray:
         """Whether the due step is nearer to this step than to the one after it on the clock of `other`. (n,)"""

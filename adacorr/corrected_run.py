@@ -24,6 +24,7 @@ from adacorr.run import (
     count_modulations,
     make_view,
     put_rows,
+    renew_rows,
     take_rows,
 )
 from adacorr.store import ComputedRows, FreshStep, UnitStore
@@ -347,11 +348,10 @@ class CorrectedRun(CachedRun):
         """
         for i, newest in enumerate((self.previous, self.refreshed_before)[: 1 + self.rewinds_far]):
             new = np.flatnonzero(newest == self.step - 1)
-            self._anchors[i] = x if self._anchors[i] is None else put_rows(self._anchors[i], new, take_rows(x, new))
-            if i == 0 and self.noise is not None:
-                amount = self.noise.amount
-                known = self._anchor_noise
-                self._anchor_noise = amount if known is None else put_rows(known, new, take_rows(amount, new))
+            self._anchors[i] = renew_rows(self._anchors[i], new, x)
+        if self.noise is not None:
+            new = np.flatnonzero(self.previous == self.step - 1)
+            self._anchor_noise = renew_rows(self._anchor_noise, new, self.noise.amount)
         origin, (anchor, far_anchor) = np.where(self.last == self.step, self.previous, -1), self._anchors
         if not self.rewinds_far:
             return origin, anchor

@@ -92,7 +92,7 @@ class InjectedNoise:
 
     def store(self, images: np.ndarray, step: int) -> None:
         """`images` (m,) computed this step: remember the noise that they had."""
-        self.history.push(images, step, torch.view_as_real(self.amount[torch.from_numpy(images)]).flatten(2)[:, None])
+        self.history.push(images, step, _as_entry(self.amount[torch.from_numpy(images)]))
 
     def moved(self, images: np.ndarray, amount: Tensor, step: int, change: Tensor) -> None:
         """The state of `images` (m,) changed by (m, C, H, W) after the step was computed; its noise is `amount` now.
@@ -101,7 +101,7 @@ class InjectedNoise:
         """
         self.amount = self.amount.index_copy(0, torch.from_numpy(images).to(amount.device), amount)
         computed = amount - self._filter(self._inverse[step], torch.fft.rfft2(change))
-        self.history.replace_newest(images, torch.view_as_real(computed).flatten(2)[:, None])
+        self.history.replace_newest(images, _as_entry(computed))
 
     def answer(self, step: int, images: np.ndarray, amount: Tensor, weights: np.ndarray) -> Tensor:
         """(m, C, H, W) to add to the output of a forecast step for `images` (m,), whose noise is `amount` (m, ...).
@@ -120,6 +120,11 @@ class InjectedNoise:
     def _filter(self, matrices: Tensor, spectrum: Tensor) -> Tensor:
         """matrices (F, C, C) by bin on a spectrum (m, C, H, W // 2 + 1)."""
         return torch.einsum("hwij,mjhw->mihw", matrices[self._bins], spectrum)
+
+
+def _as_entry(spectrum: Tensor) -> Tensor:
+    """(m, C, H, W // 2 + 1) complex as one entry of a history: (m, 1, C, 2 H (W // 2 + 1)) real."""
+    return torch.view_as_real(spectrum).flatten(2)[:, None]
 
 
 # ------------------------------------------------------------------------------------------------- placement

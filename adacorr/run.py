@@ -78,6 +78,11 @@ def put_rows(values: Tensor, rows: np.ndarray, new: Tensor) -> Tensor:
     return values.index_copy(0, torch.from_numpy(rows).to(values.device), new)
 
 
+def renew_rows(kept: Tensor | None, rows: np.ndarray, now: Tensor) -> Tensor:
+    """`kept` with its rows as they are `now`; all of `now` where nothing was kept yet."""
+    return now if kept is None else put_rows(kept, rows, take_rows(now, rows))
+
+
 # --------------------------------------------------------------------------------- what both kinds ask of a policy
 
 

@@ -59,11 +59,11 @@ def noise():
 
 
 def noisy_path(stored, noise):
-    """States (S) of a stochastic run of the linear network; `noise` follows it and stores some steps."""
+    """States (S) of a stochastic run of the linear network, and their noise; `noise` stores some steps."""
     response, _ = filters()
     keep, c = ddim_coefficients(ALPHA_BAR)
     torch.manual_seed(1)
-    states = [torch.randn(IMAGES, *SIZE)]
+    states, amounts = [torch.randn(IMAGES, *SIZE)], [noise.amount]
     for step in range(STEPS - 1):
         if step in stored:
             noise.store(np.arange(IMAGES), step)
@@ -71,7 +71,8 @@ def noisy_path(stored, noise):
         after = keep[step] * states[-1] + c[step] * out + 0.5 * torch.randn(IMAGES, *SIZE)
         noise.amount = noise.follow(noise.amount, step, states[-1], out, after)
         states.append(after)
-    return states
+        amounts.append(noise.amount)
+    return states, amounts
 
 
 def without_noise(x, step, until):
@@ -98,43 +99,31 @@ def weights(*shares):
 
 @pytest.mark.parametrize("at", [2, 3, 4])
 def test_what_blocks_would_answer_to_the_noise_since_a_node(noise, at):
-    states = noisy_path({1}, noise)
-    amount = torch.zeros_like(noise.amount)
-    response, _ = filters()
-    for step in range(at):  # follow again, as far as to the step
-        amount = noise.follow(amount, step, states[step], through(response[step], states[step]), states[step + 1])
-    answer = noise.answer(at, np.arange(IMAGES), amount, weights(1.0, 0.0))
+    states, amounts = noisy_path({1}, noise)
+    answer = noise.answer(at, np.arange(IMAGES), amounts[at], weights(1.0, 0.0))
     expected = blocks_answer(at, states[at] - without_noise(states[1], 1, at))
     torch.testing.assert_close(answer, expected, atol=1e-4, rtol=1e-3)
 
 
 def test_a_forecast_from_two_nodes_answers_to_the_noise_since_each_and_interpolates(noise):
-    states = noisy_path({1, 4}, noise)
-    response, _ = filters()
-    amount = torch.zeros_like(noise.amount)
-    for step in range(3):
-        amount = noise.follow(amount, step, states[step], through(response[step], states[step]), states[step + 1])
+    states, amounts = noisy_path({1, 4}, noise)
     since = [states[3] - without_noise(states[node], node, 3) for node in (1, 4)]  # the other node is yet to come
     some = np.array([0, 2])
-    answer = noise.answer(3, some, amount[some], weights(0.3, 0.7)[:2])
+    answer = noise.answer(3, some, amounts[3][some], weights(0.3, 0.7)[:2])
     expected = blocks_answer(3, 0.3 * since[0] + 0.7 * since[1])[some]
     torch.testing.assert_close(answer, expected, atol=1e-4, rtol=1e-3)
     # Weights that add up to less leave the rest to the mean, which counts as the newest node.
-    less = noise.answer(3, some, amount[some], weights(0.3, 0.2)[:2])
+    less = noise.answer(3, some, amounts[3][some], weights(0.3, 0.2)[:2])
     torch.testing.assert_close(less, answer, atol=1e-5, rtol=1e-4)
 
 
 def test_a_state_that_was_moved_after_its_step_was_computed_is_answered_for_the_move(noise):
-    states = noisy_path({1, 4}, noise)
-    response, _ = filters()
-    amount = torch.zeros_like(noise.amount)
-    for step in range(4):
-        amount = noise.follow(amount, step, states[step], through(response[step], states[step]), states[step + 1])
+    _, amounts = noisy_path({1, 4}, noise)
     some, change = np.array([1]), torch.randn(1, *SIZE)
-    noise.moved(some, amount[some], 4, change)
+    noise.moved(some, amounts[4][some], 4, change)
     answer = noise.answer(4, some, noise.amount[some], weights(0.0, 1.0)[:1])
     torch.testing.assert_close(answer, blocks_answer(4, change), atol=1e-4, rtol=1e-3)
-    other = noise.answer(4, np.array([0]), amount[:1], weights(0.0, 1.0)[:1])
+    other = noise.answer(4, np.array([0]), amounts[4][:1], weights(0.0, 1.0)[:1])
     torch.testing.assert_close(other, torch.zeros_like(other), atol=1e-4, rtol=0)
 
 
@@ -247,8 +236,9 @@ def test_a_policy_chooses_steps_image_by_image_and_noise_is_answered(uncached):
 
 def test_without_noise_nothing_is_answered(monkeypatch):
     monkeypatch.setattr(ModelProfile, "noise", lambda *_: pytest.fail("a deterministic run asked for its noise"))
-    final(load(sampler="ddim", num_sampling_steps=6))
-    assert AdaCorrection() == parse_correction("")
+    _, cache = final(load(sampler="ddim", num_sampling_steps=6), "")
+    assert cache.correction == AdaCorrection() == parse_correction("")
+    assert cache.profile is not None
 
 
 def test_a_profile_of_another_sampler_does_not_serve_a_run_under_noise():

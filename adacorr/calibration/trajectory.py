@@ -70,11 +70,12 @@ class TrajectoryCalibration:
                 self._add_response(step, cached[step - 1] - x, x, tokens, out, decoded, c)
             sigma = float(np.sqrt(1.0 - self.alpha_bar[step]))
             seeds = [(self.images + i) * len(self.timesteps) + step for i in range(n)]
-            change = self.noise.change(self._guide(decoded), seeds)
+            predicted = self._guide(decoded)
+            change = self.noise.change(predicted, seeds)
             held, *answers = self._answers_to(sigma * change, x, tokens, out, decoded, c)
             guided = answers[0] + (self.cfg_scale - 1.0) * answers[1] if self.halves == 2 else answers[0]
             self.noise.add(step, change, held, answers, guided)
-            x = sampler.step(step, x, self._guide(decoded), None)
+            x = sampler.step(step, x, predicted, None)
         self._add_spectrum(torch.cat([torch.stack(images) for images in seen], dim=2))
         self.power += float(x.square().sum())
         self.images += n
