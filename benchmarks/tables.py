@@ -21,7 +21,7 @@ from adacorr.command import Parser, run_command
 from adacorr.files import check_writable, write_json
 from diffusion import make_sampler
 from evaluate.bench import Bench, Setting
-from evaluate.report import head, line, measures
+from evaluate.pages import head, line, measures
 from pipeline import ModelOptions, Pipeline, add_model_flags, load
 from runtime import check_range, environment
 

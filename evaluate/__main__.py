@@ -1,27 +1,32 @@
-"""What this package can do, from the root of a clone.
-
-python -m evaluate compare     every caching method, alone and under AdaCorrection, at equal compute
-"""
+"""How good, and how fast, cached samples are. From the root of a clone: python -m evaluate COMMAND --help."""
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 
 from adacorr.command import Parser, run_command
-from evaluate import compare
+
+COMMANDS = {  # name: (module with add_flags(parser) and run(args), what it does)
+    "compare": ("evaluate.compare", "every caching method, alone and under AdaCorrection, at equal compute"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns its exit code."""
+    """The command line; returns its exit code. Only the module of the command is imported."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    raw = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = Parser("evaluate", description=__doc__, **raw)
-    commands = parser.add_subparsers(dest="command", required=True)
-    line = "every caching method, alone and under AdaCorrection, at equal compute"
-    compare.add_flags(commands.add_parser("compare", help=line, description=compare.__doc__, **raw))
-    args = parser.parse_args(argv)
-    args.made_with = ["python", "-m", "evaluate", *argv]
-    return run_command("evaluate", lambda: compare.run(args))
+    raw = argparse.RawDescriptionHelpFormatter
+    lines = "\n".join(f"  {name:10} {line}" for name, (_, line) in COMMANDS.items())
+    parser = Parser("evaluate", description=__doc__, epilog=f"commands:\n{lines}", formatter_class=raw)
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
+    command = parser.parse_args(argv[:1]).command
+    module = importlib.import_module(COMMANDS[command][0])
+    parser = Parser(f"evaluate {command}", description=module.__doc__, formatter_class=raw, allow_abbrev=False)
+    parser.add_argument("--debug", action="store_true", help="show where an error was raised")
+    module.add_flags(parser)
+    args = parser.parse_args(argv[1:])
+    args.command, args.made_with = command, ["python", "-m", "evaluate", *argv]
+    return run_command(f"evaluate {command}", lambda: module.run(args), args.debug)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from adacorr.files import check_writable, write_json, written_whole
 from adacorr.policy import Knob
 from adacorr.spec import hint, parse_value
 from evaluate.bench import NEAR, Bench, Row, Setting
-from evaluate.report import markdown, plot, summary_table
+from evaluate.pages import markdown, plot, summary_table
 from profiles import check_calibrate
 from runtime import check_range, environment
 from timesteps import MOST

@@ -25,7 +25,7 @@ from adacorr.policies.taylorseer import TaylorSeer
 from adacorr.policy import Knob
 from adacorr.spec import parse_spec
 from checkpoint import save_checkpoint
-from evaluate import compare, report
+from evaluate import compare, pages
 from evaluate.__main__ import main
 from evaluate.bench import NEAR, Bench, Row, Setting
 from evaluate.compare import GAMMA, LEVELS, REACHED, SOLVERS, TRIES, known_rows, search, sweep, tune
@@ -533,14 +533,14 @@ ROWS = [
 
 
 def test_tables():
-    assert report.summary_table(ROWS, [0.5, 0.25]).splitlines() == [
+    assert pages.summary_table(ROWS, [0.5, 0.25]).splitlines() == [
         "| PSNR (dB) at compute | 0.5 | 0.25 |",
         "|---|---|---|",
         "| interval | 20.0 → 25.0 | out of reach |",
         "| never | 20.0 → 25.0 (more) | out of reach |",
         "| adacorr | inf | 30.0 |",
     ]
-    lines = report.level_table([ROWS[0], ROWS[4]]).splitlines()
+    lines = pages.level_table([ROWS[0], ROWS[4]]).splitlines()
     assert len({line.count("|") for line in lines}) == 1
     assert lines[2] == "| `--cache interval:every=2` | 0.500 | 0.250 | 20.0 / 20.0 / 20.0 |  | 20.0400 |  | 1.50 |"
     assert lines[3] == "| `--adacorr gamma=1` | 0.500 | 0.250 | inf / inf / inf | inf | inf | 2.00x | 1.50 |"
@@ -551,7 +551,7 @@ def test_tables():
 def test_a_plot_of_few_rows_and_identical_images(tmp_path):
     identical = row("interval", "adacorr", 0.25, "inf", cache="interval:every=4", adacorr="gamma=9")
     for name, rows in {"some": ROWS, "inf": [*ROWS, replace(ROWS[0], level=0.25), identical]}.items():
-        report.plot(rows, tmp_path / f"{name}.png")
+        pages.plot(rows, tmp_path / f"{name}.png")
         with Image.open(tmp_path / f"{name}.png") as picture:
             assert picture.format == "PNG"
 
@@ -625,7 +625,7 @@ def test_an_interrupt_is_quiet(ckpt, tmp_path, monkeypatch, capsys):
 
 
 def test_usage(capsys):
-    for argv, word in {"": "command", "compare": "--out"}.items():
+    for argv, word in {"": "COMMAND", "compare": "--out"}.items():
         assert code(argv) == 2
         one_line(capsys, word)
     for argv in ("--help", "compare --help"):

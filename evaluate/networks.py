@@ -1,0 +1,67 @@
+"""Networks whose features measure sets of images: inception (FID), dinov2 (FD-DINOv2) and cifar10 (bundled, 32 px).
+
+    network = load_network("inception", device=torch.device("cuda"))
+    network.features(images)      # uint8 (n, H, W, 3) -> Features
+
+Distances compare with each other only for the same network and weights (`network.sha256`).
+"""
+
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from evaluate.features import CifarFeatures, extract, load_features
+
+NAMES = ("inception", "dinov2", "cifar10")
+
+
+class Features(NamedTuple):
+    """What a network says of n images, float32 on the CPU. Inception alone has spatial features and logits."""
+
+    pool: Tensor  # (n, D)
+    spatial: Tensor | None = None  # (n, 2023), for sFID
+    logits: Tensor | None = None  # (n, 1008), without the bias, for the Inception Score
+
+
+class Network(Protocol):
+    """A network with its weights, in eval mode, on a device."""
+
+    name: str
+    sha256: str  # of the file of its weights
+    convention: str  # how images become its input, in a few words
+    dim: int  # D
+
+    def features(self, images: Tensor) -> Features:
+        """Of uint8 images (n, H, W, 3) on the CPU. ValueError for images that the network is not for."""
+        ...
+
+
+class Cifar10:
+    """The bundled classifier, see evaluate/README.md."""
+
+    name, convention, dim = "cifar10", "32 x 32 pixels as they are", 128
+
+    def __init__(self, network: CifarFeatures):
+        self.network, self.sha256 = network, network.sha256
+
+    def features(self, images: Tensor) -> Features:
+        return Features(extract(images, self.network)[0])
+
+
+def default_network(image_size: int) -> str:
+    """The name of the network for images of a size, in pixels."""
+    return "cifar10" if image_size == 32 else "inception"
+
+
+def load_network(
+    name: str, weights: Path | None = None, device: torch.device | str = "cpu", *, offline: bool = False
+) -> Network:
+    """A network by its name, with the weights of a local file or with its own.
+
+    ValueError or OSError for an unknown name, and for weights that are missing, damaged or of another network.
+    """
+    if name == "cifar10":
+        return Cifar10(load_features(*([] if weights is None else [weights]), device=device))
+    raise ValueError(f"--features {name} is unknown: choose one of {', '.join(NAMES)}")

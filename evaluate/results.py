@@ -1,0 +1,39 @@
+"""Result files: every command of `python -m evaluate` writes one with --out, and `evaluate report` reads them."""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from adacorr.files import write_json
+from runtime import environment
+
+VERSION = 1  # of the numbers: raised when an equal setting gives another value
+
+
+def write_result(path: Path, kind: str, made_with: Sequence[str], **content: Any) -> None:
+    """JSON of a command's result, whole or not at all.
+
+    content: `table` = {"columns": [...], "rows": [[text, ...], ...]} as it is printed, `notes` = [text, ...],
+    `images` = [file name of a PNG beside the JSON, ...], and whatever else the command measured, as plain numbers.
+    """
+    head = {"kind": kind, "version": VERSION, "date": time.strftime("%Y-%m-%d"), "made_with": list(made_with)}
+    write_json(path, {**head, "environment": environment(), **content})
+
+
+def read_result(path: Path, kind: str | None = None) -> dict[str, Any]:
+    """The content of a result file, of that kind if one is given; OSError or ValueError in one line."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no JSON file: {error}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON file, or not a whole one: {error}") from None
+    if not isinstance(content, dict) or "kind" not in content:
+        raise ValueError(f"{path} is no result of `python -m evaluate`: it has no field `kind`")
+    if kind is not None and content["kind"] != kind:
+        raise ValueError(f"{path} is a result of `evaluate {content['kind']}`, expected `evaluate {kind}`")
+    if content.get("version") != VERSION:
+        raise ValueError(f"{path} has version {content.get('version')}, this program makes {VERSION}: measure it again")
+    return content
