@@ -1,8 +1,7 @@
-"""Sets of images and of latents, as train.py and evaluate/ read them.
+"""Sets of images and of latents with labels, as train.py and the training of evaluate/features.py read them.
 
-    folder   PATH/CLASS/IMAGE to train on, PATH/IMAGE to measure, in alphabetical order
+    folder   PATH/CLASS/IMAGE, in alphabetical order
     packed   .npz: jpeg (all files in a row, uint8), offsets (N + 1,) where they begin and end, labels (N,), classes
-    ADM      .npz: arr_0, uint8 (N, H, H, 3)
     latents  .npz: latents (N, C, H, H) of unit variance, encoded beforehand, and labels (N,)
 
 Readers raise OSError for what is not there and ValueError for what is damaged, inconsistent or of mixed sizes.
@@ -58,19 +57,6 @@ def read_data(path: Path, image_size: int | None = None) -> Data:
     if image_size is not None:
         raise ValueError("--image-size is for images: latents come encoded at their size")
     return check_latents(path, **arrays)
-
-
-def read_images(path: Path) -> Data:
-    """A folder with images in it, ADM's .npz or packed images; labels are not read."""
-    if path.is_dir():
-        return Data(*read_files(path, image_files(path)))
-    arrays = read_arrays(path, ("arr_0",), ("jpeg", "offsets"))
-    if "jpeg" in arrays:
-        return read_packed(path, **arrays)
-    images = arrays["arr_0"]
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
-        raise ValueError(f"{path}: expected uint8 (N, H, H, 3), got {images.dtype} {images.shape}")
-    return Data(torch.from_numpy(images).permute(0, 3, 1, 2), digest_arrays(images))
 
 
 def image_files(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Download of the released DiT weights: once, whole or not at all, with the digest that later loads are held to."""
+"""Download of released weights: once, whole or not at all, with the digest that later loads are held to."""
 
 import http.client
 import os
@@ -22,10 +22,19 @@ def cache_folder() -> Path:
 def released_file(name: str, offline: bool = False) -> Path:
     """Path of the released file `name`, one of RELEASED; a missing one is downloaded. ValueError if that fails.
 
-    It appears whole or not at all. No digests are published, so a first download is checked for its length and its
-    kind only. Its digest is recorded in `name`.sha256, and every later load is held to it.
+    No digests are published, so a first download is checked for its length and its kind only. Its digest is recorded in
+    `name`.sha256, and every later load is held to it.
     """
-    target, url = cache_folder() / name, RELEASE_URL.format(name=name)
+    return fetched(RELEASE_URL.format(name=name), offline)
+
+
+def fetched(url: str, offline: bool = False, prefix: str = "") -> Path:
+    """The file of a URL in the cache folder, downloaded if it is missing; it appears whole or not at all.
+
+    `prefix`: the first digits of its sha256. ValueError if the download fails, is another file, or is not allowed.
+    """
+    name = url.rpartition("/")[2]
+    target = cache_folder() / name
     if target.is_file():
         return target
     if offline:
@@ -47,7 +56,10 @@ def released_file(name: str, offline: bool = False) -> Path:
                     f"download of {url} stopped at {found} of {expected} bytes; run the same command again"
                 )
             check_first_bytes(partial, f"what {url} served")
-            record_digest(target, file_sha256(partial))  # before the file: one that is there always has its digest
+            digest = file_sha256(partial)
+            if not digest.startswith(prefix):
+                raise ValueError(f"what {url} served has sha256 {digest}, expected {prefix}...; fetch it by hand")
+            record_digest(target, digest)  # before the file: one that is there always has its digest
     except (OSError, http.client.HTTPException) as error:
         raise ValueError(
             f"could not download {url} to {target}: {error}; run the same command again, or put the file there by hand"

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from adacorr.command import Parser, run_command
 
 COMMANDS = {  # name: (module with add_flags(parser) and run(args), what it does)
+    "fid": ("evaluate.fid", "FID, sFID, Inception Score, precision, recall and KID of sets of images"),
+    "statistics": ("evaluate.reference", "measure a reference once, for `fid`"),
     "compare": ("evaluate.compare", "every caching method, alone and under AdaCorrection, at equal compute"),
 }
 

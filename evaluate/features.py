@@ -7,7 +7,7 @@ same weights (`network.sha256`) and about the same number of images: few images 
 
     python -m evaluate.features train --data cifar10-train.npz --test cifar10-test.npz --out FILE --epochs 60
     python -m evaluate.features check --test cifar10-test.npz      test accuracy of the packaged weights
-    python -m evaluate.features distance A B                       A, B: .npz (arr_0 as in ADM, or packed), or a folder
+    python -m evaluate fid A --reference B --features cifar10      the distance between two sets
 
 `data.py` describes the formats. The exit code is 0, 2 after an error (one line on stderr) and 130 after Ctrl-C.
 """
@@ -27,8 +27,7 @@ from torch import Tensor
 
 from adacorr.command import Parser, run_command
 from adacorr.files import file_sha256, record_digest, recorded_digest, written_whole
-from data import Data, read_data, read_images
-from evaluate.frechet import frechet_distance, moments
+from data import Data, read_data
 from runtime import find_device
 
 WEIGHTS = Path(__file__).resolve().with_name("cifar10-features.safetensors")
@@ -36,7 +35,6 @@ SIZE = 32  # pixels on each side
 CLASSES = 10
 WIDTHS, DEPTHS = (64, 96, 128), (2, 2, 3)  # channels and blocks at 32, 16 and 8 pixels
 FEATURES = WIDTHS[-1]
-ENOUGH = 2048  # images of a set; the distance of fewer is noticeably too large
 
 
 class SqueezeExcite(nn.Module):
@@ -190,12 +188,12 @@ def save_features(network: CifarFeatures, path: Path, **metadata: str) -> str:
     return digest
 
 
-def load_images(path: Path, labelled: bool = False) -> tuple[Tensor, Data]:
-    """uint8 (N, 32, 32, 3) and the data that it comes from, if `labelled` with labels of ten classes."""
-    data = read_data(path) if labelled else read_images(path)
+def load_images(path: Path) -> tuple[Tensor, Data]:
+    """uint8 (N, 32, 32, 3) and the data that it comes from, with labels of ten classes."""
+    data = read_data(path)
     if data.latent or data.images.shape[1:] != (3, SIZE, SIZE):
         raise ValueError(f"{path}: expected images of {SIZE} x {SIZE} pixels, got {tuple(data.images.shape)}")
-    if labelled and data.num_classes != CLASSES:
+    if data.num_classes != CLASSES:
         raise ValueError(f"{path} has {data.num_classes} classes, the network is for {CLASSES}")
     return data.images.permute(0, 2, 3, 1).contiguous(), data
 
@@ -209,8 +207,6 @@ def make_parser() -> argparse.ArgumentParser:
         child = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         child.add_argument("--device", help="default: cuda where there is one, else cpu")
         child.add_argument("--debug", action="store_true", help="show where an error was raised")
-        if name != "train":
-            child.add_argument("--weights", type=Path, default=WEIGHTS, help="default: the packaged ones")
         return child.add_argument
 
     labelled = "packed .npz, or a folder of class folders"
@@ -226,26 +222,14 @@ def make_parser() -> argparse.ArgumentParser:
     add("--compile", action="store_true", help="torch.compile the network; pays for long runs only")
     add = command("check", "print the accuracy of the weights on a test set")
     add("--test", type=Path, required=True, help=labelled)
-    add = command("distance", "print the Frechet distance between two sets of images")
-    add("a", type=Path, metavar="A", help=".npz with arr_0 (ADM) or packed, or a folder of images")
-    add("b", type=Path, metavar="B", help="the same")
+    add("--weights", type=Path, default=WEIGHTS, help="default: the packaged ones")
     return parser
 
 
 def check(args: argparse.Namespace, device: torch.device) -> None:
-    network, (images, data) = load_features(args.weights, device), load_images(args.test, labelled=True)
+    network, (images, data) = load_features(args.weights, device), load_images(args.test)
     share = accuracy(network, images, data.labels)
     print(f"test accuracy {share:.2%} on {len(images)} images, weights {network.sha256}")
-
-
-def distance(args: argparse.Namespace, device: torch.device) -> None:
-    network = load_features(args.weights, device)
-    a, b = (extract(load_images(path)[0], network)[0] for path in (args.a, args.b))
-    value = frechet_distance(*moments(a), *moments(b))
-    print(f"frechet distance {value:.6g} between {len(a)} and {len(b)} images, weights {network.sha256}")
-    if min(len(a), len(b)) < ENOUGH:
-        why = f"fewer than {ENOUGH} images make the distance too large; compare only with sets of the same size"
-        print(f"evaluate.features: warning: {why}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -254,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def job() -> None:
         from evaluate.train_features import run as train  # here, because it imports this module
 
-        commands = {"train": train, "check": check, "distance": distance}
+        commands = {"train": train, "check": check}
         commands[args.command](args, find_device(args.device))
 
     return run_command("evaluate.features", job, args.debug)

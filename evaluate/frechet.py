@@ -1,49 +1,79 @@
-"""The Frechet distance between two sets of features: frechet_distance(*moments(a), *moments(b)) of a, b (N, D)."""
+"""Moments of features, and the Frechet distance between two sets: frechet_distance(Moments.of(a), Moments.of(b))."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 from torch import Tensor
 
+CHUNK = 5000  # rows that are in float64 at once
 
-def moments(features: Tensor | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean (D,) and sample covariance (D, D), divisor n - 1, of features (n, D) on the CPU, in float64.
 
-    ValueError for a wrong shape, fewer than two rows, and the first row that is not finite.
+@dataclass(frozen=True)
+class Moments:
+    """Mean (D,), sample covariance (D, D) with divisor n - 1, and the number of rows, in float64.
+
+    `count` is None for saved statistics that do not say it. Moments of parts merge to those of the whole (Chan et al.
+    1983), so they can be taken by batch, rank or file.
     """
-    rows = np.asarray(features, dtype=np.float64)
-    if rows.ndim != 2 or len(rows) < 2:
-        raise ValueError(f"features: expected shape (n, D) of at least 2 images, got {rows.shape}")
-    bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
-    if len(bad):
-        raise ValueError(f"features of image {bad[0]} are infinite or undefined")
-    mean = rows.mean(axis=0)
-    centred = rows - mean
-    return mean, centred.T @ centred / (len(rows) - 1)
+
+    mean: np.ndarray
+    covariance: np.ndarray
+    count: int | None
+
+    @classmethod
+    def of(cls, features: Tensor | np.ndarray) -> Moments:
+        """Of features (n, D) on the CPU. ValueError for a wrong shape, fewer than two rows, one not finite."""
+        features = np.asarray(features)
+        if features.ndim != 2 or len(features) < 2:
+            raise ValueError(f"features: expected shape (n, D) of at least 2 images, got {features.shape}")
+        parts = range(0, len(features), CHUNK)
+        return reduce(Moments.merged, (cls._of_chunk(features[i : i + CHUNK], i) for i in parts))
+
+    @classmethod
+    def _of_chunk(cls, features: np.ndarray, first: int) -> Moments:
+        rows = features.astype(np.float64)
+        bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+        if len(bad):
+            raise ValueError(f"features of image {first + bad[0]} are infinite or undefined")
+        mean = rows.mean(axis=0)
+        rows -= mean
+        return cls(mean, rows.T @ rows / max(len(rows) - 1, 1), len(rows))
+
+    def merged(self, other: Moments) -> Moments:
+        """Of the rows of both."""
+        n = self.count + other.count
+        shift = other.mean - self.mean
+        mean = self.mean + shift * (other.count / n)
+        scatter = self.covariance * (self.count - 1) + other.covariance * (other.count - 1)
+        scatter += np.outer(shift, shift) * (self.count * other.count / n)
+        return Moments(mean, scatter / (n - 1), n)
 
 
-def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
-    """Squared Frechet distance of two Gaussians, |mu1 - mu2|^2 + Tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)).
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """Squared Frechet distance of two Gaussians, |m1 - m2|^2 + Tr(C1 + C2 - 2 (C1 C2)^(1/2)) of means m, covariances C.
 
-    The last trace is the sum of the singular values of sigma1^(1/2) sigma2^(1/2) (Dowson and Landau 1982): real, and
-    without a regulariser also for singular covariances. ValueError if anything is not finite or no covariance.
+    The last trace is the sum of the singular values of C1^(1/2) C2^(1/2) (Dowson and Landau 1982): real, and without a
+    regulariser also for singular covariances. ValueError if anything is not finite or no covariance.
     """
-    given = {"mu1": mu1, "sigma1": sigma1, "mu2": mu2, "sigma2": sigma2}
-    mu1, sigma1, mu2, sigma2 = values = [np.asarray(value, dtype=np.float64) for value in given.values()]
-    for name, value in zip(given, values, strict=True):
-        shape = (mu1.size,) * (1 if name.startswith("mu") else 2)
-        if value.shape != shape or not np.isfinite(value).all():
-            raise ValueError(f"{name}: expected finite values of shape {shape}, got {value.shape}")
-    product = _root(sigma1, "sigma1") @ _root(sigma2, "sigma2")
-    cross = np.linalg.svd(product, compute_uv=False).sum()
-    squared = np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * cross
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(f"features of {a.mean.size} and of {b.mean.size} channels: they are of two networks")
+    cross = np.linalg.svd(_root(a) @ _root(b), compute_uv=False).sum()
+    squared = np.square(a.mean - b.mean).sum() + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross
     return max(float(squared), 0.0)  # equal Gaussians may come out at -1e-13
 
 
-def _root(sigma: np.ndarray, name: str) -> np.ndarray:  # (D, D) -> (D, D)
-    """Symmetric square root. Eigenvalues that are rounding errors count as zero: their roots would not be small."""
-    largest = np.abs(sigma).max(initial=0.0)
-    values, vectors = np.linalg.eigh((sigma + sigma.T) / 2)
+def _root(moments: Moments) -> np.ndarray:  # (D, D)
+    """Symmetric square root of the covariance. Eigenvalues that are rounding errors count as zero."""
+    covariance, shape = moments.covariance, (moments.mean.size, moments.mean.size)
+    if covariance.shape != shape or not (np.isfinite(covariance).all() and np.isfinite(moments.mean).all()):
+        raise ValueError(f"expected a finite mean and covariance {shape}, got {covariance.shape}")
+    largest = np.abs(covariance).max(initial=0.0)
+    values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
     top, low = values.max(initial=0.0), values.min(initial=0.0)
-    if np.abs(sigma - sigma.T).max(initial=0.0) > 1e-8 * largest or low < -1e-8 * max(top, largest):
-        raise ValueError(f"{name} is no covariance: not symmetric, or with a negative eigenvalue ({low:.3g})")
+    if np.abs(covariance - covariance.T).max(initial=0.0) > 1e-8 * largest or low < -1e-8 * max(top, largest):
+        raise ValueError(f"this is no covariance: not symmetric, or with a negative eigenvalue ({low:.3g})")
     values = np.where(values > len(values) * np.finfo(np.float64).eps * top, values, 0)
     return (vectors * np.sqrt(values)) @ vectors.T

@@ -29,7 +29,7 @@ class Network(Protocol):
     """A network with its weights, in eval mode, on a device."""
 
     name: str
-    sha256: str  # of the file of its weights
+    sha256: str  # of its weights
     convention: str  # how images become its input, in a few words
     dim: int  # D
 
@@ -62,6 +62,15 @@ def load_network(
 
     ValueError or OSError for an unknown name, and for weights that are missing, damaged or of another network.
     """
-    if name == "cifar10":
+    kind, _, model = name.partition(":")
+    if kind not in NAMES or (model and kind != "dinov2"):
+        raise ValueError(f"--features {name} is unknown: choose one of {', '.join(NAMES)}, or dinov2:MODEL of timm")
+    if kind == "cifar10":
         return Cifar10(load_features(*([] if weights is None else [weights]), device=device))
-    raise ValueError(f"--features {name} is unknown: choose one of {', '.join(NAMES)}")
+    if kind == "dinov2":
+        from evaluate.dinov2 import DinoV2
+
+        return DinoV2(weights, device, offline, *([model] if model else []))
+    from evaluate.inception import Inception
+
+    return Inception(weights, device, offline)

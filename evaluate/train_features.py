@@ -120,10 +120,10 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         raise ValueError(f"--out {args.out} does not end in .safetensors")
     check_writable("--out", args.out)
     start = time.perf_counter()
-    images, data = load_images(args.data, labelled=True)
+    images, data = load_images(args.data)
     images, labels = images[: args.limit], data.labels[: args.limit]
     if args.test is not None:
-        test_images, test = load_images(args.test, labelled=True)
+        test_images, test = load_images(args.test)
         if test.class_names != data.class_names:
             raise ValueError(f"{args.test} and {args.data} name different classes")
     torch.manual_seed(args.seed)

@@ -30,19 +30,6 @@ def test_labelled_images(tmp_path):
     assert not packed.latent
 
 
-def test_images_alone(tmp_path):
-    images = pictures(4)
-    np.savez(tmp_path / "adm.npz", images)
-    pack(tmp_path / "packed.npz", images, None, classes=None)
-    folder = make_folder(tmp_path / "folder", images, classes=1) / "class0"
-    (folder / "run.json").write_text("{}")
-    for path in (tmp_path / "adm.npz", tmp_path / "packed.npz", folder):
-        found = data.read_images(path)
-        assert torch.equal(found.images.permute(0, 2, 3, 1), torch.from_numpy(images))
-        assert found.labels is None
-        assert found.digest == data.read_images(path).digest
-
-
 def test_latents(tmp_path):
     found = data.read_data(make_latents(tmp_path / "x.npz"))
     assert (found.images.dtype, tuple(found.images.shape)) == (torch.float32, (3, 4, 8, 8))
@@ -125,17 +112,6 @@ def test_faults_are_named(tmp_path, make, message):
     with pytest.raises((ValueError, OSError), match=message) as caught:
         data.read_data(make(tmp_path))
     assert str(tmp_path) in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("array", "message"),
-    [({"x": np.zeros(1)}, "holds x; expected arr_0, or jpeg, offsets"), ({"arr_0": np.zeros((2, 8, 8, 3))}, "uint8")],
-)
-def test_faults_of_images_alone(tmp_path, array, message):
-    np.savez(tmp_path / "x.npz", **array)
-    for path, text in ((tmp_path / "x.npz", message), (tmp_path, "holds no .png")):
-        with pytest.raises(ValueError, match=text):
-            data.read_images(path)
 
 
 def test_order_covers_each_epoch():

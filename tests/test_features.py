@@ -1,15 +1,13 @@
-"""The distance against closed forms and scipy; the network, its files and its training on a few images."""
+"""The CIFAR-10 classifier: the network, its files and its training on a few images."""
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
 from images import CIFAR10_TEST, make_folder, pack
 from safetensors.torch import save_file
 
 from evaluate import features, train_features
 from evaluate.features import CifarFeatures, extract, load_features, load_images, save_features
-from evaluate.frechet import frechet_distance, moments
 
 
 def noise(n=4, seed=0):
@@ -24,11 +22,6 @@ def coloured(n, seed=0):
     return (noise(n, seed) // 4 + levels[:, None, None] * 3 // 4).to(torch.uint8), labels
 
 
-def covariance(d, seed, rank=None):
-    x = np.random.default_rng(seed).normal(size=(rank or 3 * d, d))
-    return x.T @ x / len(x)
-
-
 @pytest.fixture(scope="module")
 def network():
     """Random weights, and norms that have seen something, so that every block takes part."""
@@ -39,66 +32,6 @@ def network():
             torch.nn.init.uniform_(module.weight, 0.5, 1.0)
             module.running_mean.normal_(0, 0.1)
     return net.eval().requires_grad_(False)
-
-
-A, B, SINGULAR = covariance(8, 2), 3 * covariance(8, 3), covariance(40, 4, rank=5)
-# Of A and B, which do not commute, by another way to the root; of singular ones without a regulariser.
-ROOT = np.trace(A) + np.trace(B) - 2 * np.trace(scipy.linalg.sqrtm(A @ B).real)
-Q = np.linalg.qr(np.random.default_rng(5).normal(size=(40, 40)))[0]
-ACROSS = Q[:, :9] @ Q[:, :9].T, Q[:, 9:12] @ Q[:, 9:12].T  # of rank 9 and 3, at right angles: nothing is mixed
-
-
-@pytest.mark.parametrize(
-    ("shift", "sigma1", "sigma2", "expected"),
-    [
-        (np.zeros(8), A, A, 0),
-        (np.array([1.0, -2, 2, 0, 0, 0, 0, 0]), A, A, 9),
-        # These commute, so the trace is the sum over (a - b)^2 of the standard deviations: 1 + 4 + 0 + 25.
-        (np.ones(4), np.diag([1.0, 4, 9, 0]), np.diag([4.0, 16, 9, 25]), 4 + 30),
-        (np.zeros(8), A, B, ROOT),
-        (np.zeros(8), B, A, ROOT),
-        (np.zeros(40), SINGULAR, SINGULAR, 0),
-        (np.zeros(40), 4 * SINGULAR, SINGULAR, np.trace(SINGULAR)),
-        (np.zeros(40), *ACROSS, 12),
-    ],
-)
-def test_distance(shift, sigma1, sigma2, expected):
-    value = frechet_distance(np.zeros(len(shift)), sigma1, shift, sigma2)
-    assert value == pytest.approx(expected, rel=1e-10, abs=1e-10)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [(name, np.full((2, 2)[: 1 + ("sigma" in name)], np.nan)) for name in ("mu1", "sigma1", "mu2", "sigma2")]
-    + [("sigma1", np.eye(3)), ("sigma1", np.diag([1.0, -0.1])), ("sigma2", np.array([[1.0, 0.2], [0, 1]]))],
-)
-def test_distance_refuses(name, value):
-    values = {"mu1": np.zeros(2), "sigma1": np.eye(2), "mu2": np.zeros(2), "sigma2": np.eye(2)}
-    with pytest.raises(ValueError, match=name):
-        frechet_distance(**{**values, name: value})
-
-
-def test_moments_are_those_of_numpy():
-    x = torch.randn(101, 7, generator=torch.Generator().manual_seed(0)) + 100  # float32, counted in float64
-    mean, sigma = moments(x)
-    assert mean.dtype == sigma.dtype == np.float64
-    np.testing.assert_allclose(mean, x.double().numpy().mean(axis=0), rtol=1e-12)
-    np.testing.assert_allclose(sigma, np.cov(x.double().numpy(), rowvar=False), rtol=1e-11)
-    far = np.random.default_rng(2).normal(size=(64, 3))
-    np.testing.assert_allclose(moments(far + 1e8)[1], np.cov(far, rowvar=False), atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("features", "message"),
-    [
-        (np.array([[0, 0], [np.inf, 0]]), "features of image 1 are infinite or undefined"),
-        (np.zeros(2), r"expected shape \(n, D\)"),
-        (np.zeros((1, 2)), "at least 2 images"),
-    ],
-)
-def test_moments_refuse(features, message):
-    with pytest.raises(ValueError, match=message):
-        moments(features)
 
 
 # ---- the network
@@ -185,15 +118,14 @@ def test_damaged_weights_are_refused(tmp_path):
 def test_images_of_the_network(tmp_path):
     images, labels = coloured(12)
     path = pack(tmp_path / "a.npz", images.numpy(), labels.numpy())
-    found, data = load_images(path, labelled=True)
+    found, data = load_images(path)
     assert torch.equal(found, images)
     assert torch.equal(data.labels, labels)
-    assert torch.equal(load_images(path)[0], images)
     pack(path, images.numpy(), labels.numpy() % 2, classes=np.array(["a", "b"]))
     with pytest.raises(ValueError, match="2 classes, the network is for 10"):
-        load_images(path, labelled=True)
+        load_images(path)
     with pytest.raises(ValueError, match=r"expected images of 32 x 32 pixels, got \(4, 3, 31, 31\)"):
-        load_images(make_folder(tmp_path, images[:4, :31, :31].numpy(), classes=1) / "class0")
+        load_images(make_folder(tmp_path / "small", images[:4, :31, :31].numpy(), classes=1))
 
 
 # ---- training
@@ -274,12 +206,6 @@ def test_commands(tmp_path, capsys):
     assert all(line.startswith(start) for line, start in zip(said, starts, strict=True))
     assert main("check", "--test", data, "--weights", out, "--device", "cpu") == 0
     assert capsys.readouterr().out.startswith(said[2])  # what was measured is what was stored
-    np.savez(tmp_path / "b.npz", images.numpy())
-    assert main("distance", data, tmp_path / "b.npz", "--weights", out, "--device", "cpu") == 0
-    said = capsys.readouterr()
-    assert float(said.out.split()[2]) == pytest.approx(0, abs=1e-6)
-    assert "between 8 and 8 images" in said.out
-    assert "fewer than 2048 images" in said.err
 
 
 @pytest.mark.parametrize(
@@ -307,6 +233,6 @@ def test_the_packaged_weights_can_tell_the_classes():
     assert features.WEIGHTS.with_name(f"{features.WEIGHTS.name}.sha256").is_file()
     if not CIFAR10_TEST.is_file():
         pytest.skip("no test images: ADACORR_CIFAR10_TEST names the packed file")
-    images, test = load_images(CIFAR10_TEST, labelled=True)
+    images, test = load_images(CIFAR10_TEST)
     # 90.35 % of all 10,000 and 87.5 % of these; one standard error of 400 is 1.6 %.
     assert features.accuracy(network, images[:400], test.labels[:400]) > 0.86

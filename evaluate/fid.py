@@ -1,0 +1,178 @@
+"""FID and its kin: how far sets of images are from a reference, by the conventions of ADM's evaluator.
+
+    python -m evaluate fid samples/NAME.npz --reference VIRTUAL_imagenet256_labeled.npz
+    python -m evaluate fid samples/CACHED --reference REF --uncached samples/UNCACHED --baseline uncached.json
+    python -m evaluate fid SEED0 SEED1 SEED2 --reference REF --seeds
+    python -m evaluate fid A --reference B --features cifar10          32 x 32 pixels, bundled weights
+    python -m evaluate statistics IMAGES --out FILE.npz                a reference that is measured once
+
+FID (Heusel et al., arXiv 1706.08500), sFID, Inception Score, precision, recall and KID with Inception; with other
+networks the Frechet distance is named FD, and sFID and the Inception Score are left out. SAMPLES are the folder or the
+.npz of sample_ddp.py, or any folder of images. REF is ADM's .npz, whose mu, sigma, mu_s and sigma_s serve FID and sFID,
+and whose images serve KID, precision and recall; or saved statistics; or a set of images.
+"""
+
+import argparse
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adacorr.files import check_writable
+from evaluate.frechet import frechet_distance
+from evaluate.imagesets import ImageSet, open_images, unlike
+from evaluate.inception import DIGEST
+from evaluate.networks import Network
+from evaluate.pages import head, line
+from evaluate.reference import Measured, add_network_flags, evaluator, measure, network_of, reference, say
+from evaluate.results import read_result, write_result
+from evaluate.setmetrics import inception_score, kernel_distance, precision_recall
+from runtime import find_device
+
+CACHE_FIELDS = ("cache", "profile", "forecast", "format", "precision")  # of a protocol; the rest makes sets unlike
+FEW = {  # images that a set should have at least
+    2048: "with fewer the covariance is singular, and every distance is much too large",
+    10_000: "with fewer every distance is too large",
+    50_000: "published FIDs are of so many",
+}
+HEADS = {
+    "fid": "FID",
+    "fd": "FD",
+    "sfid": "sFID",
+    "inception_score": "IS",
+    "precision": "precision",
+    "recall": "recall",
+    "kernel_distance": "",  # KID with Inception, else KD
+    "to_uncached": "to uncached",
+    "change": "change",
+}
+
+
+def metrics(
+    found: Measured, real: Measured, network: Network, device: torch.device | str = "cpu"
+) -> tuple[dict[str, float], list[str]]:
+    """Every metric that the two allow, and why others are left out."""
+    name, left_out = "fid" if network.name == "inception" else "fd", []
+    values = {name: frechet_distance(found.moments, real.moments)}
+    if found.spatial is not None:
+        if real.spatial is None:
+            left_out.append("sFID is left out: the reference holds no mu_s and sigma_s")
+        else:
+            values["sfid"] = frechet_distance(found.spatial, real.spatial)
+    if found.logits is not None:
+        values["inception_score"], values["inception_score_deviation"] = inception_score(found.logits)
+    if real.pool is None:
+        left_out.append("KID, precision and recall are left out: the reference holds no images")
+    elif min(len(found.pool), len(real.pool)) < 4:
+        left_out.append("precision and recall are left out: they need at least 4 images of each set")
+    else:
+        values["precision"], values["recall"] = precision_recall(found.pool, real.pool, device)
+        values["kernel_distance"], values["kernel_distance_deviation"] = kernel_distance(found.pool, real.pool)
+    return values, left_out
+
+
+def cautions(images: ImageSet, found: Measured, network: Network) -> list[str]:
+    """What a reader of the numbers must know."""
+    short = next((least for least in FEW if found.count < least), None)
+    notes = [] if short is None else [f"{images.path.name} has {found.count} images, not {short}: {FEW[short]}"]
+    if network.name == "inception" and not network.sha256.startswith(DIGEST):
+        notes.append("the weights are not those of published FIDs: values compare with each other only")
+    if network.name == "cifar10":
+        notes.append("distances in these features are no FID: they compare with each other only")
+    if images.protocol is None:
+        notes.append(f"how {images.path.name} was made is not known: it carries no protocol")
+    labels = images.labels
+    if found.logits is not None and labels is not None and len(labels) > 9 and (labels[1:] >= labels[:-1]).all():
+        notes.append("the images are sorted by class, so every split of the Inception Score sees few classes")
+    return notes
+
+
+def same_evaluation(path: Path, now: dict[str, Any], real: Measured) -> dict[str, Any]:
+    """The one set of an earlier result, if it was measured alike; ValueError names what differs."""
+    before = read_result(path, "fid")
+    pairs = {key: (before["evaluator"].get(key), value) for key, value in now.items()}
+    pairs["reference"] = before["reference"]["sha256"], real.sha256
+    if differing := [f"{key} {a!r} there, {b!r} here" for key, (a, b) in pairs.items() if a != b]:
+        raise ValueError(f"--baseline {path} was measured otherwise: {'; '.join(differing)}")
+    if len(before["sets"]) != 1:
+        raise ValueError(f"--baseline {path} holds {len(before['sets'])} sets: give a result of one")
+    return before["sets"][0]
+
+
+def check_alike(images: ImageSet, other: ImageSet, flag: str, allowed: tuple[str, ...]) -> None:
+    """ValueError unless two sets have as many images, and protocols that differ in `allowed` fields only."""
+    differing = [] if images.count == other.count else [f"the number of images ({images.count} and {other.count})"]
+    if differing := differing + unlike(images, other, allowed):
+        raise ValueError(f"{flag}: {images.path} and {other.path} differ in {', '.join(differing)}")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("samples", type=Path, nargs="+", metavar="SAMPLES", help="sets of images, a row each")
+    add("--reference", type=Path, required=True, metavar="REF", help="ADM's .npz, saved statistics, or a set of images")
+    add("--uncached", type=Path, metavar="SET", help="the uncached set of the same noise: also the distance to it")
+    add("--seeds", action="store_true", help="the sets differ by their seed alone: also mean and deviation")
+    add("--baseline", type=Path, metavar="RESULT.json", help="an earlier --out of one set: also the change since then")
+    add("--out", type=Path, metavar="RESULT.json", help="everything, for --baseline and `evaluate report`")
+    add_network_flags(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """The whole job. ValueError or OSError for a mistake, before anything is measured."""
+    if args.out is not None:
+        check_writable("--out", args.out)
+    sets = [open_images(path) for path in args.samples]
+    uncached = None if args.uncached is None else open_images(args.uncached)
+    if not args.reference.exists():
+        raise FileNotFoundError(f"--reference {args.reference} does not exist")
+    if args.seeds and len(sets) < 2:
+        raise ValueError("--seeds needs two sets or more")
+    for images in sets[1:] if args.seeds else ():
+        check_alike(images, sets[0], "--seeds", ("seed",))
+    for images in sets if uncached is not None else ():
+        check_alike(images, uncached, "--uncached", CACHE_FIELDS)
+    network = network_of(args, sets[0])
+    real = reference(args.reference, network, args.batch_size)
+    alike = evaluator(network)
+    before = None if args.baseline is None else same_evaluation(args.baseline, alike, real)
+    near = None if uncached is None else measure(uncached, network, args.batch_size)
+    name, records = ("fid" if network.name == "inception" else "fd"), []
+    for images in sets:
+        if before is not None:
+            then = ImageSet(Path(before["samples"]), before["count"], images.size, list, protocol=before["protocol"])
+            check_alike(images, then, "--baseline", CACHE_FIELDS)
+        found = measure(images, network, args.batch_size)
+        values, notes = metrics(found, real, network, find_device(args.device))
+        if near is not None:
+            values["to_uncached"] = frechet_distance(found.moments, near.moments)
+        if before is not None:
+            values["change"] = values[name] - before["metrics"][name]
+        notes += cautions(images, found, network)
+        record = {"samples": str(images.path), "count": found.count, "sha256": found.sha256}
+        records.append(record | {"protocol": images.protocol, "metrics": values, "notes": notes})
+    columns = [key for key in HEADS if key in records[0]["metrics"]]
+    rows = [[f"`{record['samples']}`", str(record["count"]), *_cells(record["metrics"], columns)] for record in records]
+    if args.seeds:
+        spread = {key: [record["metrics"][key] for record in records] for key in columns}
+        means = _cells({key: statistics.mean(values) for key, values in spread.items()}, columns)
+        deviations = _cells({key: statistics.stdev(values) for key, values in spread.items()}, columns)
+        rows.append(["mean ± deviation", "", *(f"{a} ± {b}" for a, b in zip(means, deviations, strict=True))])
+    heads = [
+        f"{'KID' if name == 'fid' else 'KD'} x 1000" if key == "kernel_distance" else HEADS[key] for key in columns
+    ]
+    table = {"columns": ["", "images", *heads], "rows": rows}
+    notes = list(dict.fromkeys(note for record in records for note in record["notes"]))
+    print(head(table["columns"]), *(line(row) for row in rows), sep="\n")
+    print(f"{network.name}, weights sha256 {network.sha256}; reference {args.reference.name}, sha256 {real.sha256}")
+    for note in notes:
+        say(f"note: {note}")
+    if args.out is not None:
+        about = {"path": str(args.reference), "sha256": real.sha256, "count": real.count}
+        extra = {"evaluator": alike, "reference": about, "sets": records, "table": table, "notes": notes}
+        write_result(args.out, "fid", args.made_with, **extra)
+
+
+def _cells(values: dict[str, float], columns: list[str]) -> list[str]:
+    """Numbers as text: KID in thousandths, as it is published."""
+    return [f"{values[key] * (1000 if key == 'kernel_distance' else 1):.4g}" for key in columns]

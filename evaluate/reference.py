@@ -1,0 +1,170 @@
+"""What a network says of whole sets of images, and the references that sets are measured against.
+
+    python -m evaluate statistics IMAGES --out FILE.npz
+
+measures a set once, for `evaluate fid --reference FILE.npz`: moments of all images, and the features of at most 10000,
+evenly spaced, for KID, precision and recall.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adacorr.files import check_writable, file_sha256, written_whole
+from evaluate.frechet import Moments
+from evaluate.imagesets import ImageSet, npz_arrays, open_images
+from evaluate.networks import Network, default_network, load_network
+from evaluate.results import VERSION
+from runtime import Progress, allow_tf32, check_range, find_device
+
+REAL = 10_000  # images of a reference that KID, precision and recall take (as many as ADM's)
+
+
+@dataclass
+class Measured:
+    """What a network says of a whole set."""
+
+    moments: Moments
+    spatial: Moments | None
+    pool: Tensor | None  # (n, D); of a reference at most REAL of them
+    logits: Tensor | None  # (n, classes)
+    count: int | None
+    sha256: str  # of the pixels in their order, or of the file of statistics
+
+
+def measure(images: ImageSet, network: Network, batch_size: int = 64) -> Measured:
+    """Features of all images, float32, one batch at a time. ValueError for images that cannot be measured."""
+    if images.count < 2:
+        raise ValueError(f"{images.path} holds {images.count} image: a distance needs at least 2")
+    sha, done = hashlib.sha256(str(images.size).encode()), 0
+    whole: list[Tensor | None] = []
+    with Progress(images.count, "image", images.path.name, line=say) as progress:
+        for batch in images.batches(batch_size):
+            sha.update(batch.data)
+            part = network.features(torch.from_numpy(batch))
+            whole = whole or [None if new is None else torch.empty(images.count, new.shape[1]) for new in part]
+            for kept, new in zip(whole, part, strict=True):
+                if new is not None:
+                    kept[done : done + len(batch)] = new
+            done += len(batch)
+            progress.update(len(batch))
+    pool, spatial, logits = whole
+    try:
+        moments = Moments.of(pool)
+    except ValueError as error:
+        raise ValueError(f"{images.path}: {error}") from None
+    spatial = None if spatial is None else Moments.of(spatial)
+    return Measured(moments, spatial, pool, logits, images.count, sha.hexdigest())
+
+
+def evaluator(network: Network) -> dict[str, Any]:
+    """What must be equal for two numbers to be comparable."""
+    return {
+        "version": VERSION,
+        "features": network.name,
+        "weights_sha256": network.sha256,
+        "input": network.convention,
+        "kernel": "cubic polynomial, 100 subsets of 1000",
+        "neighbour": 3,
+        "inception_score": "splits of 5000 in order, logits without bias",
+    }
+
+
+def reference(path: Path, network: Network, batch_size: int = 64) -> Measured:
+    """Of ADM's .npz, of statistics saved by `save_statistics` or by others, or of a set of images.
+
+    ValueError for statistics of another network, and for what is neither.
+    """
+    held = npz_arrays(path) if path.is_file() else {}
+    if not {"mu", "sigma"} <= held.keys():
+        found = measure(open_images(path), network, batch_size)
+        found.pool = found.pool[_spaced(found.count)]
+        return found
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in held if name not in ("arr_0", "arr_1")}
+    own = json.loads(str(arrays["evaluator"])) if "evaluator" in arrays else None
+    if own is None and network.name != "inception":
+        raise ValueError(f"{path} holds statistics that do not say of which network: give --features inception")
+    if own is not None and own != (now := evaluator(network)):
+        fields = [f"{key} {own.get(key)!r} there, {now[key]!r} here" for key in now if own.get(key) != now[key]]
+        raise ValueError(f"{path} holds statistics by another evaluator: {'; '.join(fields)}; make them again")
+    count = int(arrays["count"]) if "count" in arrays else None
+    moments = Moments(arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64), count)
+    if moments.mean.shape != (network.dim,):
+        raise ValueError(f"{path}: mu is {moments.mean.shape}, {network.name} has {network.dim} features")
+    spatial = None
+    if {"mu_s", "sigma_s"} <= arrays.keys():
+        spatial = Moments(arrays["mu_s"].astype(np.float64), arrays["sigma_s"].astype(np.float64), count)
+    pool = None
+    if "features" in arrays:
+        pool = torch.from_numpy(arrays["features"])
+    elif "arr_0" in held:  # ADM's images are there for this alone
+        pool = measure(open_images(path), network, batch_size).pool
+    return Measured(moments, spatial, pool, None, count, file_sha256(path))
+
+
+def save_statistics(path: Path, found: Measured, network: Network) -> None:
+    """Write what `reference` reads: moments, features of evenly spaced images, and the evaluator."""
+    arrays = {"mu": found.moments.mean, "sigma": found.moments.covariance, "count": np.array(found.count)}
+    if found.spatial is not None:
+        arrays |= {"mu_s": found.spatial.mean, "sigma_s": found.spatial.covariance}
+    arrays["features"] = found.pool[_spaced(found.count)].numpy()
+    arrays["evaluator"] = np.array(json.dumps(evaluator(network)))
+    with written_whole(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
+
+
+def _spaced(count: int) -> np.ndarray:
+    """At most REAL indices, evenly spaced, since folders are often sorted by class."""
+    return np.linspace(0, count - 1, min(count, REAL)).round().astype(int)
+
+
+def add_network_flags(parser: argparse.ArgumentParser) -> None:
+    """Which network measures the images, and on what."""
+    add = parser.add_argument_group("network").add_argument
+    add(
+        "--features",
+        metavar="NAME",
+        help="inception, dinov2 or cifar10 (default: cifar10 for images of 32 pixels, else inception)",
+    )
+    add("--weights", type=Path, metavar="FILE", help="local weights (default: the network's own, downloaded once)")
+    add("--batch-size", type=int, default=64, help="for speed and memory only (default %(default)s)")
+    add("--device", help="default: cuda where there is one, else cpu")
+    add("--offline", action="store_true", help="never download; say what is missing")
+
+
+def network_of(args: argparse.Namespace, images: ImageSet) -> Network:
+    """The network of `add_network_flags` for images like these."""
+    check_range("--batch-size", args.batch_size, 1, 100_000)
+    allow_tf32(False)  # rounded products would make the numbers depend on the GPU
+    name = args.features or default_network(min(images.size))
+    return load_network(name, args.weights, find_device(args.device), offline=args.offline)
+
+
+def say(text: str) -> None:
+    """A line for people, beside the results on stdout."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", type=Path, metavar="IMAGES", help="a folder of images, or an .npz")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.npz")
+    add_network_flags(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """The whole job. ValueError or OSError for a mistake."""
+    check_writable("--out", args.out)
+    images = open_images(args.images)
+    network = network_of(args, images)
+    found = measure(images, network, args.batch_size)
+    save_statistics(args.out, found, network)
+    print(f"{args.out}: {found.count} images, {network.name}, pixels sha256 {found.sha256}")
