@@ -1,6 +1,6 @@
 """FID and its kin: how far sets of images are from a reference, by the conventions of ADM's evaluator.
 
-    python -m evaluate fid samples/NAME.npz --reference VIRTUAL_imagenet256_labeled.npz
+    python -m evaluate fid samples/NAME.npz --reference imagenet256
     python -m evaluate fid samples/CACHED --reference REF --uncached samples/UNCACHED --baseline uncached.json
     python -m evaluate fid SEED0 SEED1 SEED2 --reference REF --seeds
     python -m evaluate fid A --reference B --features cifar10          32 x 32 pixels, bundled weights
@@ -8,8 +8,8 @@
 
 FID (Heusel et al., arXiv 1706.08500), sFID, Inception Score, precision, recall and KID with Inception; with other
 networks the Frechet distance is named FD, and sFID and the Inception Score are left out. SAMPLES are the folder or the
-.npz of sample_ddp.py, or any folder of images. REF is ADM's .npz, whose mu, sigma, mu_s and sigma_s serve FID and sFID,
-and whose images serve KID, precision and recall; or saved statistics; or a set of images.
+.npz of sample_ddp.py, or any folder of images. REF is ADM's .npz, by name or path, whose mu, sigma, mu_s and sigma_s
+serve FID and sFID, and whose images serve KID, precision and recall; or saved statistics; or a set of images.
 """
 
 import argparse
@@ -25,7 +25,17 @@ from evaluate.imagesets import ImageSet, open_images, unlike
 from evaluate.inception import DIGEST
 from evaluate.networks import Network
 from evaluate.pages import head, line
-from evaluate.reference import Measured, add_network_flags, evaluator, measure, network_of, reference, say
+from evaluate.reference import (
+    REFERENCES,
+    Measured,
+    add_network_flags,
+    evaluator,
+    find_reference,
+    measure,
+    network_of,
+    reference,
+    say,
+)
 from evaluate.results import read_result, write_result
 from evaluate.setmetrics import inception_score, kernel_distance, precision_recall
 from runtime import find_device
@@ -110,7 +120,8 @@ def check_alike(images: ImageSet, other: ImageSet, flag: str, allowed: tuple[str
 def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("samples", type=Path, nargs="+", metavar="SAMPLES", help="sets of images, a row each")
-    add("--reference", type=Path, required=True, metavar="REF", help="ADM's .npz, saved statistics, or a set of images")
+    names = ", ".join(REFERENCES)
+    add("--reference", required=True, metavar="REF", help=f"{names}, ADM's .npz, saved statistics, or a set of images")
     add("--uncached", type=Path, metavar="SET", help="the uncached set of the same noise: also the distance to it")
     add("--seeds", action="store_true", help="the sets differ by their seed alone: also mean and deviation")
     add("--baseline", type=Path, metavar="RESULT.json", help="an earlier --out of one set: also the change since then")
@@ -124,8 +135,7 @@ def run(args: argparse.Namespace) -> None:
         check_writable("--out", args.out)
     sets = [open_images(path) for path in args.samples]
     uncached = None if args.uncached is None else open_images(args.uncached)
-    if not args.reference.exists():
-        raise FileNotFoundError(f"--reference {args.reference} does not exist")
+    path = find_reference(args.reference, args.offline)
     if args.seeds and len(sets) < 2:
         raise ValueError("--seeds needs two sets or more")
     for images in sets[1:] if args.seeds else ():
@@ -133,7 +143,7 @@ def run(args: argparse.Namespace) -> None:
     for images in sets if uncached is not None else ():
         check_alike(images, uncached, "--uncached", CACHE_FIELDS)
     network = network_of(args, sets[0])
-    real = reference(args.reference, network, args.batch_size)
+    real = reference(path, network, args.batch_size)
     alike = evaluator(network)
     before = None if args.baseline is None else same_evaluation(args.baseline, alike, real)
     near = None if uncached is None else measure(uncached, network, args.batch_size)
@@ -164,11 +174,11 @@ def run(args: argparse.Namespace) -> None:
     table = {"columns": ["", "images", *heads], "rows": rows}
     notes = list(dict.fromkeys(note for record in records for note in record["notes"]))
     print(head(table["columns"]), *(line(row) for row in rows), sep="\n")
-    print(f"{network.name}, weights sha256 {network.sha256}; reference {args.reference.name}, sha256 {real.sha256}")
+    print(f"{network.name}, weights sha256 {network.sha256}; reference {path.name}, sha256 {real.sha256}")
     for note in notes:
         say(f"note: {note}")
     if args.out is not None:
-        about = {"path": str(args.reference), "sha256": real.sha256, "count": real.count}
+        about = {"path": str(path), "sha256": real.sha256, "count": real.count}
         extra = {"evaluator": alike, "reference": about, "sets": records, "table": table, "notes": notes}
         write_result(args.out, "fid", args.made_with, **extra)
 

@@ -19,12 +19,18 @@ import torch
 from torch import Tensor
 
 from adacorr.files import check_writable, file_sha256, written_whole
+from download import fetched
 from evaluate.frechet import Moments
 from evaluate.imagesets import ImageSet, npz_arrays, open_images
 from evaluate.networks import Network, default_network, load_network
 from evaluate.results import VERSION
 from runtime import Progress, allow_tf32, check_range, find_device
 
+PUBLISHED = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"
+REFERENCES = {  # ADM's, by name: address and first digits of the sha256, as far as it is known
+    "imagenet256": (f"{PUBLISHED}/256/VIRTUAL_imagenet256_labeled.npz", "b3273271"),
+    "imagenet512": (f"{PUBLISHED}/512/VIRTUAL_imagenet512.npz", ""),
+}
 REAL = 10_000  # images of a reference that KID, precision and recall take (as many as ADM's)
 
 
@@ -63,6 +69,16 @@ def measure(images: ImageSet, network: Network, batch_size: int = 64) -> Measure
         raise ValueError(f"{images.path}: {error}") from None
     spatial = None if spatial is None else Moments.of(spatial)
     return Measured(moments, spatial, pool, logits, images.count, sha.hexdigest())
+
+
+def find_reference(name: str, offline: bool = False) -> Path:
+    """The path that a name of REFERENCES, downloaded once, or a path means. OSError for one that does not exist."""
+    if name in REFERENCES:
+        url, digest = REFERENCES[name]
+        return fetched(url, offline, digest)
+    if not Path(name).exists():
+        raise FileNotFoundError(f"--reference {name} does not exist: give a path, or one of {', '.join(REFERENCES)}")
+    return Path(name)
 
 
 def evaluator(network: Network) -> dict[str, Any]:

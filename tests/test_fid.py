@@ -371,7 +371,7 @@ def test_a_reader_is_told_what_the_numbers_are_worth(tmp_path, colours, capsys):
     ("argv", "words"),
     [
         (["{a}"], ["--reference"]),
-        (["{a}", "--reference", "none.npz"], ["none.npz does not exist"]),
+        (["{a}", "--reference", "none.npz"], ["none.npz does not exist", "imagenet256"]),
         (["none", "--reference", "{a}"], ["none does not exist"]),
         (["{a}", "--reference", "{a}", "--features", "vgg"], ["--features vgg is unknown"]),
         (["{a}", "--reference", "{a}", "--features", "cifar10"], ["expected torch.uint8 of shape (N, 32, 32, 3)"]),
