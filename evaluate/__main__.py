@@ -9,6 +9,8 @@ from adacorr.command import Parser, run_command
 
 COMMANDS = {  # name: (module with add_flags(parser) and run(args), what it does)
     "compare": ("evaluate.compare", "every caching method, alone and under AdaCorrection, at equal compute"),
+    "fidelity": ("evaluate.fidelity_command", "PSNR, SSIM and LPIPS of sets of images to the uncached set"),
+    "drift": ("evaluate.drift", "relative error of the state after each step, to the uncached run"),
 }
 
 
