@@ -11,6 +11,7 @@ COMMANDS = {  # name: (module with add_flags(parser) and run(args), what it does
     "compare": ("evaluate.compare", "every caching method, alone and under AdaCorrection, at equal compute"),
     "fidelity": ("evaluate.fidelity_command", "PSNR, SSIM and LPIPS of sets of images to the uncached set"),
     "drift": ("evaluate.drift", "relative error of the state after each step, to the uncached run"),
+    "report": ("evaluate.report", "results and samples on one HTML page"),
 }
 
 

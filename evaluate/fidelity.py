@@ -89,10 +89,15 @@ def summarise(psnr: Tensor, ssim: Tensor) -> dict:  # 2 x float64 (N,)
      "ssim": {"mean", "p5", "min", "per_image": [N]}}
     """
     p, s = psnr.cpu(), ssim.cpu()
-    finite = p[p.isfinite()]
     each = ["inf" if value == float("inf") else value for value in p.tolist()]
     return {
         "images": len(p),
-        "psnr": {**_summary(finite), "identical": len(p) - len(finite), "per_image": each},
+        "psnr": {**summarise_psnr(p), "per_image": each},
         "ssim": {**_summary(s), "per_image": s.tolist()},
     }
+
+
+def summarise_psnr(values: Tensor) -> dict:  # float64 (N,), infinite for identical images
+    """{"mean", "p5", "min", "identical"}"""
+    finite = values[values.isfinite()]
+    return {**_summary(finite), "identical": len(values) - len(finite)}
