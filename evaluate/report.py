@@ -69,7 +69,7 @@ pre { background: var(--tint); padding: .6rem .8rem; border-radius: .4rem; white
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 td { white-space: nowrap; }
-td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 9rem; }
+td code { display: block; white-space: normal; overflow-wrap: anywhere; min-width: min(18rem, 45vw); }
 th { position: sticky; top: 0; background: var(--paper); cursor: pointer; font-weight: 600; }
 th::after { content: "\\2009\\25b4\\25be"; color: var(--line); white-space: nowrap; }
 figure { margin: 1rem 0; min-width: 0; }
@@ -279,14 +279,14 @@ def strips(pairs: Sequence[Pair]) -> str:
 def set_section(group: Sequence[ImageSet], count: int) -> Section:
     """Sets of the same noise: what was spent, how close they come, and their images."""
     reference, *others = group
-    section = Section(f"samples: {reference.path}", [])
+    section = Section(f"samples: {reference.path.name}")
     if reference.protocol is not None:
         p = reference.protocol
         words = (
             f"{p['checkpoint']['name']}, {p['sampler']['spec']}, guidance {p['guidance']['scale']:g}, seed {p['seed']}"
         )
         section.parts.append(f"<p>{text(words)}</p>")
-    rows, parts = [[*spent(reference), "", ""]], []
+    rows, parts = [[*spent(reference), "", "reference" * bool(others)]], []
     if not others:
         first = torch.from_numpy(next(reference.batches(count)))
         parts.append(picture(first, f"the first {len(first)} images"))
@@ -295,9 +295,10 @@ def set_section(group: Sequence[ImageSet], count: int) -> Section:
         near = summarise_psnr(scores)
         quality = " / ".join(f"{float(near[key]):.2f}" for key in ("mean", "p5", "min"))
         rows.append([*spent(other), str(near["identical"]), quality])
-        legend = f"Left `{reference.path}`, middle `{other.path}`, right their absolute error, {MAGNIFIED} times."
-        parts += [f"<h3>{text(str(other.path))}</h3>", f"<p>{text(legend)}</p>", strips(first)]
-        parts += [f"<p>The worst {len(worst)} of {len(scores)}:</p>", strips(worst)]
+        legend = f"Left the reference, middle this set, right their absolute error, magnified {MAGNIFIED} times."
+        parts += [f"<h3>{text(other.path.name)}</h3>", f"<p>{legend}</p>", strips(first)]
+        if len(scores) > len(first):
+            parts += [f"<p>The worst {len(worst)} of all {len(scores)}:</p>", strips(worst)]
     section.parts += [table(COLUMNS, rows), *parts]
     return section
 
