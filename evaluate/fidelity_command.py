@@ -9,7 +9,7 @@ are taken per image. p5 is the 5th percentile; of LPIPS, where less is better, p
 Equal images have an infinite PSNR: they are counted as identical and left out of its summary.
 
 Sets of other counts, sizes, names or labels are refused, and so are runs that differ in more than the cache and the
-number of steps.
+number of steps. RUN/images, a folder of images without the record of the run, is held to counts, sizes and names alone.
 """
 
 import argparse

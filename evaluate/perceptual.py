@@ -22,12 +22,15 @@ class Perceptual:
     """LPIPS on a device.
 
     weights: a local file of torchvision's AlexNet or VGG-16; without one torchvision's own copy, downloaded at first
-    use. ValueError without the package, for weights of another network, and for a download that fails.
+    use. ValueError without the package, for weights of another network, and for a download that fails; OSError for a
+    file that is not there.
     """
 
     def __init__(self, name: str, weights: Path | None = None, device: torch.device | str = "cpu"):
         if find_spec("lpips") is None:
             raise ValueError("--lpips needs the package lpips: pip install lpips, or leave --lpips out")
+        if weights is not None and not weights.is_file():
+            raise FileNotFoundError(f"--lpips-weights {weights} does not exist: give torchvision's weights of {name}")
         import lpips
 
         state = None if weights is None else load_checkpoint(weights).state_dict

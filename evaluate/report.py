@@ -39,6 +39,7 @@ from runtime import check_range
 
 MAGNIFIED = 8  # times
 WORST = 8  # images
+WIDEST = 500  # pixels of a strip of three images where two of them fit into a row
 COLUMNS = ["set", "images", "compute", "images/s of one process", "identical", "PSNR mean / p5 / min (dB)"]
 
 PAGE = Template("""<!DOCTYPE html>
@@ -270,7 +271,7 @@ def look(reference: ImageSet, other: ImageSet, count: int) -> tuple[Tensor, list
 def strips(pairs: Sequence[Pair]) -> str:
     """Pairs of images, as many in a row as the page is wide."""
     size = pairs[0].image.shape[1]
-    width = 3 * max(size, SMALLEST)
+    width = min(3 * max(size, SMALLEST), WIDEST)
     enlarged = " enlarged" if size < SMALLEST else ""
     columns = f"grid-template-columns: repeat(auto-fill, minmax(min(100%, {width}px), 1fr))"
     return f'<div class="strips{enlarged}" style="{columns}">\n' + "\n".join(p.strip() for p in pairs) + "\n</div>"
@@ -333,4 +334,4 @@ def run(args: argparse.Namespace) -> None:
     intro = f"{time.strftime('%Y-%m-%d')}, `{' '.join(args.made_with)}`"
     with written_whole(args.out) as temporary:
         temporary.write_text(page("AdaCorrection: report", intro, sections), encoding="utf-8")
-    print(f"{args.out}, {args.out.stat().st_size / 1e6:.1f} MB: {len(sections)} sections")
+    print(f"{args.out}, {args.out.stat().st_size / 1e6:.1f} MB")

@@ -189,6 +189,7 @@ def test_lpips_is_refused_what_it_cannot_use(backbone, tiny, command, tmp_path):
     for folder, words, part in (
         (small, ["--lpips", "alex", "--lpips-weights", backbone], "31 x 31"),
         (large, ["--lpips", "alex", "--lpips-weights", tiny], "not torchvision's backbone of --lpips alex"),
+        (large, ["--lpips", "alex", "--lpips-weights", tmp_path / "none.pth"], "none.pth does not exist"),
         (large, ["--lpips-weights", backbone], "needs --lpips"),
     ):
         code, _, err = command("fidelity", folder, folder, *words)
