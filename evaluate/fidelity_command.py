@@ -31,7 +31,7 @@ from evaluate.perceptual import SMALLEST, Perceptual
 from evaluate.results import write_result
 from runtime import Progress, find_device
 
-MAY_DIFFER = ("cache", "profile:", "forecast:", "sampler.steps:", "format:")  # beginnings of a protocol's fields
+MAY_DIFFER = ("cache", "profile", "forecast", "sampler.steps", "format")  # beginnings of a protocol's fields
 WINDOW = 11  # pixels of SSIM
 BATCH = 16
 
@@ -53,7 +53,7 @@ def check_pair(reference: ImageSet, other: ImageSet) -> None:
     if labels[0] is not None and labels[1] is not None and len(differing := (labels[0] != labels[1]).nonzero()[0]):
         i = differing[0]
         raise ValueError(f"image {i} has label {labels[0][i]} in {a} but {labels[1][i]} in {b}")
-    if fields := [text.partition(":")[0] for text in unlike(reference, other, MAY_DIFFER)]:
+    if fields := unlike(reference, other, MAY_DIFFER):
         raise ValueError(f"{a} and {b} were sampled with another {', '.join(fields)}: sample both alike but the cache")
 
 
@@ -124,10 +124,8 @@ def run(args: argparse.Namespace) -> None:
     others = [open_images(path) for path in args.samples]
     for other in others:
         check_pair(reference, other)
-    for name, least in {
-        "SSIM": WINDOW,
-        **({f"--lpips {args.lpips}": SMALLEST[args.lpips]} if args.lpips else {}),
-    }.items():
+    smallest = {"SSIM": WINDOW} | ({f"--lpips {args.lpips}": SMALLEST[args.lpips]} if args.lpips else {})
+    for name, least in smallest.items():
         if min(reference.size) < least:
             height, width = reference.size
             raise ValueError(f"{name} needs images of at least {least} x {least} pixels, these have {width} x {height}")

@@ -43,7 +43,7 @@ class ImageSet:
         """uint8 (n, H, W, 3), n = `size` but in the last batch. ValueError names the first image that is damaged."""
         images = self.read()
         while batch := list(islice(images, size)):
-            yield np.stack(batch)
+            yield np.ascontiguousarray(np.stack(batch))  # stack keeps an odd order of axes
 
 
 def open_images(path: Path) -> ImageSet:
@@ -52,17 +52,19 @@ def open_images(path: Path) -> ImageSet:
         raise FileNotFoundError(f"{path} does not exist: give a folder of images, or an .npz")
     if not path.is_dir():
         return _open_npz(path)
-    return _open_folder(path) if (record := RunFolder(path).read()) is None else _open_run(path, record)
+    record = RunFolder(path).read() if RunFolder(path).images.is_dir() else None
+    return _open_folder(path) if record is None else _open_run(path, record)
 
 
 def unlike(a: ImageSet, b: ImageSet, allowed: tuple[str, ...]) -> list[str]:
-    """The fields by which the protocols of two sets differ, but for those that begin with one of `allowed`.
+    """Names of the fields by which the protocols of two sets differ, but for those that begin with one of `allowed`.
 
     Empty where one of the two is unknown: images of other programs carry no protocol.
     """
     if a.protocol is None or b.protocol is None:
         return []
-    return [line for line in differences(a.protocol, b.protocol) if not line.startswith(allowed)]
+    names = [line.partition(":")[0] for line in differences(a.protocol, b.protocol)]
+    return [name for name in names if not name.startswith(allowed)]
 
 
 def _open_run(path: Path, record: dict[str, Any]) -> ImageSet:
