@@ -11,6 +11,9 @@ COMMANDS = {  # name: (module with add_flags(parser) and run(args), what it does
     "fid": ("evaluate.fid", "FID, sFID, Inception Score, precision, recall and KID of sets of images"),
     "statistics": ("evaluate.reference", "measure a reference once, for `fid`"),
     "compare": ("evaluate.compare", "every caching method, alone and under AdaCorrection, at equal compute"),
+    "fidelity": ("evaluate.fidelity_command", "PSNR, SSIM and LPIPS of sets of images to the uncached set"),
+    "drift": ("evaluate.drift", "relative error of the state after each step, to the uncached run"),
+    "report": ("evaluate.report", "results and samples on one HTML page"),
 }
 
 

@@ -77,17 +77,27 @@ def _summary(values: Tensor) -> dict:  # (n,), all finite; n = 0 if every image 
 
 
 def fidelity(reference: Tensor, images: Tensor) -> dict:  # 2 x uint8 (N, H, W, 3)
-    """PSNR and SSIM of each image against the reference image of the same index, as plain JSON values.
+    """PSNR and SSIM of each image against the reference image of the same index, as `summarise` gives them."""
+    return summarise(psnr(reference, images), ssim(reference, images))
+
+
+def summarise(psnr: Tensor, ssim: Tensor) -> dict:  # 2 x float64 (N,)
+    """The scores of N images as plain JSON values.
 
     {"images": N,
      "psnr": {"mean", "p5", "min", "identical", "per_image": [N]},
      "ssim": {"mean", "p5", "min", "per_image": [N]}}
     """
-    p, s = psnr(reference, images).cpu(), ssim(reference, images).cpu()
-    finite = p[p.isfinite()]
+    p, s = psnr.cpu(), ssim.cpu()
     each = ["inf" if value == float("inf") else value for value in p.tolist()]
     return {
         "images": len(p),
-        "psnr": {**_summary(finite), "identical": len(p) - len(finite), "per_image": each},
+        "psnr": {**summarise_psnr(p), "per_image": each},
         "ssim": {**_summary(s), "per_image": s.tolist()},
     }
+
+
+def summarise_psnr(values: Tensor) -> dict:  # float64 (N,), infinite for identical images
+    """{"mean", "p5", "min", "identical"}"""
+    finite = values[values.isfinite()]
+    return {**_summary(finite), "identical": len(values) - len(finite)}

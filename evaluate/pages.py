@@ -38,8 +38,8 @@ def level_table(rows: Sequence[Row]) -> str:
     return "\n".join([head(["", *measures(rows[0])]), *lines])
 
 
-def summary_table(rows: Sequence[Row], levels: Sequence[float]) -> str:
-    """PSNR of each method at each level, alone and corrected."""
+def summary(rows: Sequence[Row], levels: Sequence[float]) -> tuple[list[str], list[list[str]]]:
+    """PSNR of each method at each level, alone and corrected: the columns of a table and its cells."""
 
     def cell(method: str, level: float) -> str:
         forms = {row.form: row for row in rows if row.method == method and row.level == level}
@@ -50,8 +50,14 @@ def summary_table(rows: Sequence[Row], levels: Sequence[float]) -> str:
         return f"{alone.score:.1f} → {after.score:.1f}{more}"
 
     methods = dict.fromkeys(row.method for row in rows if row.level is not None)
-    lines = [line([method, *(cell(method, level) for level in levels)]) for method in methods]
-    return "\n".join([head(["PSNR (dB) at compute", *(f"{level:g}" for level in levels)]), *lines])
+    lines = [[method, *(cell(method, level) for level in levels)] for method in methods]
+    return ["PSNR (dB) at compute", *(f"{level:g}" for level in levels)], lines
+
+
+def summary_table(rows: Sequence[Row], levels: Sequence[float]) -> str:
+    """`summary` as Markdown."""
+    columns, lines = summary(rows, levels)
+    return "\n".join([head(columns), *map(line, lines)])
 
 
 def markdown(rows: Sequence[Row], levels: Sequence[float], intro: str) -> str:

@@ -1,0 +1,107 @@
+"""How far the state of a cached run is from the uncached one on its way: the relative error after each step.
+
+    python -m evaluate drift --adacorr
+    python -m evaluate drift --cache teacache --num-images 20 --out drift.json
+
+The relative error of an image is |x - y| / |y|, with x the state (latent or pixels) of the cached run, y that of the
+uncached run from the same noise, and the Euclidean norm over all channels and pixels. The table shows its mean and its
+maximum over the images, beside the share of the block FLOPs that ran in the step.
+
+Under AdaCorrection a skipped step shows the state as it was forecast. After a computed step the skipped ones before it
+are taken again: the state of the computed step, and all that follow, go on from the corrected ones.
+"""
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import pipeline
+from adacorr import CacheManager
+from adacorr.files import check_writable
+from evaluate.pages import head, line
+from evaluate.results import write_result
+from pipeline import Pipeline
+from profiles import check_calibrate, with_profile
+from runtime import Progress, check_range
+
+COLUMNS = ["step", "timestep", "compute", "relative error, mean", "max"]
+
+
+def drift(pipe: Pipeline, cache: CacheManager, seed: int, count: int) -> Tensor:
+    """Relative errors (S, n) float64 of images 0..n-1 of a seed after each step, labels in turn.
+
+    ValueError for a cache whose steps are at other timesteps than the uncached ones.
+    """
+    sampler, classes = pipe.sampler, pipe.model.num_classes
+    moved = cache.grid(pipe.model, sampler.timesteps, pipe.cfg_scale, pipe.checkpoint.sha256, sampler.spec)
+    if moved is not sampler.timesteps:
+        raise ValueError(f"--cache {cache.spec} moves the timesteps: its states stand beside no uncached ones")
+    labels = torch.arange(count) % classes if classes else None
+    states: list[Tensor] = []
+    errors = torch.empty(sampler.num_steps, count, dtype=torch.float64)
+    say = partial(print, "progress:", file=sys.stderr, flush=True)
+    with Progress(2 * sampler.num_steps, "step", "uncached and cached", line=say) as progress:
+
+        def keep(step: int, x: Tensor, _: CacheManager | None) -> None:
+            states.append(x.clone())
+            progress.update()
+
+        def compare(step: int, x: Tensor, _: CacheManager | None) -> None:
+            reference = states[step].double().flatten(1)
+            errors[step] = ((x.double().flatten(1) - reference).norm(dim=1) / reference.norm(dim=1)).cpu()
+            progress.update()
+
+        pipe.sample(seed, np.arange(count), labels, None, keep)
+        pipe.sample(seed, np.arange(count), labels, cache, compare)
+    return errors
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    pipeline.add_model_flags(parser)
+    pipeline.add_cache_flags(parser)
+    add = parser.add_argument_group("images and output").add_argument
+    add("--num-images", type=int, default=8, help="in one batch, labels in turn (default %(default)s)")
+    add("--out", type=Path, metavar="FILE.json", help="write the table and the errors of every image")
+
+
+def run(args: argparse.Namespace) -> None:
+    """The whole job. ValueError or OSError for a mistake, before anything is sampled."""
+    check_range("--num-images", args.num_images, 1, 10_000)
+    check_calibrate(args.calibrate)
+    if args.out is not None:
+        check_writable("--out", args.out)
+    cache = pipeline.make_cache(args)
+    if cache is None:
+        raise ValueError("nothing to measure without a cache: give --adacorr, --cache METHOD or both")
+    pipe = pipeline.load(pipeline.ModelOptions.of(args))
+    cache = with_profile(cache, pipe, args.calibrate)
+    errors = drift(pipe, cache, args.seed, args.num_images)
+    compute = cache.trace.summary()["executed_per_step"]
+    timesteps = pipe.sampler.timesteps.tolist()
+    rows = [
+        [str(step), f"{t:g}", f"{share:.3f}", f"{own.mean():.5f}", f"{own.max():.5f}"]
+        for step, (t, share, own) in enumerate(zip(timesteps, compute, errors, strict=True))
+    ]
+    print("\n".join([head(COLUMNS), *map(line, rows)]))
+    if args.out is not None:
+        note = (
+            f"{pipe.checkpoint.path.name}, {pipe.sampler.spec} of {pipe.sampler.num_steps} steps, guidance "
+            f"{pipe.cfg_scale:g}, {args.num_images} images of seed {args.seed}, {args.dtype}; {cache.spec}"
+        )
+        write_result(
+            args.out,
+            args.command,
+            args.made_with,
+            table={"columns": COLUMNS, "rows": rows},
+            notes=[note],
+            checkpoint_sha256=pipe.checkpoint.sha256,
+            method=pipeline.describe_cache(cache),
+            timesteps=timesteps,
+            executed_per_step=compute,
+            relative_error=errors.tolist(),  # (steps, images)
+        )

@@ -1,0 +1,337 @@
+"""Results and samples on one HTML page that needs nothing beside it: tables, plots, images and their errors.
+
+    python -m evaluate report fidelity.json drift.json docs/compare.json --out report.html
+    python -m evaluate report samples/UNCACHED samples/CACHED samples/OTHER --out report.html
+
+RUN is a file that a command of `python -m evaluate` wrote with --out, or a set of images: a folder or .npz of
+sample_ddp.py, or a folder of images. Sets of the same noise are shown together: the uncached one beside each of the
+others and the absolute error of every pixel, magnified; the first images, and the worst by PSNR. Among sets without a
+record of their run the first one given is what the others are compared with.
+"""
+
+import argparse
+import base64
+import html
+import io
+import json
+import re
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from adacorr.files import check_writable, written_whole
+from evaluate.bench import Row, Setting
+from evaluate.fidelity import psnr, summarise_psnr
+from evaluate.fidelity_command import MAY_DIFFER, check_pair, paired
+from evaluate.imagesets import ImageSet, open_images, unlike
+from evaluate.pages import measures, summary
+from evaluate.results import read_result
+from fid_run.record import RunFolder
+from pictures import SMALLEST, grid
+from runtime import check_range
+
+MAGNIFIED = 8  # times
+WORST = 8  # images
+WIDEST = 500  # pixels of a strip of three images where two of them fit into a row
+COLUMNS = ["set", "images", "compute", "images/s of one process", "identical", "PSNR mean / p5 / min (dB)"]
+
+PAGE = Template("""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<title>$title</title>
+<style>
+:root { color-scheme: light dark; --ink: #1d2129; --soft: #626a76; --line: #dfe2e6; --paper: #fff; --tint: #f5f6f8;
+ --link: #0b57a4; }
+@media (prefers-color-scheme: dark) {
+:root { --ink: #e3e6ea; --soft: #9aa3ae; --line: #363c45; --paper: #16191d; --tint: #1f2329; --link: #86b7f0; } }
+body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto;
+ max-width: 68rem; padding: 1.5rem 1.25rem 4rem; overflow-wrap: anywhere; }
+h1 { font-size: 1.7rem; margin: 0 0 .25rem; }
+h2 { font-size: 1.3rem; margin: 3rem 0 .5rem; padding-top: 1rem; border-top: 1px solid var(--line); }
+h3 { font-size: 1.05rem; margin: 1.75rem 0 .5rem; }
+a { color: var(--link); }
+p, ul { margin: .5rem 0; }
+.soft, figcaption { color: var(--soft); font-size: .875rem; }
+pre, code { font: .85em/1.5 ui-monospace, monospace; }
+pre { background: var(--tint); padding: .6rem .8rem; border-radius: .4rem; white-space: pre-wrap; margin: .5rem 0; }
+.scroll { overflow-x: auto; overflow-wrap: normal; margin: 1rem 0; }
+.tall { max-height: 36rem; overflow-y: auto; }
+table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+td { white-space: nowrap; }
+td code { display: block; white-space: normal; overflow-wrap: anywhere; min-width: min(18rem, 45vw); }
+th { position: sticky; top: 0; background: var(--paper); cursor: pointer; font-weight: 600; }
+th::after { content: "\\2009\\25b4\\25be"; color: var(--line); white-space: nowrap; }
+figure { margin: 1rem 0; min-width: 0; }
+figcaption { margin: .3rem 0; }
+img { max-width: 100%; height: auto; background: #fff; }
+.strips { display: grid; gap: .5rem 1.25rem; }
+.strips figure { margin: 0; }
+.strips img { width: 100%; }
+.enlarged img { image-rendering: pixelated; }
+</style>
+</head>
+<body>
+<h1>$title</h1>
+<p class="soft">$intro</p>
+<nav><ul>
+$contents
+</ul></nav>
+$sections
+<script>
+for (const head of document.querySelectorAll("th")) head.onclick = () => {
+  const body = head.closest("table").tBodies[0], column = head.cellIndex;
+  const text = row => row.cells[column].textContent, sign = head.dataset.up ? -1 : 1;
+  head.dataset.up = head.dataset.up ? "" : "1";
+  const order = (a, b) => (parseFloat(text(a)) - parseFloat(text(b))) || text(a).localeCompare(text(b));
+  body.append(...[...body.rows].sort((a, b) => sign * order(a, b)));
+};
+</script>
+</body>
+</html>
+""")
+
+
+@dataclass
+class Section:
+    """A part of the page; `parts` are HTML."""
+
+    title: str
+    parts: list[str] = field(default_factory=list)
+
+
+# ------------------------------------------------------------------------------------------------- HTML
+
+
+def text(words: str) -> str:
+    """Words of a result as HTML, `code` within them as such."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(words))
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table that scrolls where it does not fit; a click on a column's head sorts by it."""
+    lines = ["".join(f"<td>{text(cell)}</td>" for cell in row) for row in rows]
+    body = "\n".join(f"<tr>{line}</tr>" for line in lines)
+    head = "".join(f"<th>{text(column)}</th>" for column in columns)
+    tall = " tall" if len(lines) > 30 else ""
+    return f'<div class="scroll{tall}"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+
+
+def figure(content: bytes, caption: str) -> str:
+    """A PNG as a part of the page."""
+    data = base64.b64encode(content).decode()
+    alt = html.escape(caption)
+    return (
+        f'<figure><figcaption>{text(caption)}</figcaption><img alt="{alt}" src="data:image/png;base64,{data}"></figure>'
+    )
+
+
+def picture(images: Tensor, caption: str) -> str:
+    """uint8 (n, H, W, 3) in one picture, row by row."""
+    buffer = io.BytesIO()
+    grid(images).save(buffer, "PNG")
+    return figure(buffer.getvalue(), caption)
+
+
+def page(title: str, intro: str, sections: Sequence[Section]) -> str:
+    """The whole page."""
+    contents, bodies = [], []
+    for number, section in enumerate(sections, 1):
+        contents.append(f'<li><a href="#s{number}">{text(section.title)}</a></li>')
+        bodies.append("\n".join([f'<h2 id="s{number}">{text(section.title)}</h2>', *section.parts]))
+    fields = {"title": html.escape(title), "intro": text(intro)}
+    return PAGE.substitute(fields, contents="\n".join(contents), sections="\n".join(bodies))
+
+
+# ---------------------------------------------------------------------------------------------- results
+
+
+def result_section(path: Path) -> Section:
+    """A result file; OSError or ValueError for one that is damaged or none, and for a missing image of it."""
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError:
+        content = None
+    try:
+        if isinstance(content, dict) and {"identity", "rows"} <= content.keys():
+            return compare_section(path, content)
+        content = read_result(path)
+        section = Section(f"{content['kind']}: {path.name}", [made_with(content)])
+        section.parts += [f"<p>{text(note)}</p>" for note in content.get("notes", [])]
+        if "table" in content:
+            section.parts.append(table(**content["table"]))
+        section.parts += [figure(read_png(path, name), name) for name in content.get("images", [])]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not as `python -m evaluate` writes it: {type(error).__name__} {error}") from None
+    return section
+
+
+def compare_section(path: Path, content: dict[str, Any]) -> Section:
+    """The rows of `evaluate compare`, and its plot if it lies beside them."""
+    rows = [Row(**{**row, "setting": Setting(**row["setting"])}) for row in content["rows"]]
+    levels = sorted({row.level for row in rows if row.level is not None}, reverse=True)
+    columns = ["setting", "method", "form", "level", *(measures(rows[0]) if rows else [])]
+    lines = [[f"`{row.setting}`", row.method, row.form, f"{row.level or ''}", *measures(row).values()] for row in rows]
+    section = Section(f"compare: {path.name}", [made_with(content), table(*summary(rows, levels))])
+    if (plot := path.with_suffix(".png")).is_file():
+        section.parts.append(figure(read_png(path, plot.name), plot.name))
+    section.parts += ["<h3>Every row</h3>", table(columns, lines)]
+    return section
+
+
+def made_with(content: dict[str, Any]) -> str:
+    """The command of a result, its date and where it ran."""
+    versions = content["environment"]
+    ran = [content.get("date", ""), f"torch {versions['torch']}", versions["device"], f"git {versions['git']}"]
+    words = html.escape(" ".join(content["made_with"]))
+    return f'<pre>{words}</pre>\n<p class="soft">{html.escape(", ".join(filter(None, ran)))}</p>'
+
+
+def read_png(result: Path, name: str) -> bytes:
+    """A picture that lies beside a result file; ValueError for what is none, and for a name that leads elsewhere."""
+    if Path(name).name != name:
+        raise ValueError(f"{result} names the image {name!r}, which is not beside it")
+    content = (result.parent / name).read_bytes()
+    try:
+        Image.open(io.BytesIO(content), formats=["PNG"]).verify()
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{result.parent / name} is no PNG, or not a whole one: {error}") from None
+    return content
+
+
+# ------------------------------------------------------------------------------------------- sets of images
+
+
+@dataclass
+class Pair:
+    """Image `index` of the reference and of another set, uint8 (H, W, 3) each."""
+
+    index: int
+    psnr: float
+    reference: Tensor
+    image: Tensor
+
+    def strip(self) -> str:
+        """Both and the magnified error, side by side."""
+        error = (self.reference.int() - self.image.int()).abs() * MAGNIFIED
+        images = torch.stack([self.reference, self.image, error.clamp(max=255).to(torch.uint8)])
+        quality = "identical" if self.psnr == float("inf") else f"{self.psnr:.2f} dB"
+        return picture(images, f"image {self.index}: {quality}")
+
+
+def groups(sets: Iterable[ImageSet]) -> list[list[ImageSet]]:
+    """Sets that can be compared; first the one that the others are compared with: uncached, with the most steps.
+
+    ValueError for sets of one protocol that are unlike all the same.
+    """
+    found: list[list[ImageSet]] = []
+    for own in sets:
+        group = next((group for group in found if not unlike(group[0], own, MAY_DIFFER)), None)
+        if group is None:
+            found.append([own])
+        else:
+            group.append(own)
+
+    def rank(own: ImageSet) -> int:
+        uncached = own.protocol is not None and own.protocol["cache"] is None
+        return own.protocol["sampler"]["steps"] if uncached else 0
+
+    found = [sorted(group, key=rank, reverse=True) for group in found]
+    for reference, *others in found:
+        for other in others:
+            check_pair(reference, other)
+    return found
+
+
+def look(reference: ImageSet, other: ImageSet, count: int) -> tuple[Tensor, list[Pair], list[Pair]]:
+    """PSNR (N,) of all images in dB, the first `count` pairs, and the worst, worst first."""
+    scores: list[float] = []
+    first: list[Pair] = []
+    worst: list[Pair] = []
+    for a, b in paired(reference, other):
+        own = psnr(a, b).tolist()
+        pairs = [Pair(len(scores) + i, *pair) for i, pair in enumerate(zip(own, a, b, strict=True))]
+        scores += own
+        first += pairs[: max(count - len(first), 0)]
+        worst = sorted([*worst, *pairs], key=lambda pair: pair.psnr)[:WORST]
+    return torch.tensor(scores, dtype=torch.float64), first, worst
+
+
+def strips(pairs: Sequence[Pair]) -> str:
+    """Pairs of images, as many in a row as the page is wide."""
+    size = pairs[0].image.shape[1]
+    width = min(3 * max(size, SMALLEST), WIDEST)
+    enlarged = " enlarged" if size < SMALLEST else ""
+    columns = f"grid-template-columns: repeat(auto-fill, minmax(min(100%, {width}px), 1fr))"
+    return f'<div class="strips{enlarged}" style="{columns}">\n' + "\n".join(p.strip() for p in pairs) + "\n</div>"
+
+
+def set_section(group: Sequence[ImageSet], count: int) -> Section:
+    """Sets of the same noise: what was spent, how close they come, and their images."""
+    reference, *others = group
+    section = Section(f"samples: {reference.path.name}")
+    if reference.protocol is not None:
+        p = reference.protocol
+        words = (
+            f"{p['checkpoint']['name']}, {p['sampler']['spec']}, guidance {p['guidance']['scale']:g}, seed {p['seed']}"
+        )
+        section.parts.append(f"<p>{text(words)}</p>")
+    rows, parts = [[*spent(reference), "", "reference" * bool(others)]], []
+    if not others:
+        first = torch.from_numpy(next(reference.batches(count)))
+        parts.append(picture(first, f"the first {len(first)} images"))
+    for other in others:
+        scores, first, worst = look(reference, other, count)
+        near = summarise_psnr(scores)
+        quality = " / ".join(f"{float(near[key]):.2f}" for key in ("mean", "p5", "min"))
+        rows.append([*spent(other), str(near["identical"]), quality])
+        legend = f"Left the reference, middle this set, right their absolute error, magnified {MAGNIFIED} times."
+        parts += [f"<h3>{text(other.path.name)}</h3>", f"<p>{legend}</p>", strips(first)]
+        if len(scores) > len(first):
+            parts += [f"<p>The worst {len(worst)} of all {len(scores)}:</p>", strips(worst)]
+    section.parts += [table(COLUMNS, rows), *parts]
+    return section
+
+
+def spent(own: ImageSet) -> list[str]:
+    """Path, number of images, compute and images/s of a set, as far as its run says."""
+    record = RunFolder(own.path).read()
+    statistics = None if record is None else record["statistics"]
+    if statistics is None:
+        return [f"`{own.path}`", str(own.count), "", ""]
+    rate = statistics["images_per_second"]
+    return [f"`{own.path}`", str(own.count), f"{statistics['compute']:.3f}", "" if rate is None else f"{rate:.3g}"]
+
+
+# ------------------------------------------------------------------------------------------- command line
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("runs", type=Path, nargs="+", metavar="RUN", help="a result file (.json), or a set of images")
+    add("--images", type=int, default=16, metavar="N", help="of each set, the first N (default %(default)s)")
+    add("--out", type=Path, required=True, metavar="FILE.html", help="the page to write")
+
+
+def run(args: argparse.Namespace) -> None:
+    """The whole job. ValueError or OSError for a mistake, before images are compared."""
+    check_range("--images", args.images, 1, 1000)
+    check_writable("--out", args.out)
+    results = [result_section(path) for path in args.runs if path.suffix == ".json"]
+    found = groups(open_images(path) for path in args.runs if path.suffix != ".json")
+    sections = [*results, *(set_section(group, args.images) for group in found)]
+    intro = f"{time.strftime('%Y-%m-%d')}, `{' '.join(args.made_with)}`"
+    with written_whole(args.out) as temporary:
+        temporary.write_text(page("AdaCorrection: report", intro, sections), encoding="utf-8")
+    print(f"{args.out}, {args.out.stat().st_size / 1e6:.1f} MB")

@@ -1,0 +1,241 @@
+"""`python -m evaluate fidelity` and `evaluate drift`: what is measured, what is refused; LPIPS on random backbones."""
+
+import json
+import shutil
+from functools import partial
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from toy import save_tiny
+
+import pipeline
+import sample_ddp
+from adacorr import CacheManager
+from adacorr.policies.ertacache import ERTACache
+from diffusion import make_sampler
+from evaluate.__main__ import main
+from evaluate.drift import drift
+from evaluate.fidelity import fidelity
+from evaluate.imagesets import open_images
+from evaluate.perceptual import Perceptual
+
+STEPS, COUNT = 12, 18  # more images than one batch
+needs_lpips = pytest.mark.skipif(not find_spec("lpips"), reason="needs lpips")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("fidelity") / "tiny.safetensors", input_size=16, patch_size=4)
+
+
+@pytest.fixture(scope="module")
+def sets(tiny):
+    """Run folders of the tiny model by name, each with its .npz beside it; all but `seed` of the same noise."""
+
+    def make(name, *words, steps=STEPS):
+        where = tiny.with_name(name)
+        fixed = ["--ckpt", tiny, "--num-fid-samples", COUNT, "--num-sampling-steps", steps, "--sample-dir", where]
+        assert sample_ddp.main([str(word) for word in (*fixed, "--device", "cpu", *words)]) == 0
+        return next(path for path in where.iterdir() if path.is_dir())
+
+    cached = ["--cache", "interval:every=2"]
+    return {
+        "uncached": make("uncached"),
+        "cached": make("cached", *cached),
+        "shards": make("shards", *cached, "--format", "npz-shards"),
+        "fewer": make("fewer", steps=6),
+        "seed": make("seed", "--seed", 1),
+    }
+
+
+@pytest.fixture
+def command(capsys):
+    """Runs `python -m evaluate` on words -> (exit code, stdout, the lines of stderr that are no progress)."""
+
+    def call(*words):
+        try:
+            code = main([str(word) for word in words])
+        except SystemExit as stop:
+            code = stop.code
+        printed = capsys.readouterr()
+        return code, printed.out, [text for text in printed.err.splitlines() if not text.startswith("progress")]
+
+    return call
+
+
+def images_of(path):
+    return torch.from_numpy(np.concatenate([*open_images(path).batches(100)]))
+
+
+def npz_of(folder):
+    return folder.with_name(f"{folder.name}.npz")
+
+
+def test_sets_are_scored_as_their_images(sets, command, tmp_path):
+    paths = sets["cached"], npz_of(sets["cached"]), sets["shards"], sets["fewer"]
+    code, out, err = command("fidelity", npz_of(sets["uncached"]), *paths, "--out", tmp_path / "result.json")
+    assert (code, err) == (0, [])
+    result = json.loads((tmp_path / "result.json").read_text())
+    expected = [fidelity(images_of(sets["uncached"]), images_of(path)) for path in paths]
+    assert expected[0] != expected[3]
+    for path, own, found in zip(paths, expected, result["sets"], strict=True):
+        assert found == {"path": str(path), "protocol": open_images(path).protocol, **own}
+    lines = [[cell.strip(" `") for cell in text.strip("|").split("|")] for text in out.splitlines()]
+    assert lines[0] == [cell.strip() for cell in result["table"]["columns"]]
+    assert lines[2:] == [[cell.strip("`") for cell in row] for row in result["table"]["rows"]]
+    psnr, ssim = (
+        [f"{expected[3][name][key]:.{digits}f}" for key in ("mean", "p5", "min")]
+        for name, digits in (("psnr", 2), ("ssim", 4))
+    )
+    assert lines[5] == [str(sets["fewer"]), str(COUNT), "0", " / ".join(psnr), " / ".join(ssim)]
+
+
+def test_identical_images_are_counted(sets, command):
+    code, out, _ = command("fidelity", sets["uncached"], sets["uncached"])
+    assert code == 0
+    assert f"| {COUNT} | {COUNT} | inf / inf / inf | 1.0000" in out
+
+
+def plain(path, count=4, size=16, first=0, **arrays):
+    """A folder of images 0.png, 1.png, ..., or with labels an .npz."""
+    images = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+    if arrays:
+        np.savez(path.with_suffix(".npz"), arr_0=images, **arrays)
+        return path.with_suffix(".npz")
+    path.mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(path / f"{first + i}.png")
+    return path
+
+
+def test_unlike_sets_are_refused(sets, command, tmp_path):
+    a, make = plain(tmp_path / "a"), lambda name, **options: plain(tmp_path / name, **options)
+    labelled = partial(plain, count=4)
+    cases = [
+        (a, make("shifted", first=2), "shifted lacks 2 of the 4 images", ": 0, 1"),
+        (a, make("long", count=9), "a lacks 5 of the 9 images", ": 4, 5, 6, ..."),
+        (a, make("pack", count=3, arr_1=np.zeros(3, int)), "a has 4 images", "pack.npz has 3"),
+        (a, make("large", size=20), "16 x 16", "20 x 20"),
+        (
+            labelled(tmp_path / "x", arr_1=np.array([1, 2, 3, 4])),
+            labelled(tmp_path / "y", arr_1=np.array([1, 2, 0, 0])),
+            "image 2 has label 3",
+            "0 in",
+        ),
+        (sets["uncached"], sets["seed"], "another seed:", "alike"),
+        (make("small", size=8), tmp_path / "small", "SSIM", "11 x 11"),
+        (a, tmp_path / "none", "none does not exist", ""),
+    ]
+    for reference, other, *words in cases:
+        code, out, err = command("fidelity", reference, other)
+        assert (code, out, len(err)) == (2, "", 1), err
+        assert all(word in err[0] for word in words), err
+    shutil.copytree(sets["seed"] / "images", tmp_path / "images")  # without a protocol nothing speaks against it
+    assert command("fidelity", sets["uncached"], tmp_path / "images")[0] == 0
+
+
+# -------------------------------------------------------------------------------------------------------- LPIPS
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("lpips") / "alexnet.pth"
+    torch.save(torchvision.models.alexnet(weights=None).state_dict(), path)
+    return path
+
+
+@needs_lpips
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of torchvision, for how lpips calls it
+def test_lpips(backbone, command, tmp_path):
+    a = plain(tmp_path / "a", size=32)
+    images = images_of(a)
+    network = Perceptual("alex", backbone)
+    assert network(images, images).tolist() == [0.0] * 4
+    b = images.flip(0)
+    there, back = network(images, b), network(b, images)
+    assert there.min() > 0
+    assert there.tolist() == pytest.approx(back.tolist(), rel=1e-6)
+    import lpips
+
+    own = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+    for name, tensor in torch.load(backbone, weights_only=True).items():
+        for piece in (own.net.slice1, own.net.slice2, own.net.slice3, own.net.slice4, own.net.slice5):
+            where, _, kind = name.removeprefix("features.").partition(".")
+            if name.startswith("features.") and where in piece._modules:
+                getattr(piece._modules[where], kind).data.copy_(tensor)
+    x, y = (z.permute(0, 3, 1, 2) / 255 for z in (images, b))
+    with torch.no_grad():  # its own way to [-1, 1]
+        assert there.tolist() == pytest.approx(own(x, y, normalize=True).flatten().tolist(), rel=1e-5)
+    np.savez(tmp_path / "b.npz", arr_0=b.numpy())
+    words = ["fidelity", a, tmp_path / "b.npz", "--lpips", "alex", "--lpips-weights", backbone]
+    code, out, _ = command(*words, "--out", tmp_path / "result.json")
+    found = json.loads((tmp_path / "result.json").read_text())
+    each = there.tolist()
+    summary = {"mean": np.mean(each), "p95": np.percentile(each, 95), "max": max(each)}
+    assert found["sets"][0]["lpips"].pop("per_image") == pytest.approx(each, rel=1e-6)
+    assert found["sets"][0]["lpips"] == pytest.approx(summary, rel=1e-6)
+    assert found["lpips_sha256"] == network.sha256
+    assert (code, f"| {summary['mean']:.4f} / {summary['p95']:.4f} / {summary['max']:.4f} |" in out) == (0, True)
+
+
+@needs_lpips
+def test_lpips_is_refused_what_it_cannot_use(backbone, tiny, command, tmp_path):
+    small, large = plain(tmp_path / "small", size=30), plain(tmp_path / "large", size=32)
+    for folder, words, part in (
+        (small, ["--lpips", "alex", "--lpips-weights", backbone], "31 x 31"),
+        (large, ["--lpips", "alex", "--lpips-weights", tiny], "not torchvision's backbone of --lpips alex"),
+        (large, ["--lpips", "alex", "--lpips-weights", tmp_path / "none.pth"], "none.pth does not exist"),
+        (large, ["--lpips-weights", backbone], "needs --lpips"),
+    ):
+        code, _, err = command("fidelity", folder, folder, *words)
+        assert (code, len(err), part in err[0]) == (2, 1, True), err
+
+
+def test_lpips_without_the_package(command, tmp_path, monkeypatch):
+    monkeypatch.setattr("evaluate.perceptual.find_spec", lambda name: None)
+    a = plain(tmp_path / "a", size=32)
+    code, _, err = command("fidelity", a, a, "--lpips", "alex")
+    assert (code, len(err)) == (2, 1)
+    assert "pip install lpips" in err[0]
+
+
+# -------------------------------------------------------------------------------------------------------- drift
+
+
+def test_drift_is_the_relative_error_of_each_state(tiny, command, tmp_path):
+    words = ["drift", "--ckpt", tiny, "--num-sampling-steps", STEPS, "--device", "cpu", "--num-images", 3]
+    code, out, err = command(*words, "--cache", "interval:every=3", "--seed", 7, "--out", tmp_path / "drift.json")
+    assert (code, err) == (0, [])
+    result = json.loads((tmp_path / "drift.json").read_text())
+    errors = np.array(result["relative_error"])
+    pipe = pipeline.load(pipeline.ModelOptions(ckpt=str(tiny), num_sampling_steps=STEPS, device="cpu"))
+    for step in (0, 1, 5, STEPS - 1):
+        x, y = (
+            pipe.sample(7, np.arange(3), torch.arange(3) % 4, cache, stop=step + 1).double().numpy()
+            for cache in (CacheManager.of("interval:every=3"), None)
+        )
+        expected = [np.sqrt(((a - b) ** 2).sum() / (b**2).sum()) for a, b in zip(x, y, strict=True)]
+        assert errors[step] == pytest.approx(expected, abs=1e-12)
+    assert (errors[0] == 0).all()
+    assert (errors[1:] > 0).all()
+    cache = CacheManager.of("interval:every=3")
+    pipe.sample(7, np.arange(3), torch.arange(3) % 4, cache)
+    assert np.flatnonzero(result["executed_per_step"]).tolist() == cache.trace.computed_steps(0)
+    cells = [cell.strip() for cell in out.splitlines()[3].strip("|").split("|")]
+    timestep = make_sampler("ddim", STEPS).timesteps[1]
+    assert cells == ["1", f"{timestep}", "0.000", f"{errors[1].mean():.5f}", f"{errors[1].max():.5f}"]
+
+
+def test_drift_needs_a_cache_on_the_same_timesteps(tiny, command, monkeypatch):
+    code, _, err = command("drift", "--ckpt", tiny)
+    assert (code, len(err)) == (2, 1)
+    assert "--adacorr" in err[0]
+    pipe = pipeline.load(pipeline.ModelOptions(ckpt=str(tiny), num_sampling_steps=STEPS, device="cpu"))
+    monkeypatch.setattr(ERTACache, "grid", lambda self, info: info.timesteps - (info.timesteps > 500))
+    with pytest.raises(ValueError, match="ertacache.*moves the timesteps"):
+        drift(pipe, CacheManager.of("ertacache"), 0, 1)
