@@ -21,7 +21,7 @@ import torch
 
 from adacorr.files import check_writable
 from evaluate.frechet import frechet_distance
-from evaluate.imagesets import ImageSet, open_images, unlike
+from evaluate.imagesets import MAY_DIFFER, ImageSet, open_images, unlike
 from evaluate.inception import DIGEST
 from evaluate.networks import Network
 from evaluate.pages import head, line
@@ -40,7 +40,6 @@ from evaluate.results import read_result, write_result
 from evaluate.setmetrics import inception_score, kernel_distance, precision_recall
 from runtime import find_device
 
-CACHE_FIELDS = ("cache", "profile", "forecast", "format", "precision")  # of a protocol; the rest makes sets unlike
 FEW = {  # images that a set should have at least
     2048: "with fewer the covariance is singular, and every distance is much too large",
     10_000: "with fewer every distance is too large",
@@ -141,7 +140,7 @@ def run(args: argparse.Namespace) -> None:
     for images in sets[1:] if args.seeds else ():
         check_alike(images, sets[0], "--seeds", ("seed",))
     for images in sets if uncached is not None else ():
-        check_alike(images, uncached, "--uncached", CACHE_FIELDS)
+        check_alike(images, uncached, "--uncached", MAY_DIFFER)
     network = network_of(args, sets[0])
     real = reference(path, network, args.batch_size)
     alike = evaluator(network)
@@ -151,7 +150,7 @@ def run(args: argparse.Namespace) -> None:
     for images in sets:
         if before is not None:
             then = ImageSet(Path(before["samples"]), before["count"], images.size, list, protocol=before["protocol"])
-            check_alike(images, then, "--baseline", CACHE_FIELDS)
+            check_alike(images, then, "--baseline", MAY_DIFFER)
         found = measure(images, network, args.batch_size)
         values, notes = metrics(found, real, network, find_device(args.device))
         if near is not None:

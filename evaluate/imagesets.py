@@ -24,6 +24,9 @@ from fid_run.job import store_of
 from fid_run.protocol import differences
 from fid_run.record import RunFolder
 
+# Beginnings of the fields of a protocol by which sets of the same noise may differ and still be compared
+MAY_DIFFER = ("cache", "profile", "forecast", "sampler.steps", "format")
+MAY_DIFFER += ("precision.compile", "precision.deterministic", "precision.threads")
 DAMAGED = (ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
@@ -56,7 +59,7 @@ def open_images(path: Path) -> ImageSet:
     return _open_folder(path) if record is None else _open_run(path, record)
 
 
-def unlike(a: ImageSet, b: ImageSet, allowed: tuple[str, ...]) -> list[str]:
+def unlike(a: ImageSet, b: ImageSet, allowed: tuple[str, ...] = MAY_DIFFER) -> list[str]:
     """Names of the fields by which the protocols of two sets differ, but for those that begin with one of `allowed`.
 
     Empty where one of the two is unknown: images of other programs carry no protocol.

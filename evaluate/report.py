@@ -29,7 +29,7 @@ from torch import Tensor
 from adacorr.files import check_writable, written_whole
 from evaluate.bench import Row, Setting
 from evaluate.fidelity import psnr, summarise_psnr
-from evaluate.fidelity_command import MAY_DIFFER, check_pair, paired
+from evaluate.fidelity_command import check_pair, paired
 from evaluate.imagesets import ImageSet, open_images, unlike
 from evaluate.pages import measures, summary
 from evaluate.results import read_result
@@ -237,7 +237,7 @@ def groups(sets: Iterable[ImageSet]) -> list[list[ImageSet]]:
     """
     found: list[list[ImageSet]] = []
     for own in sets:
-        group = next((group for group in found if not unlike(group[0], own, MAY_DIFFER)), None)
+        group = next((group for group in found if not unlike(group[0], own)), None)
         if group is None:
             found.append([own])
         else:
