@@ -10,6 +10,7 @@ from adacorr.command import Parser, run_command
 COMMANDS = {  # name: (module with add_flags(parser) and run(args), what it does)
     "compare": ("evaluate.compare", "every caching method, alone and under AdaCorrection, at equal compute"),
     "cost": ("evaluate.cost", "seconds, images/s, memory and compute of a cached run beside the uncached one"),
+    "theory": ("evaluate.theory", "Proposition 1 and Theorem 1 of the paper on real runs of its Algorithm 1"),
 }
 
 
