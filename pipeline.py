@@ -198,8 +198,11 @@ class Pipeline:
         return (127.5 * x + 128.0).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
 
 
-def load(options: ModelOptions) -> Pipeline:
-    """The pipeline of the options. Cheap mistakes raise ValueError before anything heavy is loaded."""
+def load(options: ModelOptions, checkpoint: Checkpoint | None = None) -> Pipeline:
+    """The pipeline of the options, with `checkpoint` in place of the file that they name.
+
+    Cheap mistakes raise ValueError before anything heavy is loaded.
+    """
     check_range("--cfg-scale", options.cfg_scale, 0.0, 100.0)
     if options.ckpt == "":
         raise ValueError("--ckpt is empty: give a file, or leave it out for the bundled checkpoint")
@@ -207,10 +210,11 @@ def load(options: ModelOptions) -> Pipeline:
     sampler = make_sampler(options.sampler, options.num_sampling_steps)
     device = find_device(options.device)
     name, size = options.ckpt, options.image_size
-    if name is None:
+    if name is None and checkpoint is None:
         size = size or (None if options.model is None else 256)
         name = BUNDLED if options.model is None else released_name(options.model, size)
-    checkpoint = load_checkpoint(name, offline=options.offline, allow_unverified=options.allow_unverified)
+    if checkpoint is None:
+        checkpoint = load_checkpoint(name, offline=options.offline, allow_unverified=options.allow_unverified)
     model = build_model(checkpoint, model=options.model, image_size=size, num_classes=options.num_classes)
     if options.cfg_scale != 1.0:
         model.null_label  # noqa: B018 - raises for a model that has no unconditional half

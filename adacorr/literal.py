@@ -29,26 +29,36 @@ class Algorithm1Run(CachedRun):
 
     def run_blocks(self, blocks: Sequence[nn.Module], x: Tensor, c: Tensor) -> Tensor:
         self.check_call(x)
-        trace, step, current = self.trace, self.step, []
+        current = []
         for layer, block in enumerate(blocks):
-            fresh = out = block(x, c)
-            trace.weight[step, layer] = 1.0
-            if self.previous:
-                score = self._score(x, self.previous[layer][0])
-                weight = correction_weight(score, self.correction.gamma)
-                out = blend(self.previous[layer][1], fresh, weight.repeat(trace.halves))
-                trace.score[step, layer] = measured = score.cpu().numpy()
-                trace.weight[step, layer] = weight.cpu().numpy()
-                trace.fallbacks += int((~np.isfinite(measured)).sum())
-            trace.executed[step, layer] = 1  # a blended block costs as much as a fresh one
+            out = self.corrected(layer, x, block(x, c))
+            self.trace.executed[self.step, layer] = 1  # a blended block costs as much as a fresh one
             current.append((x, out))  # step 2c of Algorithm 1 stores the blend, not the fresh output
             x = out
         self.previous = current
-        trace.done = step + 1
+        self.trace.done = self.step + 1
         return x
 
-    def _score(self, h: Tensor, h_cached: Tensor) -> Tensor:
-        """Eq. 3 for each image, (n,), from the layer's input now and the cached one, (halves * n, T, D) both."""
-        h, h_cached = (v.unflatten(0, (self.trace.halves, -1)).transpose(0, 1).flatten(1, 2) for v in (h, h_cached))
-        temporal, spatial = temporal_deviation(h, h_cached), spatial_variation(h)
-        return offset_score(temporal, spatial, self.correction.spatial_weight, self.correction.form)
+    def corrected(self, layer: int, x: Tensor, fresh: Tensor) -> Tensor:
+        """Eq. 7 for a layer's input x and fresh output, (halves * n, T, D) both -> the same."""
+        trace, step = self.trace, self.step
+        if not self.previous:
+            trace.weight[step, layer] = 1.0
+            return fresh
+        h_cached, cached = self.previous[layer]
+        h = self.by_image(x)
+        temporal, spatial = temporal_deviation(h, self.by_image(h_cached)), spatial_variation(h)
+        score = offset_score(temporal, spatial, self.correction.spatial_weight, self.correction.form)
+        weight = self.weigh(score)
+        trace.score[step, layer] = measured = score.cpu().numpy()
+        trace.weight[step, layer] = weight.cpu().numpy()
+        trace.fallbacks += int((~np.isfinite(measured)).sum())
+        return blend(cached, fresh, weight.repeat(trace.halves))
+
+    def weigh(self, score: Tensor) -> Tensor:
+        """Eq. 6 for each image: (n,) -> (n,)."""
+        return correction_weight(score, self.correction.gamma)
+
+    def by_image(self, rows: Tensor) -> Tensor:
+        """(halves * n, T, D) -> (n, halves * T, D): both guidance halves of an image count as its tokens."""
+        return rows.unflatten(0, (self.trace.halves, -1)).transpose(0, 1).flatten(1, 2)

@@ -10,9 +10,11 @@ from adacorr.command import Parser, run_command
 COMMANDS = {  # name: (module with add_flags(parser) and run(args), what it does)
     "fid": ("evaluate.fid", "FID, sFID, Inception Score, precision, recall and KID of sets of images"),
     "statistics": ("evaluate.reference", "measure a reference once, for `fid`"),
-    "compare": ("evaluate.compare", "every caching method, alone and under AdaCorrection, at equal compute"),
     "fidelity": ("evaluate.fidelity_command", "PSNR, SSIM and LPIPS of sets of images to the uncached set"),
     "drift": ("evaluate.drift", "relative error of the state after each step, to the uncached run"),
+    "cost": ("evaluate.cost", "seconds, overhead, memory and compute of a cached run beside the uncached one"),
+    "compare": ("evaluate.compare", "every caching method, alone and under AdaCorrection, at equal compute"),
+    "theory": ("evaluate.theory", "the bound of Proposition 1 and the limit of Theorem 1 on real runs"),
     "report": ("evaluate.report", "results and samples on one HTML page"),
 }
 

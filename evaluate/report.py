@@ -171,6 +171,8 @@ def result_section(path: Path) -> Section:
         section.parts += [f"<p>{text(note)}</p>" for note in content.get("notes", [])]
         if "table" in content:
             section.parts.append(table(**content["table"]))
+        for title, more in content.get("more_tables", {}).items():
+            section.parts += [f"<h3>{text(title)}</h3>", table(**more)]
         section.parts += [figure(read_png(path, name), name) for name in content.get("images", [])]
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not as `python -m evaluate` writes it: {type(error).__name__} {error}") from None

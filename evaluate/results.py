@@ -15,8 +15,9 @@ VERSION = 1  # of the numbers: raised when an equal setting gives another value
 def write_result(path: Path, kind: str, made_with: Sequence[str], **content: Any) -> None:
     """JSON of a command's result, whole or not at all.
 
-    content: `table` = {"columns": [...], "rows": [[text, ...], ...]} as it is printed, `notes` = [text, ...],
-    `images` = [file name of a PNG beside the JSON, ...], and whatever else the command measured, as plain numbers.
+    content: `table` = {"columns": [...], "rows": [[text, ...], ...]} as it is printed, `more_tables` = {title: the
+    same}, `notes` = [text, ...], `images` = [file name of a PNG beside the JSON, ...], and whatever else the command
+    measured, as plain numbers.
     """
     head = {"kind": kind, "version": VERSION, "date": time.strftime("%Y-%m-%d"), "made_with": list(made_with)}
     write_json(path, {**head, "environment": environment(), **content})

@@ -1,4 +1,4 @@
-"""The benchmarks run on a small model and print what they write: benchmarks/tables.py and benchmarks/speed.py."""
+"""The benchmarks run on a small model and print what they write: benchmarks/tables.py."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 from toy import tiny_dit
 
 from adacorr import available
-from benchmarks import speed, tables
+from benchmarks import tables
 from checkpoint import save_checkpoint
 
 
@@ -76,25 +76,14 @@ def test_distances_to_the_solution(ckpt, tmp_path, capsys, monkeypatch):
     assert more > few
 
 
-def test_speed(tmp_path, capsys):
-    small = "--model DiT-Ti/2 --image-size 32 --batch-size 1 2 --num-sampling-steps 4 --dtype fp32 --device cpu"
-    records = run(speed.main, tmp_path / "x.json", small, "--repeats 1 --cache interval:every=2")
-    assert [row[0] for row in printed(capsys)] == ["1", "2"]
-    assert [record["batch_size"] for record in records] == [1, 2]
-    assert records[0]["cache_bytes_per_image"] == records[1]["cache_bytes_per_image"] > 0
-    assert records[0]["compute"] < 1
-
-
 @pytest.mark.parametrize(
-    ("main", "argv", "words"),
+    ("argv", "words"),
     [
-        (tables.main, ["gamma", "--images", "0"], "--images 0 is outside"),
-        (tables.main, ["gamma", "--sampler", "dimm"], "dimm"),
-        (speed.main, ["--cache", "intervall"], "did you mean interval"),
-        (speed.main, ["--repeats", "0"], "--repeats 0 is outside"),
+        (["gamma", "--images", "0"], "--images 0 is outside"),
+        (["gamma", "--sampler", "dimm"], "dimm"),
     ],
 )
-def test_mistakes_are_one_line(main, argv, words, capsys):
-    assert main(argv) == 2
+def test_mistakes_are_one_line(argv, words, capsys):
+    assert tables.main(argv) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n"), words in err) == ("", 1, True), err

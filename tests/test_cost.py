@@ -1,0 +1,183 @@
+"""`python -m evaluate cost`: what reuse forced off still does, the arithmetic of a row, the command."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+from toy import sample, save_tiny, tiny_dit
+
+import pipeline
+from adacorr import AdaCorrection, CacheManager, Policy
+from adacorr.store import GateSumStore
+from checkpoint import Checkpoint
+from diffusion import make_sampler
+from evaluate import cost
+from evaluate.__main__ import main
+from evaluate.cost import EveryStep
+
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_dit()
+
+
+@pytest.mark.parametrize(
+    ("policy", "adacorr"),
+    [
+        ("interval:every=4", None),
+        ("dicache:threshold=10", None),  # units after a probe
+        ("taylorseer", ""),
+        ("dicache:threshold=10", ""),
+        (None, "budget=3"),
+        (None, "gamma=0.1"),
+        (None, "literal:gamma=1000000"),
+    ],
+)
+def test_reuse_forced_off_gives_the_uncached_image_and_still_fills_the_cache(model, policy, adacorr):
+    cache = CacheManager.of(policy, adacorr)
+    sample(model, STEPS, cache=cache)
+    forced = EveryStep(cache.policy, cache.correction)
+    assert_close(sample(model, STEPS, cache=forced), sample(model, STEPS), rtol=1e-5, atol=1e-5)
+    assert (forced.trace.executed == 1).all()
+    assert forced.bytes == cache.bytes > 0
+    if adacorr is not None:
+        assert np.isfinite(forced.trace.score[1:]).all()  # each step was forecast and measured
+
+
+def test_reuse_forced_off_asks_and_forecasts_once_a_step(model, monkeypatch):
+    asked, forecast, predict = [], [], GateSumStore.predict
+
+    @dataclass
+    class Lazy(Policy):
+        """Never compute again."""
+
+        name = "lazy"
+
+        def decide(self, view):
+            asked.append(view.step)
+            return view.everyone(False)
+
+    monkeypatch.setattr(GateSumStore, "predict", lambda *args: forecast.extend(args[2]) or predict(*args))
+    for correction in (None, AdaCorrection()):
+        sample(model, STEPS, cache=EveryStep(Lazy(), correction))
+    assert asked == [*range(STEPS)] * 2
+    assert forecast == [*range(1, STEPS)]
+    forecast.clear()
+    sample(model, STEPS, cache=EveryStep(correction=AdaCorrection(gamma=0.1)))
+    assert forecast == [*range(1, STEPS)]  # though wide intervals ask for many steps ahead
+
+
+def test_a_row_by_hand(model, monkeypatch):
+    turns = [1.0, 0.5, 1.5, 0.1, 2.0, 0.25, 12.0, 0.3, 10.0, 0.5, 10.2, 0.2]  # uncached, cached, every step, decoding
+    spent = iter(turns)
+    monkeypatch.setattr(cost, "timed", lambda job, device: (job(), next(spent)))
+    ckpt = Checkpoint({}, model.config, Path("toy"), "toy", "toy", None)
+    vae = SimpleNamespace(decode=lambda z: SimpleNamespace(sample=z))
+    pipe = pipeline.Pipeline(model, make_sampler("ddim", STEPS), vae, ckpt, 1.5, "all", torch.device("cpu"))
+    runs = []
+    progress = SimpleNamespace(update=lambda: runs.append(1))
+    record = cost.measure(pipe, CacheManager.of("interval:every=4", None), 2, 0, 3, progress)
+    assert len(runs) == 3 * (3 + 3)
+    assert record["seconds"]["uncached"] == {"median": 2.0, "p10": 1.2, "p90": 8.4, "all": [1.0, 2.0, 10.0]}
+    assert record["seconds"]["decode"]["median"] == 0.2
+    assert record["images_per_second"] == {"uncached": 1.0, "cached": 4.0, "every_step": 2 / 10.2}
+    assert record["speedup"] == 4.0
+    assert record["compute"] == pytest.approx(3 / 8, abs=0.02)  # steps 0, 3 and 7, and a few gates
+    flops = 4 * 3 * sum(model.branch_flops()) * 2 * STEPS / 4  # for an image: layers, halves, steps
+    assert record["block_flops_per_image_uncached"] == flops
+    assert record["overhead_seconds"] == 0.5  # turn by turn: 0.5, 10 and 0.2
+    assert record["peak_bytes"] is None
+    assert cost.cells(record) == {
+        "batch": "2",
+        "uncached s, median / p10 / p90": "2.000 / 1.200 / 8.400",
+        "cached s, median / p10 / p90": "0.500 / 0.300 / 0.500",
+        "images/s": "1.00 / 4.00",
+        "speed-up": "4.00x",
+        "compute": f"{record['compute']:.3f}",
+        "of 1 / compute": f"{4 * record['compute']:.0%}",
+        "overhead s": "0.500 (+25.0%)",
+        "decode s": "0.200",
+        "cache MB per image": f"{record['cache_bytes_per_image'] / 1e6:.2f}",
+        "peak GB": "",
+    }
+
+
+def printed(capsys):
+    """The cells of the printed table, head first."""
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+
+
+def test_the_command_writes_what_it_prints(tmp_path, capsys):
+    ckpt, out = save_tiny(tmp_path / "tiny.safetensors"), tmp_path / "cost.json"
+    common = f"--num-sampling-steps {STEPS} --device cpu --repeats 1 --ckpt {ckpt} --out {out}"
+    assert main(f"cost --adacorr gamma=0.1 --calibrate off --batch-size 1 3 {common}".split()) == 0
+    content, table = json.loads(out.read_text()), printed(capsys)
+    assert content["kind"] == "cost"
+    assert [content["table"]["columns"], *content["table"]["rows"]] == table
+    assert [row[0] for row in table[1:]] == ["1", "3"]
+    assert "decode s" not in table[0]
+    assert [row["batch_size"] for row in content["rows"]] == [1, 3]
+    assert content["protocol"]["adacorr"] == "gamma=0.1"
+
+
+def test_a_cache_that_does_not_pay_is_named(tmp_path, monkeypatch, capsys):
+    spent = iter([1.0, 1.5, 1.5, 1.0, 0.5, 1.5])  # batch 1, then batch 2
+    monkeypatch.setattr(cost, "timed", lambda job, device: (job(), next(spent)))
+    common = f"--num-sampling-steps {STEPS} --device cpu --repeats 1 --ckpt {save_tiny(tmp_path / 'x.safetensors')}"
+    assert main(f"cost --cache interval --batch-size 1 2 {common}".split()) == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if "slower" in line] == [
+        "At batch 1 the cached run is slower: its own work eats the gain."
+    ]
+
+
+@pytest.mark.gpu
+def test_peak_memory(tmp_path):
+    ckpt, out = save_tiny(tmp_path / "tiny.safetensors"), tmp_path / "cost.json"
+    assert (
+        main(f"cost --cache interval --device cuda --repeats 1 --batch-size 1 64 --ckpt {ckpt} --out {out}".split())
+        == 0
+    )
+    few, many = (row["peak_bytes"] for row in json.loads(out.read_text())["rows"])
+    assert many["uncached"] > few["uncached"] > ckpt.stat().st_size / 2
+    assert many["cached"] > many["uncached"]  # what the cache holds
+
+
+def test_random_weights(tmp_path, monkeypatch, capsys):
+    compiled, measured, out = [], [], tmp_path / "cost.json"
+    monkeypatch.setattr(cost, "compile_blocks", compiled.append)
+    monkeypatch.setattr(cost, "with_profile", lambda *_: measured.append(1))
+    small = "--random-weights DiT-Ti/2 --image-size 32 --num-sampling-steps 4 --device cpu --repeats 1 --compile"
+    assert main(f"cost {small} --adacorr budget=3 --out {out}".split()) == 0
+    row = json.loads(out.read_text())["rows"][0]
+    assert row["compute"] <= 3 / 4 + 0.02  # and the gates
+    assert (len(compiled), measured) == (1, [])  # what is known of one random model is of no use to another
+    block = compiled[0].blocks[0]
+    assert [float(gate.std()) > 0.05 for gate in block.gates(torch.randn(4, 192))] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("", "--adacorr"),
+        ("--cache intervall", "did you mean interval"),
+        ("--adacorr --repeats 0", "--repeats 0 is outside 1..1000"),
+        ("--adacorr --batch-size 4 0", "--batch-size 0 is outside"),
+        ("--adacorr --calibrate never", "--calibrate never"),
+        ("--random-weights DiT-S/2 --adacorr", "budget=8"),
+        ("--random-weights DiT-S/2 --adacorr budget=8 --ckpt x.pt", "leave them out"),
+        ("--random-weights DiT-S/2 --adacorr budget=8 --calibrate 4", "--calibrate 4"),
+    ],
+)
+def test_mistakes_are_one_line_before_any_weights_are_read(argv, words, monkeypatch, capsys):
+    monkeypatch.setattr(cost, "load", lambda _: pytest.fail("read a checkpoint"))
+    assert main(["cost", *argv.split()]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n"), words in err) == ("", 1, True), err
