@@ -41,7 +41,7 @@ def test_the_commands_of_the_page(tmp_path):
     statistics = [*evaluate, "statistics", "images.npz", *flags, "--out", "reference.npz"]
     subprocess.run(statistics, cwd=tmp_path, env=environment, check=True)
     environment |= {
-        "GPUS": "2",
+        "GPUS": "1",
         "PROTOCOL": "--ckpt dit.safetensors --vae vae --sampler ddpm --num-sampling-steps 6 --num-fid-samples 4",
         "REFERENCE": "reference.npz",
         "NETWORK": " ".join(flags),
