@@ -9,6 +9,9 @@ from adacorr.command import Parser, run_command
 
 COMMANDS = {  # name: (module with add_flags(parser) and run(args), what it does)
     "compare": ("evaluate.compare", "every caching method, alone and under AdaCorrection, at equal compute"),
+    "figure2": ("evaluate.figures", "spatial variation over the image, by step"),
+    "figure5": ("evaluate.figures", "offset, drift and hit rate by layer and step"),
+    "motion": ("evaluate.motion", "temporal consistency of clips whose noise moves, cached against uncached: t-FID"),
 }
 
 
@@ -23,9 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     module = importlib.import_module(COMMANDS[command][0])
     parser = Parser(f"evaluate {command}", description=module.__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--debug", action="store_true", help="show where an error was raised")
+    parser.set_defaults(command=command, made_with=["python", "-m", "evaluate", *argv])
     module.add_flags(parser)
     args = parser.parse_args(argv[1:])
-    args.command, args.made_with = command, ["python", "-m", "evaluate", *argv]
     return run_command(f"evaluate {command}", lambda: module.run(args), args.debug)
 
 
