@@ -114,7 +114,7 @@ def sample_clips(
     frames: int,
     cache: CacheManager | None = None,
     *,
-    batch_size: int = 64,
+    batch_size: int = 16,
     keep: Path | None = None,
     update: Callable[[int], object] = lambda count: None,
 ) -> Sampled:
@@ -197,7 +197,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--frames", type=int, nargs="+", default=[32, 64], help="of a clip, 3..1000 (default 32 64)")
     add("--clips", type=int, default=4, help="67 of 32 frames make 2048 changes (default %(default)s)")
-    add("--batch-size", type=int, default=64, help="frames at a time (default %(default)s)")
+    add("--batch-size", type=int, default=16, help="frames at a time (default %(default)s)")
     add("--features", choices=NAMES, help="default: cifar10 for images of 32 pixels, else inception")
     add("--weights", type=Path, metavar="FILE", help="of the network of --features (default: its own)")
     add("--out", type=Path, metavar="FILE.json", help="writes the table and the plain numbers")
