@@ -14,6 +14,9 @@ COMMANDS = {  # name: (module with add_flags(parser) and run(args), what it does
     "drift": ("evaluate.drift", "relative error of the state after each step, to the uncached run"),
     "cost": ("evaluate.cost", "seconds, overhead, memory and compute of a cached run beside the uncached one"),
     "compare": ("evaluate.compare", "every caching method, alone and under AdaCorrection, at equal compute"),
+    "figure2": ("evaluate.figures", "spatial variation over the image, by step"),
+    "figure5": ("evaluate.figures", "offset, drift and hit rate by layer and step"),
+    "motion": ("evaluate.motion", "temporal consistency of clips whose noise moves, cached against uncached: t-FID"),
     "theory": ("evaluate.theory", "the bound of Proposition 1 and the limit of Theorem 1 on real runs"),
     "report": ("evaluate.report", "results and samples on one HTML page"),
 }
@@ -30,9 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     module = importlib.import_module(COMMANDS[command][0])
     parser = Parser(f"evaluate {command}", description=module.__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--debug", action="store_true", help="show where an error was raised")
+    parser.set_defaults(command=command, made_with=["python", "-m", "evaluate", *argv])
     module.add_flags(parser)
     args = parser.parse_args(argv[1:])
-    args.command, args.made_with = command, ["python", "-m", "evaluate", *argv]
     return run_command(f"evaluate {command}", lambda: module.run(args), args.debug)
 
 

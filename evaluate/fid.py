@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from adacorr.files import check_writable
-from evaluate.frechet import frechet_distance
+from evaluate.frechet import ENOUGH, frechet_distance
 from evaluate.imagesets import MAY_DIFFER, ImageSet, open_images, unlike
 from evaluate.inception import DIGEST
 from evaluate.networks import Network
@@ -41,7 +41,7 @@ from evaluate.setmetrics import inception_score, kernel_distance, precision_reca
 from runtime import find_device
 
 FEW = {  # images that a set should have at least
-    2048: "with fewer the covariance is singular, and every distance is much too large",
+    ENOUGH: "with fewer the covariance is singular, and every distance is much too large",
     10_000: "with fewer every distance is too large",
     50_000: "published FIDs are of so many",
 }

@@ -8,6 +8,7 @@ from functools import reduce
 import numpy as np
 from torch import Tensor
 
+ENOUGH = 2048  # images of a set; the distance of fewer is noticeably too large
 CHUNK = 5000  # rows that are in float64 at once
 
 

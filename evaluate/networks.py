@@ -6,6 +6,7 @@
 Distances compare with each other only for the same network and weights (`network.sha256`).
 """
 
+import argparse
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -48,6 +49,17 @@ class Cifar10:
 
     def features(self, images: Tensor) -> Features:
         return Features(extract(images, self.network)[0])
+
+
+def add_features_flags(parser: argparse._ActionsContainer) -> None:
+    """Which network measures the images."""
+    add = parser.add_argument
+    add(
+        "--features",
+        metavar="NAME",
+        help="inception, dinov2 or cifar10 (default: cifar10 for images of 32 pixels, else inception)",
+    )
+    add("--weights", type=Path, metavar="FILE", help="local weights of it (default: its own, downloaded once)")
 
 
 def default_network(image_size: int) -> str:

@@ -22,7 +22,7 @@ from adacorr.files import check_writable, file_sha256, written_whole
 from download import fetched
 from evaluate.frechet import Moments
 from evaluate.imagesets import ImageSet, npz_arrays, open_images
-from evaluate.networks import Network, default_network, load_network
+from evaluate.networks import Network, add_features_flags, default_network, load_network
 from evaluate.results import VERSION
 from runtime import Progress, allow_tf32, check_range, find_device
 
@@ -145,13 +145,9 @@ def _spaced(count: int) -> np.ndarray:
 
 def add_network_flags(parser: argparse.ArgumentParser) -> None:
     """Which network measures the images, and on what."""
-    add = parser.add_argument_group("network").add_argument
-    add(
-        "--features",
-        metavar="NAME",
-        help="inception, dinov2 or cifar10 (default: cifar10 for images of 32 pixels, else inception)",
-    )
-    add("--weights", type=Path, metavar="FILE", help="local weights (default: the network's own, downloaded once)")
+    group = parser.add_argument_group("network")
+    add_features_flags(group)
+    add = group.add_argument
     add("--batch-size", type=int, default=64, help="for speed and memory only (default %(default)s)")
     add("--device", help="default: cuda where there is one, else cpu")
     add("--offline", action="store_true", help="never download; say what is missing")

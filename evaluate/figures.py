@@ -1,0 +1,276 @@
+"""The paper's Figures 2 and 5, measured on a model: FILE.json holds the numbers, FILE.png the picture.
+
+    python -m evaluate figure2 --out figure2.json
+    python -m evaluate figure5 --setting teacache:threshold=0.2+adacorr --out figure5.json
+    python -m evaluate figure5 --from figure5.json     # draws figure5.png again, without a model
+
+figure2  Spatial variation over the image: Eq. 2 before its mean over tokens, which is the standard deviation over
+         channels of each token of a layer's input. The run is uncached. With guidance its conditional half is shown.
+figure5  Three maps by layer and step of a run with a cache, means over images. A skipped layer has no activations.
+         Offset and drift are therefore what the uncached network sees: in each step all its layers are given the
+         state that the cached run had reached.
+           offset    Eq. 3 at lambda 1, of each layer's input against its input in the step before
+           drift     relative L2 distance of each layer's output from that of the uncached run in the same step
+           hit rate  share of branches (attention, MLP; both guidance halves) of which nothing was executed
+"""
+
+import argparse
+import base64
+import io
+import sys
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+import pipeline
+from adacorr import CacheManager
+from adacorr.files import check_writable, written_whole
+from adacorr.offset import channel_deviation, offset_score, spatial_variation, temporal_deviation
+from evaluate.bench import Setting
+from evaluate.results import read_result, write_result
+from models import DiT
+from pipeline import Pipeline
+from profiles import check_calibrate, with_profile
+from runtime import Progress, check_range
+
+SHOWN = 5  # steps of figure2 by default
+Given = tuple[Tensor, ...]  # what the network is called with: input, timesteps, labels
+
+
+# ------------------------------------------------------------------------------------------ what is measured
+
+
+def run_and_record(
+    pipe: Pipeline, seed: int, count: int, cache: CacheManager | None, progress: Progress
+) -> tuple[Tensor, list[Given]]:
+    """(final states, what the network was given first in each step) of the first `count` images.
+
+    A run that takes steps again calls the network more than once in a step; the first call has all images.
+    """
+    given: list[Given] = []
+    finished = 0
+
+    def see(model: DiT, arguments: Given) -> None:
+        if len(given) == finished:
+            given.append(arguments)
+
+    def observe(step: int, x: Tensor, cache: CacheManager | None) -> None:
+        nonlocal finished
+        finished = step + 1
+        progress.update()
+
+    classes = pipe.model.num_classes
+    handle = pipe.model.register_forward_pre_hook(see)
+    try:
+        x = pipe.sample(seed, np.arange(count), torch.arange(count) % classes if classes else None, cache, observe)
+    finally:
+        handle.remove()
+    return x, given
+
+
+@torch.inference_mode()
+def layer_states(model: DiT, given: Given) -> list[Tensor]:
+    """The input of each block and the output of the last for a call of the model: depth + 1 of (rows, T, D)."""
+    states: list[Tensor] = []
+    watched = [*model.blocks, model.final_layer]
+    handles = [m.register_forward_pre_hook(lambda _, arguments: states.append(arguments[0])) for m in watched]
+    try:
+        model(*given)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return states
+
+
+def variation_maps(
+    pipe: Pipeline, seed: int, count: int, layer: int, steps: list[int], progress: Progress
+) -> tuple[Tensor, np.ndarray]:
+    """(images uint8 (n, H, W, 3), channel deviation of a layer's input (n, steps, rows, columns of tokens))."""
+    x, given = run_and_record(pipe, seed, count, None, progress)
+    maps = [channel_deviation(layer_states(pipe.model, given[step])[layer][:count]) for step in steps]
+    side = pipe.model.input_size // pipe.model.patch_size
+    return pipe.decode(x), torch.stack(maps, dim=1).unflatten(2, (side, side)).cpu().numpy()
+
+
+def drift_maps(pipe: Pipeline, seed: int, count: int, cache: CacheManager, progress: Progress) -> dict[str, np.ndarray]:
+    """offset, drift and hit_rate (steps, layers) of a cache, see the module's text; the first step's offset is nan."""
+    _, cached = run_and_record(pipe, seed, count, cache, progress)
+    hit_rate = (cache.trace.executed == 0).mean(axis=(2, 3, 4))
+    _, uncached = run_and_record(pipe, seed, count, None, progress)
+    offset, drift = np.full(hit_rate.shape, np.nan), np.zeros(hit_rate.shape)
+    before: list[Tensor] = []
+    for step, calls in enumerate(zip(cached, uncached, strict=True)):
+        # Both guidance halves of an image count as its tokens: (n, halves * T, D).
+        here, there = (
+            [h.float().unflatten(0, (-1, count)).transpose(0, 1).flatten(1, 2) for h in layer_states(pipe.model, call)]
+            for call in calls
+        )
+        for layer, old in enumerate(before[:-1]):
+            score = offset_score(temporal_deviation(here[layer], old), spatial_variation(here[layer]))
+            offset[step, layer] = score.mean().item()
+        for layer, (out, expected) in enumerate(zip(here[1:], there[1:], strict=True)):
+            moved, size = (torch.linalg.vector_norm(h, dim=(1, 2)) for h in (out - expected, expected))
+            drift[step, layer] = (moved / size).mean().item()
+        before = here
+        progress.update(2)
+    return {"offset": offset, "drift": drift, "hit_rate": hit_rate}
+
+
+# --------------------------------------------------------------------------------------------------- drawing
+
+
+def figure2(content: dict[str, Any]) -> Any:
+    """A row for each image: the image, then its maps. Each step has a colour scale of its own."""
+    from matplotlib.figure import Figure
+
+    maps = np.array(content["variation"])  # (n, steps, rows, columns)
+    n, steps = maps.shape[:2]
+    figure = Figure(figsize=(1.5 * (steps + 1) + 0.3, 1.5 * n + 1.5), layout="compressed")
+    grid = figure.subplots(n, steps + 1, squeeze=False, subplot_kw={"xticks": [], "yticks": []})
+    for axes, png in zip(grid[:, 0], content["final_png"], strict=True):
+        axes.imshow(Image.open(io.BytesIO(base64.b64decode(png))))
+    grid[0, 0].set_title("final image", fontsize="small")
+    for i, (step, t) in enumerate(zip(content["steps"], content["timesteps"], strict=True)):
+        column, values = grid[:, i + 1], maps[:, i]
+        column[0].set_title(f"step {step}, t = {t:g}", fontsize="small")
+        for axes, own in zip(column, values, strict=True):
+            drawn = axes.imshow(own, vmin=values.min(), vmax=values.max())
+        bar = figure.colorbar(drawn, ax=column, location="bottom")
+        bar.ax.tick_params(labelsize="small")
+    title = f"Spatial variation (Eq. 2) of the input of layer {content['layer']}, uncached"
+    unit = "standard deviation over channels, in units of the activations"
+    figure.suptitle(f"{title}: {unit}\n{content['protocol']}", fontsize="small")
+    return figure
+
+
+def figure5(content: dict[str, Any]) -> Any:
+    """Three heat maps: layers up, steps to the right. What is zero or was not measured stays blank on a log scale."""
+    from matplotlib.figure import Figure
+
+    titles = {
+        "offset": "offset S (Eq. 3, lambda 1)\nin units of the activations",
+        "drift": "drift (L2 distance over L2 norm of\nthe uncached output)",
+        "hit_rate": "hit rate (share of branches\nthat were not executed)",
+    }
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    for axes, (key, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
+        values = np.array(content[key], dtype=float).T  # None is nan
+        scale = {"vmin": 0, "vmax": 1} if key == "hit_rate" else {"norm": "log" if (values > 0).any() else None}
+        drawn = axes.imshow(values, origin="lower", aspect="auto", interpolation="nearest", **scale)
+        axes.set(xlabel="step", ylabel="layer")
+        axes.set_title(title, fontsize="small")
+        axes.yaxis.get_major_locator().set_params(integer=True)
+        figure.colorbar(drawn, ax=axes)
+    title = f"{content['setting']}, mean over images; offset and drift as the uncached network sees its states"
+    figure.suptitle(f"{title}\n{content['protocol']}", fontsize="small")
+    return figure
+
+
+DRAW = {"figure2": figure2, "figure5": figure5}
+
+
+def save(figure: Any, path: Path) -> None:
+    """A PNG, whole or not at all."""
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+# ---------------------------------------------------------------------------------------------- command line
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of the figure that `command` among the parser's defaults names."""
+    pipeline.add_model_flags(parser)
+    parser.set_defaults(seed=4242)
+    group = parser.add_argument_group("figure")
+    add = group.add_argument
+    if parser.get_default("command") == "figure2":
+        add("--num-images", type=int, default=4, help="1..64, labels in turn (default %(default)s)")
+        add("--layer", type=int, help="from 0 (default: the middle one)")
+        add("--steps", type=int, nargs="+", metavar="STEP", help=f"sampling steps from 0 (default: {SHOWN} of the run)")
+    else:
+        add("--num-images", type=int, default=8, help="1..64, labels in turn (default %(default)s)")
+        spec = "METHOD[:key=value,...][+adacorr[:key=value,...]], adacorr or literal (default adacorr)"
+        add("--setting", default="adacorr", metavar="SPEC", help=spec)
+        pipeline.add_calibrate_flag(group)
+    where = group.add_mutually_exclusive_group(required=True)
+    where.add_argument("--out", type=Path, metavar="FILE.json", help="writes FILE.json and FILE.png")
+    where.add_argument("--from", type=Path, dest="source", metavar="FILE.json", help="draws FILE.png from FILE.json")
+
+
+def measure_figure2(args: argparse.Namespace) -> dict[str, Any]:
+    """Maps and images of some steps; ValueError for a mistake, before anything is sampled."""
+    last = args.num_sampling_steps - 1
+    steps = sorted(set(args.steps or np.linspace(0, last, SHOWN).round().astype(int).tolist()))
+    for step in steps:
+        check_range("--steps", step, 0, last)
+    pipe = pipeline.load(pipeline.ModelOptions.of(args))
+    depth = len(pipe.model.blocks)
+    layer = depth // 2 if args.layer is None else args.layer
+    check_range("--layer", layer, 0, depth - 1)
+    with _progress(args.num_sampling_steps) as progress:
+        images, maps = variation_maps(pipe, args.seed, args.num_images, layer, steps, progress)
+    return {
+        "protocol": _protocol(args, pipe),
+        "layer": layer,
+        "steps": steps,
+        "timesteps": pipe.sampler.timesteps[steps].tolist(),
+        "variation": maps.tolist(),
+        "final_png": [_png(image) for image in images],
+    }
+
+
+def measure_figure5(args: argparse.Namespace) -> dict[str, Any]:
+    """The three maps; ValueError for a mistake, before anything is sampled."""
+    setting = Setting.of(args.setting)
+    check_calibrate(args.calibrate)
+    check_range("--num-sampling-steps", args.num_sampling_steps, 2, 1000)  # one step leaves nothing to reuse
+    pipe = pipeline.load(pipeline.ModelOptions.of(args))
+    cache = with_profile(CacheManager.of(setting.cache, setting.adacorr), pipe, args.calibrate)
+    with _progress(4 * args.num_sampling_steps) as progress:
+        maps = drift_maps(pipe, args.seed, args.num_images, cache, progress)
+    offset = [[None if np.isnan(value) else value for value in row] for row in maps.pop("offset").tolist()]
+    rest = {key: values.tolist() for key, values in maps.items()}
+    return {"protocol": _protocol(args, pipe), "setting": cache.spec, "offset": offset, **rest}
+
+
+def _progress(steps: int) -> Progress:
+    return Progress(steps, "step", line=partial(print, file=sys.stderr, flush=True))
+
+
+def _protocol(args: argparse.Namespace, pipe: Pipeline) -> str:
+    return (
+        f"{pipe.checkpoint.path.name}, {args.sampler} of {args.num_sampling_steps} steps, guidance {args.cfg_scale:g}, "
+        f"{args.num_images} image{'s' if args.num_images > 1 else ''} of seed {args.seed}"
+    )
+
+
+def _png(image: Tensor) -> str:
+    """uint8 (H, W, 3) as the text of a PNG in base64."""
+    file = io.BytesIO()
+    Image.fromarray(image.numpy()).save(file, format="PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure unless --from gives the numbers, then draw. ValueError or OSError for a mistake, before the work."""
+    if find_spec("matplotlib") is None:
+        raise ValueError(f"{args.command} needs matplotlib, which is not installed: pip install matplotlib")
+    path = args.out or args.source
+    picture = path.with_suffix(".png")
+    check_writable("--out" if args.out else "--from", picture)
+    if args.source is not None:
+        content = read_result(args.source, args.command)
+    else:
+        check_writable("--out", args.out)
+        check_range("--num-images", args.num_images, 1, 64)
+        content = (measure_figure2 if args.command == "figure2" else measure_figure5)(args)
+        write_result(args.out, args.command, args.made_with, **content, images=[picture.name])
+    save(DRAW[args.command](content), picture)
+    print(picture)
