@@ -9,6 +9,12 @@ from adacorr.command import Parser, run_command
 
 COMMANDS = {  # name: (module with add_flags(parser) and run(args), what it does)
     "compare": ("evaluate.compare", "every caching method, alone and under AdaCorrection, at equal compute"),
+    "table1": ("evaluate.tables", "Table I of the paper: caching methods, alone and corrected"),
+    "table2": ("evaluate.tables", "Table II: backbones and data"),
+    "table3": ("evaluate.tables", "Table III: plug and play, every method"),
+    "table4": ("evaluate.tables", "Table IV: gamma and lambda"),
+    "figure3": ("evaluate.table_figures", "Figure 3: quality against speed, from the JSON of table1"),
+    "figure4": ("evaluate.table_figures", "Figure 4: gamma and lambda, from the JSON of table4"),
 }
 
 
@@ -23,9 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     module = importlib.import_module(COMMANDS[command][0])
     parser = Parser(f"evaluate {command}", description=module.__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--debug", action="store_true", help="show where an error was raised")
-    module.add_flags(parser)
+    parser.set_defaults(command=command, made_with=["python", "-m", "evaluate", *argv])
+    module.add_flags(parser)  # a module with several commands asks parser.get_default("command")
     args = parser.parse_args(argv[1:])
-    args.command, args.made_with = command, ["python", "-m", "evaluate", *argv]
     return run_command(f"evaluate {command}", lambda: module.run(args), args.debug)
 
 
