@@ -3,8 +3,9 @@
     python -m evaluate figure3 --from t1.json --out figure3.png     quality against speed
     python -m evaluate figure4 --from t4.json --out figure4.png     quality and hit rate by gamma and lambda
 
-Quality is the distance to the reference, or to the uncached images where the table had no reference. Speed is images/s,
-or one over the compute where the table was not timed. In figure 3 an arrow leads from each method to its corrected form.
+Quality is the distance to the reference, or to the uncached images where the table had no reference. Speed is
+images/s, or one over the compute where the table was not timed. In figure 3 an arrow leads from each method to its
+corrected form.
 """
 
 import argparse
@@ -104,7 +105,7 @@ def figure4(content: dict[str, Any]) -> Any:
 
 def _title(content: dict[str, Any]) -> str:
     same = content["identity"]
-    steps = f"{same['sampler']}, {same['num_sampling_steps']} steps, guidance {same['cfg_scale']:g}"
+    steps = f"{same['sampler']}, {same['num_sampling_steps']} steps, guidance {same['guidance'][0]:g}"
     return f"{content['rows'][0]['checkpoint']}: {steps}, {same['num_images']} images"
 
 

@@ -6,13 +6,14 @@
     python -m evaluate table4 --gammas 0.5,1,2 --lambdas 0.5,1,2            the two constants of the correction
 
 All rows share the model, the noise and the labels, which are the classes in turn. A model without classes is sampled
-without guidance. FID is the Frechet distance to --reference in Inception features; in others it is FD-NAME. The same distance is taken to the uncached images of the same noise. t-FID is the distance between cached and
-uncached runs in the differences of features from one predicted image to the next (evaluate/motion.py), on at most 1000
-images. PSNR and SSIM are per image against the uncached run. Latency is the median of --repeats batches or more,
-without decoding; images/s is the batch over the latency. The hit rate is the share of branch evaluations of which
-nothing ran.
+without guidance. FID is the Frechet distance to --reference in Inception features; in those of another network it is
+FD-NAME. The same distance is taken to the uncached images of the same noise. t-FID is the distance of the cached run to
+the uncached one in how features change from one predicted image to the next (evaluate/motion.py); 1000 images serve it
+at most. PSNR and SSIM are per image against the uncached run. Latency is the median over batches, of --repeats at least,
+without decoding; images/s is the batch over the latency. The hit rate is the share of branch evaluations that did not
+run.
 
-The published value stands in brackets where the setting is that of the paper. With --out the JSON is written after each
+A published value stands in brackets where the setting is that of the paper. With --out the JSON is written after each
 row, and the same command goes on from the rows that are there.
 """
 
@@ -580,6 +581,7 @@ def sweep(
     identity = {
         "checkpoint_sha256": [study.bench.pipe.checkpoint.sha256 for study in studies],
         "reference_sha256": list(digests),
+        "guidance": [study.bench.pipe.cfg_scale for study in studies],
         "features": network.name,
         "features_sha256": network.sha256,
         **{key: getattr(args, key) for key in SAME},
