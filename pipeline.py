@@ -16,13 +16,14 @@ from adacorr import Algorithm1, CacheManager
 from adacorr.policies import names as policy_names
 from adacorr.run import take_rows
 from checkpoint import BUNDLED, VAES, Checkpoint, build_model, load_checkpoint, load_vae, released_name
-from diffusion import Sampler, cumulative_alphas, make_sampler, names
+from diffusion import Sampler, cumulative_alphas, make_sampler, names, split_output
 from models import DiT, DiT_models, guide, guided_channels
 from runtime import DTYPES, check_range, find_device, random_stream
 
 VAE_SCALE = 0.18215  # latents of the stable-diffusion VAE that DiT was trained on have unit variance after this factor
 StepNoise = Callable[[int, np.ndarray], Tensor]
 Observe = Callable[[int, Tensor, CacheManager | None], None]  # after each step: its number, the states after it
+Predicted = Callable[[int, Tensor], None]  # in each step: its number, the final states that it predicts
 
 
 # ------------------------------------------------------------------------------------------------- flags
@@ -161,31 +162,35 @@ class Pipeline:
         cache: CacheManager | None = None,
         observe: Observe | None = None,
         stop: int | None = None,
+        predicted: Predicted | None = None,
     ) -> Tensor:
         """Images `indices` (n,) of `seed` with labels (n,) -> state (n, C, H, W) float32 on the device.
 
         The final state, or with `stop` the one after that many steps, to warm up with. `observe` is called after each
-        step.
+        step, `predicted` in it.
         """
         shape = self.noise_shape
 
         def step_noise(step: int, rows: np.ndarray) -> Tensor:
             return gaussian(seed, indices[rows], shape, stream=step + 1).to(self.device)
 
-        noise = gaussian(seed, indices, shape).to(self.device)
-        labels = None if labels is None else labels.to(self.device)
+        hooks = {"step_noise": step_noise, "observe": observe, "predicted": predicted, "stop": stop}
+        return self.sample_from(gaussian(seed, indices, shape), labels, cache, **hooks)
+
+    def sample_from(
+        self, noise: Tensor, labels: Tensor | None, cache: CacheManager | None = None, **options: Any
+    ) -> Tensor:
+        """The final state from an initial noise (n, C, H, W); further options are those of `sample_latents`."""
         return sample_latents(
             self.model,
             self.sampler.fresh(),
-            noise,
-            labels,
+            noise.to(self.device),
+            None if labels is None else labels.to(self.device),
             cfg_scale=self.cfg_scale,
             cfg_channels=self.cfg_channels,
             cache=cache,
-            step_noise=step_noise,
-            observe=observe,
             model_id=self.checkpoint.sha256,
-            stop=stop,
+            **options,
         )
 
     def decode(self, x: Tensor) -> Tensor:
@@ -268,15 +273,16 @@ def sample_latents(
     cache: CacheManager | None = None,
     step_noise: StepNoise | None = None,
     observe: Observe | None = None,
+    predicted: Predicted | None = None,
     model_id: str | None = None,
     stop: int | None = None,
 ) -> Tensor:
     """The sampling loop, cached or not.
 
     noise (n, C, H, W) unit Gaussian; labels (n,) int64 or None; step_noise(step, rows (m,)) -> (m, C, H, W) for
-    stochastic samplers; observe(step, x, cache) is called after each step; model_id, the checkpoint's sha256, is what
-    profiles of caching methods are held to; `stop` ends the run after that many steps. Returns the final state
-    (n, C, H, W) float32.
+    stochastic samplers; observe(step, x, cache) is called after each step and predicted(step, x0) in it, see
+    `predicted_final`; model_id, the checkpoint's sha256, is what profiles of caching methods are held to; `stop` ends
+    the run after that many steps. Returns the final state (n, C, H, W) float32.
 
     Under AdaCorrection the steps before a computed one are taken once more with activations that are interpolated
     instead of extrapolated (`CachedRun.correct`). They cost no block, and the image goes on from the corrected state.
@@ -323,6 +329,8 @@ def sample_latents(
             out = evaluate(step, x, everyone)
             if run is not None:
                 x, out = run.correct(x, out, evaluate, advance)
+            if predicted is not None:
+                predicted(step, predicted_final(sampler, step, x, out))
             x = advance(step, x, out, everyone)
             if observe is not None:
                 observe(step, x, cache)
@@ -333,3 +341,13 @@ def alpha_bar(sampler: Sampler) -> np.ndarray:
     """Cumulative signal power at the sampler's timesteps: (S,) float64, by linear interpolation between integers."""
     cumulative = cumulative_alphas()
     return np.interp(sampler.timesteps.double().numpy(), np.arange(len(cumulative)), cumulative)
+
+
+def predicted_final(sampler: Sampler, step: int, x: Tensor, out: Tensor) -> Tensor:
+    """The final state that the network predicts at a step: x_0 of x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps.
+
+    x (n, C, H, W) the state, out (n, C or 2C, H, W) the guided output for it -> (n, C, H, W). Every sampler feeds the
+    network x_t (`Sampler.model_input`), so that all have one.
+    """
+    abar = float(alpha_bar(sampler)[step])
+    return (sampler.model_input(step, x) - (1 - abar) ** 0.5 * split_output(x, out)[0]) / abar**0.5

@@ -15,6 +15,9 @@ COMMANDS = {  # name: (module with add_flags(parser) and run(args), what it does
     "table4": ("evaluate.tables", "Table IV: gamma and lambda"),
     "figure3": ("evaluate.table_figures", "Figure 3: quality against speed, from the JSON of table1"),
     "figure4": ("evaluate.table_figures", "Figure 4: gamma and lambda, from the JSON of table4"),
+    "figure2": ("evaluate.figures", "spatial variation over the image, by step"),
+    "figure5": ("evaluate.figures", "offset, drift and hit rate by layer and step"),
+    "motion": ("evaluate.motion", "temporal consistency of clips whose noise moves, cached against uncached: t-FID"),
 }
 
 

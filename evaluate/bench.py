@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,20 @@ class Setting:
     adacorr: str | None = None
     sampler: str | None = None
     steps: int | None = None
+
+    @classmethod
+    def of(cls, spec: str) -> Setting:
+        """The setting of a `CacheManager.spec`: "teacache:threshold=0.2+adacorr:gamma=2", "adacorr", "literal".
+
+        ValueError for a method, option or value that there is not.
+        """
+        corrected = re.fullmatch(r"(?:(.+)\+)?adacorr(?::(.*))?", spec)
+        if corrected:
+            setting = cls(corrected[1], corrected[2] or "")
+        else:
+            setting = cls(None, spec) if spec.partition(":")[0] == "literal" else cls(spec)
+        CacheManager.of(setting.cache, setting.adacorr)
+        return setting
 
     def at(self, value: float) -> Setting:
         """The setting with a number in the place of {} in its specs."""

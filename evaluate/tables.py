@@ -9,9 +9,9 @@ All rows share the model, the noise and the labels, which are the classes in tur
 without guidance. FID is the Frechet distance to --reference in Inception features; in those of another network it is
 FD-NAME. The same distance is taken to the uncached images of the same noise. t-FID is the distance of the cached run to
 the uncached one in how features change from one predicted image to the next (evaluate/motion.py); 1000 images serve it
-at most. PSNR and SSIM are per image against the uncached run. Latency is the median over batches, of --repeats at least,
-without decoding; images/s is the batch over the latency. The hit rate is the share of branch evaluations that did not
-run.
+at most. PSNR and SSIM are per image against the uncached run. Latency is the median over batches, of --repeats at
+least, without decoding; images/s is the batch over the latency. The hit rate is the share of branch evaluations that
+did not run.
 
 A published value stands in brackets where the setting is that of the paper. With --out the JSON is written after each
 row, and the same command goes on from the rows that are there.
@@ -42,6 +42,7 @@ from evaluate.compare import parse_methods
 from evaluate.features import ENOUGH
 from evaluate.fidelity import psnr, ssim
 from evaluate.frechet import frechet_distance, moments
+from evaluate.motion import difference_distance, frame_features, trajectory_frames
 from evaluate.networks import NAMES, Network, default_network, load_network
 from evaluate.pages import head, line
 from evaluate.results import read_result, write_result
@@ -308,8 +309,6 @@ class Study:
         return None if self.reference is None else frechet_distance(*own, *self.reference)
 
     def _tfid(self, setting: Setting, progress: Progress) -> float:
-        from evaluate.motion import difference_distance
-
         if setting == UNCACHED:
             return 0.0
         if self.frames is None:
@@ -318,14 +317,12 @@ class Study:
 
     def _trajectories(self, setting: Setting, progress: Progress) -> Tensor:
         """Features (n, F, D) of what a run predicts along its way."""
-        from evaluate.motion import trajectory_frames
-
         bench, parts = self.bench, []
         for first, count in self._batches(self.trajectories):
             indices = np.arange(first, first + count)
             labels, cache = bench.labels(indices), bench.cache(setting)
-            frames = torch.as_tensor(trajectory_frames(bench.pipe, bench.seed, indices, labels, cache, EVERY))
-            parts.append(self.network.features(frames.flatten(0, 1)).pool.unflatten(0, frames.shape[:2]))
+            frames = trajectory_frames(bench.pipe, bench.seed, indices, labels, cache, EVERY)
+            parts.append(frame_features(self.network, frames))
             progress.update(count)
         return torch.cat(parts)
 

@@ -1,0 +1,297 @@
+"""Temporal consistency: do images that are sampled one by one flicker more with a cache than without?
+
+    python -m evaluate motion --settings adacorr teacache:threshold=0.2 teacache:threshold=0.2+adacorr --out motion.json
+
+The paper tests 32 and 64 frames of synthetic motion, and does not say what moves. The definition here is our own. A
+clip has one label and two Gaussian noises e0 and e1. Its frame f of F starts from cos(a) e0 + sin(a) e1 with
+a = (pi / 2) f / (F - 1). This noise moves at constant speed, and is unit Gaussian in every frame. Each frame is sampled
+by itself, so that a cache decides anew in each. Cached clips are compared with uncached ones from the same noise:
+
+  t-FID         Frechet distance between the changes of features from frame to frame, f(x_{k+1}) - f(x_k), of the cached
+                and of the uncached clips, over all clips and frames. Under 2048 changes it is noticeably too large
+  motion ratio  mean norm of these changes, cached over uncached: 1 is the same motion, above 1 is flicker
+  flicker       mean of |x_{k+1} - 2 x_k + x_{k-1}| over pixels and frames, in levels of 0..255
+  PSNR          of each frame against the uncached one, in dB
+
+With --out, a command that was stopped goes on from the last batch when it is given again.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import pipeline
+from adacorr import CacheManager
+from adacorr.files import check_writable, written_whole
+from diffusion import NUM_TRAIN, make_sampler
+from evaluate.bench import Setting
+from evaluate.features import ENOUGH
+from evaluate.fidelity import fidelity
+from evaluate.frechet import frechet_distance, moments
+from evaluate.networks import NAMES, Network, default_network, load_network
+from evaluate.pages import head, line
+from evaluate.results import VERSION, write_result
+from fid_run.protocol import image_size
+from pipeline import Pipeline, gaussian
+from profiles import check_calibrate, digest, with_profile
+from runtime import Progress, check_range
+
+LAST_NOISE = NUM_TRAIN + 1  # the random stream of e1; those before it are of e0 and of sampling steps
+COLUMNS = ("setting", "frames", "compute", "hit rate", "t-FID", "motion ratio", "flicker", "PSNR mean / p5 / min (dB)")
+# Flags on which a frame depends, besides what the pipeline and the cache know.
+FRAME_FLAGS = ("sampler", "num_sampling_steps", "vae", "dtype", "seed")
+
+
+class Sampled(NamedTuple):
+    """The frames of some clips and what they took; compute and hit rate are means over frames."""
+
+    frames: Tensor  # uint8 (n, F, H, W, 3)
+    compute: float = 1.0
+    hit_rate: float = 0.0
+
+
+# ------------------------------------------------------------------------------------------------ measures
+
+
+def changes(features: Tensor) -> Tensor:
+    """What changes from frame to frame: features (n, F, D) -> (n * (F - 1), D) float64."""
+    return features.double().diff(dim=1).flatten(0, 1)
+
+
+def difference_distance(a: Tensor, b: Tensor) -> float:
+    """t-FID: the Frechet distance between the `changes` of features a (n, F, D) and b (m, G, D).
+
+    ValueError for fewer than two changes in either, and for features that are not finite.
+    """
+    return frechet_distance(*moments(changes(a)), *moments(changes(b)))
+
+
+def motion_ratio(reference: Tensor, features: Tensor) -> float:
+    """Mean norm of the `changes` of features (n, F, D) over that of the reference's."""
+    moved, expected = (torch.linalg.vector_norm(changes(f), dim=1).mean() for f in (features, reference))
+    return (moved / expected).item()
+
+
+def flicker(frames: Tensor) -> float:
+    """Mean absolute second difference in time of frames uint8 (n, F, H, W, 3), F >= 3, in levels of 0..255."""
+    clips = [clip.short().diff(n=2, dim=0).abs().double().mean() for clip in frames]
+    return torch.stack(clips).mean().item()
+
+
+def frame_features(network: Network, frames: Tensor) -> Tensor:
+    """uint8 (n, F, H, W, 3) -> (n, F, D)."""
+    return network.features(frames.flatten(0, 1)).pool.unflatten(0, frames.shape[:2])
+
+
+# ------------------------------------------------------------------------------------------------ frames
+
+
+def clip_noise(seed: int, frames: int, numbers: np.ndarray, shape: tuple[int, ...]) -> Tensor:
+    """Initial noise (n, *shape) of frames by number (n,), on the great circles of the module's text.
+
+    Frame f of clip c has the number c * frames + f. The noises of a clip depend on (seed, c) alone.
+    """
+    clips, position = np.divmod(numbers, frames)
+    angle = torch.from_numpy(np.pi / 2 * position / (frames - 1)).view(-1, *[1] * len(shape))
+    e0, e1 = (gaussian(seed, clips, shape, stream).double() for stream in (0, LAST_NOISE))
+    return (angle.cos() * e0 + angle.sin() * e1).float()
+
+
+def sample_clips(
+    pipe: Pipeline,
+    seed: int,
+    clips: int,
+    frames: int,
+    cache: CacheManager | None = None,
+    *,
+    batch_size: int = 64,
+    keep: Path | None = None,
+    update: Callable[[int], object] = lambda count: None,
+) -> Sampled:
+    """The first `clips` clips of a seed, with the labels in turn. The sampler must inject no noise.
+
+    keep    stem of files that hold what was sampled: batches that are there are read
+    update  is told how many more frames there are
+    """
+    parts: list[dict[str, np.ndarray]] = []
+    for start in range(0, clips * frames, batch_size):
+        numbers = np.arange(start, min(start + batch_size, clips * frames))
+        path = None if keep is None else keep.with_name(f"{keep.name}-{start}-{len(numbers)}.npz")
+        if path is not None and path.is_file():
+            with np.load(path) as kept:
+                parts.append(dict(kept))
+        else:
+            parts.append(_sample_frames(pipe, seed, frames, numbers, cache))
+            if path is not None:
+                with written_whole(path) as temporary, open(temporary, "wb") as file:
+                    np.savez(file, **parts[-1])
+        update(len(numbers))
+    images = torch.from_numpy(np.concatenate([part["images"] for part in parts]))
+    counts = [len(part["images"]) for part in parts]
+    spent = (float(np.average([part[key] for part in parts], weights=counts)) for key in ("compute", "hit_rate"))
+    return Sampled(images.unflatten(0, (clips, frames)), *spent)
+
+
+def _sample_frames(
+    pipe: Pipeline, seed: int, frames: int, numbers: np.ndarray, cache: CacheManager | None
+) -> dict[str, np.ndarray]:
+    """Frames by number: their images and what they took."""
+    classes = pipe.model.num_classes
+    labels = torch.from_numpy(numbers // frames % classes) if classes else None
+    x = pipe.sample_from(clip_noise(seed, frames, numbers, pipe.noise_shape), labels, cache)
+    spent = (1.0, 0.0) if cache is None else (cache.trace.compute, cache.trace.hit_rate)
+    return {"images": pipe.decode(x).numpy(), "compute": np.array(spent[0]), "hit_rate": np.array(spent[1])}
+
+
+def trajectory_frames(
+    pipe: Pipeline,
+    seed: int,
+    indices: np.ndarray,
+    labels: Tensor | None,
+    cache: CacheManager | None = None,
+    every: int = 5,
+) -> Tensor:
+    """Images (n,) of a seed as clips of what the network predicts the image to be, uint8 (n, F, H, W, 3).
+
+    One frame for every `every`-th step, counted back from the last: under ddim and ddpm the last frame is the image
+    itself. For t-FID, `difference_distance` of their features, cached against uncached. It takes two frames at least:
+    ValueError for too large an `every`.
+    """
+    steps = range(pipe.sampler.num_steps)[::-1][::every]
+    if len(steps) < 2:
+        raise ValueError(f"a frame every {every} steps of {pipe.sampler.num_steps} makes no clip: take fewer")
+    frames = []
+
+    def predicted(step: int, x0: Tensor) -> None:
+        if step in steps:
+            frames.append(pipe.decode(x0))
+
+    pipe.sample(seed, indices, labels, cache, predicted=predicted)
+    return torch.stack(frames, dim=1)
+
+
+# ------------------------------------------------------------------------------------------- command line
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    pipeline.add_model_flags(parser)
+    pipeline.add_calibrate_flag(parser)
+    parser.set_defaults(seed=4242)
+    add = parser.add_argument_group("motion").add_argument
+    add(
+        "--settings",
+        nargs="+",
+        default=["adacorr"],
+        metavar="SPEC",
+        help="caches as METHOD[:key=value,...][+adacorr[:key=value,...]], adacorr or literal (default adacorr)",
+    )
+    add("--frames", type=int, nargs="+", default=[32, 64], help="of a clip, 3..1000 (default 32 64)")
+    add("--clips", type=int, default=4, help="67 of 32 frames make 2048 changes (default %(default)s)")
+    add("--batch-size", type=int, default=64, help="frames at a time (default %(default)s)")
+    add("--features", choices=NAMES, help="default: cifar10 for images of 32 pixels, else inception")
+    add("--weights", type=Path, metavar="FILE", help="of the network of --features (default: its own)")
+    add("--out", type=Path, metavar="FILE.json", help="writes the table and the plain numbers")
+
+
+def rows(
+    pipe: Pipeline,
+    network: Network,
+    args: argparse.Namespace,
+    caches: dict[str, CacheManager],
+    folder: Path | None,
+    progress: Progress,
+) -> Iterator[dict[str, Any]]:
+    """A row for each number of frames and setting, the uncached one first; `folder` keeps what was sampled."""
+    own = [VERSION, pipe.checkpoint.sha256, pipe.cfg_scale, pipe.cfg_channels]
+    own += [str(getattr(args, flag)) for flag in FRAME_FLAGS]
+    for frames in args.frames:
+        reference = features = None
+        for name, cache in {"uncached": None, **caches}.items():
+            known = None if cache is None else digest(cache.profile)
+            key = hashlib.sha256(json.dumps([*own, frames, name, known]).encode()).hexdigest()[:16]
+            sampled = sample_clips(
+                pipe,
+                args.seed,
+                args.clips,
+                frames,
+                cache,
+                batch_size=args.batch_size,
+                keep=None if folder is None else folder / key,
+                update=progress.update,
+            )
+            row = {"setting": name, "frames": frames, "compute": sampled.compute, "hit_rate": sampled.hit_rate}
+            row["flicker"] = flicker(sampled.frames)
+            if cache is None:
+                reference, features = sampled, frame_features(network, sampled.frames)
+            else:
+                cached = frame_features(network, sampled.frames)
+                row["t_fid"] = difference_distance(features, cached)
+                row["motion_ratio"] = motion_ratio(features, cached)
+                near = fidelity(reference.frames.flatten(0, 1), sampled.frames.flatten(0, 1))["psnr"]
+                row["psnr"] = {part: near[part] for part in ("mean", "p5", "min", "identical")}
+            yield row
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row as text, in the order of COLUMNS; the uncached clips are not compared with themselves."""
+    text = [f"`{row['setting']}`", str(row["frames"]), f"{row['compute']:.3f}", f"{row['hit_rate']:.3f}"]
+    if "psnr" not in row:
+        return [*text, "", "", f"{row['flicker']:.3f}", ""]
+    psnr = " / ".join(f"{float(row['psnr'][part]):.1f}" for part in ("mean", "p5", "min"))
+    return [*text, f"{row['t_fid']:.4g}", f"{row['motion_ratio']:.4f}", f"{row['flicker']:.3f}", psnr]
+
+
+def run(args: argparse.Namespace) -> None:
+    """The whole job. ValueError or OSError for a mistake, before anything is sampled."""
+    for frames in args.frames:
+        check_range("--frames", frames, 3, 1000)
+    check_range("--clips", args.clips, 1, 100_000)
+    check_range("--batch-size", args.batch_size, 1, 100_000)
+    check_range("--num-sampling-steps", args.num_sampling_steps, 2, 1000)  # one step leaves nothing to reuse
+    check_calibrate(args.calibrate)
+    settings = [Setting.of(spec) for spec in dict.fromkeys(args.settings)]
+    if make_sampler(args.sampler, args.num_sampling_steps).stochastic:
+        raise ValueError(f"--sampler {args.sampler} injects noise, which makes frames flicker by itself: take ddim")
+    if args.out is not None:
+        check_writable("--out", args.out)
+    pipe = pipeline.load(pipeline.ModelOptions.of(args))
+    size = image_size(pipe.model.config, pipe.vae)
+    name = args.features or default_network(size)
+    network = load_network(name, args.weights, pipe.device, offline=args.offline)
+    caches = {}
+    for setting in settings:
+        cache = with_profile(CacheManager.of(setting.cache, setting.adacorr), pipe, args.calibrate)
+        label = torch.zeros(1, dtype=torch.long) if pipe.model.num_classes else None
+        pipe.sample(args.seed, np.zeros(1, dtype=int), label, cache, stop=1)  # what refuses the model says so now
+        caches[cache.spec] = cache
+    folder = None if args.out is None else args.out.with_name(f".{args.out.name}.frames")
+    total = sum(args.frames) * args.clips * (1 + len(caches))
+    with Progress(total, "frame", line=partial(print, file=sys.stderr, flush=True)) as progress:
+        measured = list(rows(pipe, network, args, caches, folder, progress))
+    notes = [
+        f"{pipe.checkpoint.path.name}, {args.sampler} of {args.num_sampling_steps} steps, guidance {args.cfg_scale:g}, "
+        f"{args.clips} clips of seed {args.seed}; features of {network.name} ({network.sha256[:12]})"
+    ]
+    if (few := args.clips * (min(args.frames) - 1)) < ENOUGH:
+        notes.append(f"t-FID of {few} changes is too large, {ENOUGH} are enough: take more --clips")
+    table = [cells(row) for row in measured]
+    print("\n".join([head(COLUMNS), *map(line, table), *notes]))
+    if args.out is not None:
+        protocol = {
+            "checkpoint_sha256": pipe.checkpoint.sha256,
+            "features": {"network": network.name, "sha256": network.sha256, "convention": network.convention},
+            **{flag: getattr(args, flag) for flag in (*FRAME_FLAGS, "cfg_scale", "clips", "calibrate")},
+        }
+        columns = {"columns": list(COLUMNS), "rows": table}
+        write_result(args.out, "motion", args.made_with, protocol=protocol, rows=measured, table=columns, notes=notes)
+        shutil.rmtree(folder)
