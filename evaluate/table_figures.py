@@ -15,6 +15,7 @@ from typing import Any
 
 from adacorr.files import check_writable, written_whole
 from evaluate.results import read_result
+from evaluate.tables import distance_name
 
 TABLES = {"figure3": "table1", "figure4": "table4"}
 
@@ -29,8 +30,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def quality(content: dict[str, Any]) -> tuple[str, str]:
     """The field of a row that says how good it is, and its name."""
-    features = content["identity"]["features"]
-    name = "FID" if features == "inception" else f"FD-{features}"
+    name = distance_name(content["identity"]["features"])
     if all(row["distance"] is not None for row in content["rows"]):
         return "distance", name
     return "uncached_distance", f"{name} to the uncached images"

@@ -330,9 +330,14 @@ class Study:
 # --------------------------------------------------------------------------------------------------- tables
 
 
+def distance_name(network: str) -> str:
+    """What the distance in a network's features is called."""
+    return "FID" if network == "inception" else f"FD-{network}"
+
+
 def cells(row: Row, known: dict[str, str], network: str) -> dict[str, str]:
     """Every quantity of a row as text by column, the published value in brackets."""
-    name = "FID" if network == "inception" else f"FD-{network}"
+    name = distance_name(network)
     values = {
         name: None if row.distance is None else f"{row.distance:.4g}",
         f"{name} to uncached": f"{row.uncached_distance:.4g}",
@@ -355,14 +360,12 @@ def cells(row: Row, known: dict[str, str], network: str) -> dict[str, str]:
 
 def tabulate(command: str, rows: Sequence[Row], known: Sequence[dict[str, str]], network: str) -> dict[str, Any]:
     """Columns and rows of text, as they are printed."""
-    lines = []
+    name, lines = distance_name(network), []
+    shown = name, f"{name} to uncached", "images/s", "hit rate (%)"  # of Table III
     for row, values in zip(rows, known, strict=True):
         text = cells(row, values, network)
         if command == "table3":
-            kept = [
-                name for name in text if "distance" in name or "FID" in name or name in ("images/s", "hit rate (%)")
-            ]
-            text = {name: text[name] for name in kept}
+            text = {column: text[column] for column in shown if column in text}
             if row.setting.adacorr is not None:
                 text = {name: f"{lines[-1][name]} → {after}" for name, after in text.items()}
                 lines.pop()
