@@ -10,8 +10,8 @@ without guidance. FID is the Frechet distance to --reference in Inception featur
 FD-NAME. The same distance is taken to the uncached images of the same noise. t-FID is the distance of the cached run to
 the uncached one in how features change from one predicted image to the next (evaluate/motion.py); 1000 images serve it
 at most. PSNR and SSIM are per image against the uncached run. Latency is the median over batches, of --repeats at
-least, without decoding; images/s is the batch over the latency. The hit rate is the share of branch evaluations that
-did not run.
+least, without decoding; images/s is the batch over the latency. Memory is the peak of a GPU while it samples, weights
+included. The hit rate is the share of branch evaluations that did not run.
 
 A published value stands in brackets where the setting is that of the paper. With --out the JSON is written after each
 row, and the same command goes on from the rows that are there.
@@ -224,9 +224,9 @@ class Study:
         """The row of a setting. The uncached one comes first: it leaves its images in `spool`."""
         if self.repeats:
             self.bench.sample(setting, self.batch, stop=WARM_UP)
-        cost, exact = Cost(), setting == UNCACHED
-        measured = self._uncached if exact else self._cached
-        scores = measured(setting, cost, progress)
+        cost = Cost()
+        batches = self._sample(setting, cost, progress)
+        scores = self._keep(batches) if setting == UNCACHED else self._compare(batches)
         for _ in range(self.timed_again):
             cost.seconds.append(self.bench.sample(setting, self.batch)[2])
             progress.update(self.batch)
@@ -247,20 +247,22 @@ class Study:
             images_per_second=latency and self.batch / latency,
         )
 
-    def _uncached(self, setting: Setting, cost: Cost, progress: Progress) -> dict[str, Any]:
+    def _keep(self, batches: Iterator[tuple[int, Tensor]]) -> dict[str, Any]:
+        """Write the uncached images to `spool`, and score them."""
         size = image_size(self.bench.pipe.model.config, self.bench.pipe.vae)
         with written_whole(self.spool) as temporary:
             shape = self.bench.count, size, size, 3
             kept = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
-            for first, images in self._sample(setting, cost, progress):
+            for first, images in batches:
                 kept[first : first + len(images)] = images.numpy()
             kept.flush()
         near = {"psnr": "inf", "identical": self.bench.count, "ssim": 1.0}
         return {"distance": self._to_reference(self.uncached_moments), "uncached_distance": 0.0, **near}
 
-    def _cached(self, setting: Setting, cost: Cost, progress: Progress) -> dict[str, Any]:
+    def _compare(self, batches: Iterator[tuple[int, Tensor]]) -> dict[str, Any]:
+        """Score cached images beside the uncached ones."""
         features, near = [], []
-        for first, images in self._sample(setting, cost, progress):
+        for first, images in batches:
             before = self._kept(first, len(images))
             near.append(torch.stack([psnr(before, images), ssim(before, images)]))
             features.append(self.network.features(images).pool)
@@ -411,6 +413,11 @@ def notes(args: argparse.Namespace, studies: Sequence[Study], refused: dict[str,
             )
     if args.command == "table2":
         texts.append(OTHER_MODELS)
+    if args.command == "table4" and bench.cache(Setting(args.cache, "")).profile is not None:
+        texts.append(
+            "A profile of the model chooses the steps of --adacorr. Lambda weighs measured offsets, so it changes "
+            "nothing there; --calibrate off goes by offsets."
+        )
     return texts + [f"{method} does not run here: {why}." for method, why in refused.items()]
 
 
@@ -445,7 +452,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--num-images", type=int, default=10, help="2 to 1000000 (default %(default)s; the paper's tables: 50000)")
     add("--batch-size", type=int, default=5, help="images at once (default %(default)s)")
     add("--reference", type=Path, **several, metavar="FILE", help="images or statistics for FID, one for each --ckpt")
-    add("--features", choices=NAMES, help="network of the distances (default: cifar10 at 32 px, else inception)")
+    choice = f"{', '.join(NAMES)} (default: cifar10 at 32 px, else inception)"
+    add("--features", metavar="NAME", help=f"network of the distances: {choice}")
     add("--weights", type=Path, metavar="FILE", help="of that network")
     add("--repeats", type=int, default=3, help="batches that are timed; 0 leaves times out (default %(default)s)")
     add("--out", type=Path, metavar="FILE.json", help="what was measured; an unfinished file is gone on with")

@@ -152,7 +152,7 @@ def test_a_sweep_that_was_stopped_goes_on(ckpt, tmp_path, monkeypatch):
     assert settings(content(out)["rows"]) == ROWS[:2]
     assert len(content(out)["table"]["rows"]) == 2
     (spool,) = tmp_path.glob("*.npy")  # the uncached images wait
-    monkeypatch.setattr(Study, "_uncached", lambda *_: pytest.fail("sampled again"))
+    monkeypatch.setattr(Study, "_keep", lambda *_: pytest.fail("sampled again"))
     assert table1(ckpt, out) == 0
     assert measured == [*ROWS[:3], *ROWS[2:]]
     whole, again = content(tmp_path / "whole.json"), content(out)
@@ -276,6 +276,16 @@ def test_methods_that_refuse_the_model_are_named(ckpt, tmp_path, capsys, monkeyp
     assert run("table1", ckpt, "--methods", "interval,teacache") == 2  # asked for by name, so it is a mistake
     out, err = capsys.readouterr()
     assert (out, err.count("\n"), "teacache has no profile" in err) == ("", 1, True)
+
+
+def test_lambda_changes_nothing_under_a_profile(ckpt, tmp_path, capsys):
+    for calibrate, said in (("auto", True), ("off", False)):
+        out = tmp_path / f"{calibrate}.json"
+        flags = ["--gammas", "1", "--lambdas", "0,1", "--cache", "interval:every=2", "--calibrate", calibrate]
+        assert run("table4", ckpt, "--out", out, *flags, images=2) == 0
+        assert ("Lambda weighs measured offsets" in capsys.readouterr().out) == said
+        one, none = ({**row, "setting": None, "lambda": None} for row in content(out)["rows"][1:])
+        assert not said or one == none
 
 
 def test_plans():
