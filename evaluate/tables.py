@@ -527,9 +527,8 @@ def studies_of(args: argparse.Namespace, folder: Path) -> tuple[list[Study], lis
     network = load_network(name, args.weights, pipes[0].device, offline=args.offline)
     studies, digests = [], []
     for i, pipe in enumerate(pipes):
-        network.features(
-            torch.zeros(1, sizes[i], sizes[i], 3, dtype=torch.uint8)
-        )  # ValueError for a size it is not for
+        black = torch.zeros(1, sizes[i], sizes[i], 3, dtype=torch.uint8)
+        network.features(black)  # ValueError for a size that the network is not for
         reference = None
         if references:
             from evaluate.fid import reference_statistics
@@ -537,20 +536,26 @@ def studies_of(args: argparse.Namespace, folder: Path) -> tuple[list[Study], lis
             *reference, _, digest = reference_statistics(references[i], network)
             digests.append(digest)
         bench = Bench(pipe, args.seed, args.num_images, calibrate=args.calibrate)
-        spool = folder / f"{'' if args.out is None else args.out.stem}.uncached-{pipe.checkpoint.sha256[:8]}.npy"
+        stem = args.command if args.out is None else args.out.stem
+        spool = folder / f"{stem}.uncached-{pipe.checkpoint.sha256[:8]}.npy"
         batch = min(args.batch_size, args.num_images)
         studies.append(Study(bench, network, reference, batch, args.repeats, trajectories, spool))
     return studies, digests
 
 
-def refusals(study: Study, settings: Sequence[Setting]) -> dict[str, str]:
-    """Methods that refuse the model, for want of a profile most often, and why: they are asked for one step."""
+def refusals(study: Study, settings: Sequence[Setting], allowed: bool) -> dict[str, str]:
+    """Methods that refuse the model, for want of a profile most often, and why: each is asked for one step.
+
+    Unless that is `allowed`, the first refusal is raised.
+    """
     refused = {}
     for setting in settings:
         if setting.adacorr is None:
             try:
                 study.bench.sample(setting, 1, stop=1)
             except ValueError as error:
+                if setting == UNCACHED or not allowed:
+                    raise
                 refused[setting.cache] = str(error)
     return refused
 
@@ -571,9 +576,7 @@ def run(args: argparse.Namespace) -> None:
         studies, digests = studies_of(args, folder)
         refused = {}
         for study in studies:
-            refused |= refusals(study, settings)
-        if refused and args.command != "table3":
-            raise ValueError(next(iter(refused.values())))
+            refused |= refusals(study, settings, allowed=args.command == "table3")
         sweep(args, studies, [setting for setting in settings if setting.cache not in refused], digests, refused)
 
 
