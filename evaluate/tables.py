@@ -10,8 +10,9 @@ without guidance. FID is the Frechet distance to --reference in Inception featur
 FD-NAME. The same distance is taken to the uncached images of the same noise. t-FID is the distance of the cached run to
 the uncached one in how features change from one predicted image to the next (evaluate/motion.py); 1000 images serve it
 at most. PSNR and SSIM are per image against the uncached run. Latency is the median over batches, of --repeats at
-least, without decoding; images/s is the batch over the latency. Memory is the peak of a GPU while it samples, weights
-included. The hit rate is the share of branch evaluations that did not run.
+least, without decoding; images/s is the batch over the latency. Rows are timed one after another, so other jobs on the
+machine disturb them unevenly. Memory is the peak of a GPU while it samples, weights included. The hit rate is the share
+of branch evaluations that did not run.
 
 A published value stands in brackets where the setting is that of the paper. With --out the JSON is written after each
 row, and the same command goes on from the rows that are there.
@@ -413,10 +414,10 @@ def notes(args: argparse.Namespace, studies: Sequence[Study], refused: dict[str,
             )
     if args.command == "table2":
         texts.append(OTHER_MODELS)
-    if args.command == "table4" and bench.cache(Setting(args.cache, "")).profile is not None:
+    if bench.cache(Setting(adacorr="")).profile is not None:
         texts.append(
-            "A profile of the model chooses the steps of --adacorr. Lambda weighs measured offsets, so it changes "
-            "nothing there; --calibrate off goes by offsets."
+            "--adacorr goes by a profile of the model, whose schedule sets the compute whatever method is corrected, "
+            "and whatever lambda is. With --calibrate off it goes by measured offsets, which lambda weighs."
         )
     return texts + [f"{method} does not run here: {why}." for method, why in refused.items()]
 

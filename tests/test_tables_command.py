@@ -283,7 +283,7 @@ def test_lambda_changes_nothing_under_a_profile(ckpt, tmp_path, capsys):
         out = tmp_path / f"{calibrate}.json"
         flags = ["--gammas", "1", "--lambdas", "0,1", "--cache", "interval:every=2", "--calibrate", calibrate]
         assert run("table4", ckpt, "--out", out, *flags, images=2) == 0
-        assert ("Lambda weighs measured offsets" in capsys.readouterr().out) == said
+        assert ("whatever lambda is" in capsys.readouterr().out) == said
         one, none = ({**row, "setting": None, "lambda": None} for row in content(out)["rows"][1:])
         assert not said or one == none
 
