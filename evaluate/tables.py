@@ -416,8 +416,9 @@ def notes(args: argparse.Namespace, studies: Sequence[Study], refused: dict[str,
         texts.append(OTHER_MODELS)
     if bench.cache(Setting(adacorr="")).profile is not None:
         texts.append(
-            "--adacorr goes by a profile of the model, whose schedule says how many steps are computed, whatever method "
-            "is corrected and whatever lambda is. With --calibrate off it goes by measured offsets, which lambda weighs."
+            "--adacorr goes by a profile of the model, whose schedule says how many steps are computed, whatever "
+            "method is corrected and whatever lambda is. With --calibrate off it goes by measured offsets, which "
+            "lambda weighs."
         )
     return texts + [f"{method} does not run here: {why}." for method, why in refused.items()]
 
