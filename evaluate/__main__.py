@@ -14,6 +14,12 @@ COMMANDS = {  # name: (module with add_flags(parser) and run(args), what it does
     "drift": ("evaluate.drift", "relative error of the state after each step, to the uncached run"),
     "cost": ("evaluate.cost", "seconds, overhead, memory and compute of a cached run beside the uncached one"),
     "compare": ("evaluate.compare", "every caching method, alone and under AdaCorrection, at equal compute"),
+    "table1": ("evaluate.tables", "Table I of the paper: caching methods, alone and corrected"),
+    "table2": ("evaluate.tables", "Table II: backbones and data"),
+    "table3": ("evaluate.tables", "Table III: plug and play, every method"),
+    "table4": ("evaluate.tables", "Table IV: gamma and lambda"),
+    "figure3": ("evaluate.table_figures", "Figure 3: quality against speed, from the JSON of table1"),
+    "figure4": ("evaluate.table_figures", "Figure 4: gamma and lambda, from the JSON of table4"),
     "figure2": ("evaluate.figures", "spatial variation over the image, by step"),
     "figure5": ("evaluate.figures", "offset, drift and hit rate by layer and step"),
     "motion": ("evaluate.motion", "temporal consistency of clips whose noise moves, cached against uncached: t-FID"),
@@ -34,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(f"evaluate {command}", description=module.__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--debug", action="store_true", help="show where an error was raised")
     parser.set_defaults(command=command, made_with=["python", "-m", "evaluate", *argv])
-    module.add_flags(parser)
+    module.add_flags(parser)  # a module with several commands asks parser.get_default("command")
     args = parser.parse_args(argv[1:])
     return run_command(f"evaluate {command}", lambda: module.run(args), args.debug)
 

@@ -120,18 +120,25 @@ class Bench:
         """Those of DDIM with `solution_steps`."""
         return self.pipe.decode(self.sample(Setting(sampler="ddim", steps=self.solution_steps))[0])
 
-    def sample(
-        self, setting: Setting, count: int | None = None, stop: int | None = None
-    ) -> tuple[Tensor, CacheManager | None, float]:
-        """(final states, cache with its trace, seconds) of the first `count` images, of all by default."""
-        count, classes = count or self.count, self.pipe.model.num_classes
-        labels = torch.arange(count) % classes if classes else None
+    def labels(self, indices: np.ndarray) -> Tensor | None:
+        """Labels (n,) of images (n,), the classes in turn; None for a model without classes."""
+        classes = self.pipe.model.num_classes
+        return torch.from_numpy(indices) % classes if classes else None
+
+    def cache(self, setting: Setting, pipe: Pipeline | None = None) -> CacheManager | None:
+        """A fresh cache of a setting, with what is known of the model; None without one."""
         cache = CacheManager.of(setting.cache, setting.adacorr, self.cache_dtype)
-        pipe = self.pipe
+        return with_profile(cache, pipe or self.pipe, self.calibrate)
+
+    def sample(
+        self, setting: Setting, count: int | None = None, stop: int | None = None, first: int = 0
+    ) -> tuple[Tensor, CacheManager | None, float]:
+        """(final states, cache with its trace, seconds) of `count` images from `first` on, of all by default."""
+        indices, pipe = np.arange(first, first + (count or self.count)), self.pipe
         if setting.sampler is not None:
             pipe = replace(pipe, sampler=make_sampler(setting.sampler, setting.steps))
-        cache = with_profile(cache, pipe, self.calibrate)
-        x, seconds = timed(lambda: pipe.sample(self.seed, np.arange(count), labels, cache, stop=stop), pipe.device)
+        labels, cache = self.labels(indices), self.cache(setting, pipe)
+        x, seconds = timed(lambda: pipe.sample(self.seed, indices, labels, cache, stop=stop), pipe.device)
         return x, cache, seconds
 
     def run(self, method: str, form: str, setting: Setting, few: bool = False) -> Row:

@@ -1,0 +1,237 @@
+"""A model on which settings are measured by every quantity of the paper's tables: what `evaluate table1` is made of."""
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adacorr import CacheManager, parse_correction
+from adacorr.files import written_whole
+from adacorr.spec import parse_spec
+from evaluate.bench import WARM_UP, Bench, Setting
+from evaluate.fidelity import psnr, ssim
+from evaluate.frechet import Moments, frechet_distance
+from evaluate.motion import difference_distance, frame_features, trajectory_frames
+from evaluate.networks import Network
+from fid_run.protocol import image_size
+from runtime import Progress
+
+EVERY = 5  # steps from one predicted image of t-FID to the next
+UNCACHED = Setting()
+
+
+@dataclass
+class Row:
+    """What one way to sample spent, how good its images are and how near to the uncached ones."""
+
+    checkpoint: str  # its file's name
+    checkpoint_sha256: str
+    setting: Setting
+    images: int
+    distance: float | None  # to the reference
+    uncached_distance: float  # to the uncached images
+    tfid: float | None
+    psnr: float | str  # dB, mean over the images that differ from the uncached ones; "inf" where none does
+    identical: int  # images that do not differ
+    ssim: float
+    compute: float
+    hit_rate: float
+    cache_bytes_per_image: int
+    memory: int | None  # bytes: the peak of a GPU while it samples
+    latency: float | None  # seconds of one batch
+    images_per_second: float | None
+
+    @property
+    def key(self) -> tuple[str, Setting]:
+        """What the row is of."""
+        return self.checkpoint_sha256, self.setting
+
+    @property
+    def method(self) -> str | None:
+        """Name of the caching method."""
+        return None if self.setting.cache is None else parse_spec(self.setting.cache)[0]
+
+    def plain(self) -> dict[str, Any]:
+        """The row for JSON."""
+        correction = None if self.setting.adacorr is None else parse_correction(self.setting.adacorr)
+        known = {} if correction is None else {"gamma": correction.gamma, "lambda": correction.spatial_weight}
+        return {**vars(self), "setting": asdict(self.setting), "method": self.method, **known}
+
+    @classmethod
+    def of(cls, plain: dict[str, Any]) -> "Row":
+        """The row that `plain` describes."""
+        values = {f.name: plain[f.name] for f in fields(cls)}
+        return cls(**values | {"setting": Setting(**plain["setting"])})
+
+
+@dataclass
+class Cost:
+    """What the batches of one setting spent."""
+
+    seconds: list[float] = field(default_factory=list)  # of whole batches
+    images: list[int] = field(default_factory=list)
+    shares: list[tuple[float, float]] = field(default_factory=list)  # compute and hit rate of each batch
+    cache_bytes_per_image: int = 0
+    memory: int | None = None
+
+    def add(self, images: int, cache: CacheManager | None, memory: int | None) -> None:
+        self.images.append(images)
+        self.shares.append((1.0, 0.0) if cache is None else (cache.trace.compute, cache.trace.hit_rate))
+        self.cache_bytes_per_image = max(self.cache_bytes_per_image, 0 if cache is None else cache.bytes // images)
+        self.memory = memory if self.memory is None else max(self.memory, memory)
+
+    @property
+    def means(self) -> list[float]:
+        """Compute and hit rate of all images."""
+        return np.average(self.shares, axis=0, weights=self.images).tolist()
+
+
+@dataclass
+class Study:
+    """A model with its noise, on which settings are measured.
+
+    network       gives the features
+    reference     moments of the reference's features, None without one
+    batch         images at once, at most bench.count
+    repeats       batches that are timed at least; 0 leaves times out
+    trajectories  images that t-FID is taken on
+    spool         file of the uncached images, which may be too many for the memory
+    """
+
+    bench: Bench
+    network: Network
+    reference: Moments | None
+    batch: int
+    repeats: int
+    trajectories: int
+    spool: Path
+    frames: Tensor | None = field(default=None, init=False)  # features of what the uncached run predicts on its way
+
+    def key(self, setting: Setting) -> tuple[str, Setting]:
+        """That of the setting's row."""
+        return self.bench.pipe.checkpoint.sha256, setting
+
+    @property
+    def timed_again(self) -> int:
+        """Batches that are sampled for their time alone."""
+        return max(self.repeats - self.bench.count // self.batch, 0)
+
+    def units(self, settings: Sequence[Setting]) -> int:
+        """Images that are sampled for the rows of `settings`."""
+        own = self.bench.count + self.timed_again * self.batch
+        cached = sum(setting != UNCACHED for setting in settings)
+        return len(settings) * own + (cached + bool(cached)) * self.trajectories
+
+    def measure(self, setting: Setting, progress: Progress) -> Row:
+        """The row of a setting. The uncached one comes first: it leaves its images in `spool`."""
+        if self.repeats:
+            self.bench.sample(setting, self.batch, stop=WARM_UP)
+        cost = Cost()
+        batches = self._sample(setting, cost, progress)
+        scores = self._keep(batches) if setting == UNCACHED else self._compare(batches)
+        for _ in range(self.timed_again):
+            cost.seconds.append(self.bench.sample(setting, self.batch)[2])
+            progress.update(self.batch)
+        scores["tfid"] = self._tfid(setting, progress) if self.trajectories else None
+        latency = statistics.median(cost.seconds) if self.repeats else None
+        checkpoint, (compute, hit_rate) = self.bench.pipe.checkpoint, cost.means
+        return Row(
+            checkpoint.path.name,
+            checkpoint.sha256,
+            setting,
+            self.bench.count,
+            **scores,
+            compute=compute,
+            hit_rate=hit_rate,
+            cache_bytes_per_image=cost.cache_bytes_per_image,
+            memory=cost.memory,
+            latency=latency,
+            images_per_second=latency and self.batch / latency,
+        )
+
+    def _keep(self, batches: Iterator[tuple[int, Tensor]]) -> dict[str, Any]:
+        """Write the uncached images to `spool`, and score them."""
+        size = image_size(self.bench.pipe.model.config, self.bench.pipe.vae)
+        with written_whole(self.spool) as temporary:
+            shape = self.bench.count, size, size, 3
+            kept = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
+            for first, images in batches:
+                kept[first : first + len(images)] = images.numpy()
+            kept.flush()
+        near = {"psnr": "inf", "identical": self.bench.count, "ssim": 1.0}
+        return {"distance": self._to_reference(self.uncached_moments), "uncached_distance": 0.0, **near}
+
+    def _compare(self, batches: Iterator[tuple[int, Tensor]]) -> dict[str, Any]:
+        """Score cached images beside the uncached ones."""
+        features, near = [], []
+        for first, images in batches:
+            before = self._kept(first, len(images))
+            near.append(torch.stack([psnr(before, images), ssim(before, images)]))
+            features.append(self.network.features(images).pool)
+        own, (decibels, similar) = Moments.of(torch.cat(features)), torch.cat(near, dim=1)
+        finite = decibels[decibels.isfinite()]
+        return {
+            "distance": self._to_reference(own),
+            "uncached_distance": frechet_distance(own, self.uncached_moments),
+            "psnr": finite.mean().item() if len(finite) else "inf",
+            "identical": len(decibels) - len(finite),
+            "ssim": similar.mean().item(),
+        }
+
+    def _sample(self, setting: Setting, cost: Cost, progress: Progress) -> Iterator[tuple[int, Tensor]]:
+        """(first image, images (n, H, W, 3) uint8) of each batch; adds to `cost`."""
+        device = self.bench.pipe.device
+        for first, count in self._batches(self.bench.count):
+            memory = None
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            x, cache, seconds = self.bench.sample(setting, count, first=first)
+            if device.type == "cuda":
+                memory = torch.cuda.max_memory_allocated(device)
+            if count == self.batch:
+                cost.seconds.append(seconds)
+            cost.add(count, cache, memory)
+            yield first, self.bench.pipe.decode(x)
+            progress.update(count, str(setting) or "uncached")
+
+    def _batches(self, count: int) -> Iterator[tuple[int, int]]:
+        """(first image, number of images) of each batch."""
+        for first in range(0, count, self.batch):
+            yield first, min(self.batch, count - first)
+
+    def _kept(self, first: int, count: int) -> Tensor:
+        """Uncached images (count, H, W, 3) from `first` on."""
+        return torch.from_numpy(np.load(self.spool, mmap_mode="r")[first : first + count].copy())
+
+    @cached_property
+    def uncached_moments(self) -> Moments:
+        """Of the uncached images' features."""
+        parts = [self.network.features(self._kept(*batch)).pool for batch in self._batches(self.bench.count)]
+        return Moments.of(torch.cat(parts))
+
+    def _to_reference(self, own: Moments) -> float | None:
+        return None if self.reference is None else frechet_distance(own, self.reference)
+
+    def _tfid(self, setting: Setting, progress: Progress) -> float:
+        if setting == UNCACHED:
+            return 0.0
+        if self.frames is None:
+            self.frames = self._trajectories(UNCACHED, progress)
+        return difference_distance(self._trajectories(setting, progress), self.frames)
+
+    def _trajectories(self, setting: Setting, progress: Progress) -> Tensor:
+        """Features (n, F, D) of what a run predicts along its way."""
+        bench, parts = self.bench, []
+        for first, count in self._batches(self.trajectories):
+            indices = np.arange(first, first + count)
+            labels, cache = bench.labels(indices), bench.cache(setting)
+            frames = trajectory_frames(bench.pipe, bench.seed, indices, labels, cache, EVERY)
+            parts.append(frame_features(self.network, frames))
+            progress.update(count)
+        return torch.cat(parts)
