@@ -23,7 +23,7 @@ from runtime import DTYPES, check_range, find_device, random_stream
 VAE_SCALE = 0.18215  # latents of the stable-diffusion VAE that DiT was trained on have unit variance after this factor
 StepNoise = Callable[[int, np.ndarray], Tensor]
 Observe = Callable[[int, Tensor, CacheManager | None], None]  # after each step: its number, the states after it
-Predicted = Callable[[int, Tensor], None]  # in each step: its number, the final states that it predicts
+Predicted = Callable[[int, np.ndarray, Tensor], None]  # in a step: its number, rows, the final states it predicts
 
 
 # ------------------------------------------------------------------------------------------------- flags
@@ -284,9 +284,10 @@ def sample_latents(
     """The sampling loop, cached or not.
 
     noise (n, C, H, W) unit Gaussian; labels (n,) int64 or None; step_noise(step, rows (m,)) -> (m, C, H, W) for
-    stochastic samplers; observe(step, x, cache) is called after each step and predicted(step, x0) in it, see
-    `predicted_final`; model_id, the checkpoint's sha256, is what profiles of caching methods are held to; `stop` ends
-    the run after that many steps. Returns the final state (n, C, H, W) float32.
+    stochastic samplers; observe(step, x, cache) is called after each step; predicted(step, rows (m,), x0 (m, C, H, W))
+    whenever a step is taken, so for some rows anew when it is rewound (`predicted_final`); model_id, the checkpoint's
+    sha256, is what profiles of caching methods are held to; `stop` ends the run after that many steps. Returns the
+    final state (n, C, H, W) float32.
 
     Under AdaCorrection the steps before a computed one are taken once more with activations that are interpolated
     instead of extrapolated (`CachedRun.correct`). They cost no block, and the image goes on from the corrected state.
@@ -305,6 +306,8 @@ def sample_latents(
         return guide(model(z, t, y), cfg_scale, model.in_channels, cfg_channels).float()
 
     def advance(step: int, x: Tensor, out: Tensor, images: np.ndarray) -> Tensor:
+        if predicted is not None:
+            predicted(step, images, predicted_final(sampler, step, x, out))
         wanted = sampler.stochastic and step_noise is not None
         return sampler.step(step, x, out, step_noise(step, images) if wanted else None)
 
@@ -333,8 +336,6 @@ def sample_latents(
             out = evaluate(step, x, everyone)
             if run is not None:
                 x, out = run.correct(x, out, evaluate, advance)
-            if predicted is not None:
-                predicted(step, predicted_final(sampler, step, x, out))
             x = advance(step, x, out, everyone)
             if observe is not None:
                 observe(step, x, cache)

@@ -165,20 +165,20 @@ def trajectory_frames(
     """Images (n,) of a seed as clips of what the network predicts the image to be, uint8 (n, F, H, W, 3).
 
     One frame for every `every`-th step, counted back from the last: under ddim and ddpm the last frame is the image
-    itself. For t-FID, `difference_distance` of their features, cached against uncached. It takes two frames at least:
-    ValueError for too large an `every`.
+    itself. A step that is rewound counts as it was taken last. For t-FID, `difference_distance` of their features,
+    cached against uncached. It takes two frames at least: ValueError for too large an `every`.
     """
-    steps = range(pipe.sampler.num_steps)[::-1][::every]
+    steps = range(pipe.sampler.num_steps)[::-1][::every][::-1]
     if len(steps) < 2:
         raise ValueError(f"a frame every {every} steps of {pipe.sampler.num_steps} makes no clip: take fewer")
-    frames = []
+    newest = torch.empty(len(steps), len(indices), *pipe.noise_shape, device=pipe.device)
 
-    def predicted(step: int, x0: Tensor) -> None:
+    def predicted(step: int, rows: np.ndarray, x0: Tensor) -> None:
         if step in steps:
-            frames.append(pipe.decode(x0))
+            newest[steps.index(step), torch.from_numpy(rows)] = x0
 
     pipe.sample(seed, indices, labels, cache, predicted=predicted)
-    return torch.stack(frames, dim=1)
+    return torch.stack([pipe.decode(x0) for x0 in newest], dim=1)
 
 
 # ------------------------------------------------------------------------------------------- command line

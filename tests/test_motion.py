@@ -17,7 +17,7 @@ from evaluate.__main__ import main
 from evaluate.bench import Setting
 from evaluate.motion import clip_noise, difference_distance, flicker, motion_ratio, sample_clips, trajectory_frames
 from evaluate.networks import Features
-from pipeline import gaussian
+from pipeline import gaussian, sample_latents
 
 STEPS = 6
 
@@ -130,13 +130,13 @@ def test_predicted_images_follow_from_what_the_network_saw(sampler):
     pipe = SimpleNamespace(model=tiny_dit(), sampler=make_sampler(sampler, STEPS))
     seen, given, shape = [], [], (3, 8, 8)
     pipe.model.register_forward_hook(lambda model, args, out: given.append((args[0], out)))
-    x = pipeline.sample_latents(
+    x = sample_latents(
         pipe.model,
         pipe.sampler,
         gaussian(0, np.arange(2), shape),
         torch.tensor([0, 3]),
         step_noise=lambda step, rows: gaussian(0, rows, shape, step + 1),
-        predicted=lambda step, x0: seen.append((step, x0)),
+        predicted=lambda step, rows, x0: seen.append((step, x0)),
     )
     assert [step for step, _ in seen] == list(range(STEPS))
     abar = np.cumprod(1 - np.linspace(1e-4, 2e-2, 1000))
@@ -159,6 +159,26 @@ def test_trajectories_end_with_the_image(pipe):
     assert not torch.equal(cached, frames)
     with pytest.raises(ValueError, match="every 6 steps of 6 makes no clip"):
         trajectory_frames(pipe, 5, indices, labels, every=6)
+
+
+def test_a_step_that_was_taken_again_counts_as_it_was_taken_last():
+    model, steps, seen = tiny_dit(), 20, []
+    pipe = SimpleNamespace(noise_shape=(3, 8, 8), device=torch.device("cpu"), decode=lambda x0: x0)
+    pipe.sampler = make_sampler("ddim", steps)
+
+    def sample(seed, indices, labels, cache, predicted):
+        def keep(step, rows, x0):
+            seen.append((step, x0))
+            predicted(step, rows, x0)
+
+        noise = gaussian(seed, indices, (3, 8, 8))
+        sample_latents(model, pipe.sampler, noise, labels, cache=cache, predicted=keep)
+
+    pipe.sample = sample
+    frames = trajectory_frames(pipe, 0, np.arange(2), torch.tensor([0, 3]), CacheManager.of(None, "budget=6"), 1)
+    assert len(seen) > steps
+    for step, x0 in dict(seen).items():
+        assert torch.equal(frames[:, step], x0)
 
 
 # ------------------------------------------------------------------------------------------------ specs, command
