@@ -164,7 +164,7 @@ def result_section(path: Path) -> Section:
     except ValueError:
         content = None
     try:
-        if isinstance(content, dict) and {"identity", "rows"} <= content.keys():
+        if isinstance(content, dict) and {"identity", "rows", "tried"} <= content.keys():
             return compare_section(path, content)
         content = read_result(path)
         section = Section(f"{content['kind']}: {path.name}", [made_with(content)])

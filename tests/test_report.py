@@ -89,7 +89,16 @@ def test_results_are_on_the_page_and_everything_is_escaped(page, tmp_path):
     Image.fromarray(pictures(1)[0]).save(tmp_path / name)
     table = {"columns": ["method", EVIL], "rows": [["`--cache x`", "1.5"], [EVIL, "2"]]}
     first, second = tmp_path / "first.json", tmp_path / "<i>.json"
-    write_result(first, "fidelity", ["python", EVIL, "$title"], table=table, notes=[EVIL], images=[name])
+    write_result(
+        first,
+        "fidelity",
+        ["python", EVIL, "$title"],
+        table=table,
+        notes=[EVIL],
+        images=[name],
+        identity={},
+        rows=[{"checkpoint": "x"}],
+    )
     write_result(second, "cost", ["python"])
     content, found = page(first, second)
     assert found.rows == [["method", EVIL], ["--cache x", "1.5"], [EVIL, "2"]]
