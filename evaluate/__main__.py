@@ -14,6 +14,7 @@ COMMANDS = {  # name: (module with add_flags(parser) and run(args), what it does
     "drift": ("evaluate.drift", "relative error of the state after each step, to the uncached run"),
     "cost": ("evaluate.cost", "seconds, overhead, memory and compute of a cached run beside the uncached one"),
     "compare": ("evaluate.compare", "every caching method, alone and under AdaCorrection, at equal compute"),
+    "leaderboard": ("evaluate.leaderboard", "the page of a comparison, from its JSON"),
     "table1": ("evaluate.tables", "Table I of the paper: caching methods, alone and corrected"),
     "table2": ("evaluate.tables", "Table II: backbones and data"),
     "table3": ("evaluate.tables", "Table III: plug and play, every method"),
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns its exit code. Only the module of the command is imported."""
     argv = list(sys.argv[1:] if argv is None else argv)
     raw = argparse.RawDescriptionHelpFormatter
-    lines = "\n".join(f"  {name:10} {line}" for name, (_, line) in COMMANDS.items())
+    lines = "\n".join(f"  {name:11} {line}" for name, (_, line) in COMMANDS.items())
     parser = Parser("evaluate", description=__doc__, epilog=f"commands:\n{lines}", formatter_class=raw)
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
     command = parser.parse_args(argv[:1]).command

@@ -21,6 +21,7 @@ from profiles import with_profile
 from runtime import timed
 
 NEAR = 0.03  # computes that differ by this share count as equal
+REACHED = 0.2  # a compute that is off by more than this share does not stand for a level
 WARM_UP = 4  # steps
 
 

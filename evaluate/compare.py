@@ -5,7 +5,8 @@
     python -m evaluate compare --out docs/compare --known /tmp/some.json    # what ran before is not run again
 
 All runs share the model, the noise and the labels. A method's own knob (`Policy.knob`) is moved until the method spends
-each compute level; of its variants the best at that level is kept. The corrected form keeps that setting, and gamma is
+each compute level; of its variants the best at that level is kept, and the page reads its curve at the level itself
+(evaluate/leaderboard.py). The corrected form keeps that setting, and gamma is
 moved until it spends at most 3 % more than the method ("more" marks where it cannot). Settings are searched on the
 first few images and then run on all. PSNR and SSIM are per image against the uncached run; `to solution` is PSNR
 against DDIM of 1000 steps from the same noise. Fewer steps of DDIM, DPM-Solver++ and UniPC are compared, too, of the
@@ -33,8 +34,9 @@ from adacorr import available, make_policy
 from adacorr.files import check_writable, write_json, written_whole
 from adacorr.policy import Knob
 from adacorr.spec import hint, parse_value
-from evaluate.bench import NEAR, Bench, Row, Setting
-from evaluate.pages import markdown, plot, summary_table
+from evaluate.bench import NEAR, REACHED, Bench, Row, Setting
+from evaluate.leaderboard import markdown, plot, tables
+from evaluate.pages import head, line
 from profiles import check_calibrate
 from runtime import check_range, environment
 from timesteps import MOST
@@ -50,7 +52,6 @@ SOLVERS = {  # by the name of the row
 }
 SAME = ("sampler", "num_sampling_steps", "cfg_scale", "cfg_channels", "seed", "dtype", "num_images")
 SAME += ("solution_steps", "calibrate")
-REACHED = 0.2  # a compute that is off by more than this share does not stand for the level
 TRIES = 8  # runs of one search
 NARROW = 0.03  # a knob known this closely, in natural logarithms, is not searched further: compute comes in steps
 ENDS = 1.0, 0.03  # compute at the two ends of a knob, as a guess
@@ -279,6 +280,15 @@ def run(args: argparse.Namespace) -> None:
         "environment": environment(),
     }
 
+    intro = (
+        f"`{' '.join(args.made_with)}`: {pipe.checkpoint.path.name}, {args.sampler} of {args.num_sampling_steps} "
+        f"steps, guidance {args.cfg_scale:g}, {args.num_images} images of seed {args.seed}, {args.dtype} on "
+        f"{record['environment']['device']}, {time.strftime('%Y-%m-%d')}. Alone → under AdaCorrection, at most "
+        f"{NEAR:.0%} more compute. Settings were searched on the first {args.search_images} images"
+        f"{f'; each row was timed {args.repeats} time(s) on the first {args.timed_images}' if args.repeats else ''}."
+    )
+    record["intro"] = intro
+
     def save() -> None:
         tried = [row.plain() for row in bench.rows.values()]
         write_json(files["json"], {**record, "rows": [row.plain() for row in rows], "tried": tried})
@@ -289,16 +299,10 @@ def run(args: argparse.Namespace) -> None:
     if args.repeats:
         time_rows(bench, rows, args.repeats, args.timed_images)
         save()
-    intro = (
-        f"`{' '.join(args.made_with)}`: {pipe.checkpoint.path.name}, {args.sampler} of {args.num_sampling_steps} "
-        f"steps, guidance {args.cfg_scale:g}, {args.num_images} images of seed {args.seed}, {args.dtype} on "
-        f"{record['environment']['device']}, {time.strftime('%Y-%m-%d')}. Alone → under AdaCorrection, at most "
-        f"{NEAR:.0%} more compute. Settings were searched on the first {args.search_images} images"
-        f"{f'; each row was timed {args.repeats} time(s) on the first {args.timed_images}' if args.repeats else ''}."
-    )
     with written_whole(files["md"]) as temporary:
         temporary.write_text(markdown(rows, levels, intro))
     if args.plot:
         plot(rows, files["png"])
-    say(summary_table(rows, levels))
+    columns, lines = next(tables(rows, levels))
+    say("\n".join([head(columns), *map(line, lines)]))
     say(", ".join(str(file) for kind, file in files.items() if kind != "png" or args.plot))

@@ -27,11 +27,11 @@ from PIL import Image
 from torch import Tensor
 
 from adacorr.files import check_writable, written_whole
-from evaluate.bench import Row, Setting
 from evaluate.fidelity import psnr, summarise_psnr
 from evaluate.fidelity_command import check_pair, paired
 from evaluate.imagesets import ImageSet, open_images, unlike
-from evaluate.pages import measures, summary
+from evaluate.leaderboard import read_comparison, tables
+from evaluate.pages import measures
 from evaluate.results import read_result
 from fid_run.record import RunFolder
 from pictures import SMALLEST, grid
@@ -181,11 +181,11 @@ def result_section(path: Path) -> Section:
 
 def compare_section(path: Path, content: dict[str, Any]) -> Section:
     """The rows of `evaluate compare`, and its plot if it lies beside them."""
-    rows = [Row(**{**row, "setting": Setting(**row["setting"])}) for row in content["rows"]]
+    rows, _ = read_comparison(path)
     levels = sorted({row.level for row in rows if row.level is not None}, reverse=True)
     columns = ["setting", "method", "form", "level", *(measures(rows[0]) if rows else [])]
     lines = [[f"`{row.setting}`", row.method, row.form, f"{row.level or ''}", *measures(row).values()] for row in rows]
-    section = Section(f"compare: {path.name}", [made_with(content), table(*summary(rows, levels))])
+    section = Section(f"compare: {path.name}", [made_with(content), *(table(*each) for each in tables(rows, levels))])
     if (plot := path.with_suffix(".png")).is_file():
         section.parts.append(figure(read_png(path, plot.name), plot.name))
     section.parts += ["<h3>Every row</h3>", table(columns, lines)]

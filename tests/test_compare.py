@@ -25,7 +25,7 @@ from adacorr.policies.taylorseer import TaylorSeer
 from adacorr.policy import Knob
 from adacorr.spec import parse_spec
 from checkpoint import save_checkpoint
-from evaluate import compare, pages
+from evaluate import compare, leaderboard, pages
 from evaluate.__main__ import main
 from evaluate.bench import NEAR, Bench, Row, Setting
 from evaluate.compare import GAMMA, LEVELS, REACHED, SOLVERS, TRIES, known_rows, search, sweep, tune
@@ -504,9 +504,9 @@ def test_the_page_shows_every_row(result, content):
         own = page.partition(f"## {section}\n")[2].partition("\n## ")[0]
         assert line in own
         assert f"{row['speedup']:.2f}x" in own
-    summary = page.partition("| PSNR (dB) at compute | 0.5 | 0.3 |")[2].partition("\n\n")[0]
-    names = [line.split("|")[1].strip() for line in summary.splitlines()[2:]]
-    assert names == list(dict.fromkeys(row["method"] for row in content["rows"] if row["level"] is not None))
+    summary = page.partition("| Mean PSNR (dB) at compute | 0.5 | 0.3 |")[2].partition("\n\n")[0]
+    names = {line.split("|")[2].strip() for line in summary.splitlines()[2:]}
+    assert names == {row["method"] for row in content["rows"] if row["level"] is not None}
     assert summary.count("→") == 4
     assert "3 images of seed 4242" in page
     assert "nan" not in page
@@ -523,37 +523,68 @@ def row(method, form, level, score, speedup=None, compute=0.5, **setting):
 
 
 ROWS = [
-    row("interval", "alone", 0.5, 20.04, cache="interval:every=2"),
+    row("interval", "alone", 0.5, 20.0, compute=0.64, cache="interval:every=2"),
+    row("interval", "alone", 0.25, 10.0, compute=0.16, cache="interval:every=6"),
     row("interval", "adacorr", 0.5, 25.0, cache="interval:every=2", adacorr="gamma=1"),
-    row("never", "alone", 0.5, 20.0, cache="never"),
+    row("never", "alone", 0.5, 20.0, compute=0.55, cache="never"),
     row("never", "adacorr", 0.5, 25.0, compute=0.52, cache="never", adacorr="gamma=1"),
     row("adacorr", "adacorr", 0.5, "inf", speedup=2.0, adacorr="gamma=1"),
-    row("adacorr", "adacorr", 0.25, 30.0, adacorr="gamma=0.5"),
+    row("adacorr", "adacorr", 0.25, 30.0, compute=0.25, speedup=4.0, adacorr="gamma=0.5"),
+    row("unipc", "fewer steps", 0.25, 12.0, compute=0.26, sampler="unipc", steps=2),
 ]
 
 
+def test_a_curve_is_read_at_the_level():
+    points = [(0.16, 10.0), (0.64, 20.0)]
+    assert leaderboard.at(points, 0.32) == (0.32, pytest.approx(15.0))  # half way, in the logarithm
+    assert leaderboard.at(points, 0.16) == (0.16, pytest.approx(10.0))
+    assert leaderboard.at(points, 0.15) == (0.16, 10.0)  # the nearest end, which is less than a fifth off
+    assert leaderboard.at(points, 0.13) is None
+    assert leaderboard.at([(0.2, math.inf), (0.4, 30.0)], 0.25) == (0.2, math.inf)
+    assert leaderboard.at([], 0.5) is None
+
+
+def test_families():
+    kinds = {"interval": "reuses", "taylorseer": "forecasts", "smoothcache": "by branch", "fastcache": "by token"}
+    kinds |= {"adacorr": "AdaCorrection alone", "ddim": "no cache"}
+    for method, kind in kinds.items():
+        assert kind in leaderboard.family(method)
+
+
 def test_tables():
-    assert pages.summary_table(ROWS, [0.5, 0.25]).splitlines() == [
-        "| PSNR (dB) at compute | 0.5 | 0.25 |",
-        "|---|---|---|",
-        "| interval | 20.0 → 25.0 | out of reach |",
-        "| never | 20.0 → 25.0 (more) | out of reach |",
-        "| adacorr | inf | 30.0 |",
+    columns, lines = leaderboard.summary(ROWS, [0.5, 0.25], "PSNR", lambda row: row.score)
+    assert columns == ["", "PSNR", "0.5", "0.25"]
+    assert [line[1:] for line in lines] == [
+        ["adacorr", "inf", "30.0"],
+        ["unipc", "out of reach", "12.0 at 0.26"],
+        ["interval", "18.2 → 25.0", "out of reach"],
+        ["never", "20.0 at 0.55 → 25.0 at 0.52", "out of reach"],
     ]
-    lines = pages.level_table([ROWS[0], ROWS[4]]).splitlines()
+    speeds = leaderboard.summary(ROWS, [4.0], "PSNR", lambda row: row.score, leaderboard.speedup)[1]
+    assert speeds[0][1:] == ["adacorr", "30.0"]
+    assert speeds[2][2] == "out of reach"  # it was not timed
+    lines = pages.level_table([ROWS[3], ROWS[5]]).splitlines()
     assert len({line.count("|") for line in lines}) == 1
-    assert lines[2] == "| `--cache interval:every=2` | 0.500 | 0.250 | 20.0 / 20.0 / 20.0 |  | 20.0400 |  | 1.50 |"
+    assert lines[2] == "| `--cache never` | 0.550 | 0.250 | 20.0 / 20.0 / 20.0 |  | 20.0000 |  | 1.50 |"
     assert lines[3] == "| `--adacorr gamma=1` | 0.500 | 0.250 | inf / inf / inf | inf | inf | 2.00x | 1.50 |"
 
 
 @needs_matplotlib
 @pytest.mark.filterwarnings("error")
-def test_a_plot_of_few_rows_and_identical_images(tmp_path):
+def test_the_page_is_made_again_from_the_json(tmp_path, capsys):
     identical = row("interval", "adacorr", 0.25, "inf", cache="interval:every=4", adacorr="gamma=9")
-    for name, rows in {"some": ROWS, "inf": [*ROWS, replace(ROWS[0], level=0.25), identical]}.items():
-        pages.plot(rows, tmp_path / f"{name}.png")
-        with Image.open(tmp_path / f"{name}.png") as picture:
+    source, page = tmp_path / "x.json", tmp_path / "page.md"
+    for rows in (ROWS, [*ROWS, replace(ROWS[0], level=0.25), identical]):
+        source.write_text(json.dumps({"rows": [own.plain() for own in rows], "intro": "What ran."}))
+        assert code(f"leaderboard {source} --out {page} --plot") == 0
+        assert "What ran." in page.read_text()
+        assert "| reuses whole steps | interval |" in page.read_text()
+        with Image.open(tmp_path / "page.png") as picture:
             assert picture.format == "PNG"
+    capsys.readouterr()
+    source.write_text('{"rows": [{}]}')
+    assert code(f"leaderboard {source} --out {page}") == 2
+    one_line(capsys, "x.json is no result of a comparison")
 
 
 # ----------------------------------------------------------------------------------------------------------- errors
