@@ -23,6 +23,10 @@ from adacorr.policies import make_policy, names
 from evaluate.bench import NEAR, REACHED, Row, Setting
 from evaluate.pages import head, level_table, line
 
+HOW = (
+    "A cell is the value of the method's curve at that place, linear in the logarithm of the axis between the two rows "
+    "around it. Where all rows lie on one side, the nearest one stands there, with its own place behind `at`."
+)
 SPEEDUPS = (1.5, 2.0, 3.0, 4.0, 5.0)
 MEASURES = {  # of a row, by the title of its table
     "Mean PSNR (dB) at compute": lambda row: row.score,
@@ -106,7 +110,7 @@ def tables(rows: Sequence[Row], levels: Sequence[float]) -> Iterator[tuple[list[
 
 def markdown(rows: Sequence[Row], levels: Sequence[float], intro: str) -> str:
     """The whole page."""
-    parts = ["# Every method at equal compute", intro]
+    parts = ["# Every method at equal compute", intro, HOW]
     for columns, lines in tables(rows, levels):
         parts.append("\n".join([head(columns), *map(line, lines)]))
     for level in levels:
