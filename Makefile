@@ -22,8 +22,9 @@ $(STAMP): pyproject.toml
 demo: install
 	$(BIN)/python sample.py --adacorr --compare --out samples/demo.png --record samples/demo.json $(ARGS)
 
+# A process for each core; a file's tests stay together, since they share models.
 test: install
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n auto --dist loadfile $(ARGS)
 
 lint: install
 	$(BIN)/python -m ruff check .

@@ -15,7 +15,7 @@ serve FID and sFID, and whose images serve KID, precision and recall; or saved s
 import argparse
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -52,7 +52,7 @@ HEADS = {
     "inception_score": "IS",
     "precision": "precision",
     "recall": "recall",
-    "kernel_distance": "",  # KID with Inception, else KD
+    "kernel_distance": "KD x 1000",  # KID with Inception
     "to_uncached": "to uncached",
     "change": "change",
 }
@@ -97,7 +97,16 @@ def cautions(images: ImageSet, found: Measured, network: Network) -> list[str]:
     return notes
 
 
-def same_evaluation(path: Path, now: dict[str, Any], real: Measured) -> dict[str, Any]:
+class Earlier(NamedTuple):
+    """A set of an earlier result."""
+
+    path: str
+    count: int
+    protocol: dict[str, Any] | None
+    metrics: dict[str, float]
+
+
+def same_evaluation(path: Path, now: dict[str, Any], real: Measured) -> Earlier:
     """The one set of an earlier result, if it was measured alike; ValueError names what differs."""
     before = read_result(path, "fid")
     pairs = {key: (before["evaluator"].get(key), value) for key, value in now.items()}
@@ -106,14 +115,35 @@ def same_evaluation(path: Path, now: dict[str, Any], real: Measured) -> dict[str
         raise ValueError(f"--baseline {path} was measured otherwise: {'; '.join(differing)}")
     if len(before["sets"]) != 1:
         raise ValueError(f"--baseline {path} holds {len(before['sets'])} sets: give a result of one")
-    return before["sets"][0]
+    (only,) = before["sets"]
+    return Earlier(only["samples"], only["count"], only["protocol"], only["metrics"])
 
 
-def check_alike(images: ImageSet, other: ImageSet, flag: str, allowed: tuple[str, ...]) -> None:
+def check_alike(images: ImageSet, other: ImageSet | Earlier, flag: str, allowed: tuple[str, ...] = MAY_DIFFER) -> None:
     """ValueError unless two sets have as many images, and protocols that differ in `allowed` fields only."""
     differing = [] if images.count == other.count else [f"the number of images ({images.count} and {other.count})"]
     if differing := differing + unlike(images, other, allowed):
         raise ValueError(f"{flag}: {images.path} and {other.path} differ in {', '.join(differing)}")
+
+
+def tabulate(records: list[dict[str, Any]], name: str, spread: bool) -> dict[str, Any]:
+    """Columns and rows of text; with `spread` a last row of means and deviations."""
+    columns = [key for key in HEADS if key in records[0]["metrics"]]
+    heads = [HEADS[key] for key in columns]
+    if name == "fid":
+        heads = [head.replace("KD", "KID") for head in heads]
+    rows = [[f"`{record['samples']}`", str(record["count"]), *_cells(record["metrics"], columns)] for record in records]
+    if spread:
+        values = {key: [record["metrics"][key] for record in records] for key in columns}
+        means = _cells({key: statistics.mean(each) for key, each in values.items()}, columns)
+        deviations = _cells({key: statistics.stdev(each) for key, each in values.items()}, columns)
+        rows.append(["mean ± deviation", "", *(f"{a} ± {b}" for a, b in zip(means, deviations, strict=True))])
+    return {"columns": ["", "images", *heads], "rows": rows}
+
+
+def _cells(values: dict[str, float], columns: list[str]) -> list[str]:
+    """Numbers as text: KID in thousandths, as it is published."""
+    return [f"{values[key] * (1000 if key == 'kernel_distance' else 1):.4g}" for key in columns]
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -140,7 +170,7 @@ def run(args: argparse.Namespace) -> None:
     for images in sets[1:] if args.seeds else ():
         check_alike(images, sets[0], "--seeds", ("seed",))
     for images in sets if uncached is not None else ():
-        check_alike(images, uncached, "--uncached", MAY_DIFFER)
+        check_alike(images, uncached, "--uncached")
     network = network_of(args, sets[0])
     real = reference(path, network, args.batch_size)
     alike = evaluator(network)
@@ -149,28 +179,17 @@ def run(args: argparse.Namespace) -> None:
     name, records = ("fid" if network.name == "inception" else "fd"), []
     for images in sets:
         if before is not None:
-            then = ImageSet(Path(before["samples"]), before["count"], images.size, list, protocol=before["protocol"])
-            check_alike(images, then, "--baseline", MAY_DIFFER)
+            check_alike(images, before, "--baseline")
         found = measure(images, network, args.batch_size)
         values, notes = metrics(found, real, network, find_device(args.device))
         if near is not None:
             values["to_uncached"] = frechet_distance(found.moments, near.moments)
         if before is not None:
-            values["change"] = values[name] - before["metrics"][name]
+            values["change"] = values[name] - before.metrics[name]
         notes += cautions(images, found, network)
         record = {"samples": str(images.path), "count": found.count, "sha256": found.sha256}
         records.append(record | {"protocol": images.protocol, "metrics": values, "notes": notes})
-    columns = [key for key in HEADS if key in records[0]["metrics"]]
-    rows = [[f"`{record['samples']}`", str(record["count"]), *_cells(record["metrics"], columns)] for record in records]
-    if args.seeds:
-        spread = {key: [record["metrics"][key] for record in records] for key in columns}
-        means = _cells({key: statistics.mean(values) for key, values in spread.items()}, columns)
-        deviations = _cells({key: statistics.stdev(values) for key, values in spread.items()}, columns)
-        rows.append(["mean ± deviation", "", *(f"{a} ± {b}" for a, b in zip(means, deviations, strict=True))])
-    heads = [
-        f"{'KID' if name == 'fid' else 'KD'} x 1000" if key == "kernel_distance" else HEADS[key] for key in columns
-    ]
-    table = {"columns": ["", "images", *heads], "rows": rows}
+    table = tabulate(records, name, args.seeds)
     notes = list(dict.fromkeys(note for record in records for note in record["notes"]))
     print(head(table["columns"]), *(line(row) for row in rows), sep="\n")
     print(f"{network.name}, weights sha256 {network.sha256}; reference {path.name}, sha256 {real.sha256}")
@@ -180,8 +199,3 @@ def run(args: argparse.Namespace) -> None:
         about = {"path": str(path), "sha256": real.sha256, "count": real.count}
         extra = {"evaluator": alike, "reference": about, "sets": records, "table": table, "notes": notes}
         write_result(args.out, "fid", args.made_with, **extra)
-
-
-def _cells(values: dict[str, float], columns: list[str]) -> list[str]:
-    """Numbers as text: KID in thousandths, as it is published."""
-    return [f"{values[key] * (1000 if key == 'kernel_distance' else 1):.4g}" for key in columns]

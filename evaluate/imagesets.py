@@ -59,8 +59,8 @@ def open_images(path: Path) -> ImageSet:
     return _open_folder(path) if record is None else _open_run(path, record)
 
 
-def unlike(a: ImageSet, b: ImageSet, allowed: tuple[str, ...] = MAY_DIFFER) -> list[str]:
-    """Names of the fields by which the protocols of two sets differ, but for those that begin with one of `allowed`.
+def unlike(a: Any, b: Any, allowed: tuple[str, ...] = MAY_DIFFER) -> list[str]:
+    """Names of the fields by which the `protocol` of two sets differs, but for those that begin with one of `allowed`.
 
     Empty where one of the two is unknown: images of other programs carry no protocol.
     """
