@@ -191,7 +191,7 @@ def run(args: argparse.Namespace) -> None:
         records.append(record | {"protocol": images.protocol, "metrics": values, "notes": notes})
     table = tabulate(records, name, args.seeds)
     notes = list(dict.fromkeys(note for record in records for note in record["notes"]))
-    print(head(table["columns"]), *(line(row) for row in rows), sep="\n")
+    print(head(table["columns"]), *(line(row) for row in table["rows"]), sep="\n")
     print(f"{network.name}, weights sha256 {network.sha256}; reference {path.name}, sha256 {real.sha256}")
     for note in notes:
         say(f"note: {note}")
