@@ -6,6 +6,7 @@ import torch
 from toy import alphas, run_all, timed_dit, tiny_dit
 
 from adacorr import AdaCorrection, CacheManager
+from adacorr.calibration import trajectory
 from adacorr.calibration.trajectory import TrajectoryCalibration
 from adacorr.model_profile import BOTH, ModelProfile
 from adacorr.profile import Profile
@@ -166,3 +167,13 @@ def test_nothing_observed_raises(model):
         TrajectoryCalibration(model, sampler.timesteps, alphas(sampler), np.full(STEPS, True), 1.5, 3).fit()
     with pytest.raises(ValueError, match="never differed"):
         observed(model, correction=AdaCorrection(gamma=1e6)).fit()
+
+
+@pytest.mark.parametrize("rank", [3, 40])  # of 60: fewer than are looked for first, and more
+def test_factors_of_a_covariance(monkeypatch, rank):
+    monkeypatch.setattr(trajectory, "LEADING", 12)
+    drawn = np.random.default_rng(0).standard_normal((2, 60, rank)) * 0.7 ** np.arange(rank)
+    covariance = drawn @ drawn.transpose(0, 2, 1)
+    factor = trajectory._factor(covariance)
+    np.testing.assert_allclose(factor @ factor.transpose(0, 2, 1), covariance, atol=1e-5 * np.trace(covariance[0]))
+    assert factor.shape[2] <= rank
