@@ -29,7 +29,7 @@ class DeltaDiT(Policy):
     share: float = option(0.75, low=0, high=1)
     switch: float = option(0.5, low=0, high=1)
     granularity = "block"
-    knob = Knob("every", 2, 25, ("", "share=0.5", "share=0.92"))
+    knob = Knob("every", 2, 25, ("", "switch=0", "share=0.92", "share=0.92,switch=0"))
     predictor = Predictor("residual", order=0)
 
     def units(self, depth: int) -> list[Unit]:
