@@ -1,0 +1,39 @@
+"""Block caching's table of how fast each block's residual changes."""
+
+import numpy as np
+from torch import Tensor
+
+from adacorr.calibration import Calibration
+from adacorr.policy import Ran, RunInfo, Unit, View, relative_change
+
+
+class BlockCacheCalibration(Calibration):
+    """change (L, S): mean over images of |C[s] - C[s - 1]| / |C[s]|, L1 norms, for the residual C of each block.
+
+    Both guidance halves count. Step 0 has no change and holds 0.
+    """
+
+    def __init__(self):
+        self._sum: np.ndarray | None = None
+        self._images = 0
+
+    def units(self, depth: int) -> list[Unit]:
+        return [Unit(layer, layer + 1) for layer in range(depth)]
+
+    def begin(self, info: RunInfo) -> None:
+        if self._sum is None:
+            self._sum = np.zeros((info.depth, info.num_steps))
+        self._images += info.images
+        self._before: dict[int, Tensor] = {}
+
+    def computed(self, view: View, ran: Ran) -> None:
+        block = view.unit.start
+        if block in self._before:
+            self._sum[block, view.step] += relative_change(self._before[block], ran.value).sum()
+        self._before[block] = ran.value
+
+    def fit(self) -> tuple[dict[str, np.ndarray], dict]:
+        if self._sum is None or self._sum.shape[1] < 2:
+            raise ValueError("block_cache: nothing was observed; calibrate on a run of at least two steps")
+        change = self._sum / self._images
+        return {"change": change}, {"mean_change": float(change[:, 1:].mean())}
