@@ -70,6 +70,5 @@ def test_whole_runs_are_the_releases(model, cfg_scale):
     assert partial.any()
 
 
-def test_a_budget_above_the_steps_is_refused(model):
-    with pytest.raises(ValueError, match="procache: budget=11 must be at most the number of steps, 10"):
-        begun(model, "procache:budget=11", 10)
+def test_a_budget_above_the_steps_computes_them_all(model):
+    assert begun(model, "procache:budget=30", 10)[0]._kinds.tolist() == [FULL] * 10

@@ -19,7 +19,7 @@ CANDIDATES = 5  # the release's K
 class ProCache(TopTokens):
     """Compute steps at intervals that shrink; between, deep MLPs run for top tokens in every other step (ProCache).
 
-    budget     B: computed steps; none: the released pattern, 17 of 50 steps, and as many in proportion of others
+    budget     B: most steps to compute; none: the released pattern, 17 of 50 steps, and as many in proportion of others
     candidate  which pattern of that budget: 0, the most even one, to 4, the most uneven one. The released one is fixed
     ratio      share of fresh tokens of ToCa's ddim50; the release's default: 0.07
 
@@ -48,10 +48,8 @@ class ProCache(TopTokens):
         if self.budget is None and steps == sum(RELEASED):
             self._kinds = spread(RELEASED)
             return
-        budget = round(steps * len(RELEASED) / sum(RELEASED)) or 1 if self.budget is None else self.budget
-        if budget > steps:
-            raise ValueError(f"procache: budget={budget} must be at most the number of steps, {steps}")
-        self._kinds = spread(intervals(steps, budget, self.candidate))
+        budget = round(steps * len(RELEASED) / sum(RELEASED)) if self.budget is None else self.budget
+        self._kinds = spread(intervals(steps, min(max(budget, 1), steps), self.candidate))
 
     def decide(self, view: View) -> np.ndarray:
         return view.everyone(self._kinds[view.step] == FULL)
