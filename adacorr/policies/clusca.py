@@ -1,4 +1,4 @@
-"""ClusCa (arXiv 2509.10312; release: Shenyi-Z/Cache4Diffusion, dit/clusca-dit): forecasts, one fresh token a cluster."""
+"""ClusCa (arXiv 2509.10312; release: Shenyi-Z/Cache4Diffusion, clusca-dit): forecasts, a fresh token a cluster."""
 
 import math
 from dataclasses import dataclass
