@@ -34,8 +34,8 @@ class ClusCa(Policy):
     later differences start from them.
 
     Departures: an image must not depend on its batch. So all rows share the random numbers, each row stops its own
-    k-means, and a cluster without tokens gives nothing to others. It still computes token 0, as released. (Read in the fork
-    kalinplus/Cache4Diffusion.)
+    k-means, and a cluster without tokens gives nothing to others. It still computes token 0, as released.
+    The release was read in the fork kalinplus/Cache4Diffusion.
     Stored for each image and half: order + 1 tensors for both branches of all blocks (MLPs in float32), the clusters.
     """
 

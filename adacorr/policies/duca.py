@@ -25,8 +25,8 @@ class DuCa(TopTokens):
     leaves an even one, the output of the last block is that of the step before, as it was, and the cache is left alone.
     After a computed step the remainders fall: 2, 1 for an interval of 3.
 
-    Departures: as in ToCa, none in the rule, and maps are made again, uncounted. In a step that computes block 0 only, the blocks after it go by their own
-    remainder, as released; where that is even, block 0 ran for the next steps alone.
+    Departures: as in ToCa, none in the rule, and maps are made again, uncounted. In a step that computes block 0 only,
+    the blocks after it go by their own remainder, as released; where that is even, block 0 ran for later steps alone.
     Stored for each image and half: what ToCa stores, and twice the stack's last output.
     """
 

@@ -30,8 +30,8 @@ class ProCache(TopTokens):
     cell. All else is the branches' output of the last computed step.
 
     Departures: the release draws five patterns of a budget at random, and its user keeps the best by the FID of 1000
-    images. Here five stand for all patterns, ordered by how uneven they are, and a comparison tries each. As in ToCa, maps are
-    made again, uncounted.
+    images. Here five stand for all patterns, ordered by how uneven they are, and a comparison tries each. As in ToCa,
+    maps are made again, uncounted.
     Stored for each image and half: what ToCa stores.
     """
 

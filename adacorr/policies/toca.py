@@ -26,8 +26,8 @@ class ToCa(TopTokens):
     age / N, times 1.6 for the best of each 2 x 2 cell. Their outputs go into the cache. Guidance halves choose alone.
 
     Departures: none in the rule. A step that changes its interval after block 0 may compute that block only, as
-    released. Fused attention has no map, so it is made again here, by 18 % (XL/2, 256 tokens) of a computed
-    block; compute does not count that, as the release's own attention gives it. Seconds do.
+    released. Fused attention has no map, so the map is made again here, for 18 % of a computed block (XL/2, 256
+    tokens). Compute does not count that, as the release's own attention gives the map; seconds do.
     Stored for each image and half: the pre-gate outputs of both branches of all blocks, and a score and an age a token.
     """
 
