@@ -271,6 +271,11 @@ class Policy:
         """What the method itself stores and reuses; None if the manager is to keep nothing for it."""
         return Predictor("residual", order=0)
 
+    @property
+    def remark(self) -> str:
+        """What tables say beside the name where these options are not the published method; else nothing."""
+        return ""
+
     def units(self, depth: int) -> list[Unit]:
         """What is decided about, in the order of the stack and without gaps."""
         return [Unit(0, depth)]
