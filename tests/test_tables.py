@@ -53,7 +53,7 @@ def test_the_codebook_of_adacache(ckpt, tmp_path, capsys):
     rates = [rate for _, rate in (pair.split(":") for pair in codebook.strip("`").split("/"))]
     assert rates == ["6", "5", "4", "3", "2", "1"]
     assert record["keys"] == sorted(record["keys"])
-    assert 0 < record["keys"][0]
+    assert record["keys"][0] > 0
 
 
 def test_compared_tables(ckpt, tmp_path, capsys, monkeypatch):

@@ -12,7 +12,7 @@ from adacorr.policy import SCOPES, Knob, Policy, Predictor, Ran, RunInfo, Unit, 
 # as `python -m benchmarks.tables codebook --images 16` measures them. The others are the release's for Open-Sora in 30
 # steps.
 CODEBOOKS = {
-    "dit": "0.062:6/0.081:5/0.098:4/0.113:3/0.137:2/1:1",
+    "dit": "0.062:6/0.073:5/0.09:4/0.115:3/0.14:2/1:1",
     "fast": "0.08:6/0.16:5/0.24:4/0.32:3/0.40:2/1:1",
     "slow": "0.08:3/0.16:2/1:1",
 }
