@@ -51,7 +51,9 @@ class Predictor:
     kind     residual: output minus input, gates included; a hit adds it to the current input (TeaCache, first block).
              branches: the pre-gate attention and MLP outputs; a hit adds them under the *current* adaLN gates
     order    of the polynomial through the newest order + 1 computed steps; 0 holds the newest value
-    weights  lagrange: exact for polynomials in the timestep; taylor: TaylorSeer's, in step indices
+    weights  lagrange: exact for polynomials in the timestep; taylor: TaylorSeer's, in step indices; hermite: HiCache's,
+             in step indices
+    sigma    of hermite: the contraction of its polynomials
 
     Raises ValueError for values out of range.
     """
@@ -60,6 +62,7 @@ class Predictor:
     order: int = option(2, low=0, high=4)
     gate_error: float = 0.03
     weights: str = option("lagrange", choices=tuple(WEIGHTS))
+    sigma: float = option(0.5, above=0)
 
     def __post_init__(self):
         check_options("predictor", self)
