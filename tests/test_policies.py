@@ -268,7 +268,7 @@ REFUSED = {
     "lazydit": "threshold=-0.1 threshold=nan scope=row attn_threshold=-1 mlp_threshold=-1 max_lag=0 profile=none",
     "magcache": "threshold=-0.1 threshold=nan max_skip=-1 retention=1.5 profile=none",
     "rfc": "threshold=-0.1 threshold=nan scope=row order=0 order=3 weights=lagrange norm=tensor rfe=1",
-    "schedule": "share=0.0 share=1.1 first=0 order=2 power=0.4 power=33 profile=none",
+    "schedule": "share=0.0 share=1.1 first=0 order=3 power=0.4 power=33 profile=none",
     "smoothcache": "threshold=-0.1 threshold=nan max_lag=0 profile=none lags=one",
     "taylorseer": "gate_error=-0.1 gate_error=0.6 every=0 order=5 order=-1 first_enhance=0 weights=lagrange",
     "teacache": "threshold=-0.1 threshold=low scope=row profile=/nowhere/at/all.json",

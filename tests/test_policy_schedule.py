@@ -77,7 +77,7 @@ def test_share_and_first(model, folder):
         make_policy("schedule:affine=true")
 
 
-@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("order", [0, 1, 2])
 def test_a_run_forecasts_branches_under_fresh_gates(model, folder, order):
     manager = CacheManager(fitted("schedule", model, folder, options=f"share=0.5,order={order}"))
     out = sample(model, cache=manager)

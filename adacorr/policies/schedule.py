@@ -11,6 +11,8 @@ from adacorr.policies import register
 from adacorr.policy import Cached, Knob, Policy, Predictor, RunInfo, View, option
 from adacorr.profile import find_profile
 
+VARIANTS = "", "first=1", "first=1,power=2", "first=1,order=2", "first=1,order=0", "first=1,order=0,affine=true"
+
 
 @register
 @dataclass
@@ -20,8 +22,9 @@ class Schedule(Policy):
     share    of the steps that are computed: B = round(share * steps), at least `first`. DPCache's example for FLUX has
              13 of 50
     first    leading steps that are all computed (3 in DPCache's example)
-    order    of the forecast through the newest computed steps: 0 holds the newest, 1 is a line in timesteps. The plan
-             knows which two steps the line goes through, as DPCache's path-aware cost does
+    order    of the forecast through the newest computed steps: 0 holds the newest, 1 is a line in timesteps, 2 a
+             parabola. The plan knows which two steps the line goes through, as DPCache's path-aware cost does; that for
+             order 2 is the plan for order 1
     power    the plan has the least sum of the steps' relative errors to this power. A large one keeps the largest error
              small, then the next, as LeMiCa's lexicographic minimax does (arXiv 2511.00090)
     affine   correct what is held channel by channel, F ~ a F_held + b with a = cov / var, as CacheQuant does; order=0
@@ -37,12 +40,12 @@ class Schedule(Policy):
 
     share: float = option(0.26, above=0, high=1)
     first: int = option(3, low=1)
-    order: int = option(1, low=0, high=1)
+    order: int = option(1, low=0, high=2)
     power: float = option(1.0, low=0.5, high=32)
     affine: bool = False
     profile: str = "auto"
     calibration = ScheduleCalibration
-    knob = Knob("share", 0.7, 0.05, ("", "first=1", "power=2", "first=1,power=2", "order=0", "order=0,affine=true"))
+    knob = Knob("share", 0.7, 0.05, VARIANTS)
 
     def __post_init__(self):
         super().__post_init__()
