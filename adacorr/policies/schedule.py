@@ -11,7 +11,14 @@ from adacorr.policies import register
 from adacorr.policy import Cached, Knob, Policy, Predictor, RunInfo, View, option
 from adacorr.profile import find_profile
 
-VARIANTS = "", "first=1", "first=1,power=2", "first=1,order=2", "first=1,order=0", "first=1,order=0,affine=true"
+VARIANTS = (
+    "",
+    "first=1",
+    "first=1,order=2",
+    "first=1,order=2,power=2",
+    "first=1,order=0",
+    "first=1,order=0,affine=true",
+)
 
 
 @register
