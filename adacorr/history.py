@@ -7,11 +7,13 @@ those of `adacorr.kriging` follow from what was measured on the model. Between t
 interpolate.
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.polynomial.hermite import hermval
 from torch import Tensor
 
 
@@ -49,6 +51,21 @@ def taylor_weights(nodes: np.ndarray, at: np.ndarray, order: int) -> np.ndarray:
     over the newest gap, and the forecast sums derivative * k ** j / j!. Equal to the polynomial at order 1; from
     order 2 on it extrapolates less, and it is no polynomial through the nodes where gaps differ.
     """
+    return difference_weights(nodes, at, order, lambda way, j: way**j)
+
+
+def hermite_weights(nodes: np.ndarray, at: np.ndarray, order: int, sigma: float = 0.5) -> np.ndarray:
+    """The same with sigma ** j * H_j(sigma * k), the physicists' Hermite polynomial, for k ** j (arXiv 2508.16984).
+
+    The first order is that of the series times 2 sigma ** 2.
+    """
+    return difference_weights(nodes, at, order, lambda way, j: sigma**j * hermval(sigma * way, [0] * j + [1]))
+
+
+def difference_weights(
+    nodes: np.ndarray, at: np.ndarray, order: int, basis: Callable[[np.ndarray, int], np.ndarray]
+) -> np.ndarray:
+    """Weights of the nodes in the sum of derivative * basis(k, j) / j!; shapes and errors of `lagrange_weights`."""
     nodes = np.asarray(nodes, dtype=np.float64)[:, : order + 1]
     if np.isnan(nodes[:, 0]).any():
         raise ValueError("forecast from an empty history: compute the first step of every image before reusing")
@@ -57,16 +74,16 @@ def taylor_weights(nodes: np.ndarray, at: np.ndarray, order: int) -> np.ndarray:
     # Derivatives as weights of the nodes: derivative[i, j] is that made at node j, in terms of all nodes.
     derivative = np.broadcast_to(np.eye(count), (n, count, count))
     known = ~np.isnan(nodes)
-    weights, factor = np.zeros((n, len(at), count)), np.ones_like(way)
+    weights = np.zeros((n, len(at), count))
     for j in range(count):
+        factor = basis(way, j) / math.factorial(j)
         weights += factor[:, :, None] * np.where(known[:, j, None], derivative[:, 0], 0.0)[:, None]
         gap = np.where(known[:, j + 1 :], nodes[:, : count - j - 1] - nodes[:, 1 : count - j], 1.0)
         derivative = (derivative[:, :-1] - derivative[:, 1:]) / np.where(gap == 0, 1.0, gap)[:, :, None]
-        factor = factor * way / (j + 1)
     return weights
 
 
-WEIGHTS = {"lagrange": lagrange_weights, "taylor": taylor_weights}
+WEIGHTS = {"lagrange": lagrange_weights, "taylor": taylor_weights, "hermite": hermite_weights}
 
 
 # A rule of forecasting: (n, K) kept steps, newest first, -1 where there is none, and the steps (s,) to forecast
@@ -76,15 +93,19 @@ Rule = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class Polynomial:
-    """The polynomial through the newest order + 1 kept steps, over positions (S,) in time. `kind`: a key of WEIGHTS."""
+    """The polynomial through the newest order + 1 kept steps, over positions (S,) in time. `kind`: a key of WEIGHTS.
+
+    options: further arguments of its weights, by name
+    """
 
     positions: np.ndarray
     order: int
     kind: str = "lagrange"
+    options: dict[str, float] = field(default_factory=dict)
 
     def __call__(self, kept: np.ndarray, at: np.ndarray) -> np.ndarray:
         nodes = np.where(kept < 0, np.nan, self.positions[kept])
-        used = WEIGHTS[self.kind](nodes, self.positions[at], self.order)
+        used = WEIGHTS[self.kind](nodes, self.positions[at], self.order, **self.options)
         return np.pad(used, ((0, 0), (0, 0), (0, kept.shape[1] - used.shape[2])))
 
 

@@ -51,7 +51,9 @@ class Predictor:
     kind     residual: output minus input, gates included; a hit adds it to the current input (TeaCache, first block).
              branches: the pre-gate attention and MLP outputs; a hit adds them under the *current* adaLN gates
     order    of the polynomial through the newest order + 1 computed steps; 0 holds the newest value
-    weights  lagrange: exact for polynomials in the timestep; taylor: TaylorSeer's, in step indices
+    weights  lagrange: exact for polynomials in the timestep; taylor: TaylorSeer's, in step indices; hermite: HiCache's,
+             in step indices
+    sigma    of hermite: the contraction of its polynomials
 
     Raises ValueError for values out of range.
     """
@@ -60,6 +62,7 @@ class Predictor:
     order: int = option(2, low=0, high=4)
     gate_error: float = 0.03
     weights: str = option("lagrange", choices=tuple(WEIGHTS))
+    sigma: float = option(0.5, above=0)
 
     def __post_init__(self):
         check_options("predictor", self)
@@ -270,6 +273,11 @@ class Policy:
     def predictor(self) -> Predictor | None:
         """What the method itself stores and reuses; None if the manager is to keep nothing for it."""
         return Predictor("residual", order=0)
+
+    @property
+    def remark(self) -> str:
+        """What tables say beside the name where these options are not the published method; else nothing."""
+        return ""
 
     def units(self, depth: int) -> list[Unit]:
         """What is decided about, in the order of the stack and without gaps."""

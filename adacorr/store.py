@@ -63,10 +63,11 @@ class StoreShape:
         return Track(history, rule, trend)
 
     def polynomial(self, entries: int, predictor: Predictor) -> Track:
-        """A track under the predictor's polynomial; TaylorSeer's counts in steps."""
-        taylor = predictor.weights == "taylor"
-        positions = np.arange(len(self.timesteps), dtype=np.float64) if taylor else self.timesteps
-        rule = Polynomial(positions, predictor.order, predictor.weights)
+        """A track under the predictor's polynomial; TaylorSeer's and HiCache's count in steps."""
+        in_steps = predictor.weights != "lagrange"
+        positions = np.arange(len(self.timesteps), dtype=np.float64) if in_steps else self.timesteps
+        options = {"sigma": predictor.sigma} if predictor.weights == "hermite" else {}
+        rule = Polynomial(positions, predictor.order, predictor.weights, options)
         return self.track(entries, predictor.order + 1, rule)
 
 

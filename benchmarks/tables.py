@@ -4,6 +4,7 @@
     python -m benchmarks.tables protocol    other step counts, guidance scales, samplers and batch sizes
     python -m benchmarks.tables exact       distance to the 1000-step DDIM solution, against few-step solvers
     python -m benchmarks.tables memory      what a cache holds for one image, by method
+    python -m benchmarks.tables codebook    the keys of AdaCache's codebook `dit`, measured on uncached runs
 
 Caching methods are compared by python -m evaluate compare. PSNR is per image, on uint8, against the uncached run
 (table `exact`: against the solution) from the same noise.
@@ -16,13 +17,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from adacorr import available, make_policy
+import numpy as np
+
+from adacorr import CacheManager, available, make_policy
 from adacorr.command import Parser, run_command
 from adacorr.files import check_writable, write_json
+from adacorr.policies.adacache import AdaCache
 from diffusion import make_sampler
 from evaluate.bench import Bench, Setting
 from evaluate.pages import head, line, measures
 from pipeline import ModelOptions, Pipeline, add_model_flags, load
+from profiles import SEED_OFFSET, batches
 from runtime import check_range, environment
 
 Lines = Iterator[tuple[dict[str, str], dict]]  # cells by column, and what goes into the JSON file
@@ -115,6 +120,24 @@ def memory(pipe: Pipeline, args: argparse.Namespace) -> Lines:
         yield cells, {"method": name, "granularity": granularity, "bytes": held}
 
 
+def codebook(pipe: Pipeline, args: argparse.Namespace) -> Lines:
+    """Sextiles of the change per step that AdaCache goes by; the noise is that of calibrations."""
+    changes = []
+
+    class Watched(AdaCache):
+        def rate(self, change: np.ndarray) -> np.ndarray:
+            changes.append(change)
+            return super().rate(change)
+
+    for indices, labels in batches(args.images, 8, pipe.model.num_classes):
+        pipe.sample(SEED_OFFSET + args.seed, indices, labels, CacheManager(Watched(scale=0.0)))
+    found = np.concatenate(changes)
+    keys = [round(float(key), 3) for key in np.quantile(found, np.arange(1, 6) / 6)]
+    text = "/".join(f"{key:g}:{rate}" for key, rate in zip([*keys, 1], range(6, 0, -1), strict=True))
+    cells = {"images": str(args.images), "changes": str(len(found)), "codebook": f"`{text}`"}
+    yield cells, {"images": args.images, "changes": len(found), "keys": keys}
+
+
 def show(lines: Iterable[tuple[dict[str, str], dict]], args: argparse.Namespace) -> None:
     """Print a table line by line, and write its records with the arguments and the environment to --out."""
     if args.out is not None:
@@ -131,7 +154,7 @@ def show(lines: Iterable[tuple[dict[str, str], dict]], args: argparse.Namespace)
 def main(argv: Sequence[str] | None = None) -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser("benchmarks.tables", description=__doc__, formatter_class=raw)
-    tables = {"gamma": gamma, "protocol": protocol, "exact": exact, "memory": memory}
+    tables = {"gamma": gamma, "protocol": protocol, "exact": exact, "memory": memory, "codebook": codebook}
     parser.add_argument("table", choices=list(tables))
     add_model_flags(parser)
     parser.set_defaults(seed=4242)

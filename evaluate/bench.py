@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adacorr import Algorithm1, CacheManager
+from adacorr import Algorithm1, CacheManager, make_policy
 from diffusion import make_sampler
 from evaluate.fidelity import fidelity
 from pipeline import Pipeline
@@ -47,6 +47,12 @@ class Setting:
             setting = cls(None, spec) if spec.partition(":")[0] == "literal" else cls(spec)
         CacheManager.of(setting.cache, setting.adacorr)
         return setting
+
+    @property
+    def named(self) -> str:
+        """The setting in a table, with what its method has to remark."""
+        remark = "" if self.cache is None else make_policy(self.cache).remark
+        return f"`{self}` ({remark})" if remark else f"`{self}`"
 
     def at(self, value: float) -> Setting:
         """The setting with a number in the place of {} in its specs."""

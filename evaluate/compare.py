@@ -166,8 +166,9 @@ def compare(bench: Bench, methods: list[str], levels: list[float]) -> Iterator[R
             if pair is None:
                 say(f"{method} at {level}: out of reach")
                 continue
+            remark = make_policy(method).remark
             for row in pair:
-                yield replace(row, level=level)
+                yield replace(row, level=level, method=f"{method} ({remark})" if remark else method)
             say(f"{method} at {level}: {pair[0].setting.cache}: {pair[0].score:.1f} -> {pair[1].score:.1f} dB")
     for level, row in own.items():
         if reached(row, level):

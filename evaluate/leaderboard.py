@@ -46,7 +46,8 @@ def speedup(row: Row) -> float | None:
 
 
 def family(method: str) -> str:
-    """What kind of method it is."""
+    """What kind of method it is; its name may carry a remark in brackets."""
+    method = method.partition(" (")[0]
     if method not in names():
         return "AdaCorrection alone" if method in ("adacorr", "literal") else "fewer steps, no cache"
     policy = make_policy(method)

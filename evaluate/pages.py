@@ -32,5 +32,5 @@ def measures(row: Row) -> dict[str, str]:
 
 def level_table(rows: Sequence[Row]) -> str:
     """Every measure of the rows of one level."""
-    lines = [line([f"`{row.setting}`", *measures(row).values()]) for row in rows]
+    lines = [line([row.setting.named, *measures(row).values()]) for row in rows]
     return "\n".join([head(["", *measures(rows[0])]), *lines])

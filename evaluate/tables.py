@@ -106,10 +106,12 @@ def tabulate(command: str, rows: Sequence[Row], known: Sequence[dict[str, str]],
             if row.setting.adacorr is not None:
                 text = {name: f"{lines[-1][name]} → {after}" for name, after in text.items()}
                 lines.pop()
-            lines.append({"method": f"`{row.setting.cache or 'uncached'}`", **text})
+            lines.append(
+                {"method": row.setting.named.replace("--cache ", "") if row.setting.cache else "`uncached`", **text}
+            )
         else:
             model = {"model": row.checkpoint} if command == "table2" else {}
-            lines.append({**model, "setting": f"`{row.setting}`" if row.setting != UNCACHED else "uncached", **text})
+            lines.append({**model, "setting": row.setting.named if row.setting != UNCACHED else "uncached", **text})
     return {"columns": list(lines[0]) if lines else [], "rows": [list(text.values()) for text in lines]}
 
 

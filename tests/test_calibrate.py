@@ -235,6 +235,7 @@ def test_mistakes_are_one_line_before_any_weights_are_read(tmp_path, monkeypatch
         ("lazydit", 1, 2, "nothing was observed"),
         ("lazydit", 3, 1, "one image is too few"),
         ("magcache", 1, 2, "at least 2 steps"),
+        ("schedule", 1, 2, "nothing was observed"),
         ("smoothcache", 1, 2, "nothing was observed"),
         ("teacache", 1, 2, "0 pairs cannot fit degree 4"),
         ("teacache", 3, 2, "4 pairs cannot fit degree 4"),

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from adacorr.history import History, Polynomial, lagrange_weights, taylor_weights
+from adacorr.history import History, Polynomial, hermite_weights, lagrange_weights, taylor_weights
 
 UNEVEN = np.array([611.0, 660.0, 775.0, 790.0, 999.0])  # newest first, as timesteps fall
 AT = np.array([600.0, 520.5, 0.0, 640.0, 700.0, 780.0, 980.0, 999.0])  # beyond the newest one, between, and on one
@@ -40,7 +40,7 @@ def test_rows_with_fewer_steps_use_a_lower_order():
     np.testing.assert_allclose(weights[1, 0], [4.0, -3.0, 0.0])  # 700 and 650 carried on to 500
 
 
-@pytest.mark.parametrize("rule", [lagrange_weights, taylor_weights])
+@pytest.mark.parametrize("rule", [lagrange_weights, taylor_weights, hermite_weights])
 def test_an_empty_history_raises(rule):
     with pytest.raises(ValueError, match="empty history"):
         rule(np.array([[600.0, 700.0], [np.nan, np.nan]]), np.array([500.0]), 1)
@@ -140,3 +140,17 @@ def test_taylor_at_equal_intervals_falls_short_of_the_polynomial_by_a_known_term
         # Of order 2: k g / 2 * D2 with k = 3, g = 10 and D2 = 2 / 100 of (t / 10)^2.
         missing = 3 * 10 / 2 * 0.02 if order == 2 else 0.0
         assert exact @ square - taylor @ square == pytest.approx(missing)
+
+
+def test_hermite_weights_scale_the_orders_of_the_series():
+    """H_1 = 2 x, H_2 = 4 x^2 - 2, H_3 = 8 x^3 - 12 x at x = sigma k; derivatives as in the series."""
+    values, nodes, k = np.array([5.0, 2.0, 7.0, 1.0]), np.array([[10.0, 6.0, 3.0, 1.0]]), 2.0
+    taylor = [taylor_weights(nodes, np.array([12.0]), order)[0, 0] @ values[: order + 1] for order in range(4)]
+    for sigma in (0.5, 0.71):
+        x = sigma * k
+        share = [1, sigma * 2 * x / k, sigma**2 * (4 * x**2 - 2) / k**2, sigma**3 * (8 * x**3 - 12 * x) / k**3]
+        for order in range(4):
+            terms = np.diff([0.0, *taylor[: order + 1]]) * share[: order + 1]
+            weights = hermite_weights(nodes, np.array([12.0]), order, sigma)[0, 0]
+            assert weights @ values[: order + 1] == pytest.approx(terms.sum())
+            assert weights.sum() == pytest.approx(1.0)  # what is constant stays

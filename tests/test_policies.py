@@ -22,8 +22,8 @@ from diffusion import make_sampler
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILT_IN = {
-    "adacache", "dicache", "ertacache", "fastcache", "first_block", "interval", "lazydit", "magcache", "never", "rfc",
-    "smoothcache", "taylorseer", "teacache",
+    "adacache", "dicache", "ertacache", "fastcache", "first_block", "freqca", "hicache", "icc", "interval",
+    "lazydit", "magcache", "never", "rfc", "schedule", "smoothcache", "taylorseer", "teacache",
 }  # fmt: skip
 NAMES = list(policies())  # a new file in the folder comes under the contract by itself
 # Settings that skip on a model whose features turn as fast as the toy's; the other methods skip by default.
@@ -42,6 +42,7 @@ VARIANTS = [
     ("first_block", "threshold=0.5,back=1,order=1"),
     ("interval", "every=4,order=2,align=start"),
     ("rfc", "order=2,weights=exact,norm=token,threshold=0.5"),
+    ("schedule", "order=0,affine=true"),
     ("taylorseer", "every=2,order=2,weights=exact"),
 ]
 CASES = [*((name, SKIPPING.get(name, "")) for name in NAMES), *VARIANTS]
@@ -171,8 +172,9 @@ def test_profiles_are_refused_elsewhere(name, folder, model):
 
 NO_REUSE = {
     "adacache": "scale=0", "dicache": "threshold=0", "ertacache": "threshold=0", "first_block": "threshold=0",
-    "interval": "every=1", "magcache": "threshold=0", "never": "", "rfc": "threshold=0", "smoothcache": "threshold=0",
-    "taylorseer": "every=1", "teacache": "threshold=0",
+    "freqca": "every=1", "hicache": "every=1", "icc": "every=1", "interval": "every=1", "magcache": "threshold=0",
+    "never": "", "rfc": "threshold=0", "schedule": "share=1", "smoothcache": "threshold=0", "taylorseer": "every=1",
+    "teacache": "threshold=0",
 }  # fmt: skip
 
 
@@ -260,12 +262,16 @@ REFUSED = {
     "fastcache": "threshold=-0.1 threshold=nan scope=row tau=-1 tau=nan form=linear reference=first",
     "first_block": "threshold=-0.1 threshold=nan scope=pair front=0 back=-1 warmup=-1 max_continuous=-2 order=5 "
     "max_cached=-2 order=-1",
+    "freqca": "every=0 order=5 order=-1 sigma=0.0 sigma=1.1 cutoff=-0.1 cutoff=1.1 first_enhance=0",
+    "hicache": "every=0 order=5 order=-1 sigma=0.0 sigma=1.1 first_enhance=0 gate_error=-0.1 gate_error=0.6",
+    "icc": "every=0 rank=0.0 rank=1.1",
     "interval": "every=0 every=2.5 warmup=-1 order=5 order=-1 align=middle",
     "lazydit": "threshold=-0.1 threshold=nan scope=row attn_threshold=-1 mlp_threshold=-1 max_lag=0 profile=none",
     "magcache": "threshold=-0.1 threshold=nan max_skip=-1 retention=1.5 profile=none",
     "rfc": "threshold=-0.1 threshold=nan scope=row order=0 order=3 weights=lagrange norm=tensor rfe=1",
-    "smoothcache": "threshold=-0.1 threshold=nan max_lag=0 profile=none",
-    "taylorseer": "every=0 order=5 order=-1 first_enhance=0 weights=lagrange",
+    "schedule": "share=0.0 share=1.1 first=0 order=3 power=0.4 power=33 profile=none",
+    "smoothcache": "threshold=-0.1 threshold=nan max_lag=0 profile=none lags=one",
+    "taylorseer": "gate_error=-0.1 gate_error=0.6 every=0 order=5 order=-1 first_enhance=0 weights=lagrange",
     "teacache": "threshold=-0.1 threshold=low scope=row profile=/nowhere/at/all.json",
 }
 

@@ -1,9 +1,11 @@
 """First-block cache and DBCache: the rule by hand, its limits, and runs against a cache kept in the plainest way."""
 
+import math
+
 import pytest
 import torch
 from by_hand import column, compute, show, start, walk
-from toy import forecast, sample, sample_with, tiny_dit
+from toy import sample, sample_with, tiny_dit
 
 from adacorr import CacheManager, Predictor, make_policy
 from adacorr.policy import Unit
@@ -62,11 +64,14 @@ def test_units_of_front_middle_and_back():
 
 
 class Dual:
-    """Front and back computed in every step, the middle at `steps`, else its residual held or extrapolated."""
+    """Front and back computed in every step, the middle at `steps`, else its residual held or extrapolated.
+
+    Derivatives are the releases': each computed step after step 1 makes them from those of the one before.
+    """
 
     def __init__(self, front, back, steps, order):
         self.front, self.back, self.steps, self.order = front, back, steps, order
-        self.step, self.nodes = -1, []
+        self.step, self.last, self.derivatives = -1, None, []
 
     def run_blocks(self, blocks, x, c):
         self.step += 1
@@ -77,20 +82,25 @@ class Dual:
             head = x
             for block in blocks[self.front : end]:
                 x = block(x, c)
-            self.nodes.append((self.step, x - head))
+            fresh = [x - head]
+            for old in self.derivatives[: self.order] if self.step > 1 else ():
+                fresh.append((fresh[-1] - old) / (self.step - self.last))
+            self.last, self.derivatives = self.step, fresh
         else:
-            x = x + forecast(self.nodes, self.step, self.order)
+            away = self.step - self.last
+            x = x + sum(d * away**j / math.factorial(j) for j, d in enumerate(self.derivatives))
         for block in blocks[end:]:
             x = block(x, c)
         return x
 
 
-@pytest.mark.parametrize(("front", "back", "order"), [(1, 0, 0), (1, 1, 0), (2, 0, 1), (1, 2, 1)])
-def test_a_run_is_the_plain_dual_cache(front, back, order):
-    model, steps = tiny_dit(depth=4), [0, 1, 4, 7]
-    spec = f"first_block:threshold=inf,warmup=2,max_continuous=2,front={front},back={back},order={order}"
+@pytest.mark.parametrize("warmup", [0, 1, 2, 3])
+@pytest.mark.parametrize(("front", "back", "order"), [(1, 0, 0), (1, 1, 0), (2, 0, 1), (1, 2, 2), (1, 0, 4)])
+def test_a_run_is_the_plain_dual_cache(front, back, order, warmup):
+    model = tiny_dit(depth=4)
+    steps = [*range(warmup), *range(max(warmup - 1, 0) + 3, 10, 3)] if warmup else [0, 3, 6, 9]
+    spec = f"first_block:threshold=inf,warmup={warmup},max_continuous=2,front={front},back={back},order={order}"
     manager = CacheManager(make_policy(spec))
     out = sample(model, cache=manager)
     assert [manager.trace.computed_steps(i) for i in range(3)] == [steps] * 3
-    # Order 1 is the same with difference quotients and polynomials.
     torch.testing.assert_close(out, sample_with(Dual(front, back, steps, order), model), rtol=1e-3, atol=1e-4)

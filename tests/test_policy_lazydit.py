@@ -15,6 +15,7 @@ from adacorr.calibration.lazydit import LazyDiTCalibration
 from adacorr.policy import Ran, by_branch
 from adacorr.profile import Profile, save_profile
 from diffusion import make_sampler
+from evaluate.bench import Setting
 
 TOKENS, WIDTH = 16, 32
 PATTERN = torch.tensor([1.0, -1.0]).repeat(WIDTH // 2)  # equal to its own layer norm
@@ -342,3 +343,9 @@ def test_trained_gates_run(model, tmp_path):
     manager = CacheManager(make_policy(f"lazydit:gates={path}"))
     assert bool(torch.isfinite(sample(model, cache=manager)).all())
     assert 0.1 < manager.trace.hit_rate < 0.9
+
+
+def test_tables_name_the_stand_in(tmp_path):
+    assert Setting("lazydit:threshold=2").named == "`--cache lazydit:threshold=2` (untrained stand-in)"
+    assert Setting(f"lazydit:gates={tmp_path}/gates.pth").named == f"`--cache lazydit:gates={tmp_path}/gates.pth`"
+    assert Setting("never", "gamma=2").named == "`--cache never --adacorr gamma=2`"

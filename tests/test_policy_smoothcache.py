@@ -10,7 +10,7 @@ from toy import Twin, make_run, make_view, sample, sample_with, tiny_dit
 
 from adacorr import CacheManager, make_policy
 from adacorr.calibration.smoothcache import SmoothCacheCalibration
-from adacorr.policies.smoothcache import scan
+from adacorr.policies.smoothcache import scan, scan_last
 from adacorr.policy import Ran
 from adacorr.profile import Profile, save_profile
 from diffusion import make_sampler
@@ -76,6 +76,29 @@ def test_scan_asks_for_the_error_of_the_skipped_step_at_its_lag(large, steps, ma
     for step, lag in large:
         error[step, lag - 1] = 1.0
     assert steps_of(scan(error, 0.5, max_lag)) == expected
+
+
+def test_the_releases_scan_asks_for_the_longest_lag_alone(model, shelf):
+    error = np.tile([9.0, 0.1, 9.0], (8, 1))  # only lag 2 is fine
+    assert steps_of(scan(error, 0.5, 3)) == list(range(8))
+    assert steps_of(scan_last(error, 0.5, 3)) == [0, 3, 6, 7]
+    assert steps_of(scan_last(np.zeros((8, 3)), 0.0, 3)) == list(range(8))  # a threshold of 0 never reuses
+    for threshold in (0.1, 0.25, np.inf):  # where errors grow with the lag both are one
+        assert steps_of(scan_last(growing(), threshold, 3)) == steps_of(scan(growing(), threshold, 3))
+    rng = np.random.default_rng(0)
+    for lags in (1, 3, 5):
+        error = rng.uniform(size=(20, lags))
+        # As released: rows by lag, each a list from the first step that has one; zeros are filled in behind a step.
+        rows, expected, i = [error[lag:, lag - 1] for lag in range(1, lags + 1)], np.ones(20, dtype=bool), 0
+        while i < 20:
+            fit = [lag for lag in range(lags, 0, -1) if i < len(rows[lag - 1]) and rows[lag - 1][i] <= 0.3]
+            expected[i + 1 : i + 1 + (fit or [0])[0]] = False
+            i += 1 + (fit or [0])[0]
+        expected[-1] = True
+        assert (scan_last(error, 0.3, lags) == expected).all()
+    policy = make_policy(shelf(np.stack([np.tile([9.0, 0.1, 9.0], (8, 1))] * 2), threshold=0.5, lags="last"))
+    policy.begin(make_run(model, 1, 2, 8, **KNOWN))
+    assert steps_of(policy._table[0]) == [0, 3, 6, 7]
 
 
 def two_tables(steps=8):

@@ -45,6 +45,17 @@ def test_bytes_of_every_method(ckpt, tmp_path, capsys):
         assert record["bytes"] is None or text == f"{record['bytes'] / 1e6:.2f}"
 
 
+def test_the_codebook_of_adacache(ckpt, tmp_path, capsys):
+    common = "codebook --images 3 --num-sampling-steps 6 --device cpu --ckpt", ckpt
+    (record,) = run(tables.main, tmp_path / "x.json", *common)
+    ((images, changes, codebook),) = printed(capsys)
+    assert (images, changes) == ("3", "15")  # of every step but the first
+    rates = [rate for _, rate in (pair.split(":") for pair in codebook.strip("`").split("/"))]
+    assert rates == ["6", "5", "4", "3", "2", "1"]
+    assert record["keys"] == sorted(record["keys"])
+    assert record["keys"][0] > 0
+
+
 def test_compared_tables(ckpt, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(tables, "GAMMA", ("gamma=1", "budget=3"))
     changes = {"5 steps": {"steps": 5}, "batch 1": {"images": 1}, "guidance 1": {"cfg_scale": 1.0}}

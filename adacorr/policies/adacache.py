@@ -8,11 +8,11 @@ import numpy as np
 from adacorr.policies import register
 from adacorr.policy import SCOPES, Knob, Policy, Predictor, Ran, RunInfo, Unit, View, option, relative_change, scatter
 
-# KEY:RATE pairs. `dit` is ours: its keys are the sextiles of the change per step in uncached runs of a DiT-Ti/4 on
-# CIFAR-10 (DDIM-50, guidance 1.5, 8 images of noise that nothing is judged on). The others are the release's for
-# Open-Sora in 30 steps.
+# KEY:RATE pairs. `dit` is ours: its keys are the sextiles of the change per step in uncached runs of the bundled model,
+# as `python -m benchmarks.tables codebook --images 16` measures them. The others are the release's for Open-Sora in 30
+# steps.
 CODEBOOKS = {
-    "dit": "0.062:6/0.081:5/0.098:4/0.113:3/0.137:2/1:1",
+    "dit": "0.062:6/0.073:5/0.09:4/0.115:3/0.14:2/1:1",
     "fast": "0.08:6/0.16:5/0.24:4/0.32:3/0.40:2/1:1",
     "slow": "0.08:3/0.16:2/1:1",
 }
@@ -28,13 +28,15 @@ class AdaCache(Policy):
     codebook  KEY:RATE/KEY:RATE/..., or dit, fast or slow; keys rise and rates fall
     gates     fresh: branch outputs under the gates of the current step; frozen: what the blocks added, as released
     scope     image: each image waits by itself, with both its guidance halves; batch: all together, as released
+
     Source: `opensora/models/stdit/stdit3.py` of the release. At a computed step let c be what the attention of block
     L // 2 adds now, r what it added at the last computed step, and k the number of steps between. The change per step
     is d = mean|c - r| / mean|r| / k, and the rate of the smallest key above d is the number of steps to the next
     computed one. The first two and the last two steps are computed. Stored: one prediction for each unit, and r.
 
     Departures: k is the number of steps that passed, where the release divides by the rate that it chose. d above all
-    keys gives rate 1, where the release gives the last rate. The motion term is for video and left out.
+    keys gives rate 1, where the release gives the last rate. Block L // 2 is the middle of any model; the release names
+    block 13 of its 28, and of those the temporal attention. The motion term is for video and left out.
     """
 
     scale: float = option(1.0, low=0)

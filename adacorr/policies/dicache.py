@@ -24,6 +24,7 @@ class DiCache(Policy):
     retention  share of the steps that are all computed at the start: the first int(retention * steps) + 1, and the last
     g_max      upper bound of g below (1.5 in the release for FLUX, up to 2 for Wan); 1 reuses the newest residual
     scope      image: each image decides, and has its g, with both its guidance halves; batch: one for all, as released
+
     Let p be the probe's residual now, p2 and p1 those of the newest two computed steps, and R2 and R1 the stack's
     residuals there. A skipped step gives x_in + R1 + g (R2 - R1), g = clip(mean|p - p1| / mean|p2 - p1|, 1, g_max), and
     x_in + R2 until there are two computed steps. Stored for each image and half: two residuals of what follows the

@@ -19,6 +19,7 @@ class Interval(Policy):
     warmup  further steps after the first that are always computed
     align   end: counted back from the last step, which is always computed, as released; start: counted from the last
             step of the warm-up. With N = 3 and 50 steps, "end" computes 18 of them, the published 2.77x
+
     Stored for each image and half: the pre-gate branch outputs of order + 1 computed steps, compressed to the few sums
     of the gates' basis (adacorr/gates.py), where the release holds two tensors a block.
     """

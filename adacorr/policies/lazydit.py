@@ -54,6 +54,10 @@ class LazyDiT(Policy):
         if self.gates == STAND_IN and not self.profile:
             raise ValueError(f"lazydit: profile={self.profile} must be auto or a file: the stand-in's gates are in it")
 
+    @property
+    def remark(self) -> str:
+        return "untrained stand-in" if self.gates == STAND_IN else ""
+
     def units(self, depth: int) -> list[Unit]:
         return by_branch(depth)
 

@@ -9,6 +9,8 @@ from adacorr.policies import register
 from adacorr.policy import Knob, Policy, Ran, RunInfo, View, option
 from adacorr.profile import find_profile
 
+EARLY = tuple(f"max_skip={most},retention=0.04" for most in (1, 2, 3, 4, 6, 12))
+
 
 @register
 @dataclass
@@ -33,7 +35,7 @@ class MagCache(Policy):
     retention: float = option(0.2, low=0, high=1)
     profile: str = "auto"
     calibration = MagCacheCalibration
-    knob = Knob("threshold", 0.001, 3.0, ("", "max_skip=5", "max_skip=12,retention=0.1"))
+    knob = Knob("threshold", 0.001, 3.0, ("", *EARLY))
 
     def begin(self, info: RunInfo) -> None:
         ratio = find_profile("magcache", self.profile, info).require(ratio=(info.num_steps,))["ratio"]

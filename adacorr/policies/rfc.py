@@ -30,6 +30,7 @@ class RFC(Policy):
     norm       of the sizes below. row: over the tokens and channels of an image's half; token: of each token. The
                paper's descriptions do not say which
     scope      image: each image decides with both its guidance halves; batch: one decision for all
+
     Let a and F be a module's input (after norm and modulation) and output (before its gate) now, a0, F0 and a1, F1
     those of the newest two computed steps, and T the forecast less F0. Then (RFE)
     F = F0 + |F0 - F1| / |a0 - a1| * |a - a0| * T / |T|, which is F0 where T is nothing, and the forecast as it is where
@@ -47,7 +48,7 @@ class RFC(Policy):
     norm: str = option("row", choices=tuple(NORMS))
     scope: str = option("image", choices=SCOPES)
 
-    knob = Knob("threshold", 0.003, 3.0, ("", "order=2", "rfe=false"))
+    knob = Knob("threshold", 0.003, 3.0, ("", "order=2", "order=2,weights=exact", "rfe=false"))
 
     @property
     def predictor(self) -> Predictor:

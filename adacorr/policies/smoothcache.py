@@ -18,16 +18,20 @@ class SmoothCache(Policy):
     threshold  largest error (alpha), mean over the blocks of the relative L1 change, at which outputs are reused; 0
                never reuses. The release ships schedules for 0.08, 0.18 and 0.22 of DiT-XL/2 on 50 steps
     max_lag    most steps in a row that reuse one output; 3 as released
+    lags       every: a step is reused where the errors of this lag and of all below it are at most the threshold; last:
+               as released, where that of the longest lag is, whatever those below are. They differ where errors fall
+               with the lag
     profile    auto (the one shipped for this model and run) or a file of `python calibrate.py`
 
-    After a computed step the type's branches are skipped for the largest k <= max_lag at which the errors of all lags
-    1..k are at most the threshold, then computed; the first and the last step are computed. The newest pre-gate output
-    of every branch is stored, and reused under current gates. Departures: the release looks at the error of lag k
-    alone. Under AdaCorrection a step is proposed when the table computes at least half of the FLOPs of the branches.
+    After a computed step the type's branches are skipped for the largest k <= max_lag that the errors allow, then
+    computed; the first and the last step are computed. The newest pre-gate output of every branch is stored, and reused
+    under current gates. Under AdaCorrection a step is proposed when the table computes at least half of the FLOPs of
+    the branches.
     """
 
     threshold: float = option(0.18, low=0)
     max_lag: int = option(3, low=1)
+    lags: str = option("every", choices=("every", "last"))
     profile: str = "auto"
     granularity = "branch type"
     calibration = SmoothCacheCalibration
@@ -42,7 +46,8 @@ class SmoothCache(Policy):
         error = profile.require(error=(len(BRANCHES), info.num_steps, None))["error"]
         if self.max_lag > error.shape[2]:
             raise ValueError(f"smoothcache: max_lag={self.max_lag} must be at most {error.shape[2]}, as in the profile")
-        self._table = np.stack([scan(by_type, self.threshold, self.max_lag) for by_type in error])  # (2, S)
+        walk = scan if self.lags == "every" else scan_last
+        self._table = np.stack([walk(by_type, self.threshold, self.max_lag) for by_type in error])  # (2, S)
 
     def decide(self, view: View) -> np.ndarray:
         return view.everyone(self._table[BRANCHES.index(view.unit.branch), view.step])
@@ -58,4 +63,16 @@ def scan(error: np.ndarray, threshold: float, max_lag: int) -> np.ndarray:
     for step in range(len(error)):
         table[step] = step in (0, last) or lag >= max_lag or not error[step, lag] <= threshold
         lag = 0 if table[step] else lag + 1
+    return table
+
+
+def scan_last(error: np.ndarray, threshold: float, max_lag: int) -> np.ndarray:
+    """The same where only the error of the longest lag counts, as released."""
+    table, step = np.ones(len(error), dtype=bool), 0
+    while step < len(error):
+        reach = min(max_lag, len(error) - 1 - step) if threshold > 0 else 0
+        skipped = max((lag for lag in range(1, reach + 1) if error[step + lag, lag - 1] <= threshold), default=0)
+        table[step + 1 : step + 1 + skipped] = False
+        step += skipped + 1
+    table[-1] = True
     return table

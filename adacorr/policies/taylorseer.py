@@ -8,6 +8,7 @@ from adacorr.policies import register
 from adacorr.policy import Knob, Policy, Predictor, View, option
 
 WEIGHTS = {"taylor": "taylor", "exact": "lagrange"}  # the option's names -> the predictor's
+EXACT = ("order=2,weights=exact", "order=2,weights=exact,gate_error=0.001")  # variants
 
 
 @register
@@ -21,8 +22,10 @@ class TaylorSeer(Policy):
     weights        taylor: difference quotients in step indices over the newest interval, as released; exact: the
                    polynomial through the newest order + 1 computed steps in timesteps. Both are the same up to order 1
                    and for even timesteps
+    gate_error     largest relative error of the compressed gates; 0 keeps them exact, as released, and holds more sums
+
     The defaults are those of the release's sampling script for 50 DDIM steps (3.56x). Its table has its best FID at
-    every=3,order=3 (2.77x). As in the release, the last step is not forced, and gates are fresh, but for gate_error.
+    every=3,order=3 (2.77x). As in the release, the last step is not forced, and gates are fresh.
     Stored for each image and half: the pre-gate branch outputs of order + 1 computed steps as values, compressed to the
     few sums of the gates' basis (adacorr/gates.py). Float32 by default: order 4 amplifies the rounding of bf16.
     """
@@ -31,12 +34,13 @@ class TaylorSeer(Policy):
     order: int = option(4, low=0, high=4)
     first_enhance: int = option(2, low=1)
     weights: str = option("taylor", choices=tuple(WEIGHTS))
+    gate_error: float = option(0.03, low=0, high=0.5)
 
-    knob = Knob("every", 2, 25, ("order=1", "order=2", "order=3", "order=4", "order=2,weights=exact"))
+    knob = Knob("every", 2, 25, ("order=1", "order=2", "order=3", "order=4", *EXACT))
 
     @property
     def predictor(self) -> Predictor:
-        return Predictor("branches", order=self.order, weights=WEIGHTS[self.weights])
+        return Predictor("branches", self.order, self.gate_error, WEIGHTS[self.weights])
 
     def decide(self, view: View) -> np.ndarray:
         after = view.step - (self.first_enhance - 1)  # steps since the last of the leading ones
