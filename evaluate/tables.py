@@ -106,9 +106,8 @@ def tabulate(command: str, rows: Sequence[Row], known: Sequence[dict[str, str]],
             if row.setting.adacorr is not None:
                 text = {name: f"{lines[-1][name]} → {after}" for name, after in text.items()}
                 lines.pop()
-            lines.append(
-                {"method": row.setting.named.replace("--cache ", "") if row.setting.cache else "`uncached`", **text}
-            )
+            alone = Setting(row.setting.cache).named.replace("--cache ", "") if row.setting.cache else "`uncached`"
+            lines.append({"method": alone, **text})
         else:
             model = {"model": row.checkpoint} if command == "table2" else {}
             lines.append({**model, "setting": row.setting.named if row.setting != UNCACHED else "uncached", **text})
