@@ -60,18 +60,17 @@ class SpeCa(Policy):
         self._due = np.ones(info.images, dtype=bool)
 
     def decide(self, view: View) -> np.ndarray:
-        if view.unit == self._first:  # for the whole step
+        if view.unit == self._first and view.age.any():  # for the whole step
             forecast = view.age - 1  # steps in a row
-            right = self._error <= max(
-                self.base_threshold * self.decay_rate ** ((view.step + 1) / view.num_steps), 0.01
-            )
+            limit = max(self.base_threshold * self.decay_rate ** ((view.step + 1) / view.num_steps), 0.01)
+            wrong = ~(view.measured(self._error) <= limit) & (forecast >= self.min_taylor)
             late = (view.step < self.first_enhance) | (forecast >= self.max_taylor)
-            self._due = (view.age == 0) | ((forecast > 0) & (late | (~right & (forecast >= self.min_taylor))))
+            self._due = (view.age == 0) | ((forecast > 0) & (wrong | late)) | view.failed
         return self._due
 
     def computed(self, view: View, ran: Ran) -> None:
-        if view.unit == self._first:
-            self._error[ran.images] = 0.0
+        if view.unit == self._first:  # nothing was checked since: 0, but not a number for an image that is lost
+            self._error[ran.images] = 0.0 * ran.x.float().mean(dim=(0, 2, 3)).double().cpu().numpy()
 
     def reuse(self, view: View, cached: Cached) -> Tensor:
         checked = view.age[cached.images] > self.min_taylor
@@ -96,4 +95,4 @@ class SpeCa(Policy):
         error = ((forecast.float() - true).abs() / (true.abs() + 1e-10)).mean(dim=(0, 2, 3)).double().cpu().numpy()
         if self.scope == "batch":
             error = np.full_like(error, error.mean())
-        self._error[images] = view.measured_in_reuse(error)
+        self._error[images] = error
