@@ -20,20 +20,24 @@ NAMES = sorted(adacorr.available())
 # What the rule measures with: a function in its module, or all that it hands to `View.measured`. The others follow a
 # schedule.
 MEASURES = dict.fromkeys(["adacache", "dicache", "first_block", "rfc", "teacache"], "relative_change")
-MEASURES |= {"fastcache": "moved", "lazydit": "measured"}
+MEASURES |= {"fastcache": "moved"} | dict.fromkeys(["easycache", "lazydit", "sencache", "speca"], "measured")
 # Settings that skip on a model whose features turn as fast as this one's.
 OPTIONS = {
     "adacache": "scale=10",
     "dicache": "threshold=2",
+    "easycache": "threshold=1,warmup=1",
     "fastcache": "threshold=1",
     "first_block": "threshold=1",
     "lazydit": "threshold=1",
     "rfc": "threshold=2",
+    "sencache": "threshold=1,start=1",
+    "speca": "base_threshold=1000000",
     "teacache": "threshold=1",
 }
 # A call of the measure in whose step image BAD would reuse (for `lazydit`: the branch in question).
 CALL = {"adacache": 1, "dicache": 2, "fastcache": 3, "first_block": 3, "lazydit": 14, "rfc": 2, "teacache": 3}
-LATE = {"adacache"}  # the decision rests on what was measured in the newest computed step
+CALL |= {"easycache": 4, "sencache": 3, "speca": 7}
+LATE = {"adacache", "speca"}  # the decision rests on what was measured in an earlier step
 LABELS, BAD, MATES, STEPS, FROM = (3, 0, 1), 1, [0, 2], 20, 9
 
 
@@ -92,7 +96,7 @@ def broken(original, at, value, image=(..., BAD)):
 
 def break_measure(monkeypatch, name, value, at):
     """Put `value` for image BAD in the place of what method `name` measures in its call of number `at`."""
-    if name == "lazydit":
+    if MEASURES[name] == "measured":
         take = broken(lambda view, score: score, at, value)
         measured = View.measured
         monkeypatch.setattr(View, "measured", lambda view, score: measured(view, take(view, score)))
@@ -140,7 +144,7 @@ def test_a_lost_image_is_computed_under_adacorrection(name, folder, model):
     same_for_mates(found, clean)
     assert torch.isnan(out[BAD]).all()
     start = FROM
-    if name not in set(MEASURES) - {"adacache", "lazydit"}:  # the others look at computed steps alone
+    if name not in set(MEASURES) - {"lazydit", *LATE}:  # the others look at computed steps alone
         start = next(s for s in clean[1].computed_steps(BAD) if s >= FROM) + 1
     assert start < STEPS - 1
     assert (trace.executed[start:, :, :, BAD] == 1).all()

@@ -1,0 +1,130 @@
+"""EasyCache: rates and sums by hand, and runs against the release's loop around the stack."""
+
+import numpy as np
+import pytest
+import torch
+from by_hand import column, show, start, tensor, walk
+from toy import sample, sample_with, tiny_dit
+
+from adacorr import CacheManager, make_policy
+from adacorr.policy import Ran
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_dit()
+
+
+@pytest.mark.parametrize(
+    ("threshold", "decided"),
+    [
+        (0.04, "xxxx"),
+        (0.09, "xxx."),  # 0.1 / 1, then 0.05 / 1.1
+        (0.11, "xx.x"),  # 0.1 / 1 and 0.05 / 1
+        (0.16, "xx.."),
+        (0.0, "xxxx"),
+        (np.inf, "xx.."),
+    ],
+)
+def test_changes_add_up_relative_to_the_last_output(threshold, decided):
+    # The output is the input here, so that the rate is 1. Nothing is known before the second computed step.
+    assert column(walk(f"easycache:threshold={threshold},warmup=1", [[2.0], [1.0], [1.1], [1.15]])) == decided
+
+
+def test_the_rate_is_that_of_the_newest_two_computed_steps():
+    policy, info, unit = start("easycache:threshold=0.5,warmup=1", images=2)
+    found = []
+    # Image 0: inputs and outputs 0 -> 8, 1 -> 6: k = 2, |y'| = 6. Image 1: 0 -> 8, 2 -> 10: k = 1, |y'| = 10.
+    for step, (x, out) in enumerate([([0.0, 0.0], [8.0, 8.0]), ([1.0, 2.0], [6.0, -10.0 + 20.0])]):
+        view = show(info, step, x, unit, age=[step, step])
+        assert policy.decide(view).all()
+        policy.computed(view, Ran(np.arange(2), view.x, tensor(out)))
+    for step, x in enumerate([[2.0, 5.0], [1.0, 2.0], [2.0, 5.0]], start=2):
+        found.append(policy.decide(show(info, step, x, unit, age=[step - 1] * 2)).tolist())
+        np.testing.assert_allclose(policy._sum, (step - 1) * np.array([2 / 6, 3 / 10]))  # to the step before, skipped
+    assert found == [[False, False], [True, True], [True, True]]
+    view = show(info, 5, [3.0, 5.0], unit, age=[4, 4])
+    policy.computed(view, Ran(np.array([0]), view.x[:, :1], tensor([9.0])))
+    np.testing.assert_allclose(policy._sum, [0.0, 0.9])
+    np.testing.assert_allclose([policy._rate, policy._size], [[3 / 2, 1], [9, 10]])
+
+
+def test_warmup_and_last_step_are_computed():
+    for warmup, decided in ((1, "xx.......x"), (4, "xxxx.....x"), (20, "x" * 10)):
+        assert column(walk(f"easycache:threshold=inf,warmup={warmup}", [[1.0]] * 10, steps=10)) == decided
+
+
+def test_a_wish_that_is_not_granted_stays():
+    assert column(walk("easycache:threshold=0.2,warmup=1", [[2.0], [1.0], [1.3], [1.3], [1.3]], granted=2)) == "xxxxx"
+
+
+@pytest.mark.parametrize(("scope", "decided"), [("image", [True, False]), ("batch", [False, False])])
+def test_scope_is_the_image_with_its_halves_or_the_batch(scope, decided):
+    # Image 0 moves by 0.3 in one half of 1: 0.15 of it, 0.075 of the batch.
+    states = [torch.full((2, 2, 1, 1), v) for v in (2.0, 1.0, 1.0)]
+    states[2][0, 0] = 1.3
+    assert walk(f"easycache:threshold=0.1,warmup=1,scope={scope}", states)[-1] == decided
+
+
+def test_a_still_input_divides_by_nothing():
+    assert column(walk("easycache:threshold=0.1,warmup=1", [[0.0]] * 5)) == "xx..."
+
+
+class Released:
+    """The release's loop with the stack in the place of the network: one decision for all rows."""
+
+    def __init__(self, steps, threshold, warmup):
+        self.steps, self.threshold, self.warmup, self.step, self.full = steps, threshold, warmup, -1, []
+        self.k, self.error, self.last_x, self.last_full_x, self.last_out, self.cache = None, 0.0, None, None, None, None
+
+    def run_blocks(self, blocks, x, c):
+        self.step += 1
+        needed = True
+        if self.step < self.warmup or self.step >= self.steps - 1:
+            self.error = 0.0
+        elif self.k is not None:
+            self.error += float(self.k * (x - self.last_x).abs().mean() / self.last_out.abs().mean())
+            needed = self.error >= self.threshold
+            self.error = 0.0 if needed else self.error
+        self.last_x = x
+        if not needed:
+            return x + self.cache
+        self.full.append(self.step)
+        out = x
+        for block in blocks:
+            out = block(out, c)
+        if self.last_out is not None:
+            self.k = (out - self.last_out).abs().mean() / (x - self.last_full_x).abs().mean()
+        self.cache, self.last_full_x, self.last_out = out - x, x, out
+        return out
+
+
+@pytest.mark.parametrize(("threshold", "warmup"), [(0.05, 5), (0.2, 1), (0.5, 3), (5.0, 2)])
+def test_a_batch_runs_as_released(model, threshold, warmup):
+    manager = CacheManager(make_policy(f"easycache:threshold={threshold},warmup={warmup},scope=batch"))
+    twin = Released(20, threshold, warmup)
+    torch.testing.assert_close(
+        sample(model, 20, cache=manager), sample_with(twin, model, steps=20), rtol=1e-3, atol=1e-4
+    )
+    assert [manager.trace.computed_steps(i) for i in range(3)] == [twin.full] * 3
+    assert len(twin.full) < 20 or threshold == 0.05
+
+
+def test_images_decide_for_themselves(model):
+    labels = (3, 0, 1, 4)
+    sample(model, 20, labels, cache=(manager := CacheManager(make_policy("easycache:threshold=1.375,warmup=1"))))
+    found = [manager.trace.computed_steps(i) for i in range(4)]
+    assert len({tuple(steps) for steps in found}) > 1
+    for i, label in enumerate(labels):
+        sample_with(twin := Released(20, 1.375, 1), model, steps=20, labels=(label,), first=i)
+        assert found[i] == twin.full
+
+
+def test_no_reuse_is_the_plain_model(model):
+    assert torch.equal(sample(model, cache=CacheManager(make_policy("easycache:threshold=0"))), sample(model))
+
+
+@pytest.mark.parametrize("item", ["threshold=-1", "threshold=nan", "warmup=0", "scope=row"])
+def test_wrong_options_are_refused(item):
+    with pytest.raises(ValueError, match=rf"^easycache: {item.partition('=')[0]}=.* must"):
+        make_policy(f"easycache:{item}")

@@ -1,0 +1,179 @@
+"""L2C: the authors' files, the stand-in's fit and calibration by hand, and whole runs."""
+
+import argparse
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+from toy import TINY, make_run, make_view, sample, sample_with, tiny_dit
+
+from adacorr import CacheManager, make_policy
+from adacorr.calibration.l2c import L2CCalibration, fit_routers, load_routers
+from adacorr.policy import Ran, by_branch
+from adacorr.profile import Profile, save_profile
+
+WIDTH = TINY["hidden_size"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_dit()
+
+
+def trained(path, logits):
+    """A file as the authors' trainer writes it, from logits (S, 2L) of the kept timesteps upwards."""
+    routers = {f"{i}.prob": torch.tensor(row, dtype=torch.float32) for i, row in enumerate(logits)}
+    args = argparse.Namespace(model="DiT-XL/2", l1=1e-6)
+    torch.save({"routers": routers, "opt": {"state": {}}, "args": args}, path)
+    return str(path)
+
+
+def routed(steps, branches, computed, threshold=0.1):
+    """Logits just above the threshold for the branches computed[i] of router i, just below for the others."""
+    edge = np.log(threshold / (1 - threshold))
+    logits = np.full((steps, branches), edge - 0.01)
+    for i, own in computed.items():
+        logits[i, list(own)] = edge + 0.01
+    return logits
+
+
+def executed(manager, image=0):
+    """(S, 2L): 1 where a branch ran; attention, MLP, attention, ..."""
+    return manager.trace.executed[:, :, :, image, 0].reshape(manager.trace.done, -1)
+
+
+def test_every_second_step_is_full_and_the_others_follow_the_file(model, tmp_path):
+    # Routers count upwards: sampling steps 1, 3, 5 of 6 read 4, 2, 0. The odd ones are never read.
+    path = trained(tmp_path / "r.pt", routed(6, 6, {4: (0, 3), 2: (5,), 1: (0, 1, 2)}))
+    manager = CacheManager(make_policy(f"l2c:router={path}"))
+    sample(model, 6, cache=manager)
+    expected = np.ones((6, 6))
+    expected[1::2] = [[1, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 1], [0] * 6]
+    for image in range(3):
+        assert np.array_equal(executed(manager, image), expected)
+    for threshold, kept in ((0.09, 1.0), (0.11, 0.0), (1, 0.0)):
+        sample(model, 6, cache=(other := CacheManager(make_policy(f"l2c:router={path},threshold={threshold}"))))
+        assert (executed(other)[1::2] == kept).all()
+
+
+@pytest.mark.parametrize("steps", [5, 8])
+def test_files_of_other_runs_are_refused(model, tmp_path, steps):
+    path = trained(tmp_path / "r.pt", np.zeros((5, 6)))
+    with pytest.raises(ValueError, match=rf"router={path} must have .* an even number of steps, {steps} in this run"):
+        load_routers(path, make_run(model, steps=steps))
+    torch.save({"model": {}}, path)
+    with pytest.raises(ValueError, match="the key 'routers'"):
+        load_routers(path, make_run(model, steps=steps))
+    with pytest.raises(ValueError, match="must be stand-in, or a torch file"):
+        load_routers(str(tmp_path / "none.pt"), make_run(model, steps=steps))
+
+
+def test_one_branch_is_skipped_where_its_error_costs_less_than_it():
+    # By itself a branch of squared error e has 1 - w = l1 / 2e, at most 1.
+    gram = np.stack([np.diag([1.0, 4.0]), np.diag([0.5, 0.0])])
+    assert_close(fit_routers(gram, 1.0), np.array([[0.5, 0.875], [0.0, 0.0]]))
+    assert_close(fit_routers(gram, 0.0), np.ones((2, 2)))
+    assert fit_routers(gram[:0], 1.0).shape == (0, 2)
+
+
+def test_the_fit_is_the_minimum_of_the_loss():
+    rng = np.random.default_rng(0)
+    gram = np.stack([(a := rng.normal(size=(5, 4))).T @ a for _ in range(3)])
+
+    def loss(w, l1):
+        return np.einsum("rb,rbc,rc->r", 1 - w, gram, 1 - w) + l1 * w.sum(axis=1)
+
+    for l1 in (0.1, 2.0, 20.0):
+        best = fit_routers(gram, l1)
+        assert ((best >= 0) & (best <= 1)).all()
+        for scale in (1e-3, 0.1, 1.0):
+            others = (np.clip(best + scale * rng.normal(size=best.shape), 0, 1) for _ in range(50))
+            assert all((loss(best, l1) <= loss(other, l1) + 1e-9).all() for other in others)
+
+
+def test_errors_that_cancel_are_skipped_together():
+    gram = np.array([[[1.0, -0.99], [-0.99, 1.0]]])
+    assert (fit_routers(gram, 0.1) < 1e-3).all()
+    assert (fit_routers(np.abs(gram), 0.1) > 0.9).all()
+
+
+def test_calibration_multiplies_gated_changes_relative_to_the_stack(model):
+    calibration, generator = L2CCalibration(), torch.Generator().manual_seed(1)
+    errors = np.zeros((2, 6, 6))  # of the routed steps, summed up the long way
+    for images in (2, 1):
+        run = make_run(model, images, 2, 5, cfg_scale=1.5)
+        calibration.begin(run)
+        before = {}
+        for step in range(5):
+            c = torch.randn(2 * images, WIDTH, generator=generator)
+            out = torch.randn(2, images, 16, WIDTH, generator=generator)
+            seen = []
+            for unit in by_branch(run.depth):
+                value = torch.randn(2, images, 16, WIDTH, generator=generator)
+                view = make_view(run, step, out, unit, c=c)
+                calibration.computed(view, Ran(np.arange(images), out, out, value))
+                gate = run.blocks[unit.start].modulation(c)[2 if unit.branch == "attn" else 5].view(2, images, 1, WIDTH)
+                seen.append(gate * (before.get(unit, value) - value))
+                before[unit] = value
+            if step in (1, 3):
+                for half in range(2):
+                    for image in range(images):
+                        own = torch.stack([s[half, image].flatten() for s in seen]).double().numpy()
+                        errors[step // 2] += own @ own.T / float(out[half, image].double().square().sum())
+    arrays, _ = calibration.fit()
+    assert_close(arrays["gram"], np.float32(errors / 6), rtol=1e-4, atol=1e-6)
+
+
+class HeldTwin:
+    """The released loop on plain blocks: at odd steps the named branches give what they gave the step before."""
+
+    def __init__(self, computed):
+        self.computed, self.step, self.kept = computed, -1, {}
+
+    def run_blocks(self, blocks, x, c):
+        self.step += 1
+        for layer, block in enumerate(blocks):
+            six = block.modulation(c)
+            for b, branch in enumerate((block.attn_branch, block.mlp_branch)):
+                shift, scale, gate = six[3 * b : 3 * b + 3]
+                if self.step % 2 == 0 or 2 * layer + b in self.computed[self.step]:
+                    self.kept[layer, b] = branch(x, shift, scale)
+                x = x + gate.unsqueeze(1) * self.kept[layer, b]
+        return x
+
+
+def test_a_run_is_the_release(model, tmp_path):
+    table = {1: (0, 3), 3: (), 5: (1, 2, 4), 7: tuple(range(6)), 9: (5,)}
+    path = trained(tmp_path / "r.pt", routed(10, 6, {9 - step: own for step, own in table.items()}))
+    out = sample(model, cache=CacheManager(make_policy(f"l2c:router={path}")))
+    assert_close(out, sample_with(HeldTwin(table), model), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("l1", "compute"), [("0", 1.0), ("inf", 0.5)])
+def test_the_price_of_a_branch_decides_from_all_to_half(model, tmp_path, l1, compute):
+    path = tmp_path / "p.json"
+    save_profile(path, Profile("l2c", {"gram": np.tile(np.eye(6), (5, 1, 1))}, "toy", "ddim", 10, 1.5))
+    out = sample(model, cache=(manager := CacheManager(make_policy(f"l2c:l1={l1},profile={path}"))))
+    assert executed(manager).mean() == compute
+    assert torch.equal(out, sample(model)) == (compute == 1.0)
+
+
+def test_a_step_is_proposed_for_half_of_the_flops(model, tmp_path):
+    # Attention has 0.39 of a block's FLOPs: branches 1 and 3 have 0.41 of all, with branch 0 it is 0.54.
+    path = trained(tmp_path / "r.pt", routed(6, 6, {4: (1, 3), 2: (0, 1, 3), 0: ()}))
+    policy, run = make_policy(f"l2c:router={path}"), make_run(model, 2, 2, 6)
+    policy.begin(run)
+    views = [make_view(run, step, torch.zeros(2, 2, 16, WIDTH)) for step in range(6)]
+    assert [policy.propose(view).tolist() for view in views] == [[s in (0, 2, 3, 4)] * 2 for s in range(6)]
+
+
+@pytest.mark.parametrize("item", ["threshold=1.1", "threshold=-0.1", "threshold=nan", "l1=-1", "l1=nan"])
+def test_wrong_options_are_refused(item):
+    with pytest.raises(ValueError, match=rf"^l2c: {item.partition('=')[0]}=.* must"):
+        make_policy(f"l2c:{item}")
+
+
+def test_tables_say_what_stands_in():
+    assert make_policy("l2c").remark == "fitted stand-in"
+    assert make_policy("l2c:router=x.pt").remark == ""

@@ -1,0 +1,174 @@
+"""SenCache: its rule by hand, its calibration against differences taken apart, and runs against the release's loop."""
+
+import numpy as np
+import pytest
+import torch
+from by_hand import tensor
+from toy import make_run, make_view, sample, sample_with, tiny_dit
+
+from adacorr import CacheManager, make_policy
+from adacorr.calibration.sencache import SenCacheCalibration
+from adacorr.policy import Ran
+from adacorr.profile import Profile, save_profile
+from diffusion import make_sampler
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_dit()
+
+
+@pytest.fixture
+def shelf(tmp_path):
+    """Write sensitivities (S - 1,) to input and time, and give the options that name them."""
+
+    def write(by_input, by_time, options=""):
+        path, steps = tmp_path / "sencache.json", len(by_input) + 1
+        save_profile(path, Profile("sencache", {"input": by_input, "time": by_time}, "toy", "ddim", steps, 1.5))
+        return ",".join(filter(None, [f"sencache:profile={path}", options]))
+
+    return write
+
+
+def walk(model, spec, states, steps=11):
+    """What is decided for inputs `states`; images are computed as they ask."""
+    images = tensor(states[0]).shape[1]
+    halves = tensor(states[0]).shape[0]
+    run = make_run(model, images, halves, steps, cfg_scale=1.5, model_id="toy", sampler="ddim")
+    policy, decided = make_policy(spec), []
+    policy.begin(run)
+    for step, x in enumerate(states):
+        view = make_view(run, step, tensor(x))
+        wanted = policy.decide(view)
+        decided.append(wanted.tolist())
+        own = np.flatnonzero(wanted)
+        if len(own):
+            policy.computed(view, Ran(own, view.x[:, own], view.x[:, own]))
+    return decided
+
+
+def column(decided, image=0):
+    return "".join(".x"[row[image]] for row in decided)
+
+
+def flat(by_input, by_time, steps=11):
+    return np.full(steps - 1, by_input), np.full(steps - 1, by_time)
+
+
+def test_errors_are_measured_from_the_computed_step(model, shelf):
+    # The input moves by 0.1 a step, so that the error is 0.2, 0.4, 0.6 after a computed step.
+    states = [[0.1 * s] for s in range(11)]
+    for threshold, decided in ((0.1, "xxxxxxxxxxx"), (0.3, "x.x.x.x.x.x"), (0.5, "x..x..x..xx"), (9, "x.........x")):
+        assert column(walk(model, shelf(*flat(2.0, 0.0), f"threshold={threshold},share=0"), states)) == decided
+
+
+def test_time_counts_with_the_input(model, shelf):
+    # 999, 899, 799, ... with 0.001 each: 0.1 a step, besides 0.1 for the input.
+    states = [[0.1 * s] for s in range(11)]
+    for threshold, decided in ((0.15, "xxxxxxxxxxx"), (0.25, "x.x.x.x.x.x"), (0.45, "x..x..x..xx")):
+        assert column(walk(model, shelf(*flat(1.0, 0.001), f"threshold={threshold},share=0"), states)) == decided
+
+
+def test_sensitivities_are_those_of_the_computed_step(model, shelf):
+    by_input = np.zeros(10)
+    by_input[[0, 2]] = 10.0  # errors of 1 and 2 after steps 0 and 2, and none after step 4
+    states = [[0.1 * s] for s in range(8)]
+    assert column(walk(model, shelf(by_input, np.zeros(10), "threshold=1.5,share=0"), states)) == "x.x.x..."
+
+
+def test_start_share_and_max_skip(model, shelf):
+    states = [[0.1 * s] for s in range(11)]
+    spec = shelf(*flat(1.0, 0.0), "threshold=9,start=0.15,share=0.4")  # the first round(4.4) steps
+    assert column(walk(model, spec, states)) == "x.x.......x"
+    assert column(walk(model, shelf(*flat(1.0, 0.0), "threshold=9,share=0,max_skip=2"), states)) == "x..x..x..xx"
+    assert column(walk(model, shelf(*flat(0.0, 0.0), "max_skip=0"), states)) == "x" * 11
+
+
+def test_scope_is_the_image_with_its_halves_or_the_batch(model, shelf):
+    # Image 0 moves by 2 in one half of two: rms sqrt(2), of the batch 1.
+    states = [torch.zeros(2, 2, 1, 1), torch.zeros(2, 2, 1, 1)]
+    states[1][1, 0] = 2.0
+    for threshold, image, batch in ((0.9, True, True), (1.2, True, False), (1.5, False, False)):
+        options = f"threshold={threshold},share=0"
+        assert walk(model, shelf(*flat(1.0, 0.0), options), states)[1] == [image, False]
+        assert walk(model, shelf(*flat(1.0, 0.0), f"{options},scope=batch"), states)[1] == [batch, batch]
+
+
+@torch.no_grad()
+def test_calibration_changes_input_and_time_one_at_a_time(model):
+    generator, calibration, expected = torch.Generator().manual_seed(0), SenCacheCalibration(), np.zeros((2, 2))
+    for images in (1, 2):
+        run = make_run(model, images, 2, 3)
+        calibration.begin(run)
+        x, c = (
+            torch.randn(3, 2, images, 16, 32, generator=generator),
+            torch.randn(3, 2, images, 32, generator=generator),
+        )
+
+        def stack(i, j, image, x=x, c=c):
+            out = x[i, :, image]
+            for block in model.blocks:
+                out = block(out, c[j, :, image])
+            return out
+
+        for step in range(3):
+            view = make_view(run, step, x[step], c=c[step].flatten(0, 1))
+            out = torch.stack([stack(step, step, i) for i in range(images)], dim=1)
+            calibration.computed(view, Ran(np.arange(images), x[step], out))
+        for step in range(2):
+            gap = run.timesteps[step] - run.timesteps[step + 1]
+            for i in range(images):
+                f = stack(step, step, i)
+                moved = (x[step + 1, :, i] - x[step, :, i]).norm()
+                per_input = (stack(step + 1, step, i) - f).norm() / moved
+                per_time = (stack(step, step + 1, i) - f).norm() / gap / f.numel() ** 0.5
+                expected[:, step] += np.array([float(per_input), float(per_time)]) * f.numel() ** 0.5 / float(f.norm())
+    arrays, notes = calibration.fit()
+    np.testing.assert_allclose([arrays["input"], arrays["time"]], expected / 3, rtol=1e-4)
+    assert notes == {"images": 3}
+
+
+class Released:
+    """The release's loop: counters, norms over sqrt(N), sensitivities taken at the computed step."""
+
+    def __init__(self, by_input, by_time, timesteps, start, main, most):
+        self.tables, self.t, self.limits, self.most = (by_input, by_time), timesteps, (start, main), most
+        self.step, self.skips, self.x, self.full = -1, 0, None, []
+
+    def run_blocks(self, blocks, x, c):
+        self.step += 1
+        if 1 <= self.step < len(self.t) - 1:
+            dx, dt = float((x - self.x).norm()), abs(float(self.t[self.step] - self.t[self.at]))
+            error = self.tables[0][self.at] * dx + self.tables[1][self.at] * x.numel() ** 0.5 * dt
+            limit = self.limits[self.step >= round(0.2 * len(self.t))] * x.numel() ** 0.5
+            if error < limit and self.skips < self.most:
+                self.skips += 1
+                return x + self.residual
+        self.skips, self.x, self.at = 0, x, self.step
+        self.full.append(self.step)
+        out = x
+        for block in blocks:
+            out = block(out, c)
+        self.residual = out - x
+        return out
+
+
+@pytest.mark.parametrize(("start", "main", "most"), [(0.1, 2.0, 10), (3.0, 3.0, 2), (0.5, 1.0, 4)])
+def test_images_run_as_released(model, shelf, start, main, most):
+    rng, steps = np.random.default_rng(1), 20
+    tables = rng.uniform(0.3, 1.0, steps - 1), rng.uniform(0, 0.001, steps - 1)
+    spec = shelf(*tables, f"start={start},threshold={main},max_skip={most}")
+    labels = (3, 0, 1)
+    out = sample(model, steps, labels, cache=(manager := CacheManager(make_policy(spec))))
+    for i, label in enumerate(labels):
+        twin = Released(*tables, make_sampler("ddim", steps).timesteps, start, main, most)
+        expected = sample_with(twin, model, steps=steps, labels=(label,), first=i)
+        torch.testing.assert_close(out[i], expected[0], rtol=1e-3, atol=1e-4)
+        assert manager.trace.computed_steps(i) == twin.full
+        assert len(twin.full) < steps
+
+
+@pytest.mark.parametrize("item", ["threshold=-1", "start=nan", "share=1.1", "max_skip=-1", "scope=row", "profile=none"])
+def test_wrong_options_are_refused(item):
+    with pytest.raises(ValueError, match=rf"^sencache: {item.partition('=')[0]}=.* must"):
+        make_policy(f"sencache:{item}")
