@@ -22,9 +22,9 @@ $(STAMP): pyproject.toml
 demo: install
 	$(BIN)/python sample.py --adacorr --compare --out samples/demo.png --record samples/demo.json $(ARGS)
 
-# A process for each core; a file's tests stay together, since they share models.
+# A process for each core; one that has nothing left takes over tests of the other.
 test: install
-	$(BIN)/python -m pytest -q -n auto --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -q -n auto --dist worksteal $(ARGS)
 
 lint: install
 	$(BIN)/python -m ruff check .
