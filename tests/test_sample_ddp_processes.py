@@ -319,17 +319,18 @@ def test_sigusr1_to_all_processes_of_a_job_that_has_not_begun(flags, tmp_path):
     process.communicate()
 
 
-@pytest.mark.parametrize("late", [0, 1])
-def test_a_mistake_is_told_once_whichever_process_is_late(flags, whole, tmp_path, late):
+JPG = (["--format", "jpg"], "invalid choice: 'jpg'")
+TWO_THREADS = (["--threads", 2], "precision.threads: 1 in the folder, 2 asked")
+
+
+@pytest.mark.parametrize(("late", "given"), [(0, JPG), (0, TWO_THREADS), (1, TWO_THREADS)])
+def test_a_mistake_is_told_once_whichever_process_is_late(flags, whole, tmp_path, late, given):
     """torchrun ends all processes with the first: none may end before rank 0 has said why."""
+    mistake, words = given
     place = str(whole.parent)
-    for mistake, words in (
-        (["--threads", 2], "precision.threads: 1 in the folder, 2 asked"),
-        (["--format", "jpg"], "invalid choice: 'jpg'"),
-    ):
-        code, _, err = end(start(*TORCHRUN, 2, script(tmp_path), *flags, place, *mistake, LATE=late))
-        assert code == 1
-        assert err.count(words) == 1, err
+    code, _, err = end(start(*TORCHRUN, 2, script(tmp_path), *flags, place, *mistake, LATE=late))
+    assert code == 1
+    assert err.count(words) == 1, err
 
 
 def test_without_torchrun_a_mistake_of_rank_0_ends_the_others(flags, whole, tmp_path):
