@@ -154,6 +154,11 @@ class Pipeline:
         """(C, H, W) of the state."""
         return self.model.in_channels, self.model.input_size, self.model.input_size
 
+    def labels_in_turn(self, indices: np.ndarray) -> Tensor | None:
+        """Labels (n,) of images (n,), the classes in turn; None for a model without classes."""
+        classes = self.model.num_classes
+        return torch.from_numpy(indices) % classes if classes else None
+
     def sample(
         self,
         seed: int,

@@ -7,10 +7,8 @@ a sampler and a guidance, and serves any number of steps.
 
 import hashlib
 import re
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +21,7 @@ from diffusion import make_sampler
 from download import cache_folder
 from models import guided_channels
 from pipeline import Pipeline, alpha_bar, gaussian
-from runtime import check_range
+from runtime import check_range, say
 
 METHOD = "adacorr"
 FORMAT = 2  # of the arrays: profiles that earlier versions kept are not looked at
@@ -43,7 +41,7 @@ def check_calibrate(text: str) -> None:
 
 
 def with_profile(
-    cache: CacheManager | None, pipe: Pipeline, calibrate: str = "auto", say: Callable[[str], None] | None = None
+    cache: CacheManager | None, pipe: Pipeline, calibrate: str = "auto", say: Callable[[str], None] = say
 ) -> CacheManager | None:
     """The cache with what is known of the pipeline's model, as --calibrate says; as it is where no profile serves it.
 
@@ -69,7 +67,6 @@ def with_profile(
         profile = find_profile(pipe)
         if profile is None:
             count, path = int(calibrate) if calibrate.isdecimal() else IMAGES, kept_at(pipe)
-            say = say or partial(print, file=sys.stderr, flush=True)
             say(f"measuring the model on {count} uncached images, once; --calibrate off does without, at lower quality")
             profile = measure(pipe, count)
             save_profile(path, profile)

@@ -73,6 +73,11 @@ def timed(job: Callable[[], T], device: torch.device) -> tuple[T, float]:
     return result, time.perf_counter() - start
 
 
+def say(text: str) -> None:
+    """A line for people on stderr, beside what a command prints."""
+    print(text, file=sys.stderr, flush=True)
+
+
 class Progress:
     """A bar on a terminal; elsewhere `line` gets a text every 30 s, if it is given.
 

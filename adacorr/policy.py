@@ -160,6 +160,11 @@ class View:
         """(n,) bool: one answer for all images."""
         return np.full(self.images, bool(answer))
 
+    def one_in(self, every: int, leading: int) -> np.ndarray:
+        """(n,) bool: in the leading steps, and then in each `every`-th step, counted from the last of them."""
+        after = self.step - (leading - 1)
+        return self.everyone(after < 0 or after % every == 0)
+
     @cached_property
     def modulation(self) -> tuple[Tensor, Tensor, Tensor]:
         """shift, scale and gate, (halves, n, 1, D) each, of the unit's branch (of its first one, if it has several)."""

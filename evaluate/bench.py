@@ -127,11 +127,6 @@ class Bench:
         """Those of DDIM with `solution_steps`."""
         return self.pipe.decode(self.sample(Setting(sampler="ddim", steps=self.solution_steps))[0])
 
-    def labels(self, indices: np.ndarray) -> Tensor | None:
-        """Labels (n,) of images (n,), the classes in turn; None for a model without classes."""
-        classes = self.pipe.model.num_classes
-        return torch.from_numpy(indices) % classes if classes else None
-
     def cache(self, setting: Setting, pipe: Pipeline | None = None) -> CacheManager | None:
         """A fresh cache of a setting, with what is known of the model; None without one."""
         cache = CacheManager.of(setting.cache, setting.adacorr, self.cache_dtype)
@@ -144,7 +139,7 @@ class Bench:
         indices, pipe = np.arange(first, first + (count or self.count)), self.pipe
         if setting.sampler is not None:
             pipe = replace(pipe, sampler=make_sampler(setting.sampler, setting.steps))
-        labels, cache = self.labels(indices), self.cache(setting, pipe)
+        labels, cache = pipe.labels_in_turn(indices), self.cache(setting, pipe)
         x, seconds = timed(lambda: pipe.sample(self.seed, indices, labels, cache, stop=stop), pipe.device)
         return x, cache, seconds
 

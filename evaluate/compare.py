@@ -24,7 +24,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 from scipy.optimize import brentq
@@ -36,7 +35,9 @@ from adacorr.policy import Knob
 from adacorr.spec import hint, parse_value
 from evaluate.bench import NEAR, REACHED, Bench, Row, Setting
 from evaluate.leaderboard import markdown, plot, tables
-from evaluate.pages import head, line
+from evaluate.pages import table
+from evaluate.plots import check_matplotlib
+from evaluate.results import differing
 from profiles import check_calibrate
 from runtime import check_range, environment
 from timesteps import MOST
@@ -243,9 +244,8 @@ def known_rows(file: Path, identity: dict[str, str]) -> dict[tuple[Setting, int]
         theirs = dict(content["identity"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--known {file} is no result of a comparison: {type(error).__name__} {error}") from None
-    differing = [f"{k} {theirs.get(k)!r} there, {v!r} here" for k, v in identity.items() if theirs.get(k) != v]
-    if differing:
-        raise ValueError(f"--known {file} is of another comparison: {'; '.join(differing)}")
+    if lines := differing(theirs, identity):
+        raise ValueError(f"--known {file} is of another comparison: {'; '.join(lines)}")
     return {(row.setting, row.images): row for row in rows}
 
 
@@ -264,8 +264,8 @@ def run(args: argparse.Namespace) -> None:
     files = {kind: args.out.with_name(f"{args.out.name}.{kind}") for kind in ("json", "md", "png")}
     for file in files.values():
         check_writable("--out", file)
-    if args.plot and find_spec("matplotlib") is None:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib, or leave --plot out")
+    if args.plot:
+        check_matplotlib("--plot")
     pipe = pipeline.load(pipeline.ModelOptions.of(args))
     bench = Bench(pipe, args.seed, args.num_images, args.solution_steps, args.search_images, calibrate=args.calibrate)
     for method in methods:  # one that refuses the model or has no profile for it says so now, not after hours
@@ -304,6 +304,5 @@ def run(args: argparse.Namespace) -> None:
         temporary.write_text(markdown(rows, levels, intro))
     if args.plot:
         plot(rows, files["png"])
-    columns, lines = next(tables(rows, levels))
-    say("\n".join([head(columns), *map(line, lines)]))
+    say(table(*next(tables(rows, levels))))
     say(", ".join(str(file) for kind, file in files.items() if kind != "png" or args.plot))

@@ -22,7 +22,6 @@ depend on them, so --adacorr takes a budget there, and it forecasts by polynomia
 """
 
 import argparse
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -42,11 +41,11 @@ from adacorr.policy_run import PolicyRun
 from adacorr.run import CachedRun
 from checkpoint import VAE_FACTOR, Checkpoint
 from evaluate.bench import WARM_UP, Setting
-from evaluate.pages import head, line
+from evaluate.pages import table
 from evaluate.results import write_result
 from models import DiT_models
 from profiles import check_calibrate, with_profile
-from runtime import Progress, check_range, timed
+from runtime import Progress, check_range, say, timed
 
 WARM_UPS = (None, WARM_UP, WARM_UP)  # steps of each: a whole run meets every kernel there is
 KINDS = ("uncached", "cached", "every_step")  # the runs that are timed
@@ -83,11 +82,10 @@ def measure(
     pipe: pipeline.Pipeline, cache: CacheManager, batch: int, seed: int, repeats: int, progress: Progress
 ) -> dict[str, Any]:
     """What images 0..batch-1 of a seed cost, as plain numbers; seconds and peaks by KINDS, and of `decode`."""
-    classes, cuda = pipe.model.num_classes, pipe.device.type == "cuda"
-    labels = torch.arange(batch) % classes if classes else None
+    cuda, images = pipe.device.type == "cuda", np.arange(batch)
     forced = EveryStep(cache.policy, cache.correction, cache.dtype, cache.profile)
     jobs = {
-        kind: partial(pipe.sample, seed, np.arange(batch), labels, manager)
+        kind: partial(pipe.sample, seed, images, pipe.labels_in_turn(images), manager)
         for kind, manager in zip(KINDS, (None, cache, forced), strict=True)
     }
     for job in jobs.values():
@@ -215,16 +213,16 @@ def run(args: argparse.Namespace) -> None:
     protocol |= {"cache": args.cache, "adacorr": args.adacorr, "cache_dtype": args.cache_dtype}
     protocol |= {"compile": args.compile, "device": str(pipe.device), "checkpoint_sha256": pipe.checkpoint.sha256}
     records: list[dict[str, Any]] = []
-    table: dict[str, Any] = {"columns": [], "rows": []}
+    shown: dict[str, Any] = {"columns": [], "rows": []}
     runs = len(args.batch_size) * len(KINDS) * (len(WARM_UPS) + args.repeats)
-    with Progress(runs, "run", "cost", line=partial(print, file=sys.stderr, flush=True)) as progress:
+    with Progress(runs, "run", "cost", line=say) as progress:
         for batch in args.batch_size:
             records.append(measure(pipe, cache, batch, args.seed, args.repeats, progress))
             if records[-1]["speedup"] < 1:
                 notes.append(f"At batch {batch} the cached run is slower: its own work eats the gain.")
             row = cells(records[-1])
-            table = {"columns": list(row), "rows": [*table["rows"], list(row.values())]}
+            shown = {"columns": list(row), "rows": [*shown["rows"], list(row.values())]}
             if args.out is not None:  # after each batch size: a run that is stopped keeps those before
-                content = {"table": table, "notes": notes, "protocol": protocol, "rows": records}
+                content = {"table": shown, "notes": notes, "protocol": protocol, "rows": records}
                 write_result(args.out, "cost", args.made_with, **content)
-    print(head(table["columns"]), *map(line, table["rows"]), "", *notes, sep="\n")
+    print(table(**shown), "", *notes, sep="\n")

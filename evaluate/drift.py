@@ -12,8 +12,6 @@ are taken again: the state of the computed step, and all that follow, go on from
 """
 
 import argparse
-import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +21,11 @@ from torch import Tensor
 import pipeline
 from adacorr import CacheManager
 from adacorr.files import check_writable
-from evaluate.pages import head, line
+from evaluate.pages import table
 from evaluate.results import write_result
 from pipeline import Pipeline
 from profiles import check_calibrate, with_profile
-from runtime import Progress, check_range
+from runtime import Progress, check_range, say
 
 COLUMNS = ["step", "timestep", "compute", "relative error, mean", "max"]
 
@@ -37,15 +35,15 @@ def drift(pipe: Pipeline, cache: CacheManager, seed: int, count: int) -> Tensor:
 
     ValueError for a cache whose steps are at other timesteps than the uncached ones.
     """
-    sampler, classes = pipe.sampler, pipe.model.num_classes
+    sampler, images = pipe.sampler, np.arange(count)
     moved = cache.grid(pipe.model, sampler.timesteps, pipe.cfg_scale, pipe.checkpoint.sha256, sampler.spec)
     if moved is not sampler.timesteps:
         raise ValueError(f"--cache {cache.spec} moves the timesteps: its states stand beside no uncached ones")
-    labels = torch.arange(count) % classes if classes else None
+    labels = pipe.labels_in_turn(images)
     states: list[Tensor] = []
     errors = torch.empty(sampler.num_steps, count, dtype=torch.float64)
-    say = partial(print, "progress:", file=sys.stderr, flush=True)
-    with Progress(2 * sampler.num_steps, "step", "uncached and cached", line=say) as progress:
+    steps = 2 * sampler.num_steps
+    with Progress(steps, "step", "uncached and cached", line=lambda text: say(f"progress: {text}")) as progress:
 
         def keep(step: int, x: Tensor, _: CacheManager | None) -> None:
             states.append(x.clone())
@@ -56,8 +54,8 @@ def drift(pipe: Pipeline, cache: CacheManager, seed: int, count: int) -> Tensor:
             errors[step] = ((x.double().flatten(1) - reference).norm(dim=1) / reference.norm(dim=1)).cpu()
             progress.update()
 
-        pipe.sample(seed, np.arange(count), labels, None, keep)
-        pipe.sample(seed, np.arange(count), labels, cache, compare)
+        pipe.sample(seed, images, labels, None, keep)
+        pipe.sample(seed, images, labels, cache, compare)
     return errors
 
 
@@ -87,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
         [str(step), f"{t:g}", f"{share:.3f}", f"{own.mean():.5f}", f"{own.max():.5f}"]
         for step, (t, share, own) in enumerate(zip(timesteps, compute, errors, strict=True))
     ]
-    print("\n".join([head(COLUMNS), *map(line, rows)]))
+    print(table(COLUMNS, rows))
     if args.out is not None:
         note = (
             f"{pipe.checkpoint.path.name}, {pipe.sampler.spec} of {pipe.sampler.num_steps} steps, guidance "

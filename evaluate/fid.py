@@ -24,7 +24,7 @@ from evaluate.frechet import ENOUGH, frechet_distance
 from evaluate.imagesets import MAY_DIFFER, ImageSet, open_images, unlike
 from evaluate.inception import DIGEST
 from evaluate.networks import Network
-from evaluate.pages import head, line
+from evaluate.pages import table
 from evaluate.reference import (
     REFERENCES,
     Measured,
@@ -34,11 +34,10 @@ from evaluate.reference import (
     measure,
     network_of,
     reference,
-    say,
 )
-from evaluate.results import read_result, write_result
+from evaluate.results import differing, read_result, write_result
 from evaluate.setmetrics import inception_score, kernel_distance, precision_recall
-from runtime import find_device
+from runtime import find_device, say
 
 FEW = {  # images that a set should have at least
     ENOUGH: "with fewer the covariance is singular, and every distance is much too large",
@@ -109,10 +108,9 @@ class Earlier(NamedTuple):
 def same_evaluation(path: Path, now: dict[str, Any], real: Measured) -> Earlier:
     """The one set of an earlier result, if it was measured alike; ValueError names what differs."""
     before = read_result(path, "fid")
-    pairs = {key: (before["evaluator"].get(key), value) for key, value in now.items()}
-    pairs["reference"] = before["reference"]["sha256"], real.sha256
-    if differing := [f"{key} {a!r} there, {b!r} here" for key, (a, b) in pairs.items() if a != b]:
-        raise ValueError(f"--baseline {path} was measured otherwise: {'; '.join(differing)}")
+    theirs = {**before["evaluator"], "reference": before["reference"]["sha256"]}
+    if lines := differing(theirs, {**now, "reference": real.sha256}):
+        raise ValueError(f"--baseline {path} was measured otherwise: {'; '.join(lines)}")
     if len(before["sets"]) != 1:
         raise ValueError(f"--baseline {path} holds {len(before['sets'])} sets: give a result of one")
     (only,) = before["sets"]
@@ -121,9 +119,9 @@ def same_evaluation(path: Path, now: dict[str, Any], real: Measured) -> Earlier:
 
 def check_alike(images: ImageSet, other: ImageSet | Earlier, flag: str, allowed: tuple[str, ...] = MAY_DIFFER) -> None:
     """ValueError unless two sets have as many images, and protocols that differ in `allowed` fields only."""
-    differing = [] if images.count == other.count else [f"the number of images ({images.count} and {other.count})"]
-    if differing := differing + unlike(images, other, allowed):
-        raise ValueError(f"{flag}: {images.path} and {other.path} differ in {', '.join(differing)}")
+    fields = [] if images.count == other.count else [f"the number of images ({images.count} and {other.count})"]
+    if fields := fields + unlike(images, other, allowed):
+        raise ValueError(f"{flag}: {images.path} and {other.path} differ in {', '.join(fields)}")
 
 
 def tabulate(records: list[dict[str, Any]], name: str, spread: bool) -> dict[str, Any]:
@@ -189,13 +187,13 @@ def run(args: argparse.Namespace) -> None:
         notes += cautions(images, found, network)
         record = {"samples": str(images.path), "count": found.count, "sha256": found.sha256}
         records.append(record | {"protocol": images.protocol, "metrics": values, "notes": notes})
-    table = tabulate(records, name, args.seeds)
+    shown = tabulate(records, name, args.seeds)
     notes = list(dict.fromkeys(note for record in records for note in record["notes"]))
-    print(head(table["columns"]), *(line(row) for row in table["rows"]), sep="\n")
+    print(table(**shown))
     print(f"{network.name}, weights sha256 {network.sha256}; reference {path.name}, sha256 {real.sha256}")
     for note in notes:
         say(f"note: {note}")
     if args.out is not None:
         about = {"path": str(path), "sha256": real.sha256, "count": real.count}
-        extra = {"evaluator": alike, "reference": about, "sets": records, "table": table, "notes": notes}
+        extra = {"evaluator": alike, "reference": about, "sets": records, "table": shown, "notes": notes}
         write_result(args.out, "fid", args.made_with, **extra)

@@ -13,10 +13,8 @@ number of steps. RUN/images, a folder of images without the record of the run, i
 """
 
 import argparse
-import sys
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +24,10 @@ from torch import Tensor
 from adacorr.files import check_writable
 from evaluate.fidelity import psnr, ssim, summarise
 from evaluate.imagesets import ImageSet, open_images, unlike
-from evaluate.pages import head, line
+from evaluate.pages import table
 from evaluate.perceptual import SMALLEST, Perceptual
 from evaluate.results import write_result
-from runtime import Progress, find_device
+from runtime import Progress, find_device, say
 
 WINDOW = 11  # pixels of SSIM
 BATCH = 16
@@ -59,8 +57,7 @@ def check_pair(reference: ImageSet, other: ImageSet) -> None:
 def paired(reference: ImageSet, other: ImageSet) -> Iterator[tuple[Tensor, Tensor]]:
     """Both sets a batch at a time, uint8 (n, H, W, 3), with the progress."""
     batches = zip(reference.batches(BATCH), other.batches(BATCH), strict=True)
-    line = partial(print, "progress:", file=sys.stderr, flush=True)
-    with Progress(reference.count, "image", "comparing", line=line) as progress:
+    with Progress(reference.count, "image", "comparing", line=lambda text: say(f"progress: {text}")) as progress:
         for a, b in batches:
             yield torch.from_numpy(a), torch.from_numpy(b)
             progress.update(len(a))
@@ -132,7 +129,7 @@ def run(args: argparse.Namespace) -> None:
     results = [compare_sets(reference, other, device, perceptual) for other in others]
     rows = [[f"`{other.path}`", *cells(result).values()] for other, result in zip(others, results, strict=True)]
     columns = [f"against {reference.path}", *cells(results[0])]
-    print("\n".join([head(columns), *map(line, rows)]))
+    print(table(columns, rows))
     if args.out is not None:
         sets = [
             {"path": str(other.path), "protocol": other.protocol, **result}

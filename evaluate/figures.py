@@ -17,9 +17,6 @@ figure5  Three maps by layer and step of a run with a cache, means over images. 
 import argparse
 import base64
 import io
-import sys
-from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +27,15 @@ from torch import Tensor
 
 import pipeline
 from adacorr import CacheManager
-from adacorr.files import check_writable, written_whole
+from adacorr.files import check_writable
 from adacorr.offset import channel_deviation, offset_score, spatial_variation, temporal_deviation
 from evaluate.bench import Setting
+from evaluate.plots import check_matplotlib, save
 from evaluate.results import read_result, write_result
 from models import DiT
 from pipeline import Pipeline
 from profiles import check_calibrate, with_profile
-from runtime import Progress, check_range
+from runtime import Progress, check_range, say
 
 SHOWN = 5  # steps of figure2 by default
 Given = tuple[Tensor, ...]  # what the network is called with: input, timesteps, labels
@@ -65,10 +63,10 @@ def run_and_record(
         finished = step + 1
         progress.update()
 
-    classes = pipe.model.num_classes
+    images = np.arange(count)
     handle = pipe.model.register_forward_pre_hook(see)
     try:
-        x = pipe.sample(seed, np.arange(count), torch.arange(count) % classes if classes else None, cache, observe)
+        x = pipe.sample(seed, images, pipe.labels_in_turn(images), cache, observe)
     finally:
         handle.remove()
     return x, given
@@ -175,12 +173,6 @@ def figure5(content: dict[str, Any]) -> Any:
 DRAW = {"figure2": figure2, "figure5": figure5}
 
 
-def save(figure: Any, path: Path) -> None:
-    """A PNG, whole or not at all."""
-    with written_whole(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
-
-
 # ---------------------------------------------------------------------------------------------- command line
 
 
@@ -241,7 +233,7 @@ def measure_figure5(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _progress(steps: int) -> Progress:
-    return Progress(steps, "step", line=partial(print, file=sys.stderr, flush=True))
+    return Progress(steps, "step", line=say)
 
 
 def _protocol(args: argparse.Namespace, pipe: Pipeline) -> str:
@@ -260,8 +252,7 @@ def _png(image: Tensor) -> str:
 
 def run(args: argparse.Namespace) -> None:
     """Measure unless --from gives the numbers, then draw. ValueError or OSError for a mistake, before the work."""
-    if find_spec("matplotlib") is None:
-        raise ValueError(f"{args.command} needs matplotlib, which is not installed: pip install matplotlib")
+    check_matplotlib(args.command)
     path = args.out or args.source
     picture = path.with_suffix(".png")
     check_writable("--out" if args.out else "--from", picture)

@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ import numpy as np
 from adacorr.files import check_writable, written_whole
 from adacorr.policies import make_policy, names
 from evaluate.bench import NEAR, REACHED, Row, Setting
-from evaluate.pages import head, level_table, line
+from evaluate.pages import level_table, table
+from evaluate.plots import check_matplotlib, save
 
 HOW = (
     "A cell is the value of the method's curve at that place, linear in the logarithm of the axis between the two rows "
@@ -113,7 +113,7 @@ def markdown(rows: Sequence[Row], levels: Sequence[float], intro: str) -> str:
     """The whole page."""
     parts = ["# Every method at equal compute", intro, HOW]
     for columns, lines in tables(rows, levels):
-        parts.append("\n".join([head(columns), *map(line, lines)]))
+        parts.append(table(columns, lines))
     for level in levels:
         parts += [f"## Compute {level:g}", level_table([row for row in rows if row.level == level])]
     if literal := [row for row in rows if row.method == "literal"]:
@@ -157,8 +157,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     figure.supylabel("PSNR to the uncached run (dB)")
     legend = "hollow: alone, filled: under AdaCorrection, stars: --adacorr alone, grey: fewer steps"
     figure.suptitle(legend, fontsize="medium")
-    with written_whole(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+    save(figure, path)
 
 
 def draw(axes: Any, rows: Sequence[Row], method: str, form: str, **look: Any) -> list[tuple[float, float]]:
@@ -204,8 +203,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """The whole job. OSError or ValueError for a mistake."""
     check_writable("--out", args.out)
-    if args.plot and find_spec("matplotlib") is None:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib, or leave --plot out")
+    if args.plot:
+        check_matplotlib("--plot")
     rows, content = read_comparison(args.comparison)
     if not rows:
         raise ValueError(f"{args.comparison} has no rows yet: let the comparison go on")

@@ -20,9 +20,7 @@ import argparse
 import hashlib
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,12 +36,12 @@ from evaluate.bench import Setting
 from evaluate.fidelity import fidelity
 from evaluate.frechet import ENOUGH, Moments, frechet_distance
 from evaluate.networks import Network, add_features_flags, default_network, load_network
-from evaluate.pages import head, line
+from evaluate.pages import table
 from evaluate.results import VERSION, write_result
 from fid_run.protocol import image_size
 from pipeline import Pipeline, gaussian
 from profiles import check_calibrate, digest, with_profile
-from runtime import Progress, check_range
+from runtime import Progress, check_range, say
 
 BATCH = 64  # frames that a network sees at once
 LAST_NOISE = NUM_TRAIN + 1  # the random stream of e1; those before it are of e0 and of sampling steps
@@ -147,8 +145,7 @@ def _sample_frames(
     pipe: Pipeline, seed: int, frames: int, numbers: np.ndarray, cache: CacheManager | None
 ) -> dict[str, np.ndarray]:
     """Frames by number: their images and what they took."""
-    classes = pipe.model.num_classes
-    labels = torch.from_numpy(numbers // frames % classes) if classes else None
+    labels = pipe.labels_in_turn(numbers // frames)
     x = pipe.sample_from(clip_noise(seed, frames, numbers, pipe.noise_shape), labels, cache)
     spent = (1.0, 0.0) if cache is None else (cache.trace.compute, cache.trace.hit_rate)
     return {"images": pipe.decode(x).numpy(), "compute": np.array(spent[0]), "hit_rate": np.array(spent[1])}
@@ -277,7 +274,7 @@ def run(args: argparse.Namespace) -> None:
         caches[cache.spec] = cache
     folder = None if args.out is None else args.out.with_name(f".{args.out.name}.frames")
     total = sum(args.frames) * args.clips * (1 + len(caches))
-    with Progress(total, "frame", line=partial(print, file=sys.stderr, flush=True)) as progress:
+    with Progress(total, "frame", line=say) as progress:
         measured = list(rows(pipe, network, args, caches, folder, progress))
     notes = [
         f"{pipe.checkpoint.path.name}, {args.sampler} of {args.num_sampling_steps} steps, guidance {args.cfg_scale:g}, "
@@ -285,14 +282,14 @@ def run(args: argparse.Namespace) -> None:
     ]
     if (few := args.clips * (min(args.frames) - 1)) < ENOUGH:
         notes.append(f"t-FID of {few} changes is too large, {ENOUGH} are enough: take more --clips")
-    table = [cells(row) for row in measured]
-    print("\n".join([head(COLUMNS), *map(line, table), *notes]))
+    lines = [cells(row) for row in measured]
+    print(table(COLUMNS, lines), *notes, sep="\n")
     if args.out is not None:
         protocol = {
             "checkpoint_sha256": pipe.checkpoint.sha256,
             "features": {"network": network.name, "sha256": network.sha256, "convention": network.convention},
             **{flag: getattr(args, flag) for flag in (*FRAME_FLAGS, "cfg_scale", "clips", "calibrate")},
         }
-        columns = {"columns": list(COLUMNS), "rows": table}
+        columns = {"columns": list(COLUMNS), "rows": lines}
         write_result(args.out, "motion", args.made_with, protocol=protocol, rows=measured, table=columns, notes=notes)
         shutil.rmtree(folder)

@@ -16,6 +16,11 @@ def head(columns: Iterable[str]) -> str:
     return f"{line(columns)}\n{'|---' * len(columns)}|"
 
 
+def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A whole table."""
+    return "\n".join([head(columns), *map(line, rows)])
+
+
 def measures(row: Row) -> dict[str, str]:
     """Every measure of a row as text, by the name of its column."""
     solution = "" if row.solution_psnr is None else f"{float(row.solution_psnr['mean']):.1f}"
@@ -32,5 +37,4 @@ def measures(row: Row) -> dict[str, str]:
 
 def level_table(rows: Sequence[Row]) -> str:
     """Every measure of the rows of one level."""
-    lines = [line([row.setting.named, *measures(row).values()]) for row in rows]
-    return "\n".join([head(["", *measures(rows[0])]), *lines])
+    return table(["", *measures(rows[0])], ([row.setting.named, *measures(row).values()] for row in rows))

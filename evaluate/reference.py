@@ -9,7 +9,6 @@ evenly spaced, for KID, precision and recall.
 import argparse
 import hashlib
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,8 @@ from download import fetched
 from evaluate.frechet import Moments
 from evaluate.imagesets import ImageSet, npz_arrays, open_images
 from evaluate.networks import Network, add_features_flags, default_network, load_network
-from evaluate.results import VERSION
-from runtime import Progress, allow_tf32, check_range, find_device
+from evaluate.results import VERSION, differing
+from runtime import Progress, allow_tf32, check_range, find_device, say
 
 PUBLISHED = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"
 REFERENCES = {  # ADM's, by name: address and first digits of the sha256, as far as it is known
@@ -109,9 +108,8 @@ def reference(path: Path, network: Network, batch_size: int = 64) -> Measured:
     own = json.loads(str(arrays["evaluator"])) if "evaluator" in arrays else None
     if own is None and network.name != "inception":
         raise ValueError(f"{path} holds statistics that do not say of which network: give --features inception")
-    if own is not None and own != (now := evaluator(network)):
-        fields = [f"{key} {own.get(key)!r} there, {now[key]!r} here" for key in now if own.get(key) != now[key]]
-        raise ValueError(f"{path} holds statistics by another evaluator: {'; '.join(fields)}; make them again")
+    if own is not None and (lines := differing(own, evaluator(network))):
+        raise ValueError(f"{path} holds statistics by another evaluator: {'; '.join(lines)}; make them again")
     count = int(arrays["count"]) if "count" in arrays else None
     moments = Moments(arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64), count)
     if moments.mean.shape != (network.dim,):
@@ -159,11 +157,6 @@ def network_of(args: argparse.Namespace, images: ImageSet) -> Network:
     allow_tf32(False)  # rounded products would make the numbers depend on the GPU
     name = args.features or default_network(min(images.size))
     return load_network(name, args.weights, find_device(args.device), offline=args.offline)
-
-
-def say(text: str) -> None:
-    """A line for people, beside the results on stdout."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

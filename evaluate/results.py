@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,11 @@ def write_result(path: Path, kind: str, made_with: Sequence[str], **content: Any
     """
     head = {"kind": kind, "version": VERSION, "date": time.strftime("%Y-%m-%d"), "made_with": list(made_with)}
     write_json(path, {**head, "environment": environment(), **content})
+
+
+def differing(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """What keeps two results apart: "seed 0 there, 1 here" for every entry of `ours` that theirs does not equal."""
+    return [f"{key} {theirs.get(key)!r} there, {own!r} here" for key, own in ours.items() if theirs.get(key) != own]
 
 
 def read_result(path: Path, kind: str | None = None) -> dict[str, Any]:

@@ -230,7 +230,7 @@ class Study:
         bench, parts = self.bench, []
         for first, count in self._batches(self.trajectories):
             indices = np.arange(first, first + count)
-            labels, cache = bench.labels(indices), bench.cache(setting)
+            labels, cache = bench.pipe.labels_in_turn(indices), bench.cache(setting)
             frames = trajectory_frames(bench.pipe, bench.seed, indices, labels, cache, EVERY)
             parts.append(frame_features(self.network, frames))
             progress.update(count)

@@ -9,11 +9,11 @@ corrected form.
 """
 
 import argparse
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from adacorr.files import check_writable, written_whole
+from adacorr.files import check_writable
+from evaluate.plots import check_matplotlib, save
 from evaluate.results import read_result
 from evaluate.tables import distance_name
 
@@ -112,12 +112,10 @@ def _title(content: dict[str, Any]) -> str:
 def run(args: argparse.Namespace) -> None:
     """The whole job; ValueError or OSError for a mistake."""
     check_writable("--out", args.out)
-    if find_spec("matplotlib") is None:
-        raise ValueError(f"{args.command} needs matplotlib: pip install matplotlib")
+    check_matplotlib(args.command)
     content = read_result(args.source, TABLES[args.command])
     if not content["rows"]:
         raise ValueError(f"--from {args.source} has no rows yet: let {content['kind']} go on")
     figure = {"figure3": figure3, "figure4": figure4}[args.command](content)
-    with written_whole(args.out) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+    save(figure, args.out)
     print(args.out)

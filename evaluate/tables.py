@@ -19,12 +19,10 @@ row, and the same command goes on from the rows that are there.
 """
 
 import argparse
-import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +37,15 @@ from evaluate.bench import Bench, Setting
 from evaluate.compare import parse_methods
 from evaluate.frechet import ENOUGH
 from evaluate.networks import add_features_flags, default_network, load_network
-from evaluate.pages import head, line
+from evaluate.pages import table
 from evaluate.published import OTHER_MODELS, PUBLISHED
 from evaluate.reference import REFERENCES, find_reference, reference
-from evaluate.results import read_result, write_result
+from evaluate.results import differing, read_result, write_result
 from evaluate.study import EVERY, UNCACHED, Row, Study
 from fid_run.protocol import image_size
 from pipeline import ModelOptions, Pipeline
 from profiles import check_calibrate
-from runtime import Progress, check_range, environment
+from runtime import Progress, check_range, environment, say
 
 METHODS = ("teacache", "adacache", "lazydit", "first_block", "fastcache")  # of Table I; first_block is FBCache
 TRAJECTORIES = 1000  # images whose predictions t-FID looks at
@@ -241,10 +239,8 @@ def load(options: ModelOptions) -> Pipeline:
 def known_rows(path: Path, command: str, identity: dict[str, Any]) -> list[Row]:
     """The rows that an earlier run of the command left; ValueError for a file of another table or setting."""
     content = read_result(path, command)
-    theirs = content["identity"]
-    differing = [f"{k} {theirs.get(k)!r} there, {v!r} here" for k, v in identity.items() if theirs.get(k) != v]
-    if differing:
-        raise ValueError(f"--out {path} is of another run: {'; '.join(differing)}; give --overwrite, or another --out")
+    if lines := differing(content["identity"], identity):
+        raise ValueError(f"--out {path} is of another run: {'; '.join(lines)}; give --overwrite, or another --out")
     return [Row.of(plain) for plain in content["rows"]]
 
 
@@ -352,23 +348,22 @@ def sweep(
             own = [rows[study.key(setting)] for setting in settings if study.key(setting) in rows]
             found += own
             known += [values.get(replace(row.setting, cache=row.method), {}) for row in own]
-        table = tabulate(args.command, found, known, network.name)
+        current = tabulate(args.command, found, known, network.name)
         if args.out is not None:
             others = [row for row in rows.values() if row not in found]
             plain = [row.plain() for row in [*found, *others]]
             write_result(
-                args.out, args.command, args.made_with, identity=identity, rows=plain, table=table, notes=texts
+                args.out, args.command, args.made_with, identity=identity, rows=plain, table=current, notes=texts
             )
-        return table
+        return current
 
-    table = save()
+    shown = save()
     total, left = (sum(map(Study.units, studies, parts)) for parts in ([settings] * len(studies), missing))
-    say = partial(print, file=sys.stderr, flush=True)
     with Progress(total, "image", args.command, done=total - left, line=say) as progress:
         for study, own in zip(studies, missing, strict=True):
             for setting in own:
                 row = study.measure(setting, progress)
                 rows[row.key] = row
-                table = save()
+                shown = save()
             study.spool.unlink(missing_ok=True)
-    print(head(table["columns"]), *map(line, table["rows"]), "", *texts, sep="\n")
+    print(table(**shown), "", *texts, sep="\n")

@@ -30,10 +30,8 @@ decoded, so no VAE is loaded.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +49,9 @@ from adacorr.policy import RunInfo
 from adacorr.spec import parse_value
 from adacorr.trace import Trace
 from diffusion import make_sampler
-from evaluate.pages import head, line
+from evaluate.pages import table
 from evaluate.results import write_result
-from runtime import Progress, check_range
+from runtime import Progress, check_range, say
 
 # Measured for each step, layer and image: |fresh - out|, |h - h'|, the three parts of `deviation from`, the deviation
 # from the cached output without that of the timestep, the distance to the uncached run, and the size of the output.
@@ -121,12 +119,12 @@ def observe(
     pipe: pipeline.Pipeline, seed: int, images: int, gammas: Sequence[float], progress: Progress | None = None
 ) -> Log:
     """NORMS, score and weight of images 0..images-1 of a seed: (images, S - 1, L, 1 + G) each, uncached first."""
-    classes, copies, logs = pipe.model.num_classes, 1 + len(gammas), []
+    copies, logs = 1 + len(gammas), []
     for image in range(images):
         cache = Observer(gammas)
-        labels = torch.full((copies,), image % classes) if classes else None
+        same = np.full(copies, image)
         step = None if progress is None else lambda *_: progress.update()
-        pipe.sample(seed, np.full(copies, image), labels, cache, step)
+        pipe.sample(seed, same, pipe.labels_in_turn(same), cache, step)
         logs.append({**cache.log, "score": cache.trace.score, "weight": cache.trace.weight})
     return {name: np.stack([log[name][1:] for log in logs]).astype(np.float64) for name in logs[0]}
 
@@ -260,7 +258,6 @@ def run(args: argparse.Namespace) -> None:
     bounds: list[dict[str, str]] = []
     distances: list[dict[str, str]] = []
     records: list[dict[str, Any]] = []
-    say = partial(print, file=sys.stderr, flush=True)
     with Progress(sum(many) * args.num_images, "step", "theory", line=say) as progress:
         for steps in many:
             log = observe(
@@ -277,7 +274,7 @@ def run(args: argparse.Namespace) -> None:
                 tables = {"table": _table(bounds), "more_tables": {"Theorem 1": _table(distances)}}
                 write_result(args.out, "theory", args.made_with, **tables, notes=notes, rows=records)
     for rows in (bounds, distances):
-        print(head(rows[0]), *(line(row.values()) for row in rows), "", sep="\n")
+        print(table(**_table(rows)), "", sep="\n")
     print(*notes, sep="\n")
 
 

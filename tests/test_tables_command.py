@@ -83,7 +83,7 @@ def test_rows_by_hand(ckpt, tmp_path, capsys, references):
 
     def trajectories(setting):
         parts = [np.arange(2), np.arange(2, 3)]
-        parts = [(p, bench.labels(p), bench.cache(setting)) for p in parts]
+        parts = [(p, pipe.labels_in_turn(p), bench.cache(setting)) for p in parts]
         frames = torch.cat([trajectory_frames(pipe, 4242, *part, every=5) for part in parts])
         return frame_features(load_network("cifar10"), frames)
 

@@ -68,8 +68,7 @@ class ClusCa(Policy):
         self._centres: Tensor | None = None  # (halves * n, K, D)
 
     def decide(self, view: View) -> np.ndarray:
-        after = view.step - (LEAD - 1)
-        return view.everyone(after < 0 or after % self.every == 0)
+        return view.one_in(self.every, LEAD)
 
     def computed(self, view: View, ran: Ran) -> None:
         if view.unit.branch == "attn" or view.info.corrected:

@@ -45,8 +45,7 @@ class FreqCa(Policy):
         self._steps = np.full((info.images, self.order + 1), np.nan)  # that they came from
 
     def decide(self, view: View) -> np.ndarray:
-        after = view.step - (self.first_enhance - 1)
-        return view.everyone(after < 0 or after % self.every == 0)
+        return view.one_in(self.every, self.first_enhance)
 
     def computed(self, view: View, ran: Ran) -> None:
         if view.info.corrected:  # it forecasts itself

@@ -39,5 +39,4 @@ class HiCache(Policy):
         return Predictor("branches", self.order, self.gate_error, "hermite", self.sigma)
 
     def decide(self, view: View) -> np.ndarray:
-        after = view.step - (self.first_enhance - 1)  # steps since the last of the leading ones
-        return view.everyone(after < 0 or after % self.every == 0)
+        return view.one_in(self.every, self.first_enhance)
