@@ -127,3 +127,29 @@ class TopTokens(Policy):
             index = fresh.unsqueeze(-1).expand(-1, -1, -1, view.info.width)
             self._mlp[layer] = self._mlp[layer].scatter(2, index, run_mlp(view, fresh))
         return self._mlp[layer]
+
+
+class VaryingInterval(TopTokens):
+    """Computed steps by the interval of ToCa, which varies along the trajectory unless `ratio` is 0."""
+
+    every: int
+    ratio: float
+    age_weight: float
+
+    @property
+    def aging(self) -> float:
+        return self.age_weight / self.every
+
+    def begin(self, info: RunInfo) -> None:
+        super().begin(info)
+        self._remainders = remainders(info.num_steps, self.every, self.ratio > 0)
+
+    def remainder(self, view: View) -> int:
+        """Steps left, modulo the interval, for the view's block; 0 where it runs for all tokens."""
+        return self._remainders[view.step, min(view.unit.start, 1)]
+
+    def decide(self, view: View) -> np.ndarray:
+        return view.everyone(self.remainder(view) == 0)
+
+    def propose(self, view: View) -> np.ndarray:
+        return view.everyone(self._remainders[view.step, 1] == 0)

@@ -96,7 +96,7 @@ def test_whole_runs_are_the_releases(model, name, bonus, alternate, every, ratio
 def test_what_duca_does_at_each_step(model):
     policy, run = make_policy("duca"), make_run(model, steps=50)
     policy.begin(run)
-    kinds = [policy._remainder(make_view(run, step, torch.zeros(1, 1, 2, 3), Unit(1, 2))) for step in range(50)]
+    kinds = [policy.remainder(make_view(run, step, torch.zeros(1, 1, 2, 3), Unit(1, 2))) for step in range(50)]
     # x computed, t tokens, . reused: the intervals are 5, 4, 3, and 2 from 20 steps left on.
     words = "".join("x" if kind == 0 else ".t"[kind % 2] for kind in kinds)
     assert words == "xt.ttxt.txt.txt.t.tx.tx.tx.tx.txtxtxtxtxtxtxtxtxtx"

@@ -2,18 +2,17 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from adacorr.policies import register
 from adacorr.policy import Cached, Knob, Predictor, Ran, RunInfo, Unit, View, option
-from adacorr.top_tokens import TopTokens, fresh_count, remainders
+from adacorr.top_tokens import VaryingInterval, fresh_count
 
 
 @register
 @dataclass
-class DuCa(TopTokens):
+class DuCa(VaryingInterval):
     """Between computed steps alternate ToCa's fresh tokens with reuse of what the stack gave at the step before (DuCa).
 
     every       N: as ToCa's; the release's README has 3 for 50 DDIM steps
@@ -37,10 +36,6 @@ class DuCa(TopTokens):
     bonus = 0.8
     knob = Knob("every", 2, 25, ("", "ratio=0.02", "ratio=0.1"))
 
-    @property
-    def aging(self) -> float:
-        return self.age_weight / self.every
-
     def predictor_of(self, unit: Unit, depth: int) -> Predictor | None:
         if unit == Unit(depth - 1, depth, "mlp"):
             return Predictor("residual", order=0)  # so that `reuse` answers after the gate: it sets the stack's output
@@ -48,17 +43,7 @@ class DuCa(TopTokens):
 
     def begin(self, info: RunInfo) -> None:
         super().begin(info)
-        self._remainders = remainders(info.num_steps, self.every, self.ratio > 0)
         self._output: Tensor | None = None  # (halves, n, T, D): of the last block, at the newest step
-
-    def _remainder(self, view: View) -> int:
-        return self._remainders[view.step, min(view.unit.start, 1)]
-
-    def decide(self, view: View) -> np.ndarray:
-        return view.everyone(self._remainder(view) == 0)
-
-    def propose(self, view: View) -> np.ndarray:
-        return view.everyone(self._remainders[view.step, 1] == 0)
 
     def computed(self, view: View, ran: Ran) -> None:
         super().computed(view, ran)
@@ -66,7 +51,7 @@ class DuCa(TopTokens):
             self._output = ran.out
 
     def reuse(self, view: View, cached: Cached) -> Tensor:
-        if self._remainder(view) % 2 == 0:
+        if self.remainder(view) % 2 == 0:
             return self._output - view.x if is_last(view) else torch.zeros_like(view.x)
         if view.unit.branch == "attn":
             return cached.forecast

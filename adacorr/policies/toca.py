@@ -2,17 +2,16 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 from torch import Tensor
 
 from adacorr.policies import register
-from adacorr.policy import Cached, Knob, RunInfo, View, option
-from adacorr.top_tokens import RATIOS, TopTokens, fresh_count, remainders
+from adacorr.policy import Cached, Knob, View, option
+from adacorr.top_tokens import RATIOS, VaryingInterval, fresh_count
 
 
 @register
 @dataclass
-class ToCa(TopTokens):
+class ToCa(VaryingInterval):
     """Compute a step in `every` or so; between them hold attention and run the MLPs for a few tokens (ToCa).
 
     every       N: interval of computed steps in the middle of the run; the release's README has 3 for 50 DDIM steps
@@ -38,20 +37,6 @@ class ToCa(TopTokens):
 
     bonus = 0.6
     knob = Knob("every", 2, 25, ("", "ratio=0.03", "ratio=0.15"))
-
-    @property
-    def aging(self) -> float:
-        return self.age_weight / self.every
-
-    def begin(self, info: RunInfo) -> None:
-        super().begin(info)
-        self._full = remainders(info.num_steps, self.every, self.ratio > 0) == 0  # (S, 2): block 0, the others
-
-    def decide(self, view: View) -> np.ndarray:
-        return view.everyone(self._full[view.step, min(view.unit.start, 1)])
-
-    def propose(self, view: View) -> np.ndarray:
-        return view.everyone(self._full[view.step, 1])
 
     def reuse(self, view: View, cached: Cached) -> Tensor:
         if view.unit.branch == "attn":
