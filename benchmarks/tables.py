@@ -37,7 +37,7 @@ GAMMA = (
     *(f"budget={budget}" for budget in (5, 6, 7, 8)),
     *("rewind=false", "difference=false", "order=1", "order=3", "gate_error=0.001"),
 )
-SOLUTION_STEPS, DDIM_STEPS = 1000, (50, 100, 250)  # of table exact
+SOLUTION_STEPS, DDIM_STEPS = 1000, (50, 100, 250, 500)  # of table exact
 EVALUATIONS = (5, 6, 8, 9, 10, 12, 15)  # of its few-step solvers
 SOLVERS = ("ddim", "dpmsolver++:use_lu_lambdas=true", "dpmsolver++:use_lu_lambdas=true,solver_order=3")
 SOLVERS += tuple(
