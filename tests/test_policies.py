@@ -11,7 +11,7 @@ import pytest
 import torch
 from by_hand import column, walk
 from torch.testing import assert_close
-from toy import Scheduled, alphas, fitted, forced, sample, sample_with, save_tiny, tiny_dit
+from toy import TINY, Scheduled, alphas, fitted, forced, rows_at, sample, sample_with, save_tiny, show, tiny_dit
 
 import adacorr
 import sample as script
@@ -19,7 +19,9 @@ from adacorr import AdaCorrection, CacheManager, Predictor, Unit, by_branch, mak
 from adacorr.__main__ import main
 from adacorr.policies import calibrated, load_file, policies, register
 from diffusion import make_sampler
+from models import DiT
 
+HELD = Predictor("residual", 0)
 ROOT = Path(__file__).resolve().parents[1]
 BUILT_IN = {
     "adacache", "dicache", "ertacache", "fastcache", "first_block", "freqca", "hicache", "icc", "interval",
@@ -458,6 +460,60 @@ def test_what_reuse_gives_is_added_and_what_it_ran_is_counted(model):
 def test_a_policy_that_stores_nothing_must_say_what_to_reuse(model):
     with pytest.raises(ValueError, match="without a predictor must override"):
         run(model, Scheduled(), labels=(1,))
+
+
+@torch.no_grad()
+def test_the_noise_that_the_network_predicts_can_be_changed():
+    """Rows [conditional; unconditional] of noise, then variance, whose output layer gives 0, 1, ... by channel."""
+    model = DiT(**{**TINY, "depth": 1, "learn_sigma": True}).eval()
+    model.final_layer.linear.bias.copy_(torch.arange(6.0).repeat(4))
+    told = []
+
+    class Changing(Scheduled):
+        def network_output(self, info, step, noise):
+            told.append((step, noise.shape, noise[:, 1, :, 0, 0].tolist()))
+            return torch.stack([noise[0] + 10, -noise[1]])
+
+    sampler, labels, manager = make_sampler("ddim", 2), torch.tensor([1, 4]), CacheManager(Changing(stored=HELD))
+    out = show(model, manager, sampler, torch.zeros(2, 2, 3, 8, 8), labels)
+    assert told == [(step, (2, 2, 3, 8, 8), [[0, 1, 2], [0, 1, 2]]) for step in range(2)]
+    by_channel = [[10, 11, 12, 3, 4, 5]] * 2 + [[0, -1, -2, 3, 4, 5]] * 2
+    assert out[..., 0, 0].tolist() == [by_channel] * 2
+    told.clear()
+    show(model, CacheManager(Changing(), AdaCorrection()), sampler, torch.zeros(2, 2, 3, 8, 8), labels)
+    model(torch.zeros(2, 3, 8, 8), torch.zeros(2), labels)
+    assert told == []
+
+
+@torch.no_grad()
+def test_a_step_may_compute_the_conditional_half_alone(model):
+    seen = []
+
+    class Alone(Scheduled):
+        def conditional_only(self, info, step):
+            return step == 1
+
+        def decide(self, view):
+            seen.append((view.x.shape[0], view.x_in.shape[0], view.modulation[0].shape[0]))
+            return super().decide(view)
+
+    sampler, labels = make_sampler("ddim", 3), torch.tensor([1, 4])
+    states = torch.randn(3, 2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    policy, manager = Alone(steps=((0, 1, 2),)), CacheManager(Alone(steps=((0, 1, 2), (0, 1))))
+    plain = torch.stack([model(*rows_at(model, sampler, s, x, labels, 2)) for s, x in enumerate(states)])
+    out = show(model, CacheManager(policy), sampler, states, labels)
+    assert seen == [(2, 2, 2), (1, 1, 1), (2, 2, 2)]
+    assert torch.equal(out[[0, 2]], plain[[0, 2]])
+    assert_close(out[1, :2], plain[1, :2])
+    manager.policy.reuse = lambda view, cached: torch.zeros_like(cached.x)
+    show(model, manager, sampler, states, labels)
+    executed = manager.trace.executed[:, 0, 0]  # (steps, images, halves)
+    assert executed.tolist() == [[[1, 1], [1, 1]], [[1, 0], [1, 0]], [[1, 1], [0, 0]]]
+    with pytest.raises(ValueError, match="leaves out one half in step 1 and has a predictor"):
+        show(model, CacheManager(Alone(stored=HELD)), sampler, states, labels)
+    show(model, CacheManager(policy), sampler, states, labels, cfg_scale=1.0)
+    assert seen[-3:] == [(1, 1, 1)] * 3
+    assert model.cache is None
 
 
 @pytest.mark.parametrize("decided", [np.ones(3, dtype=bool), np.ones((2, 1), dtype=bool), True])
