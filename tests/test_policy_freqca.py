@@ -10,7 +10,7 @@ from scipy.fft import dctn, idctn
 from toy import make_run, sample, sample_with, tiny_dit
 
 from adacorr import CacheManager, make_policy
-from adacorr.policies.freqca import low_modes
+from adacorr.tokens import low_modes
 
 
 @pytest.mark.parametrize(
