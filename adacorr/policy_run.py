@@ -38,6 +38,7 @@ class PolicyRun(CachedRun):
     def __init__(self, policy: Policy, info: RunInfo, trace: Trace, make_store: MakeStore):
         super().__init__(info, trace)
         self.policy, self.seen = policy, info
+        self._changed = -1  # newest step whose output went through `change_output`
         units = policy.units(info.depth)
         check_units(policy.name, units, info.depth)
         self.units = [self._open(unit, policy.predictor_of(unit, info.depth), make_store) for unit in units]
@@ -57,6 +58,11 @@ class PolicyRun(CachedRun):
         alone = self.trace.halves == 2 and self.policy.conditional_only(self.info, self.step)
         if alone and any(state.store is not None for state in self.units):
             raise ValueError(f"policy {self.policy.name!r} leaves out one half in step {self.step} and has a predictor")
+        if alone and self._changed < self.step - 1:
+            raise RuntimeError(
+                f"policy {self.policy.name!r} infers one half from the network's output, and nobody passed it that of "
+                f"step {self.step - 1}: put the output through run.change_output after each call of the model"
+            )
         self.seen = replace(self.info, visible_halves=1) if alone else self.info
         rows = self.seen.visible_halves * self.info.images
         x_in = x = x[:rows]
@@ -72,6 +78,7 @@ class PolicyRun(CachedRun):
 
         None, which leaves it as it is, where the policy makes no change.
         """
+        self._changed = self.step
         if type(self.policy).network_output is Policy.network_output:
             return None
         noise, rest = out[:, : model.in_channels], out[:, model.in_channels :]

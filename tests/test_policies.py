@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,20 @@ import pytest
 import torch
 from by_hand import column, walk
 from torch.testing import assert_close
-from toy import TINY, Scheduled, alphas, fitted, forced, rows_at, sample, sample_with, save_tiny, show, tiny_dit
+from toy import (
+    TINY,
+    Scheduled,
+    alphas,
+    fitted,
+    forced,
+    open_run,
+    rows_at,
+    sample,
+    sample_with,
+    save_tiny,
+    show,
+    tiny_dit,
+)  # fmt: skip
 
 import adacorr
 import sample as script
@@ -511,6 +525,12 @@ def test_a_step_may_compute_the_conditional_half_alone(model):
     assert executed.tolist() == [[[1, 1], [1, 1]], [[1, 0], [1, 0]], [[1, 1], [0, 0]]]
     with pytest.raises(ValueError, match="leaves out one half in step 1 and has a predictor"):
         show(model, CacheManager(Alone(stored=HELD)), sampler, states, labels)
+    with open_run(model, CacheManager(policy), sampler, labels) as opened:  # a loop that keeps the output to itself
+        x, c = torch.zeros(4, 16, 32), torch.zeros(4, 32)
+        for step in (0, 1):
+            opened.begin_step(step)
+            with pytest.raises(RuntimeError, match="step 0: put the output through") if step else nullcontext():
+                opened.run_blocks(model.blocks, x, c)
     show(model, CacheManager(policy), sampler, states, labels, cfg_scale=1.0)
     assert seen[-3:] == [(1, 1, 1)] * 3
     assert model.cache is None
