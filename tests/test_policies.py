@@ -14,6 +14,7 @@ from by_hand import column, walk
 from torch.testing import assert_close
 from toy import (
     TINY,
+    HeldBranches,
     Scheduled,
     alphas,
     fitted,
@@ -63,17 +64,6 @@ VARIANTS = [
 ]
 CASES = [*((name, SKIPPING.get(name, "")) for name in NAMES), *VARIANTS]
 cases = pytest.mark.parametrize(("name", "options"), CASES, ids=[":".join(filter(None, case)) for case in CASES])
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_dit()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Where profiles of the toy model are kept for all tests."""
-    return tmp_path_factory.mktemp("profiles")
 
 
 def computed(manager, half=0):
@@ -206,7 +196,8 @@ def test_no_reuse_is_the_plain_model_to_the_bit(name, folder, model):
 
 # Leading steps that are always computed.
 measuring = pytest.mark.parametrize(
-    ("spec", "lead"), [("dicache:retention=0", 1), ("first_block:back=0", 1), ("rfc:order=1", 2)]
+    ("spec", "lead"),
+    [("dicache:retention=0", 1), ("first_block:back=0", 1), ("rfc:order=1", 2), ("teacache:profile=none", 1)],
 )
 
 
@@ -239,12 +230,13 @@ RFC_INPUTS = [1.0, 1.1, 1.25, 1.4, 1.55, 1.6, 1.6]  # see test_policy_rfc.py
     [
         # Changes of 0.1, 0.1, 0, 0, each to the step before, and of 0, 0.1, 0.1, 0.
         ("dicache:threshold=0.15,retention=0", [1, 1.1, 1.21, 1.21, 1.21], [1, 1, 1.1, 1.21, 1.21], "x.x.. x..x."),
+        ("teacache:threshold=0.15,profile=none", [1, 1.1, 1.21, 1.21, 1.21], [1, 1, 1.1, 1.21, 1.21], "x.x.. x..x."),
         # 0.3 to 1, 0 and 0.08 to 1.3; 0.1 and 0.2 to 1, 0.04 to 1.2.
         ("first_block:threshold=0.12", [1, 1.3, 1.3, 1.4], [1, 1.1, 1.2, 1.25], "xx.. x.x."),
         # The other image is forecast as 1 (it is 2), 2.5 (2), 2 (3), and 4 at the end, as it is.
         ("rfc:threshold=0.1", RFC_INPUTS, [1, 1, 1, 2, 2, 3, 4], "xx.x..x xx.xxx."),
     ],
-    ids=["dicache", "first_block", "rfc"],
+    ids=["dicache", "teacache", "first_block", "rfc"],
 )
 def test_images_are_measured_by_themselves(spec, one, other, decided):
     together = walk(spec, [list(pair) for pair in zip(one, other, strict=True)])
@@ -273,20 +265,31 @@ REFUSED = {
     "adacache": "scale=-0.1 scale=nan gates=old scope=row codebook=quick codebook=0.2:3/0.1:2 codebook=0.1:2/0.2:3 "
     "codebook=0:2 codebook=0.1:0 codebook=0.1 codebook=inf:2 codebook=0.1:2/ codebook=0.1:2.5 codebook=nan:2 "
     "codebook=0.1:3/inf:2",
+    "block_cache": "threshold=-0.1 threshold=nan profile=/nowhere/at/all.json",
+    "delta_dit": "every=0 share=1.1 share=-0.1 switch=nan switch=2",
     "dicache": "threshold=-0.1 threshold=nan scope=row error=input depth=0 retention=1.01 retention=-0.01 g_max=0.99",
+    "easycache": "threshold=-1 threshold=nan warmup=0 scope=row",
     "ertacache": "threshold=-0.1 threshold=nan rectify=some profile=none",
-    "fastcache": "threshold=-0.1 threshold=nan scope=row tau=-1 tau=nan form=linear reference=first",
+    "fastcache": "threshold=-0.1 threshold=nan scope=row tau=-1 tau=nan form=linear",
+    "fastercache": "every=0 attention=0 weight=1.1 alpha=-1 uncond_below=-1 below=nan",
+    "feb_cache": "table=fox every=-1 noisy=1.1 between=f delta=0",
     "first_block": "threshold=-0.1 threshold=nan scope=pair front=0 back=-1 warmup=-1 max_continuous=-2 order=5 "
     "max_cached=-2 order=-1",
     "freqca": "every=0 order=5 order=-1 sigma=0.0 sigma=1.1 cutoff=-0.1 cutoff=1.1 first_enhance=0",
+    "h2_cache": "scope=row threshold=-1 detail=nan split=1.1 pool=0 detail_pool=0",
     "hicache": "every=0 order=5 order=-1 sigma=0.0 sigma=1.1 first_enhance=0 gate_error=-0.1 gate_error=0.6",
     "icc": "every=0 rank=0.0 rank=1.1",
     "interval": "every=0 every=2.5 warmup=-1 order=5 order=-1 align=middle",
+    "l2c": "threshold=1.1 threshold=-0.1 threshold=nan l1=-1 l1=nan",
     "lazydit": "threshold=-0.1 threshold=nan scope=row attn_threshold=-1 mlp_threshold=-1 max_lag=0 profile=none",
     "magcache": "threshold=-0.1 threshold=nan max_skip=-1 retention=1.5 profile=none",
+    "pab": "every=0 low=-1 high=nan high=100",
+    "precisecache": "scope=row threshold=nan block=-0.1 cell=0 cutoff=1.1",
     "rfc": "threshold=-0.1 threshold=nan scope=row order=0 order=3 weights=lagrange norm=tensor rfe=1",
     "schedule": "share=0.0 share=1.1 first=0 order=3 power=0.4 power=33 profile=none",
+    "sencache": "threshold=-1 start=nan share=1.1 max_skip=-1 scope=row profile=none",
     "smoothcache": "threshold=-0.1 threshold=nan max_lag=0 profile=none lags=one",
+    "speca": "base_threshold=-1 decay_rate=0 min_taylor=0 max_taylor=0 scope=row",
     "taylorseer": "gate_error=-0.1 gate_error=0.6 every=0 order=5 order=-1 first_enhance=0 weights=lagrange",
     "teacache": "threshold=-0.1 threshold=low scope=row profile=/nowhere/at/all.json",
 }
@@ -432,21 +435,8 @@ def test_single_branches_are_reused_alone(model):
 
     spans = tuple((u.start, u.stop, u.branch) for u in by_branch(3))
     manager, out = run(model, Attention(stored=Predictor("branches", 0), spans=spans), labels=(1, 4))
-
-    class HeldAttention:
-        held = None
-
-        def run_blocks(self, blocks, x, c):
-            first, self.held = self.held is None, self.held or []
-            for i, block in enumerate(blocks):
-                shift, scale, gate, *rest = block.modulation(c)
-                if first:
-                    self.held.append(block.attn_branch(x, shift, scale))
-                x = x + gate.unsqueeze(1) * self.held[i]
-                x = x + rest[2].unsqueeze(1) * block.mlp_branch(x, rest[0], rest[1])
-            return x
-
-    assert_close(out, sample_with(HeldAttention(), model, labels=(1, 4)), rtol=1e-4, atol=1e-5)
+    twin = HeldBranches(lambda step, _, branch: branch or step == 0)
+    assert_close(out, sample_with(twin, model, labels=(1, 4)), rtol=1e-4, atol=1e-5)
     attn, mlp = model.branch_flops()
     modulations = 9 * 6 * 32 * 32 / (10 / 3)  # fresh gates: nine of ten steps, half of adaLN
     assert manager.trace.compute == pytest.approx((attn / 10 + mlp + modulations / 3) / (attn + mlp))

@@ -107,9 +107,3 @@ def test_whole_run(threshold, detail):
     assert executed[:, [1, 3]].tolist() == twin.ran
     assert (executed[:, [0, 2]] == 1).all()
     assert 0 < np.mean(twin.ran) < 1
-
-
-@pytest.mark.parametrize("item", ["threshold=-1", "detail=nan", "split=1.1", "pool=0", "detail_pool=0"])
-def test_wrong_options(item):
-    with pytest.raises(ValueError, match=f"^h2_cache: {item.partition('=')[0]}="):
-        make_policy(f"h2_cache:{item}")

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from adacorr.policies import register
-from adacorr.policy import Knob, Policy, Predictor, Ran, RunInfo, Unit, View, option, relative_change, scatter
+from adacorr.policy import SCOPES, Knob, Policy, Predictor, Ran, RunInfo, Unit, View, option, relative_change, scatter
 
 
 @register
@@ -22,11 +22,12 @@ class H2Cache(Policy):
     split      share of the blocks that the front stage has: 19 of 57 in FLUX
     pool, detail_pool  side of the squares of tokens and channels over which a residual is averaged before it is
                compared, for either stage; 2 and 12 in the release, at 1024 x 1024 pixels
+    scope      image: each image decides with both its guidance halves; batch: one decision for all, as released
 
     The first block of each stage runs in every step. A change is that to the residual of the step that last computed
-    the rest of the stage, over that one's size. The stages of FLUX are its double-stream and single-stream blocks. Each
-    image decides with both its guidance halves, where the release has one prompt. Under AdaCorrection the front stage
-    alone decides. Stored for each image and half: of each stage, its residual, and that of its first block, averaged.
+    the rest of the stage, over that one's size. The stages of FLUX are its double-stream and single-stream blocks.
+    Under AdaCorrection the front stage alone decides. Stored for each image and half: of each stage, its residual, and
+    that of its first block, averaged.
     """
 
     threshold: float = option(0.15, low=0)
@@ -34,6 +35,7 @@ class H2Cache(Policy):
     split: float = option(0.333, low=0, high=1)
     pool: int = option(2, low=1)
     detail_pool: int = option(12, low=1)
+    scope: str = option("image", choices=SCOPES)
     granularity = "stage, after a probe"
     knob = Knob("threshold", 0.003, 10.0, ("", "detail=0", "detail=0.5", "detail=100"))
     predictor = Predictor("residual", order=0)
@@ -66,7 +68,7 @@ class H2Cache(Policy):
             self._first[0] = thumbnail(view.x - view.x_in, self.pool)
         if self._before[stage] is None:
             return view.everyone()
-        change = view.measured(relative_change(self._first[stage], self._before[stage]))
+        change = view.measured(relative_change(self._first[stage], self._before[stage], self.scope))
         if stage == 1:
             return self._front & ~(change < self.detail)
         self._front = ~(change < self.threshold)

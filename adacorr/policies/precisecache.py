@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from adacorr.policies import register
-from adacorr.policy import Knob, Policy, Predictor, Ran, RunInfo, Unit, View, option, relative_change, scatter
+from adacorr.policy import SCOPES, Knob, Policy, Predictor, Ran, RunInfo, Unit, View, option, relative_change, scatter
 from adacorr.tokens import flops_of_tokens, low_modes
 
 
@@ -24,6 +24,7 @@ class PreciseCache(Policy):
     cell       side of the squares of tokens that are averaged for the trial run, which finds the low frequencies before
                the step is computed; it costs about 1 / cell^2 of a step
     cutoff     a mode of the trial's grid is low up to this share of the largest distance from the origin (freqca)
+    scope      image: each image decides with both its guidance halves; batch: one decision for all
 
     A skipped step or block adds what it added when it last ran, gates included. The first block never rests. Only the
     abstract and a summary for laymen could be read: the trial run on a smaller latent is from there, as are the two
@@ -36,6 +37,7 @@ class PreciseCache(Policy):
     block: float = option(0.05, low=0)
     cell: int = option(4, low=1)
     cutoff: float = option(0.5, low=0, high=1)
+    scope: str = option("image", choices=SCOPES)
     granularity = "step, block"
     knob = Knob("threshold", 0.003, 10.0, ("", "block=0", "block=0.2", "cutoff=0.1,block=0"))
     predictor = Predictor("residual", order=0)
@@ -59,8 +61,9 @@ class PreciseCache(Policy):
             self._low = self._modes @ trial(view, self.cell).float()
             self._due = view.everyone()
             if self._reference is not None:
-                change = view.measured(relative_change(self._low, self._reference))
+                change = view.measured(relative_change(self._low, self._reference, self.scope))
                 self._due = ~(change < self.threshold)
+                self._resting[:, ~np.isfinite(change)] = False  # all of the step runs
             return self._due
         resting = self._resting[layer].copy()
         self._resting[layer] &= ~self._due  # for one computed step
@@ -71,7 +74,7 @@ class PreciseCache(Policy):
         if layer == 0:
             self._reference = scatter(self._reference, images, self._low[:, images], view.images)
         else:
-            self._resting[layer, images] = relative_change(ran.out, ran.x) < self.block
+            self._resting[layer, images] = relative_change(ran.out, ran.x, self.scope) < self.block
 
 
 def trial(view: View, cell: int) -> Tensor:
