@@ -129,10 +129,13 @@ class CacheManager:
         with torch.no_grad():
             run = self._open(model, labels, timesteps, np.asarray(alpha_bar), info, rewindable, eta)
             model.cache = run
+            hooks = [model.register_forward_hook(run.change_output)] if isinstance(run, PolicyRun) else []
             try:
                 yield run
             finally:
                 model.cache = None
+                for hook in hooks:
+                    hook.remove()
                 self.bytes = run.bytes
 
     def grid(self, model: nn.Module, timesteps: Tensor, cfg_scale: float, model_id: str | None, sampler: str) -> Tensor:

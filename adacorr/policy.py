@@ -91,8 +91,9 @@ class RunInfo:
     """What is fixed for one sampling run; a policy gets it in `begin`.
 
     images          n
-    visible_halves  guidance halves that views show, conditional first: 1 without guidance, and under AdaCorrection
-                    where the unconditional half follows from the guidance difference
+    visible_halves  guidance halves that views show, conditional first: 1 without guidance, under AdaCorrection where
+                    the unconditional half follows from the guidance difference, and in views of a step that
+                    `Policy.conditional_only` is true of
     timesteps       (S,) in sampling order
     tokens, width   T and D of the stream
     branch_flops    FLOPs of the attention and the MLP branch of one block, for one row
@@ -193,12 +194,13 @@ class View:
         return score
 
     def spend(self, layer: int, branch: str, images: np.ndarray, share: float | np.ndarray) -> None:
-        """Account for a branch of block `layer` that `reuse` ran itself, in part or whole, for images (m,), all halves.
+        """Account for a branch of block `layer` that `reuse` ran itself, for images (m,) and all halves that it sees.
 
         share of the branch's FLOPs, one for all or (m,).
         """
         share = np.broadcast_to(np.asarray(share, dtype=np.float32), images.shape)
-        self.account.executed[self.step, layer, BRANCHES.index(branch), images] = share[:, None]
+        executed = self.account.executed[self.step, layer, BRANCHES.index(branch)]  # (n, halves)
+        executed[images, : self.info.visible_halves] = share[:, None]
 
     def spend_flops(self, flops: int) -> None:
         """Account for work beside the blocks' own, in FLOPs over all images and halves."""
@@ -305,6 +307,22 @@ class Policy:
         Asked before the run, without AdaCorrection only; `info` has the moved ones afterwards.
         """
         return info.timesteps
+
+    def conditional_only(self, info: RunInfo, step: int) -> bool:
+        """Whether only the conditional half goes through the blocks at a step; `network_output` makes the other half.
+
+        Asked once in a step of a guided run, without AdaCorrection only. Views of such a step show one half. A method
+        that ever says so has no predictor, whose stores are of both halves.
+        """
+        return False
+
+    def network_output(self, info: RunInfo, step: int, noise: Tensor) -> Tensor:
+        """What the sampler goes on with in place of the noise that the network predicts, (halves, n, C, H, W) both.
+
+        The conditional half comes first; the other one is meaningless after a step of the conditional half alone.
+        Called once a step, without AdaCorrection only.
+        """
+        return noise
 
     def decide(self, view: View) -> np.ndarray:
         """(n,) bool: True where the unit is to run. A unit without a past runs whatever this says."""

@@ -1,13 +1,15 @@
-"""Some tokens of some images: which of them moved, by how much, and what a block costs for them alone.
+"""Some tokens of some images: which of them moved, what a block costs for them alone, and their low frequencies.
 
 Places index a tensor (halves, n, T, D) of all images: g images with equally many tokens M give (halves, g, M, D).
 """
+
+import math
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from adacorr.policy import BRANCHES, View
+from adacorr.policy import BRANCHES, RunInfo, View
 
 Places = tuple[slice, Tensor, Tensor]  # all halves, images (g, 1), tokens (g, M)
 MULTIPLE = 8  # moving tokens are rounded up to a multiple of it, so that images fall into few groups
@@ -45,12 +47,34 @@ def relative_norms(change: np.ndarray, size: np.ndarray, scope: str) -> np.ndarr
     return np.sqrt(change / np.maximum(size, np.finfo(np.float32).tiny))
 
 
+def flops_of_tokens(info: RunInfo, tokens: int) -> tuple[int, int]:
+    """FLOPs of the attention and the MLP branch of one block for a row of so many tokens, half of adaLN each."""
+    width, hidden = info.width, info.blocks[0].mlp.fc1.out_features
+    modulation = 6 * width * width
+    attn = 8 * tokens * width * width + 4 * tokens * tokens * width  # the linears; scores and weighted values
+    return attn + modulation, 4 * tokens * width * hidden + modulation
+
+
 def spend_tokens(view: View, at: Places) -> None:
     """Account for tokens that went through the unit's block, as shares of its FLOPs for all tokens of a row."""
-    width, hidden = view.info.width, view.block.mlp.fc1.out_features
+    images = at[1][:, 0].cpu().numpy()
+    some = flops_of_tokens(view.info, at[2].shape[1])
+    for branch, own, every in zip(BRANCHES, some, view.info.branch_flops, strict=True):
+        view.spend(view.unit.start, branch, images, own / every)
 
-    def flops(tokens: int) -> tuple[int, int]:  # over 2 D: the linears, scores and weighted values; half of adaLN each
-        return 4 * tokens * width + 2 * tokens * tokens + 3 * width, 2 * tokens * hidden + 3 * width
 
-    for branch, some, every in zip(BRANCHES, flops(at[2].shape[1]), flops(view.info.tokens), strict=True):
-        view.spend(view.unit.start, branch, at[1][:, 0].cpu().numpy(), some / every)
+def low_modes(tokens: int, cutoff: float) -> Tensor:
+    """(M, T) float32: orthonormal DCT-II modes of the square token grid within `cutoff` of the largest distance.
+
+    ValueError for a number of tokens that is no square.
+    """
+    side = math.isqrt(tokens)
+    if side**2 != tokens:
+        raise ValueError(f"low frequencies need a square grid of tokens, and the model has {tokens} of them")
+    number = np.arange(side)
+    modes = np.cos(np.pi / side * (number + 0.5) * number[:, None])  # (mode, place)
+    modes /= np.linalg.norm(modes, axis=1, keepdims=True)
+    distance = np.hypot(*np.ix_(number, number))
+    rows, columns = np.nonzero(distance <= cutoff * distance.max())
+    planes = modes[rows, :, None] * modes[columns, None, :]
+    return torch.from_numpy(planes.reshape(len(rows), tokens)).float()

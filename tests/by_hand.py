@@ -94,3 +94,14 @@ def schedule(spec, steps, images=2, halves=1):
     decided = np.array(walk(spec, [torch.zeros(halves, images, 1, 1)] * steps, steps=steps))
     assert (decided == decided[:, :1]).all()
     return np.flatnonzero(decided[:, 0]).tolist()
+
+
+def observe(calibration, residuals):
+    """Show a calibration one batch of what the stack adds, (halves, n, T, D) at each step."""
+    halves, images = residuals[0].shape[:2]
+    info = make_run(tiny_dit(), images, halves, len(residuals))
+    calibration.begin(info)
+    for step, value in enumerate(residuals):
+        view = make_view(info, step, torch.zeros_like(value))
+        assert calibration.decide(view).all()
+        calibration.computed(view, Ran(np.arange(images), view.x, value))

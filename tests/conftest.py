@@ -1,10 +1,13 @@
 """One thread for all; `gpu` tests skip themselves without CUDA, `net` tests run only when asked for with --net."""
 
+import numpy as np
 import pytest
 import torch
+from toy import tiny_dit
 
 import profiles
 from adacorr import policies
+from adacorr.profile import Profile
 
 
 def pytest_addoption(parser):
@@ -41,3 +44,26 @@ def own_cache_folder(tmp_path_factory):
 def registry(monkeypatch):
     """Policies registered in a test are forgotten after it."""
     monkeypatch.setattr(policies, "_POLICIES", dict(policies._POLICIES))
+
+
+@pytest.fixture(scope="module")
+def model():
+    """The toy DiT of three blocks."""
+    return tiny_dit()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where profiles of the toy models are kept for the tests of a file."""
+    return tmp_path_factory.mktemp("profiles")
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """measured(name, **arrays): the profile that profile=auto finds for a method, whatever the run."""
+
+    def use(name, **arrays):
+        found = Profile(name, {key: np.asarray(value, dtype=float) for key, value in arrays.items()}, "m", "ddim", 1, 1)
+        monkeypatch.setattr(f"adacorr.policies.{name}.find_profile", lambda *_: found)
+
+    return use

@@ -20,7 +20,8 @@ NAMES = sorted(adacorr.available())
 # What the rule measures with: a function in its module, or all that it hands to `View.measured`. The others follow a
 # schedule.
 MEASURES = dict.fromkeys(["adacache", "dicache", "first_block", "rfc", "teacache"], "relative_change")
-MEASURES |= {"fastcache": "moved"} | dict.fromkeys(["easycache", "lazydit", "sencache", "speca"], "measured")
+MEASURES |= {"fastcache": "moved"}
+MEASURES |= dict.fromkeys(["easycache", "h2_cache", "lazydit", "precisecache", "sencache", "speca"], "measured")
 # Settings that skip on a model whose features turn as fast as this one's.
 OPTIONS = {
     "adacache": "scale=10",
@@ -28,7 +29,9 @@ OPTIONS = {
     "easycache": "threshold=1,warmup=1",
     "fastcache": "threshold=1",
     "first_block": "threshold=1",
+    "h2_cache": "threshold=1,detail=1",
     "lazydit": "threshold=1",
+    "precisecache": "threshold=1",
     "rfc": "threshold=2",
     "sencache": "threshold=1,start=1",
     "speca": "base_threshold=1000000",
@@ -36,7 +39,7 @@ OPTIONS = {
 }
 # A call of the measure in whose step image BAD would reuse (for `lazydit`: the branch in question).
 CALL = {"adacache": 1, "dicache": 2, "fastcache": 3, "first_block": 3, "lazydit": 14, "rfc": 2, "teacache": 3}
-CALL |= {"easycache": 4, "sencache": 3, "speca": 7}
+CALL |= {"easycache": 4, "h2_cache": 2, "precisecache": 2, "sencache": 3, "speca": 7}
 LATE = {"adacache", "speca"}  # the decision rests on what was measured in an earlier step
 LABELS, BAD, MATES, STEPS, FROM = (3, 0, 1), 1, [0, 2], 20, 9
 

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,21 @@ import pytest
 import torch
 from by_hand import column, walk
 from torch.testing import assert_close
-from toy import Scheduled, alphas, fitted, forced, sample, sample_with, save_tiny, tiny_dit
+from toy import (
+    TINY,
+    HeldBranches,
+    Scheduled,
+    alphas,
+    fitted,
+    forced,
+    open_run,
+    rows_at,
+    sample,
+    sample_with,
+    save_tiny,
+    show,
+    tiny_dit,
+)  # fmt: skip
 
 import adacorr
 import sample as script
@@ -19,7 +34,9 @@ from adacorr import AdaCorrection, CacheManager, Predictor, Unit, by_branch, mak
 from adacorr.__main__ import main
 from adacorr.policies import calibrated, load_file, policies, register
 from diffusion import make_sampler
+from models import DiT
 
+HELD = Predictor("residual", 0)
 ROOT = Path(__file__).resolve().parents[1]
 BUILT_IN = {
     "adacache", "dicache", "ertacache", "fastcache", "first_block", "freqca", "hicache", "icc", "interval",
@@ -47,17 +64,6 @@ VARIANTS = [
 ]
 CASES = [*((name, SKIPPING.get(name, "")) for name in NAMES), *VARIANTS]
 cases = pytest.mark.parametrize(("name", "options"), CASES, ids=[":".join(filter(None, case)) for case in CASES])
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_dit()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Where profiles of the toy model are kept for all tests."""
-    return tmp_path_factory.mktemp("profiles")
 
 
 def computed(manager, half=0):
@@ -190,7 +196,8 @@ def test_no_reuse_is_the_plain_model_to_the_bit(name, folder, model):
 
 # Leading steps that are always computed.
 measuring = pytest.mark.parametrize(
-    ("spec", "lead"), [("dicache:retention=0", 1), ("first_block:back=0", 1), ("rfc:order=1", 2)]
+    ("spec", "lead"),
+    [("dicache:retention=0", 1), ("first_block:back=0", 1), ("rfc:order=1", 2), ("teacache:profile=none", 1)],
 )
 
 
@@ -223,12 +230,13 @@ RFC_INPUTS = [1.0, 1.1, 1.25, 1.4, 1.55, 1.6, 1.6]  # see test_policy_rfc.py
     [
         # Changes of 0.1, 0.1, 0, 0, each to the step before, and of 0, 0.1, 0.1, 0.
         ("dicache:threshold=0.15,retention=0", [1, 1.1, 1.21, 1.21, 1.21], [1, 1, 1.1, 1.21, 1.21], "x.x.. x..x."),
+        ("teacache:threshold=0.15,profile=none", [1, 1.1, 1.21, 1.21, 1.21], [1, 1, 1.1, 1.21, 1.21], "x.x.. x..x."),
         # 0.3 to 1, 0 and 0.08 to 1.3; 0.1 and 0.2 to 1, 0.04 to 1.2.
         ("first_block:threshold=0.12", [1, 1.3, 1.3, 1.4], [1, 1.1, 1.2, 1.25], "xx.. x.x."),
         # The other image is forecast as 1 (it is 2), 2.5 (2), 2 (3), and 4 at the end, as it is.
         ("rfc:threshold=0.1", RFC_INPUTS, [1, 1, 1, 2, 2, 3, 4], "xx.x..x xx.xxx."),
     ],
-    ids=["dicache", "first_block", "rfc"],
+    ids=["dicache", "teacache", "first_block", "rfc"],
 )
 def test_images_are_measured_by_themselves(spec, one, other, decided):
     together = walk(spec, [list(pair) for pair in zip(one, other, strict=True)])
@@ -257,20 +265,31 @@ REFUSED = {
     "adacache": "scale=-0.1 scale=nan gates=old scope=row codebook=quick codebook=0.2:3/0.1:2 codebook=0.1:2/0.2:3 "
     "codebook=0:2 codebook=0.1:0 codebook=0.1 codebook=inf:2 codebook=0.1:2/ codebook=0.1:2.5 codebook=nan:2 "
     "codebook=0.1:3/inf:2",
+    "block_cache": "threshold=-0.1 threshold=nan profile=/nowhere/at/all.json",
+    "delta_dit": "every=0 share=1.1 share=-0.1 switch=nan switch=2",
     "dicache": "threshold=-0.1 threshold=nan scope=row error=input depth=0 retention=1.01 retention=-0.01 g_max=0.99",
+    "easycache": "threshold=-1 threshold=nan warmup=0 scope=row",
     "ertacache": "threshold=-0.1 threshold=nan rectify=some profile=none",
-    "fastcache": "threshold=-0.1 threshold=nan scope=row tau=-1 tau=nan form=linear reference=first",
+    "fastcache": "threshold=-0.1 threshold=nan scope=row tau=-1 tau=nan form=linear",
+    "fastercache": "every=0 attention=0 weight=1.1 alpha=-1 uncond_below=-1 below=nan",
+    "feb_cache": "table=fox every=-1 noisy=1.1 between=f delta=0",
     "first_block": "threshold=-0.1 threshold=nan scope=pair front=0 back=-1 warmup=-1 max_continuous=-2 order=5 "
     "max_cached=-2 order=-1",
     "freqca": "every=0 order=5 order=-1 sigma=0.0 sigma=1.1 cutoff=-0.1 cutoff=1.1 first_enhance=0",
+    "h2_cache": "scope=row threshold=-1 detail=nan split=1.1 pool=0 detail_pool=0",
     "hicache": "every=0 order=5 order=-1 sigma=0.0 sigma=1.1 first_enhance=0 gate_error=-0.1 gate_error=0.6",
     "icc": "every=0 rank=0.0 rank=1.1",
     "interval": "every=0 every=2.5 warmup=-1 order=5 order=-1 align=middle",
+    "l2c": "threshold=1.1 threshold=-0.1 threshold=nan l1=-1 l1=nan",
     "lazydit": "threshold=-0.1 threshold=nan scope=row attn_threshold=-1 mlp_threshold=-1 max_lag=0 profile=none",
     "magcache": "threshold=-0.1 threshold=nan max_skip=-1 retention=1.5 profile=none",
+    "pab": "every=0 low=-1 high=nan high=100",
+    "precisecache": "scope=row threshold=nan block=-0.1 cell=0 cutoff=1.1",
     "rfc": "threshold=-0.1 threshold=nan scope=row order=0 order=3 weights=lagrange norm=tensor rfe=1",
     "schedule": "share=0.0 share=1.1 first=0 order=3 power=0.4 power=33 profile=none",
+    "sencache": "threshold=-1 start=nan share=1.1 max_skip=-1 scope=row profile=none",
     "smoothcache": "threshold=-0.1 threshold=nan max_lag=0 profile=none lags=one",
+    "speca": "base_threshold=-1 decay_rate=0 min_taylor=0 max_taylor=0 scope=row",
     "taylorseer": "gate_error=-0.1 gate_error=0.6 every=0 order=5 order=-1 first_enhance=0 weights=lagrange",
     "teacache": "threshold=-0.1 threshold=low scope=row profile=/nowhere/at/all.json",
 }
@@ -416,21 +435,8 @@ def test_single_branches_are_reused_alone(model):
 
     spans = tuple((u.start, u.stop, u.branch) for u in by_branch(3))
     manager, out = run(model, Attention(stored=Predictor("branches", 0), spans=spans), labels=(1, 4))
-
-    class HeldAttention:
-        held = None
-
-        def run_blocks(self, blocks, x, c):
-            first, self.held = self.held is None, self.held or []
-            for i, block in enumerate(blocks):
-                shift, scale, gate, *rest = block.modulation(c)
-                if first:
-                    self.held.append(block.attn_branch(x, shift, scale))
-                x = x + gate.unsqueeze(1) * self.held[i]
-                x = x + rest[2].unsqueeze(1) * block.mlp_branch(x, rest[0], rest[1])
-            return x
-
-    assert_close(out, sample_with(HeldAttention(), model, labels=(1, 4)), rtol=1e-4, atol=1e-5)
+    twin = HeldBranches(lambda step, _, branch: branch or step == 0)
+    assert_close(out, sample_with(twin, model, labels=(1, 4)), rtol=1e-4, atol=1e-5)
     attn, mlp = model.branch_flops()
     modulations = 9 * 6 * 32 * 32 / (10 / 3)  # fresh gates: nine of ten steps, half of adaLN
     assert manager.trace.compute == pytest.approx((attn / 10 + mlp + modulations / 3) / (attn + mlp))
@@ -458,6 +464,66 @@ def test_what_reuse_gives_is_added_and_what_it_ran_is_counted(model):
 def test_a_policy_that_stores_nothing_must_say_what_to_reuse(model):
     with pytest.raises(ValueError, match="without a predictor must override"):
         run(model, Scheduled(), labels=(1,))
+
+
+@torch.no_grad()
+def test_the_noise_that_the_network_predicts_can_be_changed():
+    """Rows [conditional; unconditional] of noise, then variance, whose output layer gives 0, 1, ... by channel."""
+    model = DiT(**{**TINY, "depth": 1, "learn_sigma": True}).eval()
+    model.final_layer.linear.bias.copy_(torch.arange(6.0).repeat(4))
+    told = []
+
+    class Changing(Scheduled):
+        def network_output(self, info, step, noise):
+            told.append((step, noise.shape, noise[:, 1, :, 0, 0].tolist()))
+            return torch.stack([noise[0] + 10, -noise[1]])
+
+    sampler, labels, manager = make_sampler("ddim", 2), torch.tensor([1, 4]), CacheManager(Changing(stored=HELD))
+    out = show(model, manager, sampler, torch.zeros(2, 2, 3, 8, 8), labels)
+    assert told == [(step, (2, 2, 3, 8, 8), [[0, 1, 2], [0, 1, 2]]) for step in range(2)]
+    by_channel = [[10, 11, 12, 3, 4, 5]] * 2 + [[0, -1, -2, 3, 4, 5]] * 2
+    assert out[..., 0, 0].tolist() == [by_channel] * 2
+    told.clear()
+    show(model, CacheManager(Changing(), AdaCorrection()), sampler, torch.zeros(2, 2, 3, 8, 8), labels)
+    model(torch.zeros(2, 3, 8, 8), torch.zeros(2), labels)
+    assert told == []
+
+
+@torch.no_grad()
+def test_a_step_may_compute_the_conditional_half_alone(model):
+    seen = []
+
+    class Alone(Scheduled):
+        def conditional_only(self, info, step):
+            return step == 1
+
+        def decide(self, view):
+            seen.append((view.x.shape[0], view.x_in.shape[0], view.modulation[0].shape[0]))
+            return super().decide(view)
+
+    sampler, labels = make_sampler("ddim", 3), torch.tensor([1, 4])
+    states = torch.randn(3, 2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    policy, manager = Alone(steps=((0, 1, 2),)), CacheManager(Alone(steps=((0, 1, 2), (0, 1))))
+    plain = torch.stack([model(*rows_at(model, sampler, s, x, labels, 2)) for s, x in enumerate(states)])
+    out = show(model, CacheManager(policy), sampler, states, labels)
+    assert seen == [(2, 2, 2), (1, 1, 1), (2, 2, 2)]
+    assert torch.equal(out[[0, 2]], plain[[0, 2]])
+    assert_close(out[1, :2], plain[1, :2])
+    manager.policy.reuse = lambda view, cached: torch.zeros_like(cached.x)
+    show(model, manager, sampler, states, labels)
+    executed = manager.trace.executed[:, 0, 0]  # (steps, images, halves)
+    assert executed.tolist() == [[[1, 1], [1, 1]], [[1, 0], [1, 0]], [[1, 1], [0, 0]]]
+    with pytest.raises(ValueError, match="leaves out one half in step 1 and has a predictor"):
+        show(model, CacheManager(Alone(stored=HELD)), sampler, states, labels)
+    with open_run(model, CacheManager(policy), sampler, labels) as opened:  # a loop that keeps the output to itself
+        x, c = torch.zeros(4, 16, 32), torch.zeros(4, 32)
+        for step in (0, 1):
+            opened.begin_step(step)
+            with pytest.raises(RuntimeError, match="step 0: put the output through") if step else nullcontext():
+                opened.run_blocks(model.blocks, x, c)
+    show(model, CacheManager(policy), sampler, states, labels, cfg_scale=1.0)
+    assert seen[-3:] == [(1, 1, 1)] * 3
+    assert model.cache is None
 
 
 @pytest.mark.parametrize("decided", [np.ones(3, dtype=bool), np.ones((2, 1), dtype=bool), True])

@@ -3,17 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from toy import make_run, make_view, tiny_dit
+from toy import make_run, make_view
 
 from adacorr import make_policy
 from adacorr.policies.adacache import read_codebook
 from adacorr.policy import Ran, Unit
 from adacorr.unit import check_units
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_dit()
 
 
 def walk(model, spec, added, steps=20):

@@ -4,30 +4,12 @@ import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
-from toy import make_run, make_view, sample, sample_with, tiny_dit
+from toy import begun, make_run, make_view, sample, sample_with
 
 from adacorr import CacheManager, make_policy
 from adacorr.calibration.block_cache import BlockCacheCalibration
 from adacorr.policies.block_cache import schedule
 from adacorr.policy import Ran, Unit
-from adacorr.profile import Profile, save_profile
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_dit()
-
-
-@pytest.fixture
-def shelf(tmp_path):
-    """Write a profile of changes (L, S) and give the spec that names it."""
-
-    def write(change, threshold):
-        path = tmp_path / "block_cache.json"
-        save_profile(path, Profile("block_cache", {"change": change}, "toy", "ddim", change.shape[1], 1.5))
-        return f"block_cache:profile={path},threshold={threshold}"
-
-    return write
 
 
 @pytest.mark.parametrize(
@@ -89,8 +71,9 @@ class Held:
         return x
 
 
-def test_whole_run(model, shelf):
-    manager = CacheManager(make_policy(shelf(CHANGE, 0.25)))
+def test_whole_run(model, measured):
+    measured("block_cache", change=CHANGE)
+    manager = CacheManager(make_policy("block_cache:threshold=0.25"))
     out = sample(model, cache=manager)
     for block, steps in enumerate(STEPS):
         ran = manager.trace.executed[:, block]
@@ -98,14 +81,7 @@ def test_whole_run(model, shelf):
     assert_close(out, sample_with(Held(), model), rtol=1e-4, atol=1e-5)
 
 
-def test_under_correction_half_of_the_blocks_propose(model, shelf):
-    policy, run = make_policy(shelf(CHANGE, 0.25)), make_run(model, cfg_scale=1.5, model_id="toy", sampler="ddim")
-    policy.begin(run)
-    views = [make_view(run, step, torch.zeros(1, 1, 2, 3)) for step in range(10)]
+def test_under_correction_half_of_the_blocks_propose(model, measured):
+    measured("block_cache", change=CHANGE)
+    policy, views = begun(model, "block_cache:threshold=0.25")
     assert np.flatnonzero([policy.propose(view)[0] for view in views]).tolist() == [0, 3, 5, 6, 9]
-
-
-@pytest.mark.parametrize("item", ["threshold=-0.1", "threshold=nan", "profile=/nowhere/at/all.json"])
-def test_wrong_options(item):
-    with pytest.raises(ValueError, match=f"^block_cache: {item.partition('=')[0]}="):
-        make_policy(f"block_cache:{item}")

@@ -7,15 +7,10 @@ import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
-from toy import begun, sample, sample_with, tiny_dit
+from toy import begun, derivatives, sample, sample_with
 
 from adacorr import CacheManager, make_policy
 from adacorr.policies.clusca import cluster, one_of_each
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_dit()
 
 
 @pytest.mark.parametrize(("every", "steps"), [(4, 50), (5, 50), (2, 9)])
@@ -55,6 +50,10 @@ def test_one_of_each_cluster():
 class Release:
     """Row by row: terms of the series of both branches, one fresh token of each cluster in the steps between."""
 
+    newest = None
+
+    newest = None
+
     def __init__(self, computed, order, clusters, spread):
         self.computed, self.order, self.clusters, self.spread = computed, order, clusters, spread
         self.random, self.step, self.terms, self.groups, self.first = torch.Generator().manual_seed(0), -1, {}, {}, None
@@ -91,11 +90,9 @@ class Release:
 
     def branch(self, key, x, module):
         if self.full:
-            terms = [module(x)]
-            for old in self.terms.get(key, [])[: self.order]:
-                terms.append((terms[-1] - old) / (self.step - self.newest))
-            self.terms[key] = terms
-            return terms[0]
+            old = self.terms.get(key, [])[: self.order]
+            self.terms[key] = derivatives(module(x), old, self.step, self.newest)
+            return self.terms[key][0]
         row, layer, name = key
         if name == "mlp":
             self.correct(self.terms[key], x, module, self.ranks[layer], self.groups[row][0])

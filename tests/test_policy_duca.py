@@ -6,16 +6,11 @@ import pytest
 import torch
 from test_policy_toca import by_the_release
 from torch.testing import assert_close
-from toy import make_run, make_view, sample, sample_with, tiny_dit
+from toy import make_run, make_view, sample, sample_with
 
 from adacorr import CacheManager, Unit, make_policy
 
 LAST = 2
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_dit()
 
 
 class Release:

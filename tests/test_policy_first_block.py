@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from by_hand import column, compute, show, start, walk
-from toy import sample, sample_with, tiny_dit
+from toy import derivatives, sample, sample_with, tiny_dit
 
 from adacorr import CacheManager, Predictor, make_policy
 from adacorr.policy import Unit
@@ -82,10 +82,9 @@ class Dual:
             head = x
             for block in blocks[self.front : end]:
                 x = block(x, c)
-            fresh = [x - head]
-            for old in self.derivatives[: self.order] if self.step > 1 else ():
-                fresh.append((fresh[-1] - old) / (self.step - self.last))
-            self.last, self.derivatives = self.step, fresh
+            old = self.derivatives[: self.order] if self.step > 1 else ()
+            self.derivatives = derivatives(x - head, old, self.step, self.last)
+            self.last = self.step
         else:
             away = self.step - self.last
             x = x + sum(d * away**j / math.factorial(j) for j, d in enumerate(self.derivatives))

@@ -7,10 +7,10 @@ import pytest
 import torch
 from by_hand import schedule
 from scipy.fft import dctn, idctn
-from toy import make_run, sample, sample_with, tiny_dit
+from toy import derivatives, make_run, sample, sample_with, tiny_dit
 
 from adacorr import CacheManager, make_policy
-from adacorr.policies.freqca import low_modes
+from adacorr.tokens import low_modes
 
 
 @pytest.mark.parametrize(
@@ -53,10 +53,9 @@ class Bands:
         for block in blocks:
             x = block(x, c)
         self.low = self.modes.T @ (self.modes @ x)
-        fresh = [x - self.low]
-        for old in self.high[: self.order] if self.step > self.first - 2 else ():
-            fresh.append((fresh[-1] - old) / (self.step - self.last))
-        self.last, self.high = self.step, fresh
+        old = self.high[: self.order] if self.step > self.first - 2 else ()
+        self.high = derivatives(x - self.low, old, self.step, self.last)
+        self.last = self.step
         return x
 
 

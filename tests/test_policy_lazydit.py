@@ -22,11 +22,6 @@ PATTERN = torch.tensor([1.0, -1.0]).repeat(WIDTH // 2)  # equal to its own layer
 KNOWN = {"cfg_scale": 1.5, "model_id": "toy", "sampler": "ddim"}
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny_dit()
-
-
 @pytest.fixture
 def plain():
     """Two blocks whose adaLN gives zero for everything, so that Z is the normalised input."""

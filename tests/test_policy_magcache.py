@@ -1,32 +1,15 @@
 """MagCache: its table by hand and as released, its calibration, and whole runs."""
 
 import numpy as np
-import pytest
 import torch
-from toy import Twin, begun, make_run, make_view, obeyed, ran, sample, sample_with, tiny_dit
+from by_hand import observe
+from toy import Twin, begun, obeyed, ran, sample, sample_with
 
-import adacorr.policies.magcache as magcache
 from adacorr import CacheManager, make_policy
 from adacorr.calibration.magcache import MagCacheCalibration
-from adacorr.policy import Ran
-from adacorr.profile import Profile
 from diffusion import make_sampler
 
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_dit()
-
-
-@pytest.fixture
-def use_table(monkeypatch):
-    """Make a table of ratios what profile=auto finds."""
-
-    def use(ratio):
-        made = Profile("magcache", {"ratio": np.asarray(ratio)}, "m", "ddim", len(ratio), 1.5)
-        monkeypatch.setattr(magcache, "find_profile", lambda *_: made)
-
-    return use
+RATIO = [1.0] + [0.9] * 9
 
 
 def as_released(ratio, threshold, max_skip, retention):
@@ -44,9 +27,9 @@ def as_released(ratio, threshold, max_skip, retention):
     return computed
 
 
-def test_the_error_adds_up_until_a_computed_step(model, use_table):
+def test_the_error_adds_up_until_a_computed_step(model, measured):
     # After a computed step p is 0.9, 0.81, 0.729 and the sum 0.1, 0.29, 0.561.
-    use_table([1.0] + [0.9] * 9)
+    measured("magcache", ratio=RATIO)
     policy, views = begun(model, "magcache:threshold=0.3")
     assert obeyed(policy, views) == [[0, 1, 4, 7]]
     policy, views = begun(model, "magcache:threshold=0.28")
@@ -55,18 +38,18 @@ def test_the_error_adds_up_until_a_computed_step(model, use_table):
     assert obeyed(policy, views) == [list(range(10))]
 
 
-def test_every_table_gives_the_walk_of_the_release(model, use_table):
+def test_every_table_gives_the_walk_of_the_release(model, measured):
     rng = np.random.default_rng(5)
     for _ in range(40):
         ratio = np.concatenate([[1.0], np.exp(rng.normal(0, 0.1, 29))])
         threshold, max_skip, retention = rng.uniform(0, 0.6), int(rng.integers(0, 7)), rng.uniform(0, 0.4)
-        use_table(ratio)
+        measured("magcache", ratio=ratio)
         spec = f"magcache:threshold={threshold},max_skip={max_skip},retention={retention}"
         assert obeyed(*begun(model, spec, steps=30)) == [as_released(ratio, threshold, max_skip, retention)]
 
 
-def test_retention_and_max_skip(model, use_table):
-    use_table([1.0] + [0.9] * 9)
+def test_retention_and_max_skip(model, measured):
+    measured("magcache", ratio=RATIO)
     assert obeyed(*begun(model, "magcache:threshold=inf")) == [[0, 1, 5, 9]]
     assert obeyed(*begun(model, "magcache:threshold=inf,retention=0.25,max_skip=99")) == [[0, 1, 2]]  # 2.5 rounds up
     assert obeyed(*begun(model, "magcache:threshold=inf,retention=0,max_skip=99")) == [[0]]
@@ -75,8 +58,8 @@ def test_retention_and_max_skip(model, use_table):
     assert obeyed(*begun(model, "magcache:threshold=0")) == [list(range(10))]
 
 
-def test_what_was_really_computed_starts_the_sum_anew_image_by_image(model, use_table):
-    use_table([1.0] + [0.9] * 9)
+def test_what_was_really_computed_starts_the_sum_anew_image_by_image(model, measured):
+    measured("magcache", ratio=RATIO)
     policy, views = begun(model, "magcache:threshold=0.3", images=2)
     for step in (0, 1):
         assert policy.propose(views[step]).tolist() == [True, True]
@@ -92,23 +75,11 @@ def test_what_was_really_computed_starts_the_sum_anew_image_by_image(model, use_
     assert policy.propose(views[7]).tolist() == [False, True]
 
 
-def calibrate(calibration, model, residuals):
-    """Show a batch of residuals, each (halves, n, T, D), step by step."""
-    halves, images = residuals[0].shape[:2]
-    run = make_run(model, images, halves, len(residuals))
-    calibration.begin(run)
-    for step, value in enumerate(residuals):
-        x = torch.zeros_like(value)
-        view = make_view(run, step, x)
-        assert calibration.decide(view).all()
-        calibration.computed(view, Ran(np.arange(images), x, value))
-
-
-def test_the_calibration_means_the_ratios_of_tokens_images_and_halves(model):
+def test_the_calibration_means_the_ratios_of_tokens_images_and_halves():
     calibration = MagCacheCalibration()
     # One image of two tokens: norms 5 and 1 become 10 (doubled, turned) and 3, then 10 and 3 again.
     tokens = [[[3.0, 4.0], [1.0, 0.0]], [[-10.0, 0.0], [0.0, 3.0]], [[0.0, 10.0], [3.0, 0.0]]]
-    calibrate(calibration, model, [torch.tensor(t).view(1, 1, 2, 2) for t in tokens])
+    observe(calibration, [torch.tensor(t).view(1, 1, 2, 2) for t in tokens])
     arrays, notes = calibration.fit()
     np.testing.assert_allclose(arrays["ratio"], [1.0, 2.5, 1.0], rtol=1e-6)  # a ratio of means would be 13 / 6
     assert notes["images"] == 1
@@ -116,15 +87,15 @@ def test_the_calibration_means_the_ratios_of_tokens_images_and_halves(model):
     # Another batch: three images with both halves, ratios 0.5 and 1.5 in the halves, then 3.
     first = torch.full((2, 3, 2, 2), 7.0)
     second = first * torch.tensor([0.5, 1.5]).view(2, 1, 1, 1)
-    calibrate(calibration, model, [first, second, 3 * second])
+    observe(calibration, [first, second, 3 * second])
     arrays, notes = calibration.fit()
     np.testing.assert_allclose(arrays["ratio"], [1.0, (2.5 + 3 * 1) / 4, (1 + 3 * 3) / 4], rtol=1e-6)
     assert notes["images"] == 4
     np.testing.assert_allclose(notes["spread_over_images"], [0.649519, 0.866025], atol=1e-6)
 
 
-def test_a_skipped_step_adds_the_last_residual(model, use_table):
-    use_table([1.0] + [0.9] * 9)
+def test_a_skipped_step_adds_the_last_residual(model, measured):
+    measured("magcache", ratio=RATIO)
     twin = Twin("residual", [0, 1, 5, 9], make_sampler("ddim", 10).timesteps)
     out = sample(model, cache=CacheManager(make_policy("magcache:threshold=inf")))
     torch.testing.assert_close(out, sample_with(twin, model), rtol=1e-4, atol=1e-4)

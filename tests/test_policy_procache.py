@@ -6,15 +6,10 @@ import numpy as np
 import pytest
 from test_policy_duca import Release
 from torch.testing import assert_close
-from toy import begun, sample, sample_with, tiny_dit
+from toy import begun, sample, sample_with
 
 from adacorr import CacheManager, make_policy
 from adacorr.policies.procache import FULL, REUSED, SELECTIVE, intervals, spread
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_dit()
 
 
 def test_the_released_pattern(model):

@@ -6,22 +6,12 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose
-from toy import Twin, fitted, sample, sample_with, tiny_dit
+from toy import Twin, fitted, sample, sample_with
 
 from adacorr import CacheManager, make_policy
 from adacorr.calibration.schedule import ScheduleCalibration
 from adacorr.policies.schedule import forecast_errors, plan
 from diffusion import make_sampler
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_dit()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("profiles")
 
 
 def cost_of(path, costs):

@@ -3,52 +3,24 @@
 import numpy as np
 import pytest
 import torch
-from by_hand import tensor
-from toy import make_run, make_view, sample, sample_with, tiny_dit
+from by_hand import column, walk
+from toy import make_run, make_view, sample, sample_with
 
 from adacorr import CacheManager, make_policy
 from adacorr.calibration.sencache import SenCacheCalibration
 from adacorr.policy import Ran
-from adacorr.profile import Profile, save_profile
 from diffusion import make_sampler
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny_dit()
-
-
 @pytest.fixture
-def shelf(tmp_path):
-    """Write sensitivities (S - 1,) to input and time, and give the options that name them."""
+def shelf(measured):
+    """Make sensitivities (S - 1,) to input and time those of the model, and give the spec of the options."""
 
-    def write(by_input, by_time, options=""):
-        path, steps = tmp_path / "sencache.json", len(by_input) + 1
-        save_profile(path, Profile("sencache", {"input": by_input, "time": by_time}, "toy", "ddim", steps, 1.5))
-        return ",".join(filter(None, [f"sencache:profile={path}", options]))
+    def use(by_input, by_time, options):
+        measured("sencache", input=by_input, time=by_time)
+        return f"sencache:{options}"
 
-    return write
-
-
-def walk(model, spec, states, steps=11):
-    """What is decided for inputs `states`; images are computed as they ask."""
-    images = tensor(states[0]).shape[1]
-    halves = tensor(states[0]).shape[0]
-    run = make_run(model, images, halves, steps, cfg_scale=1.5, model_id="toy", sampler="ddim")
-    policy, decided = make_policy(spec), []
-    policy.begin(run)
-    for step, x in enumerate(states):
-        view = make_view(run, step, tensor(x))
-        wanted = policy.decide(view)
-        decided.append(wanted.tolist())
-        own = np.flatnonzero(wanted)
-        if len(own):
-            policy.computed(view, Ran(own, view.x[:, own], view.x[:, own]))
-    return decided
-
-
-def column(decided, image=0):
-    return "".join(".x"[row[image]] for row in decided)
+    return use
 
 
 def flat(by_input, by_time, steps=11):
@@ -59,29 +31,29 @@ def test_errors_are_measured_from_the_computed_step(model, shelf):
     # The input moves by 0.1 a step, so that the error is 0.2, 0.4, 0.6 after a computed step.
     states = [[0.1 * s] for s in range(11)]
     for threshold, decided in ((0.1, "xxxxxxxxxxx"), (0.3, "x.x.x.x.x.x"), (0.5, "x..x..x..xx"), (9, "x.........x")):
-        assert column(walk(model, shelf(*flat(2.0, 0.0), f"threshold={threshold},share=0"), states)) == decided
+        assert column(walk(shelf(*flat(2.0, 0.0), f"threshold={threshold},share=0"), states, steps=11)) == decided
 
 
 def test_time_counts_with_the_input(model, shelf):
     # 999, 899, 799, ... with 0.001 each: 0.1 a step, besides 0.1 for the input.
     states = [[0.1 * s] for s in range(11)]
     for threshold, decided in ((0.15, "xxxxxxxxxxx"), (0.25, "x.x.x.x.x.x"), (0.45, "x..x..x..xx")):
-        assert column(walk(model, shelf(*flat(1.0, 0.001), f"threshold={threshold},share=0"), states)) == decided
+        assert column(walk(shelf(*flat(1.0, 0.001), f"threshold={threshold},share=0"), states, steps=11)) == decided
 
 
 def test_sensitivities_are_those_of_the_computed_step(model, shelf):
     by_input = np.zeros(10)
     by_input[[0, 2]] = 10.0  # errors of 1 and 2 after steps 0 and 2, and none after step 4
     states = [[0.1 * s] for s in range(8)]
-    assert column(walk(model, shelf(by_input, np.zeros(10), "threshold=1.5,share=0"), states)) == "x.x.x..."
+    assert column(walk(shelf(by_input, np.zeros(10), "threshold=1.5,share=0"), states, steps=11)) == "x.x.x..."
 
 
 def test_start_share_and_max_skip(model, shelf):
     states = [[0.1 * s] for s in range(11)]
     spec = shelf(*flat(1.0, 0.0), "threshold=9,start=0.15,share=0.4")  # the first round(4.4) steps
-    assert column(walk(model, spec, states)) == "x.x.......x"
-    assert column(walk(model, shelf(*flat(1.0, 0.0), "threshold=9,share=0,max_skip=2"), states)) == "x..x..x..xx"
-    assert column(walk(model, shelf(*flat(0.0, 0.0), "max_skip=0"), states)) == "x" * 11
+    assert column(walk(spec, states, steps=11)) == "x.x.......x"
+    assert column(walk(shelf(*flat(1.0, 0.0), "threshold=9,share=0,max_skip=2"), states, steps=11)) == "x..x..x..xx"
+    assert column(walk(shelf(*flat(0.0, 0.0), "max_skip=0"), states, steps=11)) == "x" * 11
 
 
 def test_scope_is_the_image_with_its_halves_or_the_batch(model, shelf):
@@ -90,8 +62,8 @@ def test_scope_is_the_image_with_its_halves_or_the_batch(model, shelf):
     states[1][1, 0] = 2.0
     for threshold, image, batch in ((0.9, True, True), (1.2, True, False), (1.5, False, False)):
         options = f"threshold={threshold},share=0"
-        assert walk(model, shelf(*flat(1.0, 0.0), options), states)[1] == [image, False]
-        assert walk(model, shelf(*flat(1.0, 0.0), f"{options},scope=batch"), states)[1] == [batch, batch]
+        assert walk(shelf(*flat(1.0, 0.0), options), states, steps=11)[1] == [image, False]
+        assert walk(shelf(*flat(1.0, 0.0), f"{options},scope=batch"), states, steps=11)[1] == [batch, batch]
 
 
 @torch.no_grad()
@@ -166,9 +138,3 @@ def test_images_run_as_released(model, shelf, start, main, most):
         torch.testing.assert_close(out[i], expected[0], rtol=1e-3, atol=1e-4)
         assert manager.trace.computed_steps(i) == twin.full
         assert len(twin.full) < steps
-
-
-@pytest.mark.parametrize("item", ["threshold=-1", "start=nan", "share=1.1", "max_skip=-1", "scope=row", "profile=none"])
-def test_wrong_options_are_refused(item):
-    with pytest.raises(ValueError, match=rf"^sencache: {item.partition('=')[0]}=.* must"):
-        make_policy(f"sencache:{item}")

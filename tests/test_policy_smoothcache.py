@@ -6,34 +6,13 @@ import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
-from toy import Twin, make_run, make_view, sample, sample_with, tiny_dit
+from toy import Twin, begun, make_run, make_view, sample, sample_with, tiny_dit
 
 from adacorr import CacheManager, make_policy
 from adacorr.calibration.smoothcache import SmoothCacheCalibration
 from adacorr.policies.smoothcache import scan, scan_last
 from adacorr.policy import Ran
-from adacorr.profile import Profile, save_profile
 from diffusion import make_sampler
-
-KNOWN = {"cfg_scale": 1.5, "model_id": "toy", "sampler": "ddim"}
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_dit()
-
-
-@pytest.fixture
-def shelf(tmp_path):
-    """Write a profile of errors (2, S, K) and give the options that name it."""
-
-    def write(error, cfg_scale=1.5, **options):
-        path = tmp_path / "smoothcache.json"
-        save_profile(path, Profile("smoothcache", {"error": error}, "toy", "ddim", error.shape[1], cfg_scale))
-        listed = "".join(f",{key}={value}" for key, value in options.items())
-        return f"smoothcache:profile={path}{listed}"
-
-    return write
 
 
 def growing(steps=8, lags=3):
@@ -78,7 +57,7 @@ def test_scan_asks_for_the_error_of_the_skipped_step_at_its_lag(large, steps, ma
     assert steps_of(scan(error, 0.5, max_lag)) == expected
 
 
-def test_the_releases_scan_asks_for_the_longest_lag_alone(model, shelf):
+def test_the_releases_scan_asks_for_the_longest_lag_alone(model, measured):
     error = np.tile([9.0, 0.1, 9.0], (8, 1))  # only lag 2 is fine
     assert steps_of(scan(error, 0.5, 3)) == list(range(8))
     assert steps_of(scan_last(error, 0.5, 3)) == [0, 3, 6, 7]
@@ -96,8 +75,8 @@ def test_the_releases_scan_asks_for_the_longest_lag_alone(model, shelf):
             i += 1 + (fit or [0])[0]
         expected[-1] = True
         assert (scan_last(error, 0.3, lags) == expected).all()
-    policy = make_policy(shelf(np.stack([np.tile([9.0, 0.1, 9.0], (8, 1))] * 2), threshold=0.5, lags="last"))
-    policy.begin(make_run(model, 1, 2, 8, **KNOWN))
+    measured("smoothcache", error=np.stack([np.tile([9.0, 0.1, 9.0], (8, 1))] * 2))
+    policy, _ = begun(model, "smoothcache:threshold=0.5,lags=last", 8)
     assert steps_of(policy._table[0]) == [0, 3, 6, 7]
 
 
@@ -106,29 +85,23 @@ def two_tables(steps=8):
     return np.stack([growing(steps), 2 * growing(steps)])
 
 
-def test_types_have_tables_of_their_own_for_all_blocks_and_images(model, shelf):
-    policy, run = (
-        make_policy(shelf(two_tables(), threshold=0.25)),
-        make_run(model, 2, 2, 8, **KNOWN),
-    )
-    policy.begin(run)
-    x = torch.zeros(2, 2, run.tokens, run.width)
-    for unit in policy.units(run.depth):
-        found = np.stack([policy.decide(make_view(run, step, x, unit)) for step in range(8)])
+def test_types_have_tables_of_their_own_for_all_blocks_and_images(model, measured):
+    measured("smoothcache", error=two_tables())
+    policy, views = begun(model, "smoothcache:threshold=0.25", 8, 2, 2)
+    for unit in policy.units(3):
+        found = np.stack([policy.decide(replace(view, unit=unit)) for view in views])
         expected = [0, 3, 6, 7] if unit.branch == "attn" else [0, 2, 4, 6, 7]
         assert [steps_of(column) for column in found.T] == [expected, expected]
 
 
 @pytest.mark.parametrize("halves", [1, 2])
-def test_a_whole_step_is_proposed_for_half_of_the_flops(model, shelf, halves):
-    policy = make_policy(shelf(two_tables(), threshold=0.25))
-    run = make_run(model, 2, halves, 8, **KNOWN)
-    policy.begin(run)
-    views = [make_view(run, step, torch.zeros(halves, 2, run.tokens, run.width)) for step in range(8)]
+def test_a_whole_step_is_proposed_for_half_of_the_flops(model, measured, halves):
+    measured("smoothcache", error=two_tables())
+    policy, views = begun(model, "smoothcache:threshold=0.25", 8, 2, halves)
     found = np.stack([policy.propose(view) for view in views])  # attention has 0.4 of the FLOPs, the MLP 0.6
     assert [steps_of(column) for column in found.T] == [[0, 2, 4, 6, 7]] * 2
     for view in views:
-        view.info = replace(run, branch_flops=(500, 500))
+        view.info = replace(view.info, branch_flops=(500, 500))
     found = np.stack([policy.propose(view) for view in views])
     assert [steps_of(column) for column in found.T] == [[0, 2, 3, 4, 6, 7]] * 2
 
@@ -177,17 +150,18 @@ def test_calibration_counts_batches_alike_and_never_compares_across_them():
 
 
 @pytest.mark.parametrize("cfg_scale", [1.0, 1.5])
-def test_both_types_on_one_table_are_held_branches_under_fresh_gates(model, shelf, cfg_scale):
-    error = np.stack([growing(10)] * 2)
-    manager = CacheManager(make_policy(shelf(error, cfg_scale, threshold=np.inf)))
+def test_both_types_on_one_table_are_held_branches_under_fresh_gates(model, measured, cfg_scale):
+    measured("smoothcache", error=np.stack([growing(10)] * 2))
+    manager = CacheManager(make_policy("smoothcache:threshold=inf"))
     found = sample(model, cache=manager, cfg_scale=cfg_scale)
     twin = Twin("branches", [0, 4, 8, 9], make_sampler("ddim", 10).timesteps)
     assert_close(found, sample_with(twin, model, cfg_scale=cfg_scale))
     assert manager.trace.computed_steps(2) == [0, 4, 8, 9]
 
 
-def test_types_run_at_steps_of_their_own(model, shelf):
-    manager = CacheManager(make_policy(shelf(two_tables(10), threshold=0.25)))
+def test_types_run_at_steps_of_their_own(model, measured):
+    measured("smoothcache", error=two_tables(10))
+    manager = CacheManager(make_policy("smoothcache:threshold=0.25"))
     assert bool(torch.isfinite(sample(model, cache=manager)).all())
     executed = manager.trace.executed
     for branch, steps in enumerate([[0, 3, 6, 9], [0, 2, 4, 6, 8, 9]]):

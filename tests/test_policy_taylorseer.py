@@ -5,16 +5,11 @@ import math
 import pytest
 import torch
 from by_hand import schedule
-from toy import Twin, apply_gates, run_all, sample, sample_with, tiny_dit
+from toy import Twin, apply_gates, derivatives, run_all, sample, sample_with
 
 from adacorr import CacheManager
 from adacorr.policies.taylorseer import TaylorSeer
 from diffusion import make_sampler
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_dit()
 
 
 @pytest.mark.parametrize(("every", "count"), [(2, 26), (3, 18), (4, 14), (5, 11), (6, 10)])
@@ -31,25 +26,22 @@ def test_first_steps_and_the_last():
 
 
 class Recursion:
-    """The release's rule for every branch: derivatives from the newest gap, summed with k ** j / j!."""
+    """The release's rule for every branch: derivatives from the newest gap, times k ** j / j! or another term."""
 
-    def __init__(self, every, order):
-        self.every, self.order, self.step, self.counter = every, order, -1, 0
+    def __init__(self, every, order, term=lambda k, j: k**j / math.factorial(j)):
+        self.every, self.order, self.term, self.step, self.counter = every, order, term, -1, 0
         self.last, self.derivatives = None, []
 
     def run_blocks(self, blocks, x, c):
         self.step += 1
         if self.step >= 2 and self.counter < self.every - 1:
             self.counter += 1
-            k = self.step - self.last
-            branches = sum(d * k**j / math.factorial(j) for j, d in enumerate(self.derivatives))
+            branches = sum(d * self.term(self.step - self.last, j) for j, d in enumerate(self.derivatives))
             return apply_gates(blocks, x, c, branches)
         self.counter = 0
         out, branches = run_all(blocks, x, c)
-        fresh = [branches]
-        for old in self.derivatives[: self.order]:
-            fresh.append((fresh[-1] - old) / (self.step - self.last))
-        self.last, self.derivatives = self.step, fresh
+        self.derivatives = derivatives(branches, self.derivatives[: self.order], self.step, self.last)
+        self.last = self.step
         return out
 
 

@@ -11,11 +11,6 @@ from adacorr.policy import Ran
 from adacorr.top_tokens import fresh_count, received_attention, with_bonus
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny_dit()
-
-
 def by_the_release(steps, every, ratio, depth=3):
     """(S, depth) remainders of a countdown that asks again at each block; None of them is the first step's."""
     threshold, table = None, []

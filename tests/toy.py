@@ -280,6 +280,38 @@ class Twin:
         return x + self.computed[-1][1]
 
 
+def derivatives(fresh, old, step, last):
+    """The releases' difference quotients: of a value at `step`, its first one to the value at `last`, and so on.
+
+    old: those of the step `last`, as many as are to be made from.
+    """
+    made = [fresh]
+    for before in old:
+        made.append((made[-1] - before) / (step - last))
+    return made
+
+
+class HeldBranches:
+    """Runs a branch (0 attention, 1 MLP) of a block where runs(step, layer, branch) says so, else holds its output.
+
+    What is held is from before the gate; gates are fresh.
+    """
+
+    def __init__(self, runs):
+        self.runs, self.step, self.held = runs, -1, {}
+
+    def run_blocks(self, blocks, x, c):
+        self.step += 1
+        for layer, block in enumerate(blocks):
+            six = block.modulation(c)
+            for i, branch in enumerate((block.attn_branch, block.mlp_branch)):
+                shift, scale, gate = six[3 * i : 3 * i + 3]
+                if self.runs(self.step, layer, i):
+                    self.held[layer, i] = branch(x, shift, scale)
+                x = x + gate.unsqueeze(1) * self.held[layer, i]
+        return x
+
+
 def sample_with(twin, model, **arguments):
     """`sample` with a twin in place of a cache."""
     model.cache = twin

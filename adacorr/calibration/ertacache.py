@@ -15,7 +15,6 @@ class ERTACacheCalibration(Calibration):
     """Errors of the stack's residual R_c in place of R_i, for each step i and lag i - c = 1..15.
 
     error   mean over images of |R_c - R_i|_1 / |R_i|_1
-    phi     mean over images of clip(1 - |R_c - R_i|_1 / |R_i - R_i+1|_1, 0, 1); 0 at the last step, which has no next
     slope, offset    least squares of R_c - R_i on R_c, over all elements of all images
     correlation      of R_c and R_i, mean over channels
     mean, deviation  (S, D): of each channel of R_i, over images, halves and tokens
@@ -52,10 +51,6 @@ class ERTACacheCalibration(Calibration):
         step, lag = np.arange(len(size))[:, None], np.arange(1, MAX_LAG + 1)
         known, held = lag <= step, np.maximum(step - lag, 0)  # (S, 15)
 
-        onward = change[1:, :1]  # |R_i - R_i+1|, the next step's change at lag 1
-        phi = np.zeros(known.shape)
-        phi[:-1] = np.clip(1 - over(change[:-1], onward), 0, 1).mean(axis=2)
-
         variance = np.maximum(second - first**2, 0.0)
         deviation = np.sqrt(variance)
         likeness = over(product - first[held] * first[:, None], deviation[held] * deviation[:, None])  # (S, 15, D)
@@ -69,7 +64,6 @@ class ERTACacheCalibration(Calibration):
 
         tables = {
             "error": over(change, size[:, None]).mean(axis=2),
-            "phi": phi,
             "slope": slope,
             "offset": eps - slope * v,
             "correlation": correlation,

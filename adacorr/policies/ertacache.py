@@ -1,4 +1,4 @@
-"""ERTACache (arXiv 2508.21091): a schedule, a timestep grid and a correction, all from errors measured beforehand."""
+"""ERTACache (arXiv 2508.21091): a schedule and a correction from errors measured beforehand."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from adacorr.policies import register
 from adacorr.policy import Cached, Knob, Policy, Ran, RunInfo, View, option
 from adacorr.profile import find_profile
 
-BY_LAG = ("error", "phi", "slope", "offset", "correlation")
+BY_LAG = ("error", "slope", "offset", "correlation")
 BY_CHANNEL = ("mean", "deviation")
 
 
@@ -23,7 +23,6 @@ class ERTACache(Policy):
     threshold  calibrated relative L1 error of the residual below which a step reuses it; 0 never reuses
     rectify    take the calibrated linear part of the error off the residual: channel by channel (channel), as one for
                all channels (all), or not (none)
-    adjust     move the timesteps: short steps where the residual is reused, longer ones elsewhere
     profile    auto: the shipped errors; or a file of `python calibrate.py`
 
     With R_c from the last computed step, step i reuses it if |R_c - R_i|_1 / |R_i|_1 < threshold over uncached runs. No
@@ -33,29 +32,24 @@ class ERTACache(Policy):
     K v / 4 + B / 4 + 1 / 2 with K = 4 cov(v, eps) / var(v): least squares, with one slope and offset for each step and
     lag (rectify=all). That does not help the image of a small DiT, hence the default: R_i is regressed on R_c in each
     channel, with the slope r dev_i / dev_c and one correlation r for each pair of steps.
-    Timesteps: a step that reuses takes phi_i = clip(1 - |R_c - R_i|_1 / |R_i - R_i+1|_1, 0, 1) of its time.
 
     The paper's code could not be had; this follows notes on it. There, the network's output is cached under flow
-    matching; here, the stack's residual, under the final layer of now and whole timesteps.
+    matching, on timesteps that the errors move; here, the stack's residual, under the final layer of now, on the run's
+    own timesteps.
     """
 
     threshold: float = option(0.1, low=0)
     rectify: str | None = option("channel", choices=("channel", "all", None))
-    adjust: bool = False
     profile: str = "auto"
     calibration = ERTACacheCalibration
     knob = Knob("threshold", 0.003, 3.0, ("", "rectify=none"))
 
     def begin(self, info: RunInfo) -> None:
-        self._tables = self._read(info)
-        self._last = np.full(info.images, -1)  # newest computed step of each image
-
-    def _read(self, info: RunInfo) -> dict[str, np.ndarray]:
-        """The profile's (S, lags) and (S, D) tables for a run."""
         profile = find_profile("ertacache", self.profile, info)
         first = profile.require(error=(info.num_steps, None), mean=(info.num_steps, None))
         shapes = dict.fromkeys(BY_LAG, first["error"].shape) | dict.fromkeys(BY_CHANNEL, first["mean"].shape)
-        return profile.require(**shapes)
+        self._tables = profile.require(**shapes)  # (S, lags) and (S, D)
+        self._last = np.full(info.images, -1)  # newest computed step of each image
 
     def decide(self, view: View) -> np.ndarray:
         error = at(self._tables["error"], view.step, view.step - self._last, otherwise=np.inf)
@@ -72,17 +66,6 @@ class ERTACache(Policy):
         scale, shift = torch.from_numpy(factors).to(held.device, torch.float32).unsqueeze(2)  # (m, 1, D or 1) each
         return (held.float() * scale + shift).to(held.dtype)
 
-    def grid(self, info: RunInfo) -> np.ndarray:
-        """The first and last timesteps stay, and so the time between them.
-
-        ValueError for a grid of other than whole, strictly falling timesteps.
-        """
-        if not self.adjust:
-            return info.timesteps
-        tables, steps = self._read(info), np.arange(info.num_steps)
-        lag = replay(tables["error"], self.threshold)
-        return adjusted(info.timesteps, np.where(lag > 0, tables["phi"][steps, lag - 1], 1.0))
-
 
 def rectification(tables: dict[str, np.ndarray], step: int, held: np.ndarray, by_channel: bool) -> np.ndarray:
     """scale and shift that make residuals of steps `held` (m,) into those of `step`: (2, m, D), or (2, m, 1).
@@ -97,34 +80,6 @@ def rectification(tables: dict[str, np.ndarray], step: int, held: np.ndarray, by
     scale = r * over(np.broadcast_to(deviation[step], deviation[held].shape), deviation[held])
     scale = np.where(np.isnan(r), 1.0, scale)
     return np.stack([scale, np.where(np.isnan(r), 0.0, mean[step] - scale * mean[held])])
-
-
-def replay(error: np.ndarray, threshold: float) -> np.ndarray:
-    """(S,) int: how old the residual is that each step uses, 0 where the step is computed; error (S, lags)."""
-    lag = np.zeros(len(error), dtype=int)
-    for step in range(1, len(error)):
-        older = lag[step - 1] + 1
-        if older <= error.shape[1] and error[step, older - 1] < threshold:
-            lag[step] = older
-    return lag
-
-
-def adjusted(timesteps: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """The grid on which step i takes share[i] (S,), 0..1, of its even part of what is left: (S,) int64.
-
-    Even means in proportion to the original steps. The last step before the last timestep takes all that is left. Every
-    step is at least 1 long, and ValueError unless the original ones are, in whole timesteps.
-    """
-    old = np.asarray(timesteps)
-    if not (np.all(old == np.round(old)) and np.all(np.diff(old) < 0)):
-        raise ValueError("ertacache: adjust=true needs a sampler with whole timesteps that fall at every step, as ddim")
-    new, exact = old.astype(np.int64), float(old[0])
-    for step in range(len(old) - 2):
-        even = (exact - old[-1]) * (old[step] - old[step + 1]) / (old[step] - old[-1])
-        lowest = old[-1] + len(old) - 2 - step  # room for the steps that are left
-        exact = float(np.clip(exact - share[step] * even, lowest, new[step] - 1))
-        new[step + 1] = round(exact)
-    return new
 
 
 def at(table: np.ndarray, step: int, lag: np.ndarray, otherwise: float) -> np.ndarray:

@@ -20,7 +20,6 @@ class FastCache(Policy):
     threshold  relative Frobenius change of a block's input below which its map stands in for it; 0 never
     tau        a token moves if its squared change since the last step is at least tau times the image's largest; 0: all
     form       increment: the map corrects what was computed last; residual: the map alone, as documented
-    reference  a block's input is compared with its last computed one, or (as documented) that seen the step before
     scope      image: each image's blocks are tested with both its guidance halves; batch: one test for all
     profile    auto: the shipped maps; a file of `python calibrate.py`; none: plain reuse (form=increment only)
 
@@ -31,13 +30,13 @@ class FastCache(Policy):
     most tokens move.
 
     Departures: the release's maps are random, these are ridge fits to uncached runs. Its chi-square test passes
-    everything (docs/policies.md), so `threshold` is its code's rel_thresh; one token mask serves all of its images.
+    everything, so `threshold` is its code's rel_thresh; one token mask serves all of its images. A block's input is
+    compared with its last computed one, where the documents say that of the step before.
     """
 
     threshold: float = option(0.05, low=0)
     tau: float = option(0.1, low=0)
     form: str = option("increment", choices=("increment", "residual"))
-    reference: str = option("computed", choices=("computed", "seen"))
     scope: str = option("image", choices=SCOPES)
     profile: str | None = "auto"
     granularity = "token, block"
@@ -60,7 +59,7 @@ class FastCache(Policy):
         self._whole = np.zeros(info.images, dtype=bool)  # images whose saliency is not finite: all of the step runs
         self._groups: list[tuple[Places, Places]] = []  # moving and still tokens of this step
         # (halves, n, T, D) under (name, block), block L being the stack: "computed" and "given" are the input of the
-        # last computed pair and what was added less the bias; "seen" is the last input. Proposals need block 0's.
+        # last computed pair and what was added less the bias. Proposals need block 0's input.
         self._state: dict[tuple[str, int], Tensor] = {}
 
     def decide(self, view: View) -> np.ndarray:
@@ -75,7 +74,7 @@ class FastCache(Policy):
         if before is None or not self._known[0].all():
             return view.everyone()
         saliency = moved(view.x_in, before)
-        then = before if self.reference == "seen" else self._state["computed", 0]
+        then = self._state["computed", 0]
         moving = (saliency >= self.tau).unsqueeze(-1)
         change, size = ((v.float().square() * moving).sum(dim=(0, 2, 3)) for v in (view.x_in - then, then))
         sums = torch.stack([moving.float().mean(dim=(1, 2)), change, size, saliency.sum(dim=1)])
@@ -113,7 +112,7 @@ class FastCache(Policy):
         """(g,) bool for each group: True where the block is to run for its moving tokens."""
         sums = []
         for moving, _ in self._groups:
-            now, then = (v[moving].float() for v in (view.x, self._state[self.reference, view.unit.start]))
+            now, then = (v[moving].float() for v in (view.x, self._state["computed", view.unit.start]))
             sums.append(torch.stack([v.square().sum(dim=(0, 2, 3)) for v in (now - then, then)]))
         change = view.measured_in_reuse(relative_norms(*torch.cat(sums, dim=1).double().cpu().numpy(), self.scope))
         runs = ~(change < self.threshold)  # strictly below, so that 0 is never still; not a number runs
@@ -129,8 +128,6 @@ class FastCache(Policy):
             spend_tokens(view, at)
         else:
             value = self._map(view, block, at, x)
-            if self.reference == "seen":
-                self._state["seen", block][at] = x
         if view.unit.stop == depth:
             # Block maps never look at the stack's pair, so no error can go round through it.
             self._keep(view, depth, at, view.x_in[at], x + value - view.x_in[at])
@@ -149,7 +146,7 @@ class FastCache(Policy):
 
     def _keep(self, view: View, index: int, at: tuple, x: Tensor, value: Tensor) -> None:
         """Note a computed pair of map `index` at these places."""
-        kept = {self.reference: x} if index < view.info.depth else {}
+        kept = {"computed": x} if index < view.info.depth else {}
         if self.form == "increment" and not view.info.corrected:
             bias = 0.0 if self._maps is None else self._maps[1][view.step, index]
             kept |= {"computed": x, "given": value.float() - bias}

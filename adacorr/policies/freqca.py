@@ -1,6 +1,5 @@
 """FreqCa (NeurIPS 2026; release: Tammytcl/FreqCa, flux/src/flux): low frequencies held, high ones forecast."""
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +9,7 @@ from torch import Tensor
 from adacorr.history import hermite_weights
 from adacorr.policies import register
 from adacorr.policy import Cached, Knob, Policy, Ran, RunInfo, View, option, scatter
+from adacorr.tokens import low_modes
 
 
 @register
@@ -69,20 +69,3 @@ class FreqCa(Policy):
         view.spend_flops(4 * change.numel() * len(self._low))
         high = change - self._low.T @ (self._low @ change)
         return (outputs[0] + high).to(cached.x.dtype) - cached.x
-
-
-def low_modes(tokens: int, cutoff: float) -> Tensor:
-    """(M, T) float32: orthonormal DCT-II modes of the square token grid within `cutoff` of the largest distance.
-
-    ValueError for a number of tokens that is no square.
-    """
-    side = math.isqrt(tokens)
-    if side**2 != tokens:
-        raise ValueError(f"freqca needs a square grid of tokens, and the model has {tokens} of them")
-    number = np.arange(side)
-    modes = np.cos(np.pi / side * (number + 0.5) * number[:, None])  # (mode, place)
-    modes /= np.linalg.norm(modes, axis=1, keepdims=True)
-    distance = np.hypot(*np.ix_(number, number))
-    rows, columns = np.nonzero(distance <= cutoff * distance.max())
-    planes = modes[rows, :, None] * modes[columns, None, :]
-    return torch.from_numpy(planes.reshape(len(rows), tokens)).float()
