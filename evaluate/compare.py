@@ -30,6 +30,7 @@ from scipy.optimize import brentq
 
 import pipeline
 from adacorr import available, make_policy
+from adacorr.command import number
 from adacorr.files import check_writable, write_json, written_whole
 from adacorr.policy import Knob
 from adacorr.spec import hint, parse_value
@@ -206,10 +207,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("comparison").add_argument
     add("--methods", default="all", metavar="NAME,...", help="default: all that have a knob to sweep")
     add("--levels", default=",".join(f"{x:g}" for x in LEVELS), help="compute levels in 0..1 (default %(default)s)")
-    add("--num-images", type=int, default=20, help="labels in turn (default %(default)s)")
+    add("--num-images", type=number(1, 10_000), default=20, help="labels in turn (default %(default)s)")
     add("--search-images", type=int, default=5, help="settings are searched on so many of them (default %(default)s)")
-    add("--solution-steps", type=int, default=1000, help="DDIM steps of the solution; 0 leaves it out (default 1000)")
-    add("--repeats", type=int, default=3, help="timed runs of each row; 0 leaves times out (default %(default)s)")
+    add("--solution-steps", type=number(0, 1000), default=1000, help="of DDIM, for the solution, or 0 (default 1000)")
+    add("--repeats", type=number(0, 1000), default=3, help="timed runs of each row, or 0 (default %(default)s)")
     add("--timed-images", type=int, metavar="N", help="the first N are timed, in one batch (default all)")
     add("--out", type=Path, required=True, metavar="STEM", help="writes STEM.json and STEM.md, STEM.png with --plot")
     known = "JSON of earlier runs, whose rows are taken over"
@@ -253,10 +254,7 @@ def run(args: argparse.Namespace) -> None:
     """The whole job. ValueError or OSError for a mistake, before anything is sampled."""
     methods, levels = parse_methods(args.methods), parse_levels(args.levels)
     check_range("--num-sampling-steps", args.num_sampling_steps, 2, 1000)  # one step leaves nothing to reuse
-    check_range("--num-images", args.num_images, 1, 10_000)
     check_range("--search-images", args.search_images, 1, args.num_images)
-    check_range("--solution-steps", args.solution_steps, 0, 1000)
-    check_range("--repeats", args.repeats, 0, 1000)
     check_calibrate(args.calibrate)
     if args.timed_images is None:
         args.timed_images = args.num_images

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from adacorr.files import check_writable, written_whole
+from adacorr.command import writable
+from adacorr.files import written_whole
 from adacorr.policies import make_policy, names
 from evaluate.bench import NEAR, REACHED, Row, Setting
 from evaluate.pages import level_table, table
@@ -196,13 +197,12 @@ def read_comparison(path: Path) -> tuple[list[Row], dict[str, Any]]:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("comparison", type=Path, metavar="COMPARE.json", help="that `evaluate compare --out` wrote")
-    add("--out", type=Path, required=True, metavar="PAGE.md")
+    add("--out", type=writable, required=True, metavar="PAGE.md")
     add("--plot", action="store_true", help="also PAGE.png; needs matplotlib")
 
 
 def run(args: argparse.Namespace) -> None:
     """The whole job. OSError or ValueError for a mistake."""
-    check_writable("--out", args.out)
     if args.plot:
         check_matplotlib("--plot")
     rows, content = read_comparison(args.comparison)

@@ -26,7 +26,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from adacorr.files import check_writable, written_whole
+from adacorr.command import number, writable
+from adacorr.files import written_whole
 from evaluate.fidelity import psnr, summarise_psnr
 from evaluate.fidelity_command import check_pair, paired
 from evaluate.imagesets import ImageSet, open_images, unlike
@@ -35,7 +36,6 @@ from evaluate.pages import measures
 from evaluate.results import read_result
 from fid_run.record import RunFolder
 from pictures import SMALLEST, grid
-from runtime import check_range
 
 MAGNIFIED = 8  # times
 WORST = 8  # images
@@ -147,9 +147,9 @@ def picture(images: Tensor, caption: str) -> str:
 def page(title: str, intro: str, sections: Sequence[Section]) -> str:
     """The whole page."""
     contents, bodies = [], []
-    for number, section in enumerate(sections, 1):
-        contents.append(f'<li><a href="#s{number}">{text(section.title)}</a></li>')
-        bodies.append("\n".join([f'<h2 id="s{number}">{text(section.title)}</h2>', *section.parts]))
+    for i, section in enumerate(sections, 1):
+        contents.append(f'<li><a href="#s{i}">{text(section.title)}</a></li>')
+        bodies.append("\n".join([f'<h2 id="s{i}">{text(section.title)}</h2>', *section.parts]))
     fields = {"title": html.escape(title), "intro": text(intro)}
     return PAGE.substitute(fields, contents="\n".join(contents), sections="\n".join(bodies))
 
@@ -322,14 +322,12 @@ def spent(own: ImageSet) -> list[str]:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("runs", type=Path, nargs="+", metavar="RUN", help="a result file (.json), or a set of images")
-    add("--images", type=int, default=16, metavar="N", help="of each set, the first N (default %(default)s)")
-    add("--out", type=Path, required=True, metavar="FILE.html", help="the page to write")
+    add("--images", type=number(1, 1000), default=16, metavar="N", help="the first N of a set (default %(default)s)")
+    add("--out", type=writable, required=True, metavar="FILE.html", help="the page to write")
 
 
 def run(args: argparse.Namespace) -> None:
     """The whole job. ValueError or OSError for a mistake, before images are compared."""
-    check_range("--images", args.images, 1, 1000)
-    check_writable("--out", args.out)
     results = [result_section(path) for path in args.runs if path.suffix == ".json"]
     found = groups(open_images(path) for path in args.runs if path.suffix != ".json")
     sections = [*results, *(set_section(group, args.images) for group in found)]

@@ -104,12 +104,6 @@ def test_a_file_must_fit(checkpoint, tmp_path):
         profiles.with_profile(correct(), load(checkpoint, cfg_scale=4.0), str(kept))
 
 
-@pytest.mark.parametrize("value", ["maybe", "0", "1001", "-1", "x.json"])
-def test_what_calibrate_may_be(value, capsys, tmp_path):
-    assert sample.main(["--adacorr", "--calibrate", value, "--out", str(tmp_path / "a.png")]) == 2
-    assert value in capsys.readouterr().err
-
-
 def test_a_run_takes_its_profile_along(checkpoint, tmp_path, capsys, monkeypatch):
     """Another machine, whose cache folder is empty, goes on with the profile that the run began with."""
     argv = ["--ckpt", str(checkpoint), "--num-sampling-steps", "10", "--adacorr", "--device", "cpu"]

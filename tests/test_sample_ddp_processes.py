@@ -168,13 +168,6 @@ job.pack = slow
     assert json.loads((folder / "run.json").read_text())["statistics"]["images"] == COUNT
 
 
-def test_three_processes_give_the_same_bytes(flags, whole, tmp_path):
-    ended = [end(process) for process in start_ranks(3, script(tmp_path), *flags, tmp_path / "out")]
-    assert [code for code, _, _ in ended] == [0, 0, 0], ended
-    assert ended[1][1] == ended[2][1] == ""  # one voice
-    assert same(folder_in(tmp_path / "out"), whole)
-
-
 def test_kill_9_of_a_rank_in_the_middle_of_a_file(flags, whole, tmp_path):
     die = """
 replace, calls = os.replace, []
@@ -243,7 +236,11 @@ def test_one_process_to_begin_with_and_three_to_end(flags, whole, tmp_path):
     assert all(path.read_bytes().endswith(b"IEND\xaeB`\x82") for path in images_in(place))
     ended = [end(process) for process in start_ranks(3, script(tmp_path), *flags, place)]
     assert [code for code, _, _ in ended] == [0, 0, 0], ended
+    assert ended[1][1] == ended[2][1] == ""  # one voice
     assert same(folder_in(place), whole)
+    mistaken = [end(process) for process in start_ranks(2, script(tmp_path), *flags, place, "--threads", 2)]
+    assert [code for code, _, _ in mistaken] == [2, 2]  # without a launcher, too, one of rank 0 ends the others
+    assert "".join(err for _, _, err in mistaken).count("\n") == 1, mistaken
 
 
 def test_a_rank_that_fails_alone_leaves_the_rest_to_be_made(flags, whole, tmp_path):
@@ -331,12 +328,6 @@ def test_a_mistake_is_told_once_whichever_process_is_late(flags, whole, tmp_path
     code, _, err = end(start(*TORCHRUN, 2, script(tmp_path), *flags, place, *mistake, LATE=late))
     assert code == 1
     assert err.count(words) == 1, err
-
-
-def test_without_torchrun_a_mistake_of_rank_0_ends_the_others(flags, whole, tmp_path):
-    ended = [end(p) for p in start_ranks(2, script(tmp_path), *flags, str(whole.parent), "--threads", 2)]
-    assert [code for code, _, _ in ended] == [2, 2]
-    assert "".join(err for _, _, err in ended).count("\n") == 1, ended
 
 
 # ------------------------------------------------------------------------------------- the script by itself
