@@ -183,24 +183,16 @@ def test_calibration_changes_nothing_and_leaves_no_cache(pipe, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_calibration_that_saw_nothing_cannot_fit(name):
-    with pytest.raises(ValueError, match="too few|nothing was observed|at least 2 steps|0 pairs"):
+    with pytest.raises(ValueError, match="nothing was observed"):
         calibrated()[name].calibration().fit()
 
 
 @pytest.mark.parametrize(
     ("name", "steps", "images", "words"),
     [
-        ("ertacache", 1, 2, "at least 2 steps"),
-        ("fastcache", 1, 2, "2 images are too few"),
+        *((name, 1, 4, "at least 2 steps") for name in NAMES),
         ("fastcache", 10, 3, "3 images are too few"),
-        ("l2c", 1, 2, "nothing was observed"),
-        ("lazydit", 1, 2, "nothing was observed"),
         ("lazydit", 3, 1, "one image is too few"),
-        ("magcache", 1, 2, "at least 2 steps"),
-        ("schedule", 1, 2, "nothing was observed"),
-        ("sencache", 1, 2, "nothing was observed"),
-        ("smoothcache", 1, 2, "nothing was observed"),
-        ("teacache", 1, 2, "0 pairs cannot fit degree 4"),
         ("teacache", 3, 2, "4 pairs cannot fit degree 4"),
     ],
 )

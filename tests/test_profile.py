@@ -225,5 +225,3 @@ def test_a_calibration_computes_everything_and_is_shared_by_its_runs():
     assert observer.decide(make_view(toy.make_run(model, 3), 0, torch.zeros(1, 3, 16, 32))).tolist() == [True] * 3
     assert copy.deepcopy(observer) is observer
     assert observer.predictor is None
-    with pytest.raises(NotImplementedError):
-        observer.fit()
