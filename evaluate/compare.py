@@ -17,7 +17,6 @@ STEM.json is written after each row: a run that was stopped goes on with --known
 
 import argparse
 import bisect
-import json
 import math
 import re
 import time
@@ -35,10 +34,10 @@ from adacorr.files import check_writable, write_json, written_whole
 from adacorr.policy import Knob
 from adacorr.spec import hint, parse_value
 from evaluate.bench import NEAR, REACHED, Bench, Row, Setting
-from evaluate.leaderboard import markdown, plot, tables
+from evaluate.leaderboard import markdown, plot, read_comparison, tables
 from evaluate.pages import table
 from evaluate.plots import check_matplotlib
-from evaluate.results import differing
+from evaluate.results import differing, protocol_line
 from profiles import check_calibrate
 from runtime import check_range, environment
 from timesteps import MOST
@@ -239,15 +238,10 @@ def parse_levels(text: str) -> list[float]:
 
 def known_rows(file: Path, identity: dict[str, str]) -> dict[tuple[Setting, int], Row]:
     """All rows that an earlier run tried; ValueError for a file of another model, noise or protocol."""
-    try:
-        content = json.loads(file.read_text())
-        rows = [Row(**{**row, "setting": Setting(**row["setting"])}) for row in content["tried"]]
-        theirs = dict(content["identity"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--known {file} is no result of a comparison: {type(error).__name__} {error}") from None
-    if lines := differing(theirs, identity):
+    _, content = read_comparison(file)
+    if lines := differing(content["identity"], identity):
         raise ValueError(f"--known {file} is of another comparison: {'; '.join(lines)}")
-    return {(row.setting, row.images): row for row in rows}
+    return {(row.setting, row.images): row for row in content["tried"]}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -279,12 +273,12 @@ def run(args: argparse.Namespace) -> None:
         "environment": environment(),
     }
 
+    timed = f"; each row was timed {args.repeats} time(s) on the first {args.timed_images}" if args.repeats else ""
     intro = (
-        f"`{' '.join(args.made_with)}`: {pipe.checkpoint.path.name}, {args.sampler} of {args.num_sampling_steps} "
-        f"steps, guidance {args.cfg_scale:g}, {args.num_images} images of seed {args.seed}, {args.dtype} on "
-        f"{record['environment']['device']}, {time.strftime('%Y-%m-%d')}. Alone → under AdaCorrection, at most "
-        f"{NEAR:.0%} more compute. Settings were searched on the first {args.search_images} images"
-        f"{f'; each row was timed {args.repeats} time(s) on the first {args.timed_images}' if args.repeats else ''}."
+        f"`{' '.join(args.made_with)}`: {protocol_line(pipe, f'{args.num_images} images of seed {args.seed}')}, "
+        f"{args.dtype} on {record['environment']['device']}, {time.strftime('%Y-%m-%d')}. Alone → under "
+        f"AdaCorrection, at most {NEAR:.0%} more compute. Settings were searched on the first {args.search_images} "
+        f"images{timed}."
     )
     record["intro"] = intro
 

@@ -84,10 +84,10 @@ CASES = {
     },
     "train.py --data nothing --out run": {
         "": "nothing does not exist",
-        "--lr nan": "--lr nan is outside",
-        "--batch-size 0": "--batch-size 0 is outside 1..",
+        "--lr nan": "--lr: nan is outside",
+        "--batch-size 0": "--batch-size: 0 is outside 1..",
         "--steps 5 --warmup-steps 5": "--warmup-steps 5 is outside 0..4",
-        "--label-dropout 1.5": "--label-dropout 1.5 is outside 0.0..1.0",
+        "--label-dropout 1.5": "--label-dropout: 1.5 is outside 0.0..1.0",
         "--model DiT-Z/2": "invalid choice: 'DiT-Z/2'",
         "--device cuda:99": "--device cuda:99 cannot be used",
         "--step 5": "unrecognized arguments: --step",
