@@ -112,16 +112,6 @@ def test_alone_an_image_is_the_same_in_every_batch_and_order(name, sampler):
             assert all(line["seconds"] > 0 for line in lines)
 
 
-def test_together_a_batch_is_one_run(pipe):
-    rows = []
-    handle = pipe.model.blocks[0].register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
-    together, _ = make(pipe, alone=False).batch(np.array([4, 1, 2]))
-    alone, _ = make(pipe).batch(np.array([4, 1, 2]))
-    handle.remove()
-    assert rows == [6] * STEPS + [2] * 3 * STEPS
-    assert np.abs(together.astype(int) - alone).max() <= 1
-
-
 # ------------------------------------------------------------------------------------------- lines of the log
 
 
