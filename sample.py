@@ -42,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("images and output").add_argument
     add("--class-labels", metavar="0,3,7", help="default: one of each class, at most 16")
     add("--num-images", type=number(1, 100_000), help="default: one for each label; 8 of an unconditional model")
-    add("--out", type=writable, default=Path("samples/sample.png"), help="PNG (default %(default)s)")
+    add("--out", type=writable, default="samples/sample.png", help="PNG (default %(default)s)")
     add("--compare", action="store_true", help="sample without the cache, too, on the same noise")
     add("--repeats", type=number(1, 1000), default=1, help="of each run for --compare; the median counts (default 1)")
     add("--record", type=writable, metavar="FILE", help="write all that is known of the run as JSON")

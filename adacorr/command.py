@@ -40,7 +40,10 @@ def numbers(low: Number, high: Number) -> Callable[[str], list[Number]]:
 
 
 def writable(text: str) -> Path:
-    """A type for argparse: a file that can be made, or made again, along with its parent folders."""
+    """A type for argparse: a file that can be made, or made again, along with its parent folders.
+
+    A default must be a text: argparse takes others as they are.
+    """
     try:
         check_writable("the file", Path(text))
     except OSError as error:

@@ -213,7 +213,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = command("train", "train the classifier and write its weights with their digest")
     add("--data", type=Path, required=True, help=f"to train on: {labelled}")
     add("--test", type=Path, help="the same; the accuracy is measured on it once, at the end")
-    add("--out", type=writable, default=WEIGHTS, help="the .safetensors to write (default: the packaged one)")
+    add("--out", type=writable, default=str(WEIGHTS), help="the .safetensors to write (default: the packaged one)")
     add("--epochs", type=number(1, 10_000), default=60, help="default %(default)s")
     add("--batch-size", type=number(2, 65_536), default=512, help="default %(default)s")
     add("--lr", type=number(1e-6, 100.0), help="peak rate (default 0.1 for each 128 images of a batch)")

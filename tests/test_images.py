@@ -1,7 +1,6 @@
 """Images on disk: round trips, every way a file can be wrong, kills, full disks, and the packed .npz."""
 
 import errno
-import io
 import os
 import re
 import resource
@@ -19,7 +18,7 @@ from PIL import Image
 from adacorr.command import Failure
 from adacorr.files import file_sha256
 from fid_run import images as module
-from fid_run.images import FORMATS, PNG_END, Store, is_temporary, pack
+from fid_run.images import FORMATS, Store, is_temporary, pack
 
 RUN, OTHER, SIZE, COUNT = "0123abcd", "dcba3210", 24, 6
 
@@ -188,20 +187,14 @@ def test_no_changed_byte_changes_a_pixel_unnoticed(full):
     assert noticed > 0.8 * len(whole) / 7
 
 
-def test_a_png_of_another_size_or_mode_is_none(png):
-    make_store(png.folder.parent, "png", size=16).write(np.array([1]), None, pictures(1, 16))
-    path = png.folder / "000001.png"
-    assert why(png, path) == "it is RGB, (16, 16), expected RGB, (24, 24)"
-    Image.new("L", (SIZE, SIZE)).save(path)
-    assert why(png, path) == "it is L, (24, 24), expected RGB, (24, 24)"
-
-
 @pytest.mark.parametrize(
     ("put", "message"),
     [
         (lambda path: Image.new("RGB", (SIZE, SIZE)).save(path), "it belongs to run None"),
         (lambda path: Image.new("RGB", (SIZE, SIZE)).save(path, "JPEG"), "changed or something else"),
         (lambda path: path.write_text("shopping list"), "changed or something else"),
+        (lambda path: Image.new("L", (SIZE, SIZE)).save(path), "it is L, (24, 24), expected RGB, (24, 24)"),
+        (lambda path: Image.new("RGB", (16, 16)).save(path), "it is RGB, (16, 16), expected RGB, (24, 24)"),
         (
             lambda path: make_store(path.parents[1], "png", OTHER).write(np.array([2]), None, pictures(1)),
             f"it belongs to run {OTHER}, not to {RUN}",
@@ -409,9 +402,3 @@ def test_a_disk_that_fills_up_while_packing(tmp_path, monkeypatch):
         pack(labelled(pictures(50)), 50, SIZE, path)
     assert path.read_text() == "the one before"
     assert files(tmp_path) == ["out.npz"]
-
-
-def test_png_end_is_that_of_pillow():
-    encoded = io.BytesIO()
-    Image.new("RGB", (1, 1)).save(encoded, "PNG")
-    assert encoded.getvalue().endswith(PNG_END)
