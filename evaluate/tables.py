@@ -166,9 +166,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         add("--cache", default="fastcache", metavar="METHOD[:key=value,...]", help="(default %(default)s)")
     if command == "table4":
         add("--cache", metavar="METHOD[:key=value,...]", help="default: AdaCorrection alone, and its literal form")
-        several_of = {"type": numbers(0.0, 1e6), "default": "0.5,1,2", "metavar": "N,..."}
-        add("--gammas", **several_of, help="at lambda 1 (default %(default)s)")
-        add("--lambdas", **several_of, help="at gamma 1 (default %(default)s)")
+        many = {"type": numbers(0.0, 1e6), "default": "0.5,1,2", "metavar": "N,..."}
+        add("--gammas", **many, help="at lambda 1 (default %(default)s)")
+        add("--lambdas", **many, help="at gamma 1 (default %(default)s)")
     add("--num-images", type=number(2, 1_000_000), default=10, help="default %(default)s; the paper's tables: 50000")
     add("--batch-size", type=number(1, 100_000), default=5, help="images at once (default %(default)s)")
     names = ", ".join(REFERENCES)

@@ -108,6 +108,11 @@ def sets(tmp_path_factory):
     return paths
 
 
+@pytest.fixture(scope="module")
+def measured(sets, inception):
+    return [measure(open_images(path), inception, 12) for path in sets]
+
+
 def test_resizing_is_that_of_tensorflow_1():
     ramp = torch.tensor([0.0, 100, 200])
     row = resizing(3) @ ramp
@@ -138,15 +143,14 @@ def test_spatial_features_are_in_the_order_of_adm(inception):
     assert torch.equal(found[1].view(17, 17, 7)[3, 5], kept[0][1, :7, 3, 5])
 
 
-def test_metrics_are_those_of_others(sets, weights, inception, monkeypatch):
+def test_metrics_are_those_of_others(sets, weights, inception, measured, monkeypatch):
     torch_fidelity = pytest.importorskip("torch_fidelity")
     score = pytest.importorskip("pytorch_fid.fid_score")
     distance = pytest.importorskip("torch_fidelity.metric_fid").fid_statistics_to_metric
     manifold = pytest.importorskip("torch_fidelity.metric_prc").calculate_precision_recall_full
     monkeypatch.setattr(setmetrics, "KERNEL_SIZE", 8)
-    a, b = (measure(open_images(path), inception) for path in sets)
     # Of 64 features: distances of all 2048 take the others half a minute.
-    a, b = (replace(m, moments=Moments.of(m.pool[:, :64]), spatial=Moments.of(m.pool[:, 64:128])) for m in (a, b))
+    a, b = (replace(m, moments=Moments.of(m.pool[:, :64]), spatial=Moments.of(m.pool[:, 64:128])) for m in measured)
     found, left_out = fid.metrics(a, b, inception)
     assert left_out == []
 
@@ -235,8 +239,8 @@ def colours(monkeypatch):
     return Colours()
 
 
-def test_batches_do_not_matter(sets, inception):
-    one, two = (measure(open_images(sets[0]), inception, size) for size in (12, 5))
+def test_batches_do_not_matter(sets, inception, measured):
+    one, two = measured[0], measure(open_images(sets[0]), inception, 5)
     torch.testing.assert_close(one.pool, two.pool, rtol=1e-4, atol=1e-4)
     assert one.sha256 == two.sha256
     a, b = (Moments.of(found.pool[:, :64]) for found in (one, two))
