@@ -91,16 +91,6 @@ def test_a_fresh_folder_is_none_and_a_second_start_finds_the_record(folder):
     assert [s["state"] for s in read(folder.run_json)["sessions"]] == ["complete", "killed", "running"]
 
 
-def test_mismatch_names_every_field_and_the_ways_out(folder):
-    begin(folder)
-    with pytest.raises(
-        RunMismatch, match="holds another run: sampler.steps: 50 in the folder, 20 asked; seed: 0 "
-    ) as e:
-        folder.check({**PROTOCOL, "sampler": {"spec": "ddim", "steps": 20}, "seed": 7})
-    assert "--sample-dir" in str(e.value)
-    assert "--overwrite" in str(e.value)
-
-
 @pytest.mark.parametrize("name", ["images/000000.png", "labels.npy", "log/rank-000.jsonl", "../ddim-cfg1.5.npz", "x/y"])
 def test_files_without_a_record_are_refused(folder, name):
     path = folder.path / name
@@ -246,17 +236,8 @@ def test_a_second_job_is_refused_and_told_by_whom(folder, holder, monkeypatch, r
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_the_lock_of_a_killed_process_is_free_at_once(folder, holder, rank):
-    process, notes = holder(rank), []
-    os.kill(process.pid, signal.SIGKILL)
-    process.join(LONG)
-    with folder.lock(notes.append):
-        pass
-    assert notes == []
-
-
-def test_a_job_waits_for_one_that_ends(folder, holder):
-    notes, killer = [], killed_after(0.5, holder(1))
+def test_a_job_waits_for_one_that_is_killed_whose_lock_is_free_at_once(folder, holder, rank):
+    notes, killer = [], killed_after(0.5, holder(rank))
     with folder.lock(notes.append):
         assert len(notes) == 1
     killer.join(LONG)
