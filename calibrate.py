@@ -17,13 +17,11 @@ spread evenly over the classes. Runs from the root of a clone.
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import pipeline
 import profiles
 from adacorr.calibration import Calibration
-from adacorr.command import Parser, run_command
-from adacorr.files import check_writable
+from adacorr.command import Parser, number, run_command, writable
 from adacorr.manager import CacheManager
 from adacorr.policies import calibrated
 from adacorr.profile import Profile, check_suffix, save_profile
@@ -42,11 +40,8 @@ def run(args: argparse.Namespace, command_line: Sequence[str]) -> None:
     if args.cache not in methods:
         close = hint(args.cache.partition(":")[0], methods)
         raise ValueError(f"--cache {args.cache}: only {', '.join(methods)} are measured on a model{close}")
-    check_range("--num-images", args.num_images, 1, 10_000)
-    check_range("--batch-size", args.batch_size, 1, 10_000)
     check_range("--seed", args.seed, 0, profiles.SEED_OFFSET - 1)
     check_suffix(args.out)
-    check_writable("--out", args.out)
     pipe, seed = pipeline.load(pipeline.ModelOptions.of(args)), profiles.SEED_OFFSET + args.seed
     if args.cache == profiles.METHOD:
         profile = profiles.measure(pipe, args.num_images, seed)
@@ -68,10 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = Parser("calibrate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     methods = f"the method to measure for: {', '.join([profiles.METHOD, *calibrated()])}"
-    parser.add_argument("--cache", required=True, metavar="METHOD", help=methods)
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the profile, .json or .safetensors")
-    parser.add_argument("--num-images", type=int, default=16, help="images to measure on (default %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=8, help="images at a time (default %(default)s)")
+    add = parser.add_argument
+    add("--cache", required=True, metavar="METHOD", help=methods)
+    add("--out", type=writable, required=True, metavar="FILE", help="the profile, .json or .safetensors")
+    add("--num-images", type=number(1, 10_000), default=16, help="images to measure on (default %(default)s)")
+    add("--batch-size", type=number(1, 10_000), default=8, help="images at a time (default %(default)s)")
     pipeline.add_model_flags(parser)
     args = parser.parse_args(argv)
     return run_command("calibrate.py", lambda: run(args, argv))

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from runtime import Progress, random_stream
 
+DAMAGED = (ValueError, EOFError, zipfile.BadZipFile, zlib.error)  # what reading an .npz raises that is not whole
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # of images in a folder; other files are passed over
 ORDER = 0  # the random streams of a seed for the order of images, an epoch each
 
@@ -106,11 +108,7 @@ def decode(files: Iterable[tuple[str, bytes]], count: int, size: int | None) -> 
     images, crop = None, size is not None
     with Progress(count, "image", "reading") as progress:
         for i, (name, content) in enumerate(files):
-            try:
-                with Image.open(io.BytesIO(content)) as opened:
-                    image = opened.convert("RGB")
-            except (OSError, ValueError, SyntaxError) as error:
-                raise ValueError(f"{name} cannot be read as an image: {error}") from error
+            image = read_image(name, io.BytesIO(content))
             size = size or image.width
             if crop and image.size != (size, size):
                 image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
@@ -121,6 +119,15 @@ def decode(files: Iterable[tuple[str, bytes]], count: int, size: int | None) -> 
             images[i] = np.asarray(image).transpose(2, 0, 1)
             progress.update()
     return torch.from_numpy(images)
+
+
+def read_image(name: Path | str, source: Path | IO[bytes]) -> Image.Image:
+    """An RGB picture; ValueError names what cannot be read as one."""
+    try:
+        with Image.open(source) as opened:
+            return opened.convert("RGB")
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ValueError(f"{name} cannot be read as an image: {error}") from error
 
 
 def read_arrays(path: Path, *formats: Sequence[str]) -> dict[str, np.ndarray]:
@@ -135,7 +142,7 @@ def read_arrays(path: Path, *formats: Sequence[str]) -> dict[str, np.ndarray]:
                 if set(names) <= set(file.files):
                     return {name: file[name] for name in names}
             held = ", ".join(file.files) or "nothing"
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except DAMAGED as error:
         raise ValueError(f"{path} is damaged, copy it again: {error}") from error
     raise ValueError(f"{path} holds {held}; expected {', or '.join(', '.join(names) for names in formats)}")
 

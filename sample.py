@@ -24,8 +24,8 @@ import pipeline
 import profiles
 import runtime
 from adacorr import CacheManager
-from adacorr.command import Parser, run_command
-from adacorr.files import check_writable, write_json
+from adacorr.command import Parser, number, run_command, writable
+from adacorr.files import write_json
 from checkpoint import BUNDLED
 from evaluate.fidelity import fidelity
 from pictures import grid, save_png, side_by_side
@@ -41,16 +41,11 @@ def make_parser() -> argparse.ArgumentParser:
     pipeline.add_cache_flags(parser)
     add = parser.add_argument_group("images and output").add_argument
     add("--class-labels", metavar="0,3,7", help="default: one of each class, at most 16")
-    add("--num-images", type=int, help="default: one for each label; 8 of an unconditional model")
-    add("--out", type=Path, default=Path("samples/sample.png"), help="PNG (default %(default)s)")
+    add("--num-images", type=number(1, 100_000), help="default: one for each label; 8 of an unconditional model")
+    add("--out", type=writable, default="samples/sample.png", help="PNG (default %(default)s)")
     add("--compare", action="store_true", help="sample without the cache, too, on the same noise")
-    add(
-        "--repeats",
-        type=int,
-        default=1,
-        help="runs of each for --compare; the median time counts (default 1)",
-    )
-    add("--record", type=Path, metavar="FILE", help="write all that is known of the run as JSON")
+    add("--repeats", type=number(1, 1000), default=1, help="of each run for --compare; the median counts (default 1)")
+    add("--record", type=writable, metavar="FILE", help="write all that is known of the run as JSON")
     add("--debug", action="store_true", help="show where an error was raised")
     return parser
 
@@ -110,14 +105,8 @@ def check(args: argparse.Namespace) -> None:
     profiles.check_calibrate(args.calibrate)
     if args.class_labels is not None:
         label_numbers(args.class_labels)
-    runtime.check_range("--repeats", args.repeats, 1, 1000)
-    if args.num_images is not None:
-        runtime.check_range("--num-images", args.num_images, 1, 100_000)
     if args.out.suffix.lower() != ".png":
         raise ValueError(f"--out {args.out} does not end in .png, the one format that is written")
-    check_writable("--out", args.out)
-    if args.record is not None:
-        check_writable("--record", args.record)
 
 
 def parse_labels(text: str | None, model: torch.nn.Module) -> Tensor | None:

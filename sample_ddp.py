@@ -32,9 +32,12 @@ from fid_run.presets import PRESETS
 
 def add_own_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of this script alone. Those of model, sampler and cache are in pipeline.py."""
+    from adacorr.command import number
+
     add = parser.add_argument_group("images and output").add_argument
     add("--preset", choices=list(PRESETS), metavar="NAME", help="a published protocol, see below; other flags win")
-    add("--num-fid-samples", type=int, default=50_000, metavar="N", help="images in all (default %(default)s)")
+    many = "images in all (default %(default)s)"
+    add("--num-fid-samples", type=number(1, 10_000_000), default=50_000, metavar="N", help=many)
     add(
         "--labels", default="random", metavar="random|balanced|FILE", help="FILE has the label of image i in line i + 1"
     )
@@ -46,12 +49,14 @@ def add_own_flags(parser: argparse.ArgumentParser) -> None:
     add("--verify", action="store_true", help="decode every image that is there, and make damaged ones again")
     add = parser.add_argument_group("speed and precision").add_argument
     yes_no = argparse.BooleanOptionalAction
-    add("--per-proc-batch-size", type=int, default=32, metavar="B", help="images at once (default %(default)s)")
+    many = "images at once (default %(default)s)"
+    add("--per-proc-batch-size", type=number(1, 100_000), default=32, metavar="B", help=many)
     add("--tf32", action=yes_no, default=True, help="of a GPU in fp32 (default on)")
     add("--compile", action="store_true", help="torch.compile the blocks: slow to start, then faster")
     add("--deterministic", action=yes_no, help="one image at a time, for equal bits; the default on a CPU")
-    add("--threads", type=int, metavar="N", help="of each process on a CPU; results are held to it (default 1)")
-    add("--grace", type=float, default=20.0, metavar="S", help="seconds to end a batch after a signal (default 20)")
+    add("--threads", type=number(1, 1024), metavar="N", help="of each process on a CPU; results go by it (default 1)")
+    late = "seconds to end a batch after a signal (default 20)"
+    add("--grace", type=number(0.0, 86_400.0), default=20.0, metavar="S", help=late)
     add("--debug", action="store_true", help="show where an error was raised")
 
 
@@ -85,17 +90,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def check(args: argparse.Namespace, argv: Sequence[str]) -> None:
     """Mistakes that show without a model; reads the label file. ValueError or OSError names the flag and the value."""
     from adacorr.files import check_writable
-    from runtime import check_range
 
-    check_range("--num-fid-samples", args.num_fid_samples, 1, 10_000_000)
-    check_range("--per-proc-batch-size", args.per_proc_batch_size, 1, 100_000)
-    check_range("--grace", args.grace, 0.0, 86_400.0)
-    if args.threads is not None:
-        check_range("--threads", args.threads, 1, 1024)
     if args.pack is not None:
-        if others := [
-            flag for flag in argv if flag.startswith("-") and flag.split("=")[0] not in ("--pack", "--debug")
-        ]:
+        flags = [word for word in argv if word.startswith("-")]
+        if others := [flag for flag in flags if flag.split("=")[0] not in ("--pack", "--debug")]:
             raise ValueError(f"--pack makes the .npz of the whole run as it is: leave out {' '.join(others)}")
         return
     if os.path.lexists(args.sample_dir) and not args.sample_dir.is_dir():

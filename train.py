@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import pipeline
 import runtime
-from adacorr.command import Failure, Parser, run_command
+from adacorr.command import Failure, Parser, number, run_command
 from adacorr.files import check_writable, write_json, written_whole
 from checkpoint import Checkpoint, build_model, save_checkpoint
 from data import Data, order, read_data
@@ -113,7 +113,8 @@ def parse(argv: Sequence[str] | None) -> Options:
         if f.type is bool:
             how["action"] = argparse.BooleanOptionalAction if f.default else "store_true"
         else:
-            how["type"] = (get_args(f.type) or [f.type])[0]
+            low, high = f.metadata["range"]
+            how["type"] = (get_args(f.type) or [f.type])[0] if low is None else number(low, high)
             how["help"] += "" if f.default is None else " (default %(default)s)"
         parser.add_argument(f"--{f.name.replace('_', '-')}", **how)
     return Options(**vars(parser.parse_args(argv)))
@@ -121,10 +122,6 @@ def parse(argv: Sequence[str] | None) -> Options:
 
 def check(options: Options, ranks: Ranks) -> None:
     """Mistakes that show before anything is read: ValueError or OSError names the flag and the value."""
-    for f in fields(options):
-        value, (low, high) = getattr(options, f.name), f.metadata["range"]
-        if low is not None and value is not None:
-            runtime.check_range(f"--{f.name.replace('_', '-')}", value, low, high)
     runtime.check_range("--warmup-steps", options.warmup_steps, 0, options.steps - 1)
     if options.batch_size % ranks.world:
         raise ValueError(f"--batch-size {options.batch_size} cannot be divided among {ranks.world} ranks")

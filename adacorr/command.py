@@ -3,6 +3,12 @@
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from adacorr.files import check_writable
+
+Number = TypeVar("Number", int, float)
 
 
 class Parser(argparse.ArgumentParser):
@@ -10,6 +16,39 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def number(low: Number, high: Number) -> Callable[[str], Number]:
+    """A type for argparse: a number in low..high, whole if `low` is."""
+
+    def read(text: str) -> Number:
+        try:
+            value = type(low)(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' * isinstance(low, int)}number") from None
+        if not low <= value <= high:  # and so for nan
+            raise argparse.ArgumentTypeError(f"{value} is outside {low}..{high}")
+        return value
+
+    return read
+
+
+def numbers(low: Number, high: Number) -> Callable[[str], list[Number]]:
+    """A type for argparse: numbers in low..high with commas between them, each once."""
+    one = number(low, high)
+    return lambda text: list(dict.fromkeys(one(item.strip()) for item in text.split(",")))
+
+
+def writable(text: str) -> Path:
+    """A type for argparse: a file that can be made, or made again, along with its parent folders.
+
+    A default must be a text: argparse takes others as they are.
+    """
+    try:
+        check_writable("the file", Path(text))
+    except OSError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return Path(text)
 
 
 class Failure(Exception):

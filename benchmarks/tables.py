@@ -15,20 +15,19 @@ import argparse
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
 from adacorr import CacheManager, available, make_policy
-from adacorr.command import Parser, run_command
-from adacorr.files import check_writable, write_json
+from adacorr.command import Parser, number, run_command, writable
+from adacorr.files import write_json
 from adacorr.policies.adacache import AdaCache
 from diffusion import make_sampler
 from evaluate.bench import Bench, Setting
 from evaluate.pages import head, line, measures
 from pipeline import ModelOptions, Pipeline, add_model_flags, load
 from profiles import SEED_OFFSET, batches
-from runtime import check_range, environment
+from runtime import environment
 
 Lines = Iterator[tuple[dict[str, str], dict]]  # cells by column, and what goes into the JSON file
 
@@ -140,8 +139,6 @@ def codebook(pipe: Pipeline, args: argparse.Namespace) -> Lines:
 
 def show(lines: Iterable[tuple[dict[str, str], dict]], args: argparse.Namespace) -> None:
     """Print a table line by line, and write its records with the arguments and the environment to --out."""
-    if args.out is not None:
-        check_writable("--out", args.out)
     records = []
     for cells, record in lines:
         print(*([] if records else [head(cells)]), line(cells.values()), sep="\n", flush=True)
@@ -158,17 +155,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("table", choices=list(tables))
     add_model_flags(parser)
     parser.set_defaults(seed=4242)
-    parser.add_argument("--images", type=int, default=20)
-    parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--images", type=number(1, 10_000), default=20)
+    parser.add_argument("--repeats", type=number(1, 1000), default=1)
+    parser.add_argument("--out", type=writable, help="JSON file")
     args = parser.parse_args(argv)
-
-    def run() -> None:
-        check_range("--images", args.images, 1, 10_000)
-        check_range("--repeats", args.repeats, 1, 1000)
-        show(tables[args.table](load(ModelOptions.of(args)), args), args)
-
-    return run_command("benchmarks.tables", run)
+    table = tables[args.table]
+    return run_command("benchmarks.tables", lambda: show(table(load(ModelOptions.of(args)), args), args))
 
 
 if __name__ == "__main__":

@@ -97,6 +97,11 @@ class Row:
         """The row for JSON."""
         return {**vars(self), "setting": {k: v for k, v in vars(self.setting).items() if v is not None}}
 
+    @classmethod
+    def of(cls, plain: dict[str, Any]) -> Row:
+        """The row that `plain` describes."""
+        return cls(**{**plain, "setting": Setting(**plain["setting"])})
+
 
 @dataclass
 class Bench:

@@ -17,7 +17,6 @@ STEM.json is written after each row: a run that was stopped goes on with --known
 
 import argparse
 import bisect
-import json
 import math
 import re
 import time
@@ -30,14 +29,15 @@ from scipy.optimize import brentq
 
 import pipeline
 from adacorr import available, make_policy
+from adacorr.command import number
 from adacorr.files import check_writable, write_json, written_whole
 from adacorr.policy import Knob
 from adacorr.spec import hint, parse_value
 from evaluate.bench import NEAR, REACHED, Bench, Row, Setting
-from evaluate.leaderboard import markdown, plot, tables
+from evaluate.leaderboard import markdown, plot, read_comparison, tables
 from evaluate.pages import table
 from evaluate.plots import check_matplotlib
-from evaluate.results import differing
+from evaluate.results import differing, protocol_line
 from profiles import check_calibrate
 from runtime import check_range, environment
 from timesteps import MOST
@@ -206,10 +206,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("comparison").add_argument
     add("--methods", default="all", metavar="NAME,...", help="default: all that have a knob to sweep")
     add("--levels", default=",".join(f"{x:g}" for x in LEVELS), help="compute levels in 0..1 (default %(default)s)")
-    add("--num-images", type=int, default=20, help="labels in turn (default %(default)s)")
+    add("--num-images", type=number(1, 10_000), default=20, help="labels in turn (default %(default)s)")
     add("--search-images", type=int, default=5, help="settings are searched on so many of them (default %(default)s)")
-    add("--solution-steps", type=int, default=1000, help="DDIM steps of the solution; 0 leaves it out (default 1000)")
-    add("--repeats", type=int, default=3, help="timed runs of each row; 0 leaves times out (default %(default)s)")
+    add("--solution-steps", type=number(0, 1000), default=1000, help="of DDIM, for the solution, or 0 (default 1000)")
+    add("--repeats", type=number(0, 1000), default=3, help="timed runs of each row, or 0 (default %(default)s)")
     add("--timed-images", type=int, metavar="N", help="the first N are timed, in one batch (default all)")
     add("--out", type=Path, required=True, metavar="STEM", help="writes STEM.json and STEM.md, STEM.png with --plot")
     known = "JSON of earlier runs, whose rows are taken over"
@@ -238,25 +238,17 @@ def parse_levels(text: str) -> list[float]:
 
 def known_rows(file: Path, identity: dict[str, str]) -> dict[tuple[Setting, int], Row]:
     """All rows that an earlier run tried; ValueError for a file of another model, noise or protocol."""
-    try:
-        content = json.loads(file.read_text())
-        rows = [Row(**{**row, "setting": Setting(**row["setting"])}) for row in content["tried"]]
-        theirs = dict(content["identity"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--known {file} is no result of a comparison: {type(error).__name__} {error}") from None
-    if lines := differing(theirs, identity):
+    _, content = read_comparison(file)
+    if lines := differing(content["identity"], identity):
         raise ValueError(f"--known {file} is of another comparison: {'; '.join(lines)}")
-    return {(row.setting, row.images): row for row in rows}
+    return {(row.setting, row.images): row for row in content["tried"]}
 
 
 def run(args: argparse.Namespace) -> None:
     """The whole job. ValueError or OSError for a mistake, before anything is sampled."""
     methods, levels = parse_methods(args.methods), parse_levels(args.levels)
     check_range("--num-sampling-steps", args.num_sampling_steps, 2, 1000)  # one step leaves nothing to reuse
-    check_range("--num-images", args.num_images, 1, 10_000)
     check_range("--search-images", args.search_images, 1, args.num_images)
-    check_range("--solution-steps", args.solution_steps, 0, 1000)
-    check_range("--repeats", args.repeats, 0, 1000)
     check_calibrate(args.calibrate)
     if args.timed_images is None:
         args.timed_images = args.num_images
@@ -281,12 +273,12 @@ def run(args: argparse.Namespace) -> None:
         "environment": environment(),
     }
 
+    timed = f"; each row was timed {args.repeats} time(s) on the first {args.timed_images}" if args.repeats else ""
     intro = (
-        f"`{' '.join(args.made_with)}`: {pipe.checkpoint.path.name}, {args.sampler} of {args.num_sampling_steps} "
-        f"steps, guidance {args.cfg_scale:g}, {args.num_images} images of seed {args.seed}, {args.dtype} on "
-        f"{record['environment']['device']}, {time.strftime('%Y-%m-%d')}. Alone → under AdaCorrection, at most "
-        f"{NEAR:.0%} more compute. Settings were searched on the first {args.search_images} images"
-        f"{f'; each row was timed {args.repeats} time(s) on the first {args.timed_images}' if args.repeats else ''}."
+        f"`{' '.join(args.made_with)}`: {protocol_line(pipe, f'{args.num_images} images of seed {args.seed}')}, "
+        f"{args.dtype} on {record['environment']['device']}, {time.strftime('%Y-%m-%d')}. Alone → under "
+        f"AdaCorrection, at most {NEAR:.0%} more compute. Settings were searched on the first {args.search_images} "
+        f"images{timed}."
     )
     record["intro"] = intro
 

@@ -34,18 +34,18 @@ import torch
 
 import pipeline
 from adacorr import AdaCorrection, CacheManager
+from adacorr.command import number, writable
 from adacorr.compiled import compile_blocks
 from adacorr.corrected_run import CorrectedRun
-from adacorr.files import check_writable
 from adacorr.policy_run import PolicyRun
 from adacorr.run import CachedRun
 from checkpoint import VAE_FACTOR, Checkpoint
 from evaluate.bench import WARM_UP, Setting
-from evaluate.pages import table
+from evaluate.pages import columns_of, table
 from evaluate.results import write_result
 from models import DiT_models
 from profiles import check_calibrate, with_profile
-from runtime import Progress, check_range, say, timed
+from runtime import Progress, say, timed
 
 WARM_UPS = (None, WARM_UP, WARM_UP)  # steps of each: a whole run meets every kernel there is
 KINDS = ("uncached", "cached", "every_step")  # the runs that are timed
@@ -157,12 +157,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     pipeline.add_cache_flags(parser)
     add = parser.add_argument_group("cost").add_argument
     help = "a row of the table for each (default 1)"
-    add("--batch-size", type=int, nargs="+", default=[1], metavar="N", help=help)
-    add("--repeats", type=int, default=10, help="timed runs of each (default %(default)s)")
+    add("--batch-size", type=number(1, 10_000), nargs="+", default=[1], metavar="N", help=help)
+    add("--repeats", type=number(1, 1000), default=10, help="timed runs of each (default %(default)s)")
     add("--compile", action="store_true", help="torch.compile the blocks, cached and uncached")
     help = "DiT-XL/2 and so on, in place of a checkpoint; 256 px, or --image-size"
     add("--random-weights", choices=sorted(DiT_models), metavar="MODEL", help=help)
-    add("--out", type=Path, metavar="FILE", help="JSON of the table and its numbers")
+    add("--out", type=writable, metavar="FILE", help="JSON of the table and its numbers")
 
 
 def load(args: argparse.Namespace) -> pipeline.Pipeline:
@@ -175,15 +175,10 @@ def load(args: argparse.Namespace) -> pipeline.Pipeline:
 
 
 def check(args: argparse.Namespace, cache: CacheManager | None) -> None:
-    """Mistakes that show without a model: ValueError or OSError names the flag and the value."""
+    """Mistakes that show without a model: ValueError names the flag and the value."""
     if cache is None:
         raise ValueError("there is no cache to measure: give --cache METHOD, --adacorr or both")
-    for batch in args.batch_size:
-        check_range("--batch-size", batch, 1, 10_000)
-    check_range("--repeats", args.repeats, 1, 1000)
     check_calibrate(args.calibrate)
-    if args.out is not None:
-        check_writable("--out", args.out)
     if args.random_weights is None:
         return
     if args.model is not None or args.ckpt is not None:
@@ -213,16 +208,13 @@ def run(args: argparse.Namespace) -> None:
     protocol |= {"cache": args.cache, "adacorr": args.adacorr, "cache_dtype": args.cache_dtype}
     protocol |= {"compile": args.compile, "device": str(pipe.device), "checkpoint_sha256": pipe.checkpoint.sha256}
     records: list[dict[str, Any]] = []
-    shown: dict[str, Any] = {"columns": [], "rows": []}
     runs = len(args.batch_size) * len(KINDS) * (len(WARM_UPS) + args.repeats)
     with Progress(runs, "run", "cost", line=say) as progress:
         for batch in args.batch_size:
             records.append(measure(pipe, cache, batch, args.seed, args.repeats, progress))
             if records[-1]["speedup"] < 1:
                 notes.append(f"At batch {batch} the cached run is slower: its own work eats the gain.")
-            row = cells(records[-1])
-            shown = {"columns": list(row), "rows": [*shown["rows"], list(row.values())]}
-            if args.out is not None:  # after each batch size: a run that is stopped keeps those before
-                content = {"table": shown, "notes": notes, "protocol": protocol, "rows": records}
-                write_result(args.out, "cost", args.made_with, **content)
+            shown = columns_of([*map(cells, records)])
+            # After each batch size: a run that is stopped keeps those before.
+            write_result(args, table=shown, notes=notes, protocol=protocol, rows=records)
     print(table(**shown), "", *notes, sep="\n")

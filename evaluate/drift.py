@@ -12,7 +12,6 @@ are taken again: the state of the computed step, and all that follow, go on from
 """
 
 import argparse
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,12 +19,12 @@ from torch import Tensor
 
 import pipeline
 from adacorr import CacheManager
-from adacorr.files import check_writable
+from adacorr.command import number, writable
 from evaluate.pages import table
-from evaluate.results import write_result
+from evaluate.results import protocol_line, write_result
 from pipeline import Pipeline
 from profiles import check_calibrate, with_profile
-from runtime import Progress, check_range, say
+from runtime import Progress, say
 
 COLUMNS = ["step", "timestep", "compute", "relative error, mean", "max"]
 
@@ -63,16 +62,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     pipeline.add_model_flags(parser)
     pipeline.add_cache_flags(parser)
     add = parser.add_argument_group("images and output").add_argument
-    add("--num-images", type=int, default=8, help="in one batch, labels in turn (default %(default)s)")
-    add("--out", type=Path, metavar="FILE.json", help="write the table and the errors of every image")
+    add("--num-images", type=number(1, 10_000), default=8, help="in one batch, labels in turn (default %(default)s)")
+    add("--out", type=writable, metavar="FILE.json", help="write the table and the errors of every image")
 
 
 def run(args: argparse.Namespace) -> None:
     """The whole job. ValueError or OSError for a mistake, before anything is sampled."""
-    check_range("--num-images", args.num_images, 1, 10_000)
     check_calibrate(args.calibrate)
-    if args.out is not None:
-        check_writable("--out", args.out)
     cache = pipeline.make_cache(args)
     if cache is None:
         raise ValueError("nothing to measure without a cache: give --adacorr, --cache METHOD or both")
@@ -86,20 +82,14 @@ def run(args: argparse.Namespace) -> None:
         for step, (t, share, own) in enumerate(zip(timesteps, compute, errors, strict=True))
     ]
     print(table(COLUMNS, rows))
-    if args.out is not None:
-        note = (
-            f"{pipe.checkpoint.path.name}, {pipe.sampler.spec} of {pipe.sampler.num_steps} steps, guidance "
-            f"{pipe.cfg_scale:g}, {args.num_images} images of seed {args.seed}, {args.dtype}; {cache.spec}"
-        )
-        write_result(
-            args.out,
-            args.command,
-            args.made_with,
-            table={"columns": COLUMNS, "rows": rows},
-            notes=[note],
-            checkpoint_sha256=pipe.checkpoint.sha256,
-            method=pipeline.describe_cache(cache),
-            timesteps=timesteps,
-            executed_per_step=compute,
-            relative_error=errors.tolist(),  # (steps, images)
-        )
+    protocol = protocol_line(pipe, f"{args.num_images} images of seed {args.seed}")
+    write_result(
+        args,
+        table={"columns": COLUMNS, "rows": rows},
+        notes=[f"{protocol}, {args.dtype}; {cache.spec}"],
+        checkpoint_sha256=pipe.checkpoint.sha256,
+        method=pipeline.describe_cache(cache),
+        timesteps=timesteps,
+        executed_per_step=compute,
+        relative_error=errors.tolist(),  # (steps, images)
+    )

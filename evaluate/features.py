@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 
-from adacorr.command import Parser, run_command
+from adacorr.command import Parser, number, run_command, writable
 from adacorr.files import file_sha256, record_digest, recorded_digest, written_whole
 from data import Data, read_data
 from runtime import find_device
@@ -213,12 +213,12 @@ def make_parser() -> argparse.ArgumentParser:
     add = command("train", "train the classifier and write its weights with their digest")
     add("--data", type=Path, required=True, help=f"to train on: {labelled}")
     add("--test", type=Path, help="the same; the accuracy is measured on it once, at the end")
-    add("--out", type=Path, default=WEIGHTS, help="the .safetensors to write (default: the packaged one)")
-    add("--epochs", type=int, default=60, help="default %(default)s")
-    add("--batch-size", type=int, default=512, help="default %(default)s")
-    add("--lr", type=float, help="peak rate (default 0.1 for each 128 images of a batch)")
-    add("--seed", type=int, default=0, help="default %(default)s")
-    add("--limit", type=int, metavar="N", help="train on the first N images only, for a trial")
+    add("--out", type=writable, default=str(WEIGHTS), help="the .safetensors to write (default: the packaged one)")
+    add("--epochs", type=number(1, 10_000), default=60, help="default %(default)s")
+    add("--batch-size", type=number(2, 65_536), default=512, help="default %(default)s")
+    add("--lr", type=number(1e-6, 100.0), help="peak rate (default 0.1 for each 128 images of a batch)")
+    add("--seed", type=number(0, 2**63 - 1), default=0, help="default %(default)s")
+    add("--limit", type=number(2, 10**9), metavar="N", help="train on the first N images only, for a trial")
     add("--compile", action="store_true", help="torch.compile the network; pays for long runs only")
     add = command("check", "print the accuracy of the weights on a test set")
     add("--test", type=Path, required=True, help=labelled)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from adacorr.files import check_writable
+from adacorr.command import writable
 from evaluate.frechet import ENOUGH, frechet_distance
 from evaluate.imagesets import MAY_DIFFER, ImageSet, open_images, unlike
 from evaluate.inception import DIGEST
@@ -32,7 +32,7 @@ from evaluate.reference import (
     evaluator,
     find_reference,
     measure,
-    network_of,
+    network_for,
     reference,
 )
 from evaluate.results import differing, read_result, write_result
@@ -152,14 +152,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--uncached", type=Path, metavar="SET", help="the uncached set of the same noise: also the distance to it")
     add("--seeds", action="store_true", help="the sets differ by their seed alone: also mean and deviation")
     add("--baseline", type=Path, metavar="RESULT.json", help="an earlier --out of one set: also the change since then")
-    add("--out", type=Path, metavar="RESULT.json", help="everything, for --baseline and `evaluate report`")
+    add("--out", type=writable, metavar="RESULT.json", help="everything, for --baseline and `evaluate report`")
     add_network_flags(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """The whole job. ValueError or OSError for a mistake, before anything is measured."""
-    if args.out is not None:
-        check_writable("--out", args.out)
     sets = [open_images(path) for path in args.samples]
     uncached = None if args.uncached is None else open_images(args.uncached)
     path = find_reference(args.reference, args.offline)
@@ -169,7 +167,7 @@ def run(args: argparse.Namespace) -> None:
         check_alike(images, sets[0], "--seeds", ("seed",))
     for images in sets if uncached is not None else ():
         check_alike(images, uncached, "--uncached")
-    network = network_of(args, sets[0])
+    network = network_for(args, sets[0])
     real = reference(path, network, args.batch_size)
     alike = evaluator(network)
     before = None if args.baseline is None else same_evaluation(args.baseline, alike, real)
@@ -193,7 +191,5 @@ def run(args: argparse.Namespace) -> None:
     print(f"{network.name}, weights sha256 {network.sha256}; reference {path.name}, sha256 {real.sha256}")
     for note in notes:
         say(f"note: {note}")
-    if args.out is not None:
-        about = {"path": str(path), "sha256": real.sha256, "count": real.count}
-        extra = {"evaluator": alike, "reference": about, "sets": records, "table": shown, "notes": notes}
-        write_result(args.out, "fid", args.made_with, **extra)
+    about = {"path": str(path), "sha256": real.sha256, "count": real.count}
+    write_result(args, evaluator=alike, reference=about, sets=records, table=shown, notes=notes)

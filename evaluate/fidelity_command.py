@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adacorr.files import check_writable
+from adacorr.command import writable
 from evaluate.fidelity import psnr, ssim, summarise
 from evaluate.imagesets import ImageSet, open_images, unlike
-from evaluate.pages import table
+from evaluate.pages import columns_of, table
 from evaluate.perceptual import SMALLEST, Perceptual
 from evaluate.results import write_result
 from runtime import Progress, find_device, say
@@ -107,15 +107,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--lpips", choices=sorted(SMALLEST), help="also LPIPS, by this backbone; needs the package lpips")
     add("--lpips-weights", type=Path, metavar="FILE", help="torchvision's weights of it (default: downloaded)")
     add("--device", help="default: cuda where there is one, else cpu")
-    add("--out", type=Path, metavar="FILE.json", help="write the table and the scores of every image")
+    add("--out", type=writable, metavar="FILE.json", help="write the table and the scores of every image")
 
 
 def run(args: argparse.Namespace) -> None:
     """The whole job. ValueError or OSError for a mistake, before anything is measured."""
     if args.lpips_weights is not None and args.lpips is None:
         raise ValueError(f"--lpips-weights {args.lpips_weights} needs --lpips, one of {', '.join(sorted(SMALLEST))}")
-    if args.out is not None:
-        check_writable("--out", args.out)
     device, reference = find_device(args.device), open_images(args.reference)
     others = [open_images(path) for path in args.samples]
     for other in others:
@@ -127,24 +125,17 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"{name} needs images of at least {least} x {least} pixels, these have {width} x {height}")
     perceptual = None if args.lpips is None else Perceptual(args.lpips, args.lpips_weights, device)
     results = [compare_sets(reference, other, device, perceptual) for other in others]
-    rows = [[f"`{other.path}`", *cells(result).values()] for other, result in zip(others, results, strict=True)]
-    columns = [f"against {reference.path}", *cells(results[0])]
-    print(table(columns, rows))
-    if args.out is not None:
-        sets = [
-            {"path": str(other.path), "protocol": other.protocol, **result}
-            for other, result in zip(others, results, strict=True)
-        ]
-        notes = ["Image i against image i of the reference; equal images are left out of the PSNR."]
-        if perceptual is not None:
-            notes.append(f"LPIPS 0.1, {perceptual.name}; sha256 of heads and backbone {perceptual.sha256}.")
-        write_result(
-            args.out,
-            args.command,
-            args.made_with,
-            table={"columns": columns, "rows": rows},
-            notes=notes,
-            reference={"path": str(reference.path), "protocol": reference.protocol},
-            sets=sets,
-            lpips_sha256=None if perceptual is None else perceptual.sha256,
-        )
+    pairs, head = [*zip(others, results, strict=True)], f"against {reference.path}"
+    shown = columns_of([{head: f"`{other.path}`", **cells(result)} for other, result in pairs])
+    print(table(**shown))
+    notes = ["Image i against image i of the reference; equal images are left out of the PSNR."]
+    if perceptual is not None:
+        notes.append(f"LPIPS 0.1, {perceptual.name}; sha256 of heads and backbone {perceptual.sha256}.")
+    write_result(
+        args,
+        table=shown,
+        notes=notes,
+        reference={"path": str(reference.path), "protocol": reference.protocol},
+        sets=[{"path": str(other.path), "protocol": other.protocol, **result} for other, result in pairs],
+        lpips_sha256=None if perceptual is None else perceptual.sha256,
+    )

@@ -27,11 +27,12 @@ from torch import Tensor
 
 import pipeline
 from adacorr import CacheManager
+from adacorr.command import number, writable
 from adacorr.files import check_writable
 from adacorr.offset import channel_deviation, offset_score, spatial_variation, temporal_deviation
 from evaluate.bench import Setting
 from evaluate.plots import check_matplotlib, save
-from evaluate.results import read_result, write_result
+from evaluate.results import protocol_line, read_result, write_result
 from models import DiT
 from pipeline import Pipeline
 from profiles import check_calibrate, with_profile
@@ -183,16 +184,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("figure")
     add = group.add_argument
     if parser.get_default("command") == "figure2":
-        add("--num-images", type=int, default=4, help="1..64, labels in turn (default %(default)s)")
+        add("--num-images", type=number(1, 64), default=4, help="1..64, labels in turn (default %(default)s)")
         add("--layer", type=int, help="from 0 (default: the middle one)")
         add("--steps", type=int, nargs="+", metavar="STEP", help=f"sampling steps from 0 (default: {SHOWN} of the run)")
     else:
-        add("--num-images", type=int, default=8, help="1..64, labels in turn (default %(default)s)")
+        add("--num-images", type=number(1, 64), default=8, help="1..64, labels in turn (default %(default)s)")
         spec = "METHOD[:key=value,...][+adacorr[:key=value,...]], adacorr or literal (default adacorr)"
         add("--setting", default="adacorr", metavar="SPEC", help=spec)
         pipeline.add_calibrate_flag(group)
     where = group.add_mutually_exclusive_group(required=True)
-    where.add_argument("--out", type=Path, metavar="FILE.json", help="writes FILE.json and FILE.png")
+    where.add_argument("--out", type=writable, metavar="FILE.json", help="writes FILE.json and FILE.png")
     where.add_argument("--from", type=Path, dest="source", metavar="FILE.json", help="draws FILE.png from FILE.json")
 
 
@@ -237,10 +238,7 @@ def _progress(steps: int) -> Progress:
 
 
 def _protocol(args: argparse.Namespace, pipe: Pipeline) -> str:
-    return (
-        f"{pipe.checkpoint.path.name}, {args.sampler} of {args.num_sampling_steps} steps, guidance {args.cfg_scale:g}, "
-        f"{args.num_images} image{'s' if args.num_images > 1 else ''} of seed {args.seed}"
-    )
+    return protocol_line(pipe, f"{args.num_images} image{'s' if args.num_images > 1 else ''} of seed {args.seed}")
 
 
 def _png(image: Tensor) -> str:
@@ -259,9 +257,7 @@ def run(args: argparse.Namespace) -> None:
     if args.source is not None:
         content = read_result(args.source, args.command)
     else:
-        check_writable("--out", args.out)
-        check_range("--num-images", args.num_images, 1, 64)
         content = (measure_figure2 if args.command == "figure2" else measure_figure5)(args)
-        write_result(args.out, args.command, args.made_with, **content, images=[picture.name])
+        write_result(args, **content, images=[picture.name])
     save(DRAW[args.command](content), picture)
     print(picture)

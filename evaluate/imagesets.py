@@ -9,7 +9,6 @@ Equal images give equal batches and an equal digest, whatever they are kept in.
 """
 
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -17,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from data import image_files, read_arrays, read_packed
+from data import DAMAGED, image_files, read_arrays, read_image, read_packed
 from fid_run.job import store_of
 from fid_run.protocol import differences
 from fid_run.record import RunFolder
@@ -27,7 +25,6 @@ from fid_run.record import RunFolder
 # Beginnings of the fields of a protocol by which sets of the same noise may differ and still be compared
 MAY_DIFFER = ("cache", "profile", "forecast", "sampler.steps", "format")
 MAY_DIFFER += ("precision.compile", "precision.deterministic", "precision.threads")
-DAMAGED = (ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -83,23 +80,17 @@ def _open_run(path: Path, record: dict[str, Any]) -> ImageSet:
 def _open_folder(path: Path) -> ImageSet:
     files = image_files(path)
 
-    def image(file: Path) -> np.ndarray:
-        try:
-            with Image.open(file) as opened:
-                return np.asarray(opened.convert("RGB"))
-        except (OSError, ValueError, SyntaxError) as error:
-            raise ValueError(f"{file} cannot be read as an image: {error}") from error
-
-    size = image(files[0]).shape[:2]
+    width, height = read_image(files[0], files[0]).size
 
     def read() -> Iterator[np.ndarray]:
         for file in files:
-            if (found := image(file)).shape[:2] != size:
-                height, width = found.shape[:2]
-                raise ValueError(f"{file} is {width} x {height} pixels, {files[0].name} is {size[1]} x {size[0]}")
-            yield found
+            image = read_image(file, file)
+            if image.size != (width, height):
+                found = f"{file} is {image.width} x {image.height} pixels"
+                raise ValueError(f"{found}, {files[0].name} is {width} x {height}")
+            yield np.asarray(image)
 
-    return ImageSet(path, len(files), size, read, [file.stem for file in files])
+    return ImageSet(path, len(files), (height, width), read, [file.stem for file in files])
 
 
 def _open_npz(path: Path) -> ImageSet:

@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from adacorr.files import check_writable, written_whole
+from adacorr.command import writable
+from adacorr.files import written_whole
 from adacorr.policies import make_policy, names
-from evaluate.bench import NEAR, REACHED, Row, Setting
+from evaluate.bench import NEAR, REACHED, Row
 from evaluate.pages import level_table, table
 from evaluate.plots import check_matplotlib, save
 
@@ -184,11 +185,11 @@ def label(axes: Any, ends: Sequence[tuple[tuple[float, float], str, str]]) -> No
 
 
 def read_comparison(path: Path) -> tuple[list[Row], dict[str, Any]]:
-    """Rows and everything else of a comparison's JSON; OSError or ValueError in one line."""
+    """Rows and everything else of a comparison's JSON, `tried` as rows, too; OSError or ValueError in one line."""
     try:
-        content = json.loads(path.read_bytes())
-        rows = [Row(**{**row, "setting": Setting(**row["setting"])}) for row in content["rows"]]
-        return rows, {**content, "intro": content.get("intro", "")}
+        content = {"intro": "", "tried": [], "identity": {}, **json.loads(path.read_bytes())}
+        content["tried"] = [*map(Row.of, content["tried"])]
+        return [*map(Row.of, content["rows"])], content
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is no result of a comparison: {type(error).__name__} {error}") from None
 
@@ -196,13 +197,12 @@ def read_comparison(path: Path) -> tuple[list[Row], dict[str, Any]]:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("comparison", type=Path, metavar="COMPARE.json", help="that `evaluate compare --out` wrote")
-    add("--out", type=Path, required=True, metavar="PAGE.md")
+    add("--out", type=writable, required=True, metavar="PAGE.md")
     add("--plot", action="store_true", help="also PAGE.png; needs matplotlib")
 
 
 def run(args: argparse.Namespace) -> None:
     """The whole job. OSError or ValueError for a mistake."""
-    check_writable("--out", args.out)
     if args.plot:
         check_matplotlib("--plot")
     rows, content = read_comparison(args.comparison)

@@ -30,14 +30,15 @@ from torch import Tensor
 
 import pipeline
 from adacorr import CacheManager
-from adacorr.files import check_writable, written_whole
+from adacorr.command import number, writable
+from adacorr.files import written_whole
 from diffusion import NUM_TRAIN, make_sampler
 from evaluate.bench import Setting
 from evaluate.fidelity import fidelity
 from evaluate.frechet import ENOUGH, Moments, frechet_distance
-from evaluate.networks import Network, add_features_flags, default_network, load_network
+from evaluate.networks import Network, add_features_flags, network_of
 from evaluate.pages import table
-from evaluate.results import VERSION, write_result
+from evaluate.results import VERSION, protocol_line, write_result
 from fid_run.protocol import image_size
 from pipeline import Pipeline, gaussian
 from profiles import check_calibrate, digest, with_profile
@@ -194,11 +195,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="SPEC",
         help="caches as METHOD[:key=value,...][+adacorr[:key=value,...]], adacorr or literal (default adacorr)",
     )
-    add("--frames", type=int, nargs="+", default=[32, 64], help="of a clip, 3..1000 (default 32 64)")
-    add("--clips", type=int, default=4, help="67 of 32 frames make 2048 changes (default %(default)s)")
-    add("--batch-size", type=int, default=16, help="frames at a time (default %(default)s)")
+    add("--frames", type=number(3, 1000), nargs="+", default=[32, 64], help="of a clip, 3..1000 (default 32 64)")
+    add("--clips", type=number(1, 100_000), default=4, help="67 of 32 frames make 2048 changes (default %(default)s)")
+    add("--batch-size", type=number(1, 100_000), default=16, help="frames at a time (default %(default)s)")
     add_features_flags(group)
-    add("--out", type=Path, metavar="FILE.json", help="writes the table and the plain numbers")
+    add("--out", type=writable, metavar="FILE.json", help="writes the table and the plain numbers")
 
 
 def rows(
@@ -251,21 +252,13 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 def run(args: argparse.Namespace) -> None:
     """The whole job. ValueError or OSError for a mistake, before anything is sampled."""
-    for frames in args.frames:
-        check_range("--frames", frames, 3, 1000)
-    check_range("--clips", args.clips, 1, 100_000)
-    check_range("--batch-size", args.batch_size, 1, 100_000)
     check_range("--num-sampling-steps", args.num_sampling_steps, 2, 1000)  # one step leaves nothing to reuse
     check_calibrate(args.calibrate)
     settings = [Setting.of(spec) for spec in dict.fromkeys(args.settings)]
     if make_sampler(args.sampler, args.num_sampling_steps).stochastic:
         raise ValueError(f"--sampler {args.sampler} injects noise, which makes frames flicker by itself: take ddim")
-    if args.out is not None:
-        check_writable("--out", args.out)
     pipe = pipeline.load(pipeline.ModelOptions.of(args))
-    size = image_size(pipe.model.config, pipe.vae)
-    name = args.features or default_network(size)
-    network = load_network(name, args.weights, pipe.device, offline=args.offline)
+    network = network_of(args, image_size(pipe.model.config, pipe.vae), pipe.device)
     caches = {}
     for setting in settings:
         cache = with_profile(CacheManager.of(setting.cache, setting.adacorr), pipe, args.calibrate)
@@ -276,10 +269,8 @@ def run(args: argparse.Namespace) -> None:
     total = sum(args.frames) * args.clips * (1 + len(caches))
     with Progress(total, "frame", line=say) as progress:
         measured = list(rows(pipe, network, args, caches, folder, progress))
-    notes = [
-        f"{pipe.checkpoint.path.name}, {args.sampler} of {args.num_sampling_steps} steps, guidance {args.cfg_scale:g}, "
-        f"{args.clips} clips of seed {args.seed}; features of {network.name} ({network.sha256[:12]})"
-    ]
+    protocol = protocol_line(pipe, f"{args.clips} clips of seed {args.seed}")
+    notes = [f"{protocol}; features of {network.name} ({network.sha256[:12]})"]
     if (few := args.clips * (min(args.frames) - 1)) < ENOUGH:
         notes.append(f"t-FID of {few} changes is too large, {ENOUGH} are enough: take more --clips")
     lines = [cells(row) for row in measured]
@@ -291,5 +282,5 @@ def run(args: argparse.Namespace) -> None:
             **{flag: getattr(args, flag) for flag in (*FRAME_FLAGS, "cfg_scale", "clips", "calibrate")},
         }
         columns = {"columns": list(COLUMNS), "rows": lines}
-        write_result(args.out, "motion", args.made_with, protocol=protocol, rows=measured, table=columns, notes=notes)
+        write_result(args, protocol=protocol, rows=measured, table=columns, notes=notes)
         shutil.rmtree(folder)

@@ -62,9 +62,10 @@ def add_features_flags(parser: argparse._ActionsContainer) -> None:
     add("--weights", type=Path, metavar="FILE", help="local weights of it (default: its own, downloaded once)")
 
 
-def default_network(image_size: int) -> str:
-    """The name of the network for images of a size, in pixels."""
-    return "cifar10" if image_size == 32 else "inception"
+def network_of(args: argparse.Namespace, image_size: int, device: torch.device | str) -> Network:
+    """The network of `add_features_flags` for images of a size, in pixels."""
+    name = args.features or ("cifar10" if image_size == 32 else "inception")
+    return load_network(name, args.weights, device, offline=args.offline)
 
 
 def load_network(

@@ -21,6 +21,11 @@ def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join([head(columns), *map(line, rows)])
 
 
+def columns_of(rows: Sequence[dict[str, str]]) -> dict[str, list]:
+    """{"columns", "rows"} of cells by column: the arguments of `table`, and the `table` of a result file."""
+    return {"columns": list(rows[0]) if rows else [], "rows": [list(row.values()) for row in rows]}
+
+
 def measures(row: Row) -> dict[str, str]:
     """Every measure of a row as text, by the name of its column."""
     solution = "" if row.solution_psnr is None else f"{float(row.solution_psnr['mean']):.1f}"

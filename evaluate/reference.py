@@ -17,13 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adacorr.files import check_writable, file_sha256, written_whole
+from adacorr.command import number, writable
+from adacorr.files import file_sha256, written_whole
 from download import fetched
 from evaluate.frechet import Moments
 from evaluate.imagesets import ImageSet, npz_arrays, open_images
-from evaluate.networks import Network, add_features_flags, default_network, load_network
+from evaluate.networks import Network, add_features_flags, network_of
 from evaluate.results import VERSION, differing
-from runtime import Progress, allow_tf32, check_range, find_device, say
+from runtime import Progress, allow_tf32, find_device, say
 
 PUBLISHED = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"
 REFERENCES = {  # ADM's, by name: address and first digits of the sha256, as far as it is known
@@ -146,30 +147,27 @@ def add_network_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("network")
     add_features_flags(group)
     add = group.add_argument
-    add("--batch-size", type=int, default=64, help="for speed and memory only (default %(default)s)")
+    add("--batch-size", type=number(1, 100_000), default=64, help="for speed and memory only (default %(default)s)")
     add("--device", help="default: cuda where there is one, else cpu")
     add("--offline", action="store_true", help="never download; say what is missing")
 
 
-def network_of(args: argparse.Namespace, images: ImageSet) -> Network:
+def network_for(args: argparse.Namespace, images: ImageSet) -> Network:
     """The network of `add_network_flags` for images like these."""
-    check_range("--batch-size", args.batch_size, 1, 100_000)
     allow_tf32(False)  # rounded products would make the numbers depend on the GPU
-    name = args.features or default_network(min(images.size))
-    return load_network(name, args.weights, find_device(args.device), offline=args.offline)
+    return network_of(args, min(images.size), find_device(args.device))
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", type=Path, metavar="IMAGES", help="a folder of images, or an .npz")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.npz")
+    parser.add_argument("--out", type=writable, required=True, metavar="FILE.npz")
     add_network_flags(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """The whole job. ValueError or OSError for a mistake."""
-    check_writable("--out", args.out)
     images = open_images(args.images)
-    network = network_of(args, images)
+    network = network_for(args, images)
     found = measure(images, network, args.batch_size)
     save_statistics(args.out, found, network)
     print(f"{args.out}: {found.count} images, {network.name}, pixels sha256 {found.sha256}")

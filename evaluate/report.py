@@ -26,7 +26,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from adacorr.files import check_writable, written_whole
+from adacorr.command import number, writable
+from adacorr.files import written_whole
 from evaluate.fidelity import psnr, summarise_psnr
 from evaluate.fidelity_command import check_pair, paired
 from evaluate.imagesets import ImageSet, open_images, unlike
@@ -35,72 +36,13 @@ from evaluate.pages import measures
 from evaluate.results import read_result
 from fid_run.record import RunFolder
 from pictures import SMALLEST, grid
-from runtime import check_range
 
 MAGNIFIED = 8  # times
 WORST = 8  # images
 WIDEST = 500  # pixels of a strip of three images where two of them fit into a row
 COLUMNS = ["set", "images", "compute", "images/s of one process", "identical", "PSNR mean / p5 / min (dB)"]
 
-PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<title>$title</title>
-<style>
-:root { color-scheme: light dark; --ink: #1d2129; --soft: #626a76; --line: #dfe2e6; --paper: #fff; --tint: #f5f6f8;
- --link: #0b57a4; }
-@media (prefers-color-scheme: dark) {
-:root { --ink: #e3e6ea; --soft: #9aa3ae; --line: #363c45; --paper: #16191d; --tint: #1f2329; --link: #86b7f0; } }
-body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto;
- max-width: 68rem; padding: 1.5rem 1.25rem 4rem; overflow-wrap: anywhere; }
-h1 { font-size: 1.7rem; margin: 0 0 .25rem; }
-h2 { font-size: 1.3rem; margin: 3rem 0 .5rem; padding-top: 1rem; border-top: 1px solid var(--line); }
-h3 { font-size: 1.05rem; margin: 1.75rem 0 .5rem; }
-a { color: var(--link); }
-p, ul { margin: .5rem 0; }
-.soft, figcaption { color: var(--soft); font-size: .875rem; }
-pre, code { font: .85em/1.5 ui-monospace, monospace; }
-pre { background: var(--tint); padding: .6rem .8rem; border-radius: .4rem; white-space: pre-wrap; margin: .5rem 0; }
-.scroll { overflow-x: auto; overflow-wrap: normal; margin: 1rem 0; }
-.tall { max-height: 36rem; overflow-y: auto; }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-td { white-space: nowrap; }
-td code { display: block; white-space: normal; overflow-wrap: anywhere; min-width: min(18rem, 45vw); }
-th { position: sticky; top: 0; background: var(--paper); cursor: pointer; font-weight: 600; }
-th::after { content: "\\2009\\25b4\\25be"; color: var(--line); white-space: nowrap; }
-figure { margin: 1rem 0; min-width: 0; }
-figcaption { margin: .3rem 0; }
-img { max-width: 100%; height: auto; background: #fff; }
-.strips { display: grid; gap: .5rem 1.25rem; }
-.strips figure { margin: 0; }
-.strips img { width: 100%; }
-.enlarged img { image-rendering: pixelated; }
-</style>
-</head>
-<body>
-<h1>$title</h1>
-<p class="soft">$intro</p>
-<nav><ul>
-$contents
-</ul></nav>
-$sections
-<script>
-for (const head of document.querySelectorAll("th")) head.onclick = () => {
-  const body = head.closest("table").tBodies[0], column = head.cellIndex;
-  const text = row => row.cells[column].textContent, sign = head.dataset.up ? -1 : 1;
-  head.dataset.up = head.dataset.up ? "" : "1";
-  const order = (a, b) => (parseFloat(text(a)) - parseFloat(text(b))) || text(a).localeCompare(text(b));
-  body.append(...[...body.rows].sort((a, b) => sign * order(a, b)));
-};
-</script>
-</body>
-</html>
-""")
+PAGE = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
 
 
 @dataclass
@@ -147,9 +89,9 @@ def picture(images: Tensor, caption: str) -> str:
 def page(title: str, intro: str, sections: Sequence[Section]) -> str:
     """The whole page."""
     contents, bodies = [], []
-    for number, section in enumerate(sections, 1):
-        contents.append(f'<li><a href="#s{number}">{text(section.title)}</a></li>')
-        bodies.append("\n".join([f'<h2 id="s{number}">{text(section.title)}</h2>', *section.parts]))
+    for i, section in enumerate(sections, 1):
+        contents.append(f'<li><a href="#s{i}">{text(section.title)}</a></li>')
+        bodies.append("\n".join([f'<h2 id="s{i}">{text(section.title)}</h2>', *section.parts]))
     fields = {"title": html.escape(title), "intro": text(intro)}
     return PAGE.substitute(fields, contents="\n".join(contents), sections="\n".join(bodies))
 
@@ -322,14 +264,12 @@ def spent(own: ImageSet) -> list[str]:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("runs", type=Path, nargs="+", metavar="RUN", help="a result file (.json), or a set of images")
-    add("--images", type=int, default=16, metavar="N", help="of each set, the first N (default %(default)s)")
-    add("--out", type=Path, required=True, metavar="FILE.html", help="the page to write")
+    add("--images", type=number(1, 1000), default=16, metavar="N", help="the first N of a set (default %(default)s)")
+    add("--out", type=writable, required=True, metavar="FILE.html", help="the page to write")
 
 
 def run(args: argparse.Namespace) -> None:
     """The whole job. ValueError or OSError for a mistake, before images are compared."""
-    check_range("--images", args.images, 1, 1000)
-    check_writable("--out", args.out)
     results = [result_section(path) for path in args.runs if path.suffix == ".json"]
     found = groups(open_images(path) for path in args.runs if path.suffix != ".json")
     sections = [*results, *(set_section(group, args.images) for group in found)]

@@ -1,26 +1,36 @@
 """Result files: every command of `python -m evaluate` writes one with --out, and `evaluate report` reads them."""
 
+import argparse
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from adacorr.files import write_json
+from pipeline import Pipeline
 from runtime import environment
 
 VERSION = 1  # of the numbers: raised when an equal setting gives another value
 
 
-def write_result(path: Path, kind: str, made_with: Sequence[str], **content: Any) -> None:
-    """JSON of a command's result, whole or not at all.
+def write_result(args: argparse.Namespace, **content: Any) -> None:
+    """JSON of the result of a command with these arguments, whole or not at all; nothing without --out.
 
     content: `table` = {"columns": [...], "rows": [[text, ...], ...]} as it is printed, `more_tables` = {title: the
     same}, `notes` = [text, ...], `images` = [file name of a PNG beside the JSON, ...], and whatever else the command
     measured, as plain numbers.
     """
-    head = {"kind": kind, "version": VERSION, "date": time.strftime("%Y-%m-%d"), "made_with": list(made_with)}
-    write_json(path, {**head, "environment": environment(), **content})
+    if args.out is not None:
+        head = {"kind": args.command, "version": VERSION, "date": time.strftime("%Y-%m-%d")}
+        head |= {"made_with": list(args.made_with), "environment": environment()}
+        write_json(args.out, {**head, **content})
+
+
+def protocol_line(pipe: Pipeline, images: str) -> str:
+    """Checkpoint, sampler, guidance and `images` in words, for the notes of a result."""
+    sampler = f"{pipe.sampler.spec} of {pipe.sampler.num_steps} steps, guidance {pipe.cfg_scale:g}"
+    return f"{pipe.checkpoint.path.name}, {sampler}, {images}"
 
 
 def differing(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from adacorr.files import check_writable
+from adacorr.command import writable
 from evaluate.plots import check_matplotlib, save
 from evaluate.results import read_result
 from evaluate.tables import distance_name
@@ -25,7 +25,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--from", type=Path, required=True, dest="source", metavar="FILE.json", help=f"that {table} --out wrote"
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.png")
+    parser.add_argument("--out", type=writable, required=True, metavar="FILE.png")
 
 
 def quality(content: dict[str, Any]) -> tuple[str, str]:
@@ -111,7 +111,6 @@ def _title(content: dict[str, Any]) -> str:
 
 def run(args: argparse.Namespace) -> None:
     """The whole job; ValueError or OSError for a mistake."""
-    check_writable("--out", args.out)
     check_matplotlib(args.command)
     content = read_result(args.source, TABLES[args.command])
     if not content["rows"]:

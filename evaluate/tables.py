@@ -30,14 +30,13 @@ import torch
 
 import pipeline
 from adacorr import CacheManager
-from adacorr.files import check_writable
-from adacorr.spec import parse_value
+from adacorr.command import number, numbers, writable
 from checkpoint import released_name
 from evaluate.bench import Bench, Setting
 from evaluate.compare import parse_methods
 from evaluate.frechet import ENOUGH
-from evaluate.networks import add_features_flags, default_network, load_network
-from evaluate.pages import table
+from evaluate.networks import add_features_flags, network_of
+from evaluate.pages import columns_of, table
 from evaluate.published import OTHER_MODELS, PUBLISHED
 from evaluate.reference import REFERENCES, find_reference, reference
 from evaluate.results import differing, read_result, write_result
@@ -49,18 +48,8 @@ from runtime import Progress, check_range, environment, say
 
 METHODS = ("teacache", "adacache", "lazydit", "first_block", "fastcache")  # of Table I; first_block is FBCache
 TRAJECTORIES = 1000  # images whose predictions t-FID looks at
-SAME = (
-    "sampler",
-    "num_sampling_steps",
-    "cfg_scale",
-    "cfg_channels",
-    "vae",
-    "seed",
-    "dtype",
-    "num_images",
-    "batch_size",
-)
-SAME += ("repeats", "calibrate")
+SAME = ("sampler", "num_sampling_steps", "cfg_scale", "cfg_channels", "vae", "seed", "dtype")
+SAME += ("num_images", "batch_size", "repeats", "calibrate")
 
 # --------------------------------------------------------------------------------------------------- tables
 
@@ -109,7 +98,7 @@ def tabulate(command: str, rows: Sequence[Row], known: Sequence[dict[str, str]],
         else:
             model = {"model": row.checkpoint} if command == "table2" else {}
             lines.append({**model, "setting": row.setting.named if row.setting != UNCACHED else "uncached", **text})
-    return {"columns": list(lines[0]) if lines else [], "rows": [list(text.values()) for text in lines]}
+    return columns_of(lines)
 
 
 def unlike(study: Study, size: int) -> list[str]:
@@ -170,28 +159,23 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("table")
     add = group.add_argument
     if command == "table1":
-        given = "methods with their options, separated by spaces; names alone also by commas"
-        add(
-            "--methods",
-            nargs="+",
-            default=METHODS,
-            metavar="METHOD[:key=value,...]",
-            help=f"{given} (default: all five)",
-        )
+        given = "methods with their options, separated by spaces; names alone also by commas (default: all five)"
+        add("--methods", nargs="+", default=METHODS, metavar="METHOD[:key=value,...]", help=given)
     if command == "table2":
         add("--ckpt", nargs="+", metavar="FILE", help="one or more; the bundled one by default")
         add("--cache", default="fastcache", metavar="METHOD[:key=value,...]", help="(default %(default)s)")
     if command == "table4":
         add("--cache", metavar="METHOD[:key=value,...]", help="default: AdaCorrection alone, and its literal form")
-        add("--gammas", default="0.5,1,2", metavar="N,...", help="at lambda 1 (default %(default)s)")
-        add("--lambdas", default="0.5,1,2", metavar="N,...", help="at gamma 1 (default %(default)s)")
-    add("--num-images", type=int, default=10, help="2 to 1000000 (default %(default)s; the paper's tables: 50000)")
-    add("--batch-size", type=int, default=5, help="images at once (default %(default)s)")
+        many = {"type": numbers(0.0, 1e6), "default": "0.5,1,2", "metavar": "N,..."}
+        add("--gammas", **many, help="at lambda 1 (default %(default)s)")
+        add("--lambdas", **many, help="at gamma 1 (default %(default)s)")
+    add("--num-images", type=number(2, 1_000_000), default=10, help="default %(default)s; the paper's tables: 50000")
+    add("--batch-size", type=number(1, 100_000), default=5, help="images at once (default %(default)s)")
     names = ", ".join(REFERENCES)
     add("--reference", **several, metavar="REF", help=f"{names}, images or statistics, one for each --ckpt")
     add_features_flags(group)
-    add("--repeats", type=int, default=3, help="batches that are timed; 0 leaves times out (default %(default)s)")
-    add("--out", type=Path, metavar="FILE.json", help="what was measured; an unfinished file is gone on with")
+    add("--repeats", type=number(0, 1000), default=3, help="batches that are timed, or 0 (default %(default)s)")
+    add("--out", type=writable, metavar="FILE.json", help="what was measured; an unfinished file is gone on with")
     add("--overwrite", action="store_true", help="begin anew where --out exists")
 
 
@@ -208,26 +192,13 @@ def plan(args: argparse.Namespace) -> list[Setting]:
     else:
         settings = [UNCACHED]
         forms = [(args.cache, "")] if args.cache else [(None, ""), (None, "literal:")]
-        changes = [
-            f"{key}={x:g}" for key in ("gamma", "lambda") for x in numbers(f"--{key}s", getattr(args, f"{key}s"))
-        ]
+        changes = [f"{key}={x:g}" for key in ("gamma", "lambda") for x in sorted(getattr(args, f"{key}s"))]
         for cache, prefix in forms:
             plain = prefix.removesuffix(":")  # gamma and lambda are 1 unless given
             settings += [Setting(cache, plain if text.endswith("=1") else prefix + text) for text in changes]
     for setting in settings:
         CacheManager.of(setting.cache, setting.adacorr)
     return list(dict.fromkeys(settings))
-
-
-def numbers(flag: str, text: str) -> list[float]:
-    """Numbers of a list in rising order; ValueError names the first word that is none."""
-    found = []
-    for word in text.split(","):
-        value = parse_value(word.strip())
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1e6:
-            raise ValueError(f"{flag}: {word!r} is no number in 0..1000000; give e.g. 0.5,1,2")
-        found.append(float(value))
-    return sorted(set(found))
 
 
 def load(options: ModelOptions) -> Pipeline:
@@ -257,8 +228,7 @@ def studies_of(args: argparse.Namespace, folder: Path) -> tuple[list[Study], lis
     if len({pipe.checkpoint.sha256 for pipe in pipes}) < len(pipes):
         raise ValueError("--ckpt: two of the files hold the same weights; give each once")
     sizes = [image_size(pipe.model.config, pipe.vae) for pipe in pipes]
-    name = args.features or default_network(sizes[0])
-    network = load_network(name, args.weights, pipes[0].device, offline=args.offline)
+    network = network_of(args, sizes[0], pipes[0].device)
     studies, digests = [], []
     for i, pipe in enumerate(pipes):
         black = torch.zeros(1, sizes[i], sizes[i], 3, dtype=torch.uint8)
@@ -296,14 +266,9 @@ def refusals(study: Study, settings: Sequence[Setting], allowed: bool) -> dict[s
 def run(args: argparse.Namespace) -> None:
     """The whole job. ValueError or OSError for a mistake, before anything is sampled."""
     check_range("--num-sampling-steps", args.num_sampling_steps, EVERY + 1, 1000)
-    check_range("--num-images", args.num_images, 2, 1_000_000)
-    check_range("--batch-size", args.batch_size, 1, 100_000)
-    check_range("--repeats", args.repeats, 0, 1000)
     check_range("--cfg-scale", args.cfg_scale, 0.0, 100.0)
     check_calibrate(args.calibrate)
     settings = plan(args)
-    if args.out is not None:
-        check_writable("--out", args.out)
     with ExitStack() as stack:
         folder = args.out.parent if args.out else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         studies, digests = studies_of(args, folder)
@@ -349,12 +314,9 @@ def sweep(
             found += own
             known += [values.get(replace(row.setting, cache=row.method), {}) for row in own]
         current = tabulate(args.command, found, known, network.name)
-        if args.out is not None:
-            others = [row for row in rows.values() if row not in found]
-            plain = [row.plain() for row in [*found, *others]]
-            write_result(
-                args.out, args.command, args.made_with, identity=identity, rows=plain, table=current, notes=texts
-            )
+        others = [row for row in rows.values() if row not in found]
+        plain = [row.plain() for row in [*found, *others]]
+        write_result(args, identity=identity, rows=plain, table=current, notes=texts)
         return current
 
     shown = save()

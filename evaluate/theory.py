@@ -32,7 +32,6 @@ decoded, so no VAE is loaded.
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,15 +40,14 @@ from torch import Tensor, nn
 
 import pipeline
 from adacorr import Algorithm1, CacheManager
+from adacorr.command import number, numbers, writable
 from adacorr.correct import correction_weight
-from adacorr.files import check_writable
 from adacorr.literal import Algorithm1Run
 from adacorr.offset import temporal_deviation
 from adacorr.policy import RunInfo
-from adacorr.spec import parse_value
 from adacorr.trace import Trace
 from diffusion import make_sampler
-from evaluate.pages import table
+from evaluate.pages import columns_of, table
 from evaluate.results import write_result
 from runtime import Progress, check_range, say
 
@@ -224,29 +222,16 @@ def _share(value: float | None) -> str:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     pipeline.add_model_flags(parser)
     add = parser.add_argument_group("theory").add_argument
-    add("--gammas", default="1,0.1,0.01", metavar="X,...", help="of Eq. 6 (default %(default)s; the paper's is 1)")
-    add("--steps", metavar="N,...", help="numbers of sampling steps (default: --num-sampling-steps)")
-    add("--num-images", type=int, default=4, help="labels in turn (default %(default)s)")
-    add("--out", type=Path, metavar="FILE", help="JSON of both tables and their numbers, by layer and by step")
-
-
-def numbers(flag: str, text: str, kinds: type | tuple[type, ...], low: float, high: float) -> list[Any]:
-    """The numbers of a comma-separated list; ValueError names the first item that is none, or out of range."""
-    values = [parse_value(item.strip()) for item in text.split(",")]
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, kinds):
-            raise ValueError(f"{flag}: {value!r} is no number in {low}..{high}; give e.g. 1,0.1 or 50,100")
-        check_range(flag, value, low, high)
-    return list(dict.fromkeys(values))
+    add("--gammas", type=numbers(0.0, 1e6), default="1,0.1,0.01", metavar="X,...", help="of Eq. 6, the paper's is 1")
+    add("--steps", type=numbers(2, 1000), metavar="N,...", help="of sampling (default: --num-sampling-steps)")
+    add("--num-images", type=number(1, 10_000), default=4, help="labels in turn (default %(default)s)")
+    add("--out", type=writable, metavar="FILE", help="JSON of both tables and their numbers, by layer and by step")
 
 
 def run(args: argparse.Namespace) -> None:
     """The whole measurement. ValueError or OSError for a mistake, before anything is sampled."""
-    gammas = numbers("--gammas", args.gammas, (int, float), 0, 1_000_000)
-    many = numbers("--steps", args.steps or str(args.num_sampling_steps), int, 2, 1000)
-    check_range("--num-images", args.num_images, 1, 10_000)
-    if args.out is not None:
-        check_writable("--out", args.out)
+    gammas, many = args.gammas, args.steps or [args.num_sampling_steps]
+    check_range("--num-sampling-steps", min(many), 2, 1000)
     pipe = pipeline.load(replace(pipeline.ModelOptions.of(args), vae="none"))
     notes = [
         f"{pipe.checkpoint.path.name}, {args.sampler}, guidance {args.cfg_scale:g}, {args.num_images} image(s) of seed "
@@ -270,13 +255,9 @@ def run(args: argparse.Namespace) -> None:
                 distances.append(distance_cells(steps, gamma, followed))
                 records.append({"steps": steps, "gamma": gamma, "proposition_1": found, "theorem_1": followed})
                 records[-1]["lipschitz_by_layer"] = constants.tolist()
-            if args.out is not None:  # after each number of steps: a run that is stopped keeps those before
-                tables = {"table": _table(bounds), "more_tables": {"Theorem 1": _table(distances)}}
-                write_result(args.out, "theory", args.made_with, **tables, notes=notes, rows=records)
+            tables = {"table": columns_of(bounds), "more_tables": {"Theorem 1": columns_of(distances)}}
+            # After each number of steps: a run that is stopped keeps those before.
+            write_result(args, **tables, notes=notes, rows=records)
     for rows in (bounds, distances):
-        print(table(**_table(rows)), "", sep="\n")
+        print(table(**columns_of(rows)), "", sep="\n")
     print(*notes, sep="\n")
-
-
-def _table(rows: list[dict[str, str]]) -> dict[str, Any]:
-    return {"columns": list(rows[0]), "rows": [list(row.values()) for row in rows]}

@@ -167,7 +167,6 @@ class Leader:
     def prepare(self) -> Job | None:
         """All that comes before the first batch; None if the run is complete. The lock is held until the stack ends."""
         args, count = self.args, self.args.num_fid_samples
-        runtime.check_range("--seed", args.seed, 0, 2**63 - 1)
         set_up(args, self.ranks)
         profiles.check_calibrate(args.calibrate)
         pipe, cache = load(args)

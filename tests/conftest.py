@@ -1,13 +1,26 @@
 """One thread for all; `gpu` tests skip themselves without CUDA, `net` tests run only when asked for with --net."""
 
+from contextlib import redirect_stdout
+from functools import lru_cache
+from io import StringIO
+
 import numpy as np
 import pytest
 import torch
-from toy import tiny_dit
+from toy import save_tiny, tiny_dit
 
 import profiles
 from adacorr import policies
 from adacorr.profile import Profile
+
+RUNS = {  # of the fixture `sampled`: flags by name
+    "uncached": "",
+    "cached": "--cache interval:every=2",
+    "shards": "--cache interval:every=2 --format npz-shards",
+    "fewer": "--num-sampling-steps 2",
+    "seed": "--seed 1",
+    "guidance": "--cfg-scale 4",
+}
 
 
 def pytest_addoption(parser):
@@ -38,6 +51,29 @@ def own_cache_folder(tmp_path_factory):
         patch.setattr(profiles, "IMAGES", 2)
         patch.setenv("ADACORR_HOME", str(tmp_path_factory.mktemp("home")))
         yield
+
+
+@pytest.fixture(scope="session")
+def tiny32(tmp_path_factory):
+    """A checkpoint of 32 x 32 pixels in 4 x 4 tokens, with 4 classes."""
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "tiny.safetensors", input_size=32, patch_size=8)
+
+
+@pytest.fixture(scope="session")
+def sampled(tiny32):
+    """Name of RUNS -> the folder of a run of sample_ddp.py, 6 images of 4 steps; made when first asked for."""
+    import sample_ddp
+
+    fixed = f"--num-fid-samples 6 --num-sampling-steps 4 --threads 1 --device cpu --ckpt {tiny32} --sample-dir"
+
+    @lru_cache
+    def run(name):
+        where = tiny32.with_name(name)
+        with redirect_stdout(StringIO()):
+            assert sample_ddp.main([*fixed.split(), str(where), *RUNS[name].split()]) == 0
+        return next(path for path in where.iterdir() if path.is_dir())
+
+    return run
 
 
 @pytest.fixture

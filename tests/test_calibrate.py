@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from commands import code, one_line
 from numpy.testing import assert_allclose
 from toy import make_run, tiny_dit
 
@@ -43,18 +44,10 @@ def pipe(ckpt):
     return pipeline.load(pipeline.ModelOptions(ckpt=str(ckpt), num_sampling_steps=STEPS, device="cpu"))
 
 
-def main(*argv):
-    """Exit code of `calibrate.main`, argparse's own included."""
-    try:
-        return calibrate.main([str(a) for a in argv])
-    except SystemExit as stop:
-        return stop.code
-
-
 def measure(ckpt, name, out, *flags, images=IMAGES):
     """The profile that the command writes."""
     given = ["--ckpt", ckpt, "--num-sampling-steps", STEPS, "--num-images", images, "--device", "cpu"]
-    assert main("--cache", name, "--out", out, *given, *flags) == 0
+    assert code(calibrate.main, "--cache", name, "--out", out, *given, *flags) == 0
     return load_profile(out)
 
 
@@ -190,67 +183,27 @@ def test_calibration_changes_nothing_and_leaves_no_cache(pipe, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_calibration_that_saw_nothing_cannot_fit(name):
-    with pytest.raises(ValueError, match="too few|nothing was observed|at least 2 steps|0 pairs"):
+    with pytest.raises(ValueError, match="nothing was observed"):
         calibrated()[name].calibration().fit()
-
-
-def one_line(capsys, *words):
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("calibrate.py: error: ")
-    assert err.count("\n") == 1
-    assert err.endswith("\n")
-    assert all(word in err for word in words), err
-
-
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        (["--cache", "teacash"], ["teacash", "magcache", "did you mean teacache?"]),
-        (["--cache", "interval"], ["interval", "measured"]),  # there is one of that name, without a calibration
-        (["--cache", "teacache:threshold=0.1"], ["teacache:threshold=0.1", "did you mean teacache?"]),
-        (["--out", "p.npz"], ["p.npz", ".json", ".safetensors"]),
-        (["--out", f"{__file__}/p.json"], ["--out", "test_calibrate.py", "not a folder"]),
-        (["--num-images", "0"], ["--num-images", "0"]),
-        (["--batch-size", "0"], ["--batch-size", "0"]),
-        (["--seed", "-1"], ["--seed", "-1"]),
-        (["--seed", str(2**31)], ["--seed", str(2**31)]),
-        (["--cfg-scale", "nan"], ["--cfg-scale", "nan"]),
-    ],
-)
-def test_mistakes_are_one_line_before_any_weights_are_read(tmp_path, monkeypatch, capsys, argv, words):
-    monkeypatch.setattr(pipeline, "load_checkpoint", lambda *_, **__: pytest.fail("read a checkpoint"))
-    monkeypatch.chdir(tmp_path)
-    assert main("--cache", "teacache", "--out", "p.json", *argv) == 2
-    one_line(capsys, *words)
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     ("name", "steps", "images", "words"),
     [
-        ("ertacache", 1, 2, "at least 2 steps"),
-        ("fastcache", 1, 2, "2 images are too few"),
+        *((name, 1, 4, "at least 2 steps") for name in NAMES),
         ("fastcache", 10, 3, "3 images are too few"),
-        ("l2c", 1, 2, "nothing was observed"),
-        ("lazydit", 1, 2, "nothing was observed"),
         ("lazydit", 3, 1, "one image is too few"),
-        ("magcache", 1, 2, "at least 2 steps"),
-        ("schedule", 1, 2, "nothing was observed"),
-        ("sencache", 1, 2, "nothing was observed"),
-        ("smoothcache", 1, 2, "nothing was observed"),
-        ("teacache", 1, 2, "0 pairs cannot fit degree 4"),
         ("teacache", 3, 2, "4 pairs cannot fit degree 4"),
     ],
 )
 def test_too_little_to_fit_is_one_line_and_no_file(ckpt, tmp_path, capsys, name, steps, images, words):
     flags = ["--ckpt", ckpt, "--device", "cpu", "--num-sampling-steps", steps, "--num-images", images]
-    assert main("--cache", name, "--out", tmp_path / "p.json", *flags) == 2
+    assert code(calibrate.main, "--cache", name, "--out", tmp_path / "p.json", *flags) == 2
     one_line(capsys, words)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_help_names_every_method(capsys):
-    assert main("--help") == 0
+    assert code(calibrate.main, "--help") == 0
     text = capsys.readouterr().out
     assert all(name in text for name in NAMES)

@@ -153,6 +153,19 @@ def test_shapes_of_no_dit_are_refused(tiny, change, message):
         infer_config({name: tensor for name, tensor in state_dict.items() if tensor is not None})
 
 
+def test_sizes_of_pixel_models_and_of_the_release(tmp_path):
+    """A pixel model has no factor of a VAE; the released files are named."""
+    state_dict = DiT(8, 2, 3, 192, 1, 3, num_classes=5).state_dict()
+    checkpoint = Checkpoint(state_dict, None, tmp_path / "pixels.pt", "", "flat", None)
+    build_model(checkpoint, image_size=8, num_classes=5)
+    with pytest.raises(ValueError, match="is for 8 px, --image-size 64 was asked"):
+        build_model(checkpoint, image_size=64)
+    assert checkpoints.released_name("DiT-XL/2", 512) == "DiT-XL-2-512x512.pt"
+    for model, size in (("DiT-XL/2", 128), ("DiT-B/4", 256)):
+        with pytest.raises(ValueError, match="there are DiT-XL/2 at 256 and at 512 px"):
+            checkpoints.released_name(model, size)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -167,14 +180,6 @@ def test_contradictions_name_both_sides(weights, arguments, message):
         build_model(load_checkpoint(weights), **arguments)
 
 
-def test_a_pixel_model_has_no_vae_factor(tmp_path):
-    state_dict = DiT(8, 2, 3, 192, 1, 3, num_classes=5).state_dict()
-    checkpoint = Checkpoint(state_dict, None, tmp_path / "pixels.pt", "", "flat", None)
-    build_model(checkpoint, image_size=8, num_classes=5)
-    with pytest.raises(ValueError, match="is for 8 px, --image-size 64 was asked"):
-        build_model(checkpoint, image_size=64)
-
-
 def test_512_px_asked_of_the_256_px_release_names_the_other_file():
     with torch.device("meta"):
         state_dict = DiT_models["DiT-XL/2"]().state_dict()
@@ -183,15 +188,8 @@ def test_512_px_asked_of_the_256_px_release_names_the_other_file():
         build_model(checkpoint, model="DiT-XL/2", image_size=512)
 
 
-def test_released_names():
-    assert checkpoints.released_name("DiT-XL/2", 512) == "DiT-XL-2-512x512.pt"
-    for model, size in (("DiT-XL/2", 128), ("DiT-B/4", 256)):
-        with pytest.raises(ValueError, match="there are DiT-XL/2 at 256 and at 512 px"):
-            checkpoints.released_name(model, size)
-
-
 @pytest.mark.parametrize("kind", ["zipped", "legacy", "safetensors"])
-@pytest.mark.parametrize("fraction", [0.0001, 0.5, 0.999])
+@pytest.mark.parametrize("fraction", [0.0001, 0.999])
 def test_truncated_pt(tmp_path, tiny, fraction, kind):
     path = tmp_path / ("tiny.safetensors" if kind == "safetensors" else "tiny.pt")
     if kind == "safetensors":
@@ -233,13 +231,10 @@ class Payload:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize(
-    ("function", "argument", "name"),
-    [(os.mkdir, "{}", "mkdir"), (pathlib.Path.touch, pathlib.Path("{}"), ""), (exec, "open('{}', 'w')", "exec")],
-)
-def test_malicious_pickle_is_refused_and_not_run(tmp_path, zipped, function, argument, name):
+@pytest.mark.parametrize(("function", "argument"), [(os.mkdir, "{}"), (exec, "open('{}', 'w')")])
+def test_malicious_pickle_is_refused_and_not_run(tmp_path, zipped, function, argument):
     sentinel, path = tmp_path / "owned", tmp_path / "evil.pt"
-    payload = Payload(function, type(argument)(str(argument).format(sentinel)))
+    payload, name = Payload(function, argument.format(sentinel)), function.__name__
     torch.save({"ema": payload}, path, _use_new_zipfile_serialization=zipped)
     with pytest.raises(ValueError, match=f"is refused: it names .*{name}.* runs code"):
         load_checkpoint(path)

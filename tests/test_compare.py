@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from dataclasses import fields, replace
 from importlib.util import find_spec
 from itertools import product
@@ -12,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from commands import code, one_line
 from PIL import Image
 from toy import tiny_dit
 
@@ -57,15 +57,6 @@ def ckpt(tmp_path_factory):
 def bench(ckpt):
     pipe = pipeline.load(pipeline.ModelOptions(ckpt=str(ckpt), num_sampling_steps=STEPS, device="cpu"))
     return Bench(pipe, 4242, 2, few=2)
-
-
-def code(*argv):
-    """Exit code of `main compare`, argparse's own included; an argument of several words is several arguments."""
-    words = [word for item in argv for word in ([str(item)] if isinstance(item, Path) else str(item).split())]
-    try:
-        return main(words)
-    except SystemExit as stop:
-        return stop.code
 
 
 def flags(ckpt):
@@ -363,7 +354,7 @@ def result(ckpt):
     torch.set_num_threads(1)
     out = ckpt.parent / "new" / "compare"
     arguments = swept(out, ckpt, "0.5,0.3", 3, 2, 24, 1, "taylorseer,interval")
-    return code(*arguments, "--plot" if find_spec("matplotlib") else ""), {
+    return code(main, *arguments, "--plot" if find_spec("matplotlib") else ""), {
         p.suffix[1:]: p for p in out.parent.iterdir()
     }
 
@@ -441,15 +432,6 @@ def nothing_but_probes(monkeypatch):
     monkeypatch.setattr(Bench, "sample", probe)
 
 
-def test_known_rows_are_not_run_again(result, content, ckpt, tmp_path, monkeypatch):
-    nothing_but_probes(monkeypatch)
-    arguments = swept(tmp_path / "again", ckpt, "0.5", 3, 2, 24)
-    assert code(*arguments, "--known", result[1]["json"]) == 0
-    again = json.loads((tmp_path / "again.json").read_text())
-    kept = [{**row, "speedup": None} for row in content["rows"] if row["level"] == 0.5 and row["method"] == "interval"]
-    assert [row for row in again["rows"] if row["method"] == "interval"] == kept
-
-
 def test_the_shipped_comparison_can_be_taken_over():
     shipped = json.loads(SHIPPED.read_text())
     rows = known_rows(SHIPPED, shipped["identity"])
@@ -464,7 +446,7 @@ def test_the_shipped_comparison_can_be_taken_over():
 
 
 def test_a_run_that_was_stopped_goes_on(ckpt, tmp_path, monkeypatch):
-    assert code(*swept(tmp_path / "whole", ckpt, "0.5,0.3", 2, 1, 0)) == 0
+    assert code(main, *swept(tmp_path / "whole", ckpt, "0.5,0.3", 2, 1, 0)) == 0
 
     def stopped(bench, method, level):
         if level == 0.3:
@@ -474,12 +456,12 @@ def test_a_run_that_was_stopped_goes_on(ckpt, tmp_path, monkeypatch):
     arguments = swept(tmp_path / "stopped", ckpt, "0.5,0.3", 2, 1, 0)
     with monkeypatch.context() as patch:
         patch.setattr(compare, "sweep", stopped)
-        assert code(*arguments) == 130
+        assert code(main, *arguments) == 130
     found = json.loads((tmp_path / "stopped.json").read_text())
     assert [row["level"] for row in found["rows"]] == [0.5, 0.5]
     sample, ran = Bench.sample, []
     monkeypatch.setattr(Bench, "sample", lambda self, *a, **k: ran.append(a) or sample(self, *a, **k))
-    assert code(*arguments, "--known", tmp_path / "stopped.json") == 0
+    assert code(main, *arguments, "--known", tmp_path / "stopped.json") == 0
     whole, again = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", "stopped"))
     assert again["rows"] == whole["rows"]
     assert not set(ran) & {(Setting(**row["setting"]), row["images"]) for row in found["tried"]}
@@ -487,11 +469,11 @@ def test_a_run_that_was_stopped_goes_on(ckpt, tmp_path, monkeypatch):
 
 def test_rows_of_another_comparison_are_refused(result, ckpt, tmp_path, capsys):
     arguments = swept(tmp_path / "x", ckpt, "0.5", 2, 2, 24)
-    assert code(*arguments, "--known", result[1]["json"]) == 2
+    assert code(main, *arguments, "--known", result[1]["json"]) == 2
     assert "is of another comparison: num_images '3' there, '2' here" in capsys.readouterr().err
     for text in ("{}", "[]", "nothing", '{"tried": [], "identity": 3}'):
         (tmp_path / "broken.json").write_text(text)
-        assert code(*arguments, "--known", tmp_path / "broken.json") == 2
+        assert code(main, *arguments, "--known", tmp_path / "broken.json") == 2
         assert "is no result of a comparison" in capsys.readouterr().err
 
 
@@ -576,64 +558,18 @@ def test_the_page_is_made_again_from_the_json(tmp_path, capsys):
     source, page = tmp_path / "x.json", tmp_path / "page.md"
     for rows in (ROWS, [*ROWS, replace(ROWS[0], level=0.25), identical]):
         source.write_text(json.dumps({"rows": [own.plain() for own in rows], "intro": "What ran."}))
-        assert code(f"leaderboard {source} --out {page} --plot") == 0
+        assert code(main, f"leaderboard {source} --out {page} --plot") == 0
         assert "What ran." in page.read_text()
         assert "| reuses whole steps | interval |" in page.read_text()
         with Image.open(tmp_path / "page.png") as picture:
             assert picture.format == "PNG"
     capsys.readouterr()
     source.write_text('{"rows": [{}]}')
-    assert code(f"leaderboard {source} --out {page}") == 2
+    assert code(main, f"leaderboard {source} --out {page}") == 2
     one_line(capsys, "x.json is no result of a comparison")
 
 
 # ----------------------------------------------------------------------------------------------------------- errors
-
-
-def one_line(capsys, *words):
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("evaluate")
-    assert ": error: " in err
-    assert err.count("\n") == 1
-    assert all(word in err for word in words), err
-
-
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        ("--methods intervall", ["--methods", "did you mean interval?"]),
-        ("--methods never", ["--methods", "never"]),
-        ("--levels 0.5,2", ["--levels", "'2'"]),
-        ("--levels half", ["--levels", "'half'"]),
-        ("--num-images 0", ["--num-images", "0"]),
-        ("--solution-steps 1001", ["--solution-steps", "1001"]),
-        ("--repeats -1", ["--repeats", "-1"]),
-        ("--num-images 4 --search-images 5", ["--search-images", "5", "4"]),
-        ("--num-images 4 --search-images 2 --timed-images 5", ["--timed-images", "5", "4"]),
-        ("--num-sampling-steps 1", ["--num-sampling-steps", "1"]),
-        ("--num-sampling-steps 1001", ["--num-sampling-steps", "1001"]),
-        ("--num-images many", ["--num-images", "many"]),
-        ("--sampler dimm", ["dimm", "ddim"]),
-        ("--cfg-scale nan", ["--cfg-scale", "nan"]),
-        ("--colour", ["--colour"]),
-        (f"--out {__file__}/x", ["--out", "test_compare.py"]),
-        ("--plot", ["--plot", "matplotlib"]),
-        ("--out folder", ["folder.md", "is a folder"]),
-        ("--out locked", ["--out", "not writable"]),
-    ],
-)
-def test_mistakes_are_one_line_before_any_weights_are_read(tmp_path, monkeypatch, capsys, argv, words):
-    monkeypatch.setattr(pipeline, "load_checkpoint", lambda *_, **__: pytest.fail("read a checkpoint"))
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "folder.md").mkdir()
-    if argv == "--plot":
-        monkeypatch.setitem(sys.modules, "matplotlib", None)
-    if argv == "--out locked":
-        monkeypatch.setattr("os.access", lambda *_: False)  # tests may run as root, who may write anywhere
-    assert code("compare --methods interval --out x", argv) == 2
-    one_line(capsys, *words)
-    assert [path.name for path in tmp_path.iterdir()] == ["folder.md"]
 
 
 def test_a_method_without_a_profile_is_named_before_the_work(ckpt, tmp_path, monkeypatch, capsys):
@@ -641,24 +577,6 @@ def test_a_method_without_a_profile_is_named_before_the_work(ckpt, tmp_path, mon
     monkeypatch.setattr(calibrated()[name], "knob", Knob("threshold", 0.01, 1.0))
     monkeypatch.setattr(profile, "FOLDER", tmp_path)
     nothing_but_probes(monkeypatch)
-    assert code(*swept(tmp_path / "x", ckpt, "0.5", 2, 1, 0, methods=f"interval,{name}")) == 2
+    assert code(main, *swept(tmp_path / "x", ckpt, "0.5", 2, 1, 0, methods=f"interval,{name}")) == 2
     one_line(capsys, name, "no profile for this run", "calibrate.py")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_an_interrupt_is_quiet(ckpt, tmp_path, monkeypatch, capsys):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(pipeline.Pipeline, "sample", interrupted)
-    assert code(*swept(tmp_path / "x", ckpt, "0.5", 2, 1, 0)) == 130
-    assert capsys.readouterr() == ("", "")
-
-
-def test_usage(capsys):
-    for argv, word in {"": "COMMAND", "compare": "--out"}.items():
-        assert code(argv) == 2
-        one_line(capsys, word)
-    for argv in ("--help", "compare --help"):
-        assert code(argv) == 0
-        assert "compare" in capsys.readouterr().out

@@ -161,23 +161,3 @@ def test_random_weights(tmp_path, monkeypatch, capsys):
     assert (len(compiled), measured) == (1, [])  # what is known of one random model is of no use to another
     block = compiled[0].blocks[0]
     assert [float(gate.std()) > 0.05 for gate in block.gates(torch.randn(4, 192))] == [True, True]
-
-
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        ("", "--adacorr"),
-        ("--cache intervall", "did you mean interval"),
-        ("--adacorr --repeats 0", "--repeats 0 is outside 1..1000"),
-        ("--adacorr --batch-size 4 0", "--batch-size 0 is outside"),
-        ("--adacorr --calibrate never", "--calibrate never"),
-        ("--random-weights DiT-S/2 --adacorr", "budget=8"),
-        ("--random-weights DiT-S/2 --adacorr budget=8 --ckpt x.pt", "leave them out"),
-        ("--random-weights DiT-S/2 --adacorr budget=8 --calibrate 4", "--calibrate 4"),
-    ],
-)
-def test_mistakes_are_one_line_before_any_weights_are_read(argv, words, monkeypatch, capsys):
-    monkeypatch.setattr(cost, "load", lambda _: pytest.fail("read a checkpoint"))
-    assert main(["cost", *argv.split()]) == 2
-    out, err = capsys.readouterr()
-    assert (out, err.count("\n"), words in err) == ("", 1, True), err

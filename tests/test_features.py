@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from commands import code
 from images import CIFAR10_TEST, make_folder, pack
 from safetensors.torch import save_file
 
@@ -182,19 +183,11 @@ def test_training_lowers_the_loss(monkeypatch):
         train_features.fit(net, images, labels, epochs=1, batch_size=16, rate=1e30)
 
 
-def main(*args):
-    """Exit code of `features.main`, argparse's own included."""
-    try:
-        return features.main(list(map(str, args)))
-    except SystemExit as leaving:
-        return leaving.code
-
-
 def test_commands(tmp_path, capsys):
     images, labels = coloured(8)
     data, out = pack(tmp_path / "a.npz", images.numpy(), labels.numpy()), tmp_path / "w.safetensors"
     flags = ["--epochs", 1, "--limit", 6, "--device", "cpu"]
-    assert main("train", "--data", data, "--test", data, "--out", out, *flags) == 0
+    assert code(features.main, "train", "--data", data, "--test", data, "--out", out, *flags) == 0
     said = capsys.readouterr().out.splitlines()
     starts = (
         "6 images, 1.3",
@@ -204,26 +197,8 @@ def test_commands(tmp_path, capsys):
         f"sha256 {load_features(out).sha256}",
     )
     assert all(line.startswith(start) for line, start in zip(said, starts, strict=True))
-    assert main("check", "--test", data, "--weights", out, "--device", "cpu") == 0
+    assert code(features.main, "check", "--test", data, "--weights", out, "--device", "cpu") == 0
     assert capsys.readouterr().out.startswith(said[2])  # what was measured is what was stored
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (["train"], "required: --data"),
-        (["train", "--data", "none.npz", "--out", "w.pt"], "does not end in .safetensors"),
-        (["train", "--data", "none.npz", "--out", "w.safetensors"], "none.npz"),
-        (["train", "--data", "x", "--epochs", "0"], "--epochs 0 is outside 1..10000"),
-        (["check", "--test", "x", "--weights", "none.safetensors"], "the feature weights none.safetensors are missing"),
-        (["check", "--test", "x", "--device", "nowhere"], "--device nowhere"),
-    ],
-)
-def test_mistakes_are_one_line(capsys, monkeypatch, tmp_path, args, message):
-    monkeypatch.chdir(tmp_path)
-    code, said = main(*args), capsys.readouterr()
-    assert (code, said.out, said.err.count("\n"), list(tmp_path.iterdir())) == (2, "", 1, [])
-    assert message in said.err
 
 
 @pytest.mark.skipif(not features.WEIGHTS.is_file(), reason="no packaged weights")

@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import re
 from dataclasses import replace
 
 import numpy as np
@@ -10,10 +9,10 @@ import pytest
 import scipy.linalg
 import timm
 import torch
+from commands import code, one_line
 from images import pictures
 from torch import nn
 
-import sample_ddp
 from evaluate import dinov2, fid, reference, setmetrics
 from evaluate.__main__ import main
 from evaluate.frechet import Moments, frechet_distance
@@ -109,6 +108,11 @@ def sets(tmp_path_factory):
     return paths
 
 
+@pytest.fixture(scope="module")
+def measured(sets, inception):
+    return [measure(open_images(path), inception, 12) for path in sets]
+
+
 def test_resizing_is_that_of_tensorflow_1():
     ramp = torch.tensor([0.0, 100, 200])
     row = resizing(3) @ ramp
@@ -139,15 +143,14 @@ def test_spatial_features_are_in_the_order_of_adm(inception):
     assert torch.equal(found[1].view(17, 17, 7)[3, 5], kept[0][1, :7, 3, 5])
 
 
-def test_metrics_are_those_of_others(sets, weights, inception, monkeypatch):
+def test_metrics_are_those_of_others(sets, weights, inception, measured, monkeypatch):
     torch_fidelity = pytest.importorskip("torch_fidelity")
     score = pytest.importorskip("pytorch_fid.fid_score")
     distance = pytest.importorskip("torch_fidelity.metric_fid").fid_statistics_to_metric
     manifold = pytest.importorskip("torch_fidelity.metric_prc").calculate_precision_recall_full
     monkeypatch.setattr(setmetrics, "KERNEL_SIZE", 8)
-    a, b = (measure(open_images(path), inception) for path in sets)
     # Of 64 features: distances of all 2048 take the others half a minute.
-    a, b = (replace(m, moments=Moments.of(m.pool[:, :64]), spatial=Moments.of(m.pool[:, 64:128])) for m in (a, b))
+    a, b = (replace(m, moments=Moments.of(m.pool[:, :64]), spatial=Moments.of(m.pool[:, 64:128])) for m in measured)
     found, left_out = fid.metrics(a, b, inception)
     assert left_out == []
 
@@ -232,32 +235,16 @@ class Colours:
 
 @pytest.fixture
 def colours(monkeypatch):
-    monkeypatch.setattr(reference, "load_network", lambda *_, **__: Colours())
+    monkeypatch.setattr(reference, "network_of", lambda *_, **__: Colours())
     return Colours()
 
 
-def test_batches_do_not_matter(sets, inception):
-    one, two = (measure(open_images(sets[0]), inception, size) for size in (12, 5))
+def test_batches_do_not_matter(sets, inception, measured):
+    one, two = measured[0], measure(open_images(sets[0]), inception, 5)
     torch.testing.assert_close(one.pool, two.pool, rtol=1e-4, atol=1e-4)
     assert one.sha256 == two.sha256
     a, b = (Moments.of(found.pool[:, :64]) for found in (one, two))
     assert frechet_distance(a, b) < 1e-5 * np.trace(a.covariance)
-
-
-def run(*argv):
-    """Exit code of `python -m evaluate`, argparse's own included."""
-    try:
-        return main(list(map(str, argv)))
-    except SystemExit as leaving:
-        return leaving.code
-
-
-def one_line(capsys, *words):
-    out, err = capsys.readouterr()
-    assert out == ""
-    lines = [line for line in err.splitlines() if not re.match(r"\d+ of \d+ images, ", line)]
-    assert len(lines) == 1
-    assert all(word in lines[0] for word in words), lines
 
 
 def values(path):
@@ -273,12 +260,12 @@ def test_arrays_of_an_adm_reference_are_used_for_what_they_are_for(sets, tmp_pat
     np.savez(tmp_path / "adm.npz", images, **stored)
     np.savez(tmp_path / "mar.npz", mu=mu, sigma=sigma)
     out = tmp_path / "out.json"
-    assert run("fid", sets[0], "--reference", tmp_path / "adm.npz", "--out", out) == 0
+    assert code(main, "fid", sets[0], "--reference", tmp_path / "adm.npz", "--out", out) == 0
     (found,) = values(out)
     assert (found["fid"], found["sfid"]) == pytest.approx((27, 32))
     assert (found["precision"], found["recall"]) == (1, 1)
     assert "| FID | sFID | IS | precision | recall | KID x 1000 |" in capsys.readouterr().out
-    assert run("fid", sets[0], "--reference", tmp_path / "mar.npz", "--out", out) == 0
+    assert code(main, "fid", sets[0], "--reference", tmp_path / "mar.npz", "--out", out) == 0
     assert values(out)[0].keys() == {"fid", "inception_score", "inception_score_deviation"}
     said = capsys.readouterr().err
     assert "sFID is left out: the reference holds no mu_s and sigma_s" in said
@@ -291,77 +278,54 @@ def test_arrays_of_an_adm_reference_are_used_for_what_they_are_for(sets, tmp_pat
 
 def test_saved_statistics_are_as_good_as_the_images(sets, tmp_path, colours, capsys, monkeypatch):
     stats, out = tmp_path / "b.npz", [tmp_path / "1.json", tmp_path / "2.json"]
-    assert run("statistics", sets[1], "--out", stats) == 0
+    assert code(main, "statistics", sets[1], "--out", stats) == 0
     for ref, path in zip((sets[1], stats), out, strict=True):
-        assert run("fid", sets[0], "--reference", ref, "--out", path) == 0
+        assert code(main, "fid", sets[0], "--reference", ref, "--out", path) == 0
     assert values(out[0])[0] == pytest.approx(values(out[1])[0])
     assert values(out[0])[0]["fid"] > 100
     capsys.readouterr()
     monkeypatch.setattr(Colours, "sha256", "1" * 64)
-    assert run("fid", sets[0], "--reference", stats) == 2
+    assert code(main, "fid", sets[0], "--reference", stats) == 2
     one_line(capsys, "by another evaluator", "weights_sha256 '000", "make them again")
 
 
-def test_a_reference_of_many_images_is_thinned_evenly(monkeypatch):
-    monkeypatch.setattr(reference, "REAL", 4)
-    assert reference._spaced(10).tolist() == [0, 3, 6, 9]
-    assert reference._spaced(3).tolist() == [0, 1, 2]
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Sets of sample_ddp.py, by name."""
-    folder, found = tmp_path_factory.mktemp("runs"), {}
-    flags = ["--num-fid-samples", "4", "--num-sampling-steps", "4", "--threads", "1"]
-    settings = {
-        "uncached": [],
-        "cached": ["--cache", "interval:every=2"],
-        "seed1": ["--seed", "1"],
-        "cfg": ["--cfg-scale", "4"],
-    }
-    for name, more in settings.items():
-        assert sample_ddp.main([*flags, *more, "--sample-dir", str(folder / name)]) == 0
-        found[name] = next(path for path in (folder / name).iterdir() if path.is_dir())
-    return found
-
-
-def test_the_change_since_an_earlier_result_and_the_uncached_set(runs, sets, tmp_path, colours, capsys):
+def test_the_change_since_an_earlier_result_and_the_uncached_set(sampled, sets, tmp_path, colours, capsys):
     before, after = tmp_path / "before.json", tmp_path / "after.json"
-    ref = ["--reference", runs["seed1"]]
-    assert run("fid", runs["uncached"], *ref, "--out", before) == 0
-    flags = ["--uncached", runs["uncached"], "--baseline", before]
-    assert run("fid", runs["cached"], *ref, *flags, "--out", after) == 0
+    ref = ["--reference", sampled("seed")]
+    assert code(main, "fid", sampled("uncached"), *ref, "--out", before) == 0
+    flags = ["--uncached", sampled("uncached"), "--baseline", before]
+    assert code(main, "fid", sampled("cached"), *ref, *flags, "--out", after) == 0
     (old,), (new,) = values(before), values(after)
     assert new["change"] == pytest.approx(new["fid"] - old["fid"])
     assert 0 < new["to_uncached"] < new["fid"]
     capsys.readouterr()
-    assert run("fid", runs["cfg"], *ref, "--uncached", runs["uncached"]) == 2
+    assert code(main, "fid", sampled("guidance"), *ref, "--uncached", sampled("uncached")) == 2
     one_line(capsys, "--uncached", "differ in guidance.scale")
-    assert run("fid", runs["cfg"], *ref, "--baseline", before) == 2
+    assert code(main, "fid", sampled("guidance"), *ref, "--baseline", before) == 2
     one_line(capsys, "--baseline", "differ in guidance.scale")
-    assert run("fid", runs["cached"], "--reference", runs["cfg"], "--baseline", before) == 2
+    assert code(main, "fid", sampled("cached"), "--reference", sampled("guidance"), "--baseline", before) == 2
     one_line(capsys, "measured otherwise", "reference")
-    assert run("fid", runs["cached"], *ref, "--baseline", runs["cached"] / "run.json") == 2
+    assert code(main, "fid", sampled("cached"), *ref, "--baseline", sampled("cached") / "run.json") == 2
     one_line(capsys, "no result of `python -m evaluate`")
-    assert run("fid", runs["cached"], *ref, "--uncached", sets[0]) == 2
-    one_line(capsys, "the number of images (4 and 12)")
+    assert code(main, "fid", sampled("cached"), *ref, "--uncached", sets[0]) == 2
+    one_line(capsys, "the number of images (6 and 12)")
 
 
-def test_seeds_give_the_spread(runs, sets, colours, capsys):
-    assert run("fid", runs["uncached"], runs["seed1"], "--reference", sets[0], "--seeds") == 0
+def test_seeds_give_the_spread(sampled, sets, colours, capsys):
+    assert code(main, "fid", sampled("uncached"), sampled("seed"), "--reference", sets[0], "--seeds") == 0
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:5]]
     a, b = (float(row[2]) for row in rows[:2])
     mean, deviation = map(float, rows[2][2].split(" ± "))
     assert (mean, deviation) == pytest.approx(((a + b) / 2, abs(a - b) / 2**0.5), rel=0.01)
-    assert run("fid", runs["uncached"], runs["cached"], "--reference", sets[0], "--seeds") == 2
+    assert code(main, "fid", sampled("uncached"), sampled("cached"), "--reference", sets[0], "--seeds") == 2
     one_line(capsys, "--seeds", "differ in cache")
-    assert run("fid", runs["uncached"], "--reference", sets[0], "--seeds") == 2
+    assert code(main, "fid", sampled("uncached"), "--reference", sets[0], "--seeds") == 2
     one_line(capsys, "--seeds needs two sets")
 
 
 def test_a_reader_is_told_what_the_numbers_are_worth(tmp_path, colours, capsys):
     np.savez(tmp_path / "x.npz", pictures(20), arr_1=np.arange(20) // 2)
-    assert run("fid", tmp_path / "x.npz", "--reference", tmp_path / "x.npz") == 0
+    assert code(main, "fid", tmp_path / "x.npz", "--reference", tmp_path / "x.npz") == 0
     said = capsys.readouterr().err
     for words in ("has 20 images, not 2048", "not those of published FIDs", "carries no protocol", "sorted by class"):
         assert words in said
@@ -370,24 +334,22 @@ def test_a_reader_is_told_what_the_numbers_are_worth(tmp_path, colours, capsys):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["{a}"], ["--reference"]),
-        (["{a}", "--reference", "none.npz"], ["none.npz does not exist", "imagenet256"]),
-        (["none", "--reference", "{a}"], ["none does not exist"]),
-        (["{a}", "--reference", "{a}", "--features", "vgg"], ["--features vgg is unknown"]),
-        (["{a}", "--reference", "{a}", "--features", "cifar10"], ["expected torch.uint8 of shape (N, 32, 32, 3)"]),
-        (["{a}", "--reference", "{a}", "--batch-size", "0"], ["--batch-size 0 is outside 1"]),
-        (["{a}", "--reference", "{a}", "--device", "nowhere"], ["--device nowhere"]),
-        (["{a}", "--reference", "{one}", "--features", "cifar10"], ["one.npz holds 1 image"]),
-        (["{a}", "--reference", "{stats}", "--features", "cifar10"], ["do not say of which network"]),
-        (["{a}", "--reference", "{a}", "--out", "{a}/x"], ["--out", "a.npz"]),
+        ("--reference none.npz", "none.npz does not exist"),
+        ("--reference {a} --features vgg", "--features vgg is unknown"),
+        ("--reference {a} --features cifar10", "expected torch.uint8 of shape (N, 32, 32, 3)"),
+        ("--reference {a} --batch-size 0", "--batch-size: 0 is outside 1"),
+        ("--reference {a} --device nowhere", "--device nowhere"),
+        ("--reference {one} --features cifar10", "one.npz holds 1 image"),
+        ("--reference {stats} --features cifar10", "do not say of which network"),
+        ("--reference {a} --out {a}/x", "a.npz"),
     ],
 )
-def test_mistakes_are_one_line(sets, tmp_path, capsys, argv, words):
+def test_sets_that_cannot_be_measured(sets, tmp_path, capsys, argv, words):
     np.savez(tmp_path / "one.npz", pictures(1, 32))
     np.savez(tmp_path / "stats.npz", mu=np.zeros(3), sigma=np.eye(3))
     names = {"a": sets[0], "one": tmp_path / "one.npz", "stats": tmp_path / "stats.npz"}
-    assert run("fid", *(word.format(**names) for word in argv)) == 2
-    one_line(capsys, *words)
+    assert code(main, "fid", sets[0], argv.format(**names)) == 2
+    one_line(capsys, words)
 
 
 def test_features_without_a_value_are_named(sets, colours, monkeypatch):

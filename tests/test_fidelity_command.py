@@ -8,21 +8,22 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
+from commands import code as code_of
 from PIL import Image
 from toy import save_tiny
 
 import pipeline
-import sample_ddp
 from adacorr import CacheManager
 from adacorr.policies.ertacache import ERTACache
 from diffusion import make_sampler
+from evaluate import fidelity_command
 from evaluate.__main__ import main
 from evaluate.drift import drift
 from evaluate.fidelity import fidelity
 from evaluate.imagesets import open_images
 from evaluate.perceptual import Perceptual
 
-STEPS, COUNT = 12, 18  # more images than one batch
+STEPS, COUNT = 12, 6
 needs_lpips = pytest.mark.skipif(not find_spec("lpips"), reason="needs lpips")
 
 
@@ -31,35 +32,12 @@ def tiny(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("fidelity") / "tiny.safetensors", input_size=16, patch_size=4)
 
 
-@pytest.fixture(scope="module")
-def sets(tiny):
-    """Run folders of the tiny model by name, each with its .npz beside it; all but `seed` of the same noise."""
-
-    def make(name, *words, steps=STEPS):
-        where = tiny.with_name(name)
-        fixed = ["--ckpt", tiny, "--num-fid-samples", COUNT, "--num-sampling-steps", steps, "--sample-dir", where]
-        assert sample_ddp.main([str(word) for word in (*fixed, "--device", "cpu", *words)]) == 0
-        return next(path for path in where.iterdir() if path.is_dir())
-
-    cached = ["--cache", "interval:every=2"]
-    return {
-        "uncached": make("uncached"),
-        "cached": make("cached", *cached),
-        "shards": make("shards", *cached, "--format", "npz-shards"),
-        "fewer": make("fewer", steps=6),
-        "seed": make("seed", "--seed", 1),
-    }
-
-
 @pytest.fixture
 def command(capsys):
     """Runs `python -m evaluate` on words -> (exit code, stdout, the lines of stderr that are no progress)."""
 
     def call(*words):
-        try:
-            code = main([str(word) for word in words])
-        except SystemExit as stop:
-            code = stop.code
+        code = code_of(main, *words)
         printed = capsys.readouterr()
         return code, printed.out, [text for text in printed.err.splitlines() if not text.startswith("progress")]
 
@@ -74,12 +52,13 @@ def npz_of(folder):
     return folder.with_name(f"{folder.name}.npz")
 
 
-def test_sets_are_scored_as_their_images(sets, command, tmp_path):
-    paths = sets["cached"], npz_of(sets["cached"]), sets["shards"], sets["fewer"]
-    code, out, err = command("fidelity", npz_of(sets["uncached"]), *paths, "--out", tmp_path / "result.json")
+def test_sets_are_scored_as_their_images(sampled, command, tmp_path, monkeypatch):
+    monkeypatch.setattr(fidelity_command, "BATCH", 4)
+    paths = sampled("cached"), npz_of(sampled("cached")), sampled("shards"), sampled("fewer")
+    code, out, err = command("fidelity", npz_of(sampled("uncached")), *paths, "--out", tmp_path / "result.json")
     assert (code, err) == (0, [])
     result = json.loads((tmp_path / "result.json").read_text())
-    expected = [fidelity(images_of(sets["uncached"]), images_of(path)) for path in paths]
+    expected = [fidelity(images_of(sampled("uncached")), images_of(path)) for path in paths]
     assert expected[0] != expected[3]
     for path, own, found in zip(paths, expected, result["sets"], strict=True):
         assert found == {"path": str(path), "protocol": open_images(path).protocol, **own}
@@ -90,11 +69,11 @@ def test_sets_are_scored_as_their_images(sets, command, tmp_path):
         [f"{expected[3][name][key]:.{digits}f}" for key in ("mean", "p5", "min")]
         for name, digits in (("psnr", 2), ("ssim", 4))
     )
-    assert lines[5] == [str(sets["fewer"]), str(COUNT), "0", " / ".join(psnr), " / ".join(ssim)]
+    assert lines[5] == [str(sampled("fewer")), str(COUNT), "0", " / ".join(psnr), " / ".join(ssim)]
 
 
-def test_identical_images_are_counted(sets, command):
-    code, out, _ = command("fidelity", sets["uncached"], sets["uncached"])
+def test_identical_images_are_counted(sampled, command):
+    code, out, _ = command("fidelity", sampled("uncached"), sampled("uncached"))
     assert code == 0
     assert f"| {COUNT} | {COUNT} | inf / inf / inf | 1.0000" in out
 
@@ -111,7 +90,7 @@ def plain(path, count=4, size=16, first=0, **arrays):
     return path
 
 
-def test_unlike_sets_are_refused(sets, command, tmp_path):
+def test_unlike_sets_are_refused(sampled, command, tmp_path):
     a, make = plain(tmp_path / "a"), lambda name, **options: plain(tmp_path / name, **options)
     labelled = partial(plain, count=4)
     cases = [
@@ -125,7 +104,7 @@ def test_unlike_sets_are_refused(sets, command, tmp_path):
             "image 2 has label 3",
             "0 in",
         ),
-        (sets["uncached"], sets["seed"], "another seed:", "alike"),
+        (sampled("uncached"), sampled("seed"), "another seed:", "alike"),
         (make("small", size=8), tmp_path / "small", "SSIM", "11 x 11"),
         (a, tmp_path / "none", "none does not exist", ""),
     ]
@@ -133,8 +112,8 @@ def test_unlike_sets_are_refused(sets, command, tmp_path):
         code, out, err = command("fidelity", reference, other)
         assert (code, out, len(err)) == (2, "", 1), err
         assert all(word in err[0] for word in words), err
-    shutil.copytree(sets["seed"] / "images", tmp_path / "images")  # without a protocol nothing speaks against it
-    assert command("fidelity", sets["uncached"], tmp_path / "images")[0] == 0
+    shutil.copytree(sampled("seed") / "images", tmp_path / "images")  # without a protocol nothing speaks against it
+    assert command("fidelity", sampled("uncached"), tmp_path / "images")[0] == 0
 
 
 # -------------------------------------------------------------------------------------------------------- LPIPS

@@ -1,7 +1,6 @@
 """Images on disk: round trips, every way a file can be wrong, kills, full disks, and the packed .npz."""
 
 import errno
-import io
 import os
 import re
 import resource
@@ -19,7 +18,7 @@ from PIL import Image
 from adacorr.command import Failure
 from adacorr.files import file_sha256
 from fid_run import images as module
-from fid_run.images import FORMATS, PNG_END, Store, is_temporary, pack
+from fid_run.images import FORMATS, Store, is_temporary, pack
 
 RUN, OTHER, SIZE, COUNT = "0123abcd", "dcba3210", 24, 6
 
@@ -99,17 +98,6 @@ def test_a_run_may_be_extended_or_cut_short_and_have_no_labels(store):
     assert labels == (None, None)
 
 
-def test_equal_images_give_equal_files(full, tmp_path, monkeypatch):
-    monkeypatch.setattr(time, "time", lambda: 1e9)
-    again = Store(tmp_path / "again", RUN, SIZE, "png" if full.format is FORMATS["png"] else "npz-shards")
-    for first in (0, 2, 4):
-        rows = np.arange(first, first + 2)
-        again.write(rows, rows + 10, pictures(COUNT)[rows])
-    assert files(full.folder) == files(again.folder)
-    for name in files(full.folder):
-        assert (full.folder / name).read_bytes() == (again.folder / name).read_bytes()
-
-
 def test_a_png_says_whose_image_it_is_in_its_first_bytes(tmp_path):
     store = make_store(tmp_path, "png")
     store.write(np.array([3, 1_000_000]), np.array([207, 0]), pictures(2))
@@ -147,14 +135,12 @@ def test_shards_of_other_batches_and_runs_never_share_a_name(tmp_path):
     "damage",
     [
         lambda data: b"",
-        lambda data: data[:5],
         lambda data: data[:50],
-        lambda data: data[:900],
         lambda data: data[:-1],
         lambda data: data + b"\0",
         lambda data: bytes(len(data)),
     ],
-    ids=["empty", "5 bytes", "50 bytes", "900 bytes", "last byte missing", "a byte more", "zeros"],
+    ids=["empty", "50 bytes", "last byte missing", "a byte more", "zeros"],
 )
 def test_a_damaged_file_is_set_aside_and_made_again(full, damage):
     path = full.folder / files(full.folder)[1]
@@ -168,6 +154,8 @@ def test_a_damaged_file_is_set_aside_and_made_again(full, damage):
     with pytest.raises(Failure, match=rf"image {missing[0]}: .*: run the same command again|image {missing[0]}: "):
         list(full.read(COUNT))
     (moved,) = full.set_aside(full.scan(COUNT)[1]).values()
+    with pytest.raises(Failure, match=rf"image {missing[0]}: .*run the same command again with --verify"):
+        list(full.read(COUNT))
     assert re.fullmatch(rf"{path.name}\.\d+\.foreign", moved.name)
     assert moved.read_bytes() == damage(whole)
     full.write(np.array(missing), np.array(missing) + 10, pictures(COUNT)[missing])
@@ -175,22 +163,17 @@ def test_a_damaged_file_is_set_aside_and_made_again(full, damage):
     assert path.read_bytes() == whole
 
 
-@pytest.mark.parametrize("at", [0.4, 0.9])
-def test_a_changed_byte_of_the_pixels_is_found_when_asked(full, at):
-    path = full.folder / files(full.folder)[1]
-    place = int(path.stat().st_size * at)
-    change(path, place, bytes([path.read_bytes()[place] ^ 1]))
-    assert len(there(full)) == COUNT
-    assert len(there(full, verify=True)) < COUNT
-    assert why(full, path, verify=True)
-    with pytest.raises(Failure, match=rf"image \d: .*{path.name}: .*: run|image \d: .*{path.name}: .*--verify"):
-        list(full.read(COUNT))
-
-
 def test_no_changed_byte_changes_a_pixel_unnoticed(full):
     """Every 7th byte, each alone: the images that are read are the right ones, or a Failure says which is not."""
     path = full.folder / files(full.folder)[1]
     whole, images = path.read_bytes(), pictures(COUNT)
+    middle = int(len(whole) * 0.4)
+    change(path, middle, bytes([whole[middle] ^ 1]))
+    assert len(there(full)) == COUNT  # found when asked
+    assert why(full, path, verify=True)
+    with pytest.raises(Failure, match=rf"image \d: .*{path.name}: .*--verify"):
+        list(full.read(COUNT))
+    path.write_bytes(whole)
     noticed = 0
     for at in range(0, len(whole), 7):
         change(path, at, bytes([whole[at] ^ 1]))
@@ -204,25 +187,14 @@ def test_no_changed_byte_changes_a_pixel_unnoticed(full):
     assert noticed > 0.8 * len(whole) / 7
 
 
-def test_a_png_of_another_size_or_mode_is_none(png):
-    make_store(png.folder.parent, "png", size=16).write(np.array([1]), None, pictures(1, 16))
-    path = png.folder / "000001.png"
-    assert why(png, path) == "it is RGB, (16, 16), expected RGB, (24, 24)"
-    Image.new("L", (SIZE, SIZE)).save(path)
-    assert why(png, path) == "it is L, (24, 24), expected RGB, (24, 24)"
-
-
-def foreign_png(path):
-    Image.new("RGB", (SIZE, SIZE)).save(path)
-
-
-@pytest.mark.parametrize("verify", [False, True])
 @pytest.mark.parametrize(
     ("put", "message"),
     [
-        (foreign_png, "it belongs to run None"),
+        (lambda path: Image.new("RGB", (SIZE, SIZE)).save(path), "it belongs to run None"),
         (lambda path: Image.new("RGB", (SIZE, SIZE)).save(path, "JPEG"), "changed or something else"),
         (lambda path: path.write_text("shopping list"), "changed or something else"),
+        (lambda path: Image.new("L", (SIZE, SIZE)).save(path), "it is L, (24, 24), expected RGB, (24, 24)"),
+        (lambda path: Image.new("RGB", (16, 16)).save(path), "it is RGB, (16, 16), expected RGB, (24, 24)"),
         (
             lambda path: make_store(path.parents[1], "png", OTHER).write(np.array([2]), None, pictures(1)),
             f"it belongs to run {OTHER}, not to {RUN}",
@@ -232,10 +204,11 @@ def foreign_png(path):
         (lambda path: (path.unlink(), path.symlink_to("000003.png")), "no such file"),
     ],
 )
-def test_a_foreign_file_at_a_name_of_the_run_is_never_an_image(png, put, message, verify):
+def test_a_foreign_file_at_a_name_of_the_run_is_never_an_image(png, put, message):
     path = png.folder / "000002.png"
     put(path)
-    assert message in why(png, path, verify)
+    assert message in why(png, path)
+    assert message in why(png, path, verify=True)
     with pytest.raises(Failure, match="image 2: "):
         list(png.read(COUNT))
     content = path.read_bytes() if path.is_file() else None
@@ -272,12 +245,6 @@ def test_other_names_are_foreign_and_stay(png, name):
     assert png.set_aside(unusable) == {}
     png.clear()
     assert files(png.folder) == [name]
-
-
-def test_a_missing_image_is_named(full):
-    os.unlink(full.folder / files(full.folder)[1])
-    with pytest.raises(Failure, match=r"image [12]: .*run the same command again with --verify"):
-        list(full.read(COUNT))
 
 
 def test_clear_takes_the_runs_own_files_and_no_others(full):
@@ -348,21 +315,17 @@ def test_a_full_disk_is_told_and_leaves_nothing(full, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("error", "expected", "message"),
+    ("error", "message"),
     [
-        (OSError(errno.ENOSPC, "x"), OSError, r"images/\S+: the disk, its inodes or the quota are used up"),
-        (OSError(errno.EDQUOT, "x"), OSError, r"images/\S+: the disk, its inodes or the quota are used up"),
-        (OSError(errno.EROFS, "Read-only file system"), OSError, r"images/\S+: Read-only file system$"),
-        (KeyboardInterrupt(), KeyboardInterrupt, None),
+        (OSError(errno.EDQUOT, "x"), r"images/\S+: the disk, its inodes or the quota are used up"),
+        (OSError(errno.EROFS, "Read-only file system"), r"images/\S+: Read-only file system$"),
+        (KeyboardInterrupt(), None),
     ],
-    ids=["full", "quota", "read-only", "Ctrl-C"],
+    ids=["quota", "read-only", "Ctrl-C"],
 )
-def test_a_write_that_is_refused_leaves_no_temporary(store, monkeypatch, error, expected, message):
-    def refuse(*_):
-        raise error
-
-    monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises(expected, match=message):
+def test_a_write_that_is_refused_leaves_no_temporary(store, monkeypatch, error, message):
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises(type(error), match=message):
         store.write(np.arange(2), None, pictures(2))
     assert files(store.folder) == []
 
@@ -439,9 +402,3 @@ def test_a_disk_that_fills_up_while_packing(tmp_path, monkeypatch):
         pack(labelled(pictures(50)), 50, SIZE, path)
     assert path.read_text() == "the one before"
     assert files(tmp_path) == ["out.npz"]
-
-
-def test_png_end_is_that_of_pillow():
-    encoded = io.BytesIO()
-    Image.new("RGB", (1, 1)).save(encoded, "PNG")
-    assert encoded.getvalue().endswith(PNG_END)

@@ -7,7 +7,6 @@ import pytest
 from images import make_folder, pack, pictures
 from PIL import Image
 
-import sample_ddp
 from evaluate.imagesets import open_images, unlike
 
 IMAGES = pictures(5)
@@ -34,36 +33,26 @@ def test_a_folder_and_every_npz_give_the_same_images(tmp_path):
     assert open_images(adm(tmp_path / "b.npz", arr_1=np.arange(5))).labels.tolist() == [0, 1, 2, 3, 4]
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Runs of sample_ddp.py: PNGs, the same as shards, and a cached one."""
-    folder, found = tmp_path_factory.mktemp("runs"), {}
-    flags = ["--num-fid-samples", "3", "--num-sampling-steps", "2", "--threads", "1"]
-    for name, more in {"png": [], "shards": ["--format", "npz-shards"], "cached": ["--cache", "interval"]}.items():
-        assert sample_ddp.main([*flags, *more, "--sample-dir", str(folder / name)]) == 0
-        found[name] = next(path for path in (folder / name).iterdir() if path.is_dir())
-    return found
-
-
-def test_runs_carry_their_protocol(runs):
-    png, shards, cached = (open_images(path) for path in runs.values())
-    packed = open_images(runs["png"].with_name(f"{runs['png'].name}.npz"))
-    whole = next(packed.batches(3))
-    for found in (png, shards, open_images(runs["png"] / "images")):
-        assert (next(found.batches(3)) == whole).all()
+def test_runs_carry_their_protocol(sampled):
+    folder = sampled("cached")
+    png, shards, uncached = (open_images(path) for path in (folder, sampled("shards"), sampled("uncached")))
+    packed = open_images(folder.with_name(f"{folder.name}.npz"))
+    whole = next(packed.batches(6))
+    for found in (png, shards, open_images(folder / "images")):
+        assert (next(found.batches(6)) == whole).all()
     assert packed.protocol == png.protocol
-    assert packed.protocol["sampler"]["steps"] == 2
+    assert packed.protocol["sampler"]["steps"] == 4
     assert unlike(png, shards, ()) == ["format"]
-    assert unlike(png, cached, ("cache",)) == []
-    assert "cache" in unlike(png, cached, ())
-    assert unlike(png, open_images(runs["png"] / "images"), ()) == []  # a plain folder: nothing is known
+    assert unlike(png, uncached, ("cache",)) == []
+    assert "cache" in unlike(png, uncached, ())
+    assert unlike(png, open_images(folder / "images"), ()) == []  # a plain folder: nothing is known
 
 
-def test_an_npz_that_another_took_the_place_of_has_no_protocol(runs, tmp_path):
+def test_an_npz_that_another_took_the_place_of_has_no_protocol(sampled, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     for name in ("run.json", "SUCCESS.json"):
-        (folder / name).write_bytes((runs["png"] / name).read_bytes())
+        (folder / name).write_bytes((sampled("cached") / name).read_bytes())
     assert open_images(adm(tmp_path / "run.npz")).protocol is None
 
 

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from toy import save_tiny, tiny_dit
+from commands import code
+from toy import tiny_dit
 
 import pipeline
 from adacorr import CacheManager
@@ -23,13 +24,8 @@ STEPS = 6
 
 
 @pytest.fixture(scope="module")
-def ckpt(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("motion") / "tiny.safetensors", input_size=32, patch_size=8)
-
-
-@pytest.fixture(scope="module")
-def pipe(ckpt):
-    return pipeline.load(pipeline.ModelOptions(ckpt=str(ckpt), num_sampling_steps=STEPS, device="cpu"))
+def pipe(tiny32):
+    return pipeline.load(pipeline.ModelOptions(ckpt=str(tiny32), num_sampling_steps=STEPS, device="cpu"))
 
 
 # ------------------------------------------------------------------------------------------------ noise of clips
@@ -199,21 +195,17 @@ def test_settings_of_specs(spec, setting):
     assert CacheManager.of(setting.cache, setting.adacorr).spec == spec
 
 
-def code(*argv):
-    return main([*" ".join(map(str, argv)).split(), "--device", "cpu"])
-
-
-def test_a_whole_run(ckpt, tmp_path, monkeypatch, capsys):
+def test_a_whole_run(tiny32, tmp_path, monkeypatch, capsys):
     class Mean:
         name, sha256, convention, dim = "mean", "0" * 64, "colours", 3
 
         def features(self, images):
             return Features(images.float().mean((1, 2)))
 
-    monkeypatch.setattr(motion, "load_network", lambda *_, **__: Mean())
+    monkeypatch.setattr(motion, "network_of", lambda *_, **__: Mean())
     out = tmp_path / "motion.json"
-    argv = "motion --frames 3 4 --clips 2 --batch-size 5 --num-sampling-steps", STEPS, "--ckpt", ckpt, "--out", out
-    assert code(*argv, "--settings never interval:every=2 interval:every=2") == 0
+    given = f"--frames 3 4 --clips 2 --batch-size 5 --num-sampling-steps {STEPS} --device cpu --ckpt", tiny32
+    assert code(main, "motion", *given, "--out", out, "--settings never interval:every=2 interval:every=2") == 0
     result = json.loads(out.read_text())
     assert [path.name for path in tmp_path.iterdir()] == ["motion.json"]  # frames are kept until the end only
     names = [(row["setting"], row["frames"]) for row in result["rows"]]
@@ -229,22 +221,3 @@ def test_a_whole_run(ckpt, tmp_path, monkeypatch, capsys):
     for cells in result["table"]["rows"]:
         assert f"| {' | '.join(cells)} |" in printed
     assert "t-FID of 4 changes is too large" in printed
-
-
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        ("--frames 32 2", "--frames 2 is outside 3"),
-        ("--clips 0", "--clips 0"),
-        ("--settings intervall", "did you mean interval"),
-        ("--sampler ddpm", "--sampler ddpm injects noise"),
-        ("--calibrate never", "--calibrate never"),
-        (f"--out {__file__}/x.json", "--out"),
-    ],
-)
-def test_mistakes_are_one_line_before_any_weights_are_read(argv, words, monkeypatch, capsys):
-    monkeypatch.setattr(pipeline, "load_checkpoint", lambda *_, **__: pytest.fail("read a checkpoint"))
-    assert code("motion", argv) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    assert words in err

@@ -4,7 +4,6 @@ import copy
 import json
 import math
 import stat
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -54,6 +53,7 @@ def test_round_trip(tmp_path, suffix):
         "one": np.array(2.5),
         "deep": np.arange(24.0).reshape(2, 3, 4),
         "none": np.zeros((0, 3)),
+        **{str(dtype): np.array([[0, 1], [3, 2]]).astype(dtype) for dtype in ("f2", "f4", "i8", "?")},
     }
     notes = {"text": "ä → b", "list": [1, 2.5, None], "inner": {"a": True}}
     before = make(arrays=arrays, sampler="ddim:eta=0.5", notes=notes)
@@ -63,56 +63,22 @@ def test_round_trip(tmp_path, suffix):
     assert type(after.num_sampling_steps) is int
     assert sorted(after.arrays) == sorted(arrays)
     for name in set(arrays) - ({"none"} if suffix == "json" else set()):
-        assert after.arrays[name].dtype == np.float64
-        assert after.arrays[name].shape == arrays[name].shape
-        assert after.arrays[name].tobytes() == arrays[name].tobytes()  # every bit, the sign of -0.0 included
+        expected = arrays[name].astype(np.float64) if suffix == "json" else arrays[name]  # which keeps types
+        found = after.arrays[name]
+        assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+        assert found.tobytes() == expected.tobytes()  # every bit, the sign of -0.0 included
     assert [p.name for p in path.parent.iterdir()] == [path.name]
-
-
-def test_json_gives_float64_whatever_went_in(tmp_path):
-    arrays = {"half": np.array([0.1], np.float16), "whole": np.array([[1, 2]]), "flag": np.array([True]), "list": [1]}
-    save_profile(tmp_path / "p.json", make(arrays=arrays))
-    after = load_profile(str(tmp_path / "p.json")).arrays
-    assert {a.dtype for a in after.values()} == {np.dtype(np.float64)}
-    assert after["half"][0] == np.float16(0.1)
-    assert after["whole"].tolist() == [[1.0, 2.0]]
-    json.loads((tmp_path / "p.json").read_text(), parse_constant=pytest.fail)
-
-
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int64, np.bool_])
-def test_safetensors_keeps_types(tmp_path, dtype):
-    array = np.array([[0, 1], [3, 2]]).astype(dtype)
-    save_profile(tmp_path / "p.safetensors", make(arrays={"a": array}))
-    after = load_profile(tmp_path / "p.safetensors").arrays["a"]
-    assert after.dtype == dtype
-    assert stat.S_IMODE((tmp_path / "p.safetensors").stat().st_mode) & 0o044 == 0o044  # others can read it
-    assert np.array_equal(after, array)
+    assert stat.S_IMODE(path.stat().st_mode) & 0o044 == 0o044  # others can read it
+    if suffix == "json":
+        json.loads(path.read_text(), parse_constant=pytest.fail)
 
 
 @pytest.mark.parametrize("name", ["p", "p.npz", "p.JSON", "json"])
 def test_other_suffixes_are_refused(tmp_path, name):
-    with pytest.raises(ValueError, match=r"must end in \.json or \.safetensors"):
-        save_profile(tmp_path / name, make())
-    with pytest.raises(ValueError, match=r"must end in \.json or \.safetensors"):
-        load_profile(tmp_path / name)
+    for call in (lambda path: save_profile(path, make()), load_profile):
+        with pytest.raises(ValueError, match=r"must end in \.json or \.safetensors"):
+            call(tmp_path / name)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, suffix):
-    path = tmp_path / f"p.{suffix}"
-    save_profile(path, make())
-
-    def disk_full(*arguments, **_):
-        target = next(a for a in arguments if isinstance(a, Path))
-        target.write_bytes(b'{"half')
-        raise OSError("disk full")
-
-    monkeypatch.setattr(*((Path, "write_text") if suffix == "json" else (profiles, "save_file")), disk_full)
-    with pytest.raises(OSError, match="disk full"):
-        save_profile(path, make(sampler="ddpm"))
-    assert load_profile(path).sampler == "ddim"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def good(**changes):
@@ -168,12 +134,9 @@ def test_unreadable_safetensors_is_one_line(tmp_path, metadata):
     is_one_clear_line(path)
 
 
-def test_the_header_needs_no_notes(tmp_path):
+def test_a_missing_file_is_one_line_and_notes_may_be_missing(tmp_path):
     (tmp_path / "p.json").write_text(good(notes="left out"))
     assert load_profile(tmp_path / "p.json").notes == {}
-
-
-def test_a_missing_file_is_one_line(tmp_path):
     is_one_clear_line(tmp_path / "nowhere.json")
     with pytest.raises(ValueError, match=r"nowhere.json cannot be read .*python calibrate.py"):
         find_profile("rule", str(tmp_path / "nowhere.json"), make_run())
@@ -184,7 +147,6 @@ def test_a_missing_file_is_one_line(tmp_path):
     [
         ({}, "other", "method rule there, other here"),
         ({"model_id": OTHER}, "rule", f"checkpoint {SHA[:12]} there, {OTHER[:12]} here"),
-        ({"model_id": None}, "rule", f"checkpoint {SHA[:12]} there, unknown here"),
         ({"sampler": "ddim:eta=0.5"}, "rule", "sampler ddim there, ddim:eta=0.5 here"),
         ({"sampler": None}, "rule", "sampler ddim there, unknown here"),
         ({"steps": 50}, "rule", "steps 10 there, 50 here"),
@@ -245,5 +207,3 @@ def test_a_calibration_computes_everything_and_is_shared_by_its_runs():
     assert observer.decide(make_view(toy.make_run(model, 3), 0, torch.zeros(1, 3, 16, 32))).tolist() == [True] * 3
     assert copy.deepcopy(observer) is observer
     assert observer.predictor is None
-    with pytest.raises(NotImplementedError):
-        observer.fit()

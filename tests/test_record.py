@@ -28,12 +28,19 @@ def folder(tmp_path):
     return folder
 
 
-def begin(folder, protocol=PROTOCOL, labels=None):
-    return folder.begin(protocol, labels, SESSION)
+def begin(folder, labels=None):
+    return folder.begin(PROTOCOL, labels, SESSION)
 
 
 def read(path):
     return json.loads(path.read_text())
+
+
+def killed_after(seconds, process):
+    """A process that kills another one."""
+    killer = FORK.Process(target=lambda: (time.sleep(seconds), os.kill(process.pid, signal.SIGKILL)), daemon=True)
+    killer.start()
+    return killer
 
 
 # ---------------------------------------------------------------------------------------------- the protocol
@@ -47,7 +54,7 @@ def test_run_id_is_of_the_values_not_of_the_order_of_keys():
         run_id({"scale": float("nan")})
 
 
-def test_differences_name_every_field_on_both_sides():
+def test_differences_name_every_field_on_both_sides_and_agree_with_the_id():
     now = {"sampler": {"spec": "ddpm", "steps": 50, "eta": 1.0}, "seed": 0.0, "vae": None}
     assert differences(PROTOCOL, now) == [
         'model: {"num_classes":4} in the folder, not asked',
@@ -57,12 +64,9 @@ def test_differences_name_every_field_on_both_sides():
         "vae: not in the folder, null asked",
     ]
     assert differences(PROTOCOL, json.loads(json.dumps(PROTOCOL))) == []
-
-
-@pytest.mark.parametrize(("a", "b"), [(1, 1.0), (1, True), (0, False), (None, {}), ({}, {"x": 1}), ("1", 1)])
-def test_differences_and_run_id_agree_on_what_is_equal(a, b):
-    assert run_id({"x": a}) != run_id({"x": b})
-    assert differences({"x": a}, {"x": b})
+    for a, b in ((1, 1.0), (1, True), (0, False), (None, {}), ({}, {"x": 1}), ("1", 1)):
+        assert run_id({"x": a}) != run_id({"x": b})
+        assert differences({"x": a}, {"x": b})
 
 
 # ------------------------------------------------------------------------------------------------ the record
@@ -85,16 +89,6 @@ def test_a_fresh_folder_is_none_and_a_second_start_finds_the_record(folder):
     assert (again.has(second), again.has(first)) == (True, False)
     begin(RunFolder(folder.path))  # the second was killed: it did not say how it ended
     assert [s["state"] for s in read(folder.run_json)["sessions"]] == ["complete", "killed", "running"]
-
-
-def test_mismatch_names_every_field_and_the_ways_out(folder):
-    begin(folder)
-    with pytest.raises(
-        RunMismatch, match="holds another run: sampler.steps: 50 in the folder, 20 asked; seed: 0 "
-    ) as e:
-        folder.check({**PROTOCOL, "sampler": {"spec": "ddim", "steps": 20}, "seed": 7})
-    assert "--sample-dir" in str(e.value)
-    assert "--overwrite" in str(e.value)
 
 
 @pytest.mark.parametrize("name", ["images/000000.png", "labels.npy", "log/rank-000.jsonl", "../ddim-cfg1.5.npz", "x/y"])
@@ -227,7 +221,7 @@ def holder(folder):
         process.join(LONG)
 
 
-@pytest.mark.parametrize("rank", [0, 1, 12])
+@pytest.mark.parametrize("rank", [0, 12])
 def test_a_second_job_is_refused_and_told_by_whom(folder, holder, monkeypatch, rank):
     """By rank 0 of the first job, and by any of its processes that is left when rank 0 is gone."""
     holder(rank)
@@ -242,19 +236,8 @@ def test_a_second_job_is_refused_and_told_by_whom(folder, holder, monkeypatch, r
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_the_lock_of_a_killed_process_is_free_at_once(folder, holder, rank):
-    process, notes = holder(rank), []
-    os.kill(process.pid, signal.SIGKILL)
-    process.join(LONG)
-    with folder.lock(notes.append):
-        pass
-    assert notes == []
-
-
-def test_a_job_waits_for_one_that_ends(folder, holder):
-    process, notes = holder(1), []
-    killer = FORK.Process(target=lambda: (time.sleep(0.5), os.kill(process.pid, signal.SIGKILL)), daemon=True)
-    killer.start()
+def test_a_job_waits_for_one_that_is_killed_whose_lock_is_free_at_once(folder, holder, rank):
+    notes, killer = [], killed_after(0.5, holder(rank))
     with folder.lock(notes.append):
         assert len(notes) == 1
     killer.join(LONG)
@@ -279,14 +262,6 @@ def test_of_several_jobs_that_start_together_one_is_at_work_at_a_time(folder, tm
     assert [process.exitcode for process in jobs] == [0] * 4
 
 
-def test_a_lock_goes_with_an_exception_and_the_folder_is_made(tmp_path):
-    folder = RunFolder(tmp_path / "a" / "b")
-    with pytest.raises(KeyError), folder.lock(print):
-        raise KeyError
-    with folder.lock(pytest.fail):
-        pass
-
-
 def test_a_rank_joins_the_session_that_it_was_told_of(folder, monkeypatch):
     token = begin(folder)
     with RunFolder(folder.path).join(token, 2):
@@ -297,11 +272,7 @@ def test_a_rank_joins_the_session_that_it_was_told_of(folder, monkeypatch):
 
 
 def test_rank_0_waits_until_the_others_are_through(folder, holder):
-    begin(folder)
-    process = holder(1)
-    start = time.monotonic()
-    killer = FORK.Process(target=lambda: (time.sleep(0.6), os.kill(process.pid, signal.SIGKILL)), daemon=True)
-    killer.start()
+    start, killer = time.monotonic(), killed_after(0.6, holder(1))
     folder.await_ranks(3)  # of rank 2 there is nothing
     assert time.monotonic() - start > 0.5
     killer.join(LONG)
@@ -350,8 +321,7 @@ def test_an_image_that_was_made_twice_counts_as_the_last_session_made_it(folder)
 
 @pytest.mark.parametrize(
     "text",
-    [b"x", b"7", b"[]", b"{}", b'{"session": 1}', b'{"session": 1, "rank": 0, "index": "a"}', b'{"half": ', b"\xff\xfe"]
-    + [json.dumps(line(0, seconds="fast")).encode(), json.dumps(line(0, flops=None)).encode()],
+    [b"x", b"7", b"{}", b'{"session": 1}', b'{"half": ', b"\xff\xfe", json.dumps(line(0, flops=None)).encode()],
 )
 def test_broken_lines_are_counted_and_cost_no_other(folder, text):
     begin(folder)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import code, one_line, result_file
 from images import pictures
 from PIL import Image
 
@@ -20,7 +21,6 @@ from evaluate.fidelity import psnr
 from evaluate.imagesets import ImageSet
 from evaluate.leaderboard import summary
 from evaluate.report import groups, look
-from evaluate.results import write_result
 
 SHIPPED = Path(__file__).parents[1] / "docs" / "compare.json"
 EVIL = "<script>alert(1)</script>\"'&</td>"
@@ -91,7 +91,7 @@ def test_results_are_on_the_page_and_everything_is_escaped(page, tmp_path):
     Image.fromarray(pictures(1)[0]).save(tmp_path / name)
     table = {"columns": ["method", EVIL], "rows": [["`--cache x`", "1.5"], [EVIL, "2"]]}
     first, second = tmp_path / "first.json", tmp_path / "<i>.json"
-    write_result(
+    result_file(
         first,
         "fidelity",
         ["python", EVIL, "$title"],
@@ -101,7 +101,7 @@ def test_results_are_on_the_page_and_everything_is_escaped(page, tmp_path):
         identity={},
         rows=[{"checkpoint": "x"}],
     )
-    write_result(second, "cost", ["python"])
+    result_file(second)
     content, found = page(first, second)
     assert found.rows == [["method", EVIL], ["--cache x", "1.5"], [EVIL, "2"]]
     assert content.count(EVIL) == 0
@@ -172,12 +172,12 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     broken = tmp_path / "broken.json"
     broken.write_text('{"kind": "cost"')
     outside, missing, odd = (tmp_path / f"{name}.json" for name in ("outside", "missing", "odd"))
-    write_result(outside, "cost", ["x"], images=["../secret.png"])
-    write_result(missing, "cost", ["x"], images=["none.png"])
-    write_result(odd, "cost", ["x"], table={"columns": ["a"], "rows": [[1]]})
+    result_file(outside, images=["../secret.png"])
+    result_file(missing, images=["none.png"])
+    result_file(odd, table={"columns": ["a"], "rows": [[1]]})
     (tmp_path / "text.png").write_text("no picture")
     text = tmp_path / "text.json"
-    write_result(text, "cost", ["x"], images=["text.png"])
+    result_file(text, images=["text.png"])
     a, b = (folder(tmp_path / name, pictures(count, size=16)) for name, count in (("a", 2), ("b", 3)))
     cases = {
         (broken,): "not a whole one",
@@ -187,11 +187,9 @@ def test_bad_input_is_one_line(tmp_path, capsys):
         (text,): "no PNG",
         (a, b): "lacks 1 of the 3",
         (tmp_path / "nothing",): "does not exist",
-        (a, "--images", 0): "--images 0",
+        (a, "--images", 0): "--images: 0",
     }
     for words, part in cases.items():
-        assert main(["report", *map(str, words), "--out", str(tmp_path / "report.html")]) == 2
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1
-        assert part in error, error
+        assert code(main, "report", *words, "--out", tmp_path / "report.html") == 2
+        one_line(capsys, part)
         assert not (tmp_path / "report.html").exists()

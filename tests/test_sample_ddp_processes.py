@@ -1,6 +1,7 @@
 """sample_ddp.py in several real processes, with and without torchrun: equal bytes, kills, signals, restarts."""
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -17,8 +18,10 @@ import pipeline
 import profiles
 import sample_ddp
 from adacorr.profile import save_profile
+from fid_run import images, record, worker
 
 ROOT = Path(__file__).resolve().parents[1]
+FORK = multiprocessing.get_context("fork")
 COUNT, LONG = 11, 600  # LONG: seconds after which a process that should have ended has failed
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 CHILD = f"""
@@ -99,13 +102,44 @@ def start(*command, **variables):
     return STARTED[-1]
 
 
-def start_ranks(world, *command):
+class Forked(FORK.Process):
+    """sample_ddp.py in a copy of this process, which has imported everything; `code` is run in it beforehand."""
+
+    def __init__(self, folder, code, argv, **variables):
+        super().__init__(daemon=True)
+        self.code, self.argv, self.variables = code, [str(word) for word in argv], variables
+        self.outputs = [folder / f"{len(STARTED)}.{name}" for name in ("out", "err")]
+        STARTED.append(self)
+        self.start()
+
+    def run(self):
+        os.environ |= {name: str(value) for name, value in self.variables.items()}
+        sys.stdout, sys.stderr = (path.open("w") for path in self.outputs)
+        sample_ddp.end_on_signals()
+        names = {"os": os, "signal": signal, "time": time, "images": images, "record": record, "worker": worker}
+        exec(self.code, names | {"rank": self.variables.get("RANK", 0)})
+        sys.exit(sample_ddp.main(self.argv))
+
+    def poll(self):
+        return self.exitcode
+
+    def communicate(self, timeout=LONG):
+        self.join(timeout)
+        assert not self.is_alive()
+        self.returncode = self.exitcode
+        return [path.read_text() for path in self.outputs]
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+
+def start_ranks(world, folder, code, *argv):
     """Processes as torchrun would start them, but nobody ends the others when one fails."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [start(sys.executable, *command, RANK=rank, LOCAL_RANK=rank, **shared) for rank in range(world)]
+    return [Forked(folder, code, argv, RANK=rank, LOCAL_RANK=rank, **shared) for rank in range(world)]
 
 
 def end(process):
@@ -168,13 +202,6 @@ job.pack = slow
     assert json.loads((folder / "run.json").read_text())["statistics"]["images"] == COUNT
 
 
-def test_three_processes_give_the_same_bytes(flags, whole, tmp_path):
-    ended = [end(process) for process in start_ranks(3, script(tmp_path), *flags, tmp_path / "out")]
-    assert [code for code, _, _ in ended] == [0, 0, 0], ended
-    assert ended[1][1] == ended[2][1] == ""  # one voice
-    assert same(folder_in(tmp_path / "out"), whole)
-
-
 def test_kill_9_of_a_rank_in_the_middle_of_a_file(flags, whole, tmp_path):
     die = """
 replace, calls = os.replace, []
@@ -186,8 +213,8 @@ def dying(source, target):
 os.replace = dying
 """
     place = tmp_path / "out"
-    code, _, _ = end(start(*TORCHRUN, 2, script(tmp_path, die), *flags, place))
-    assert code != 0
+    first, second = [end(process) for process in start_ranks(2, tmp_path, die, *flags, place)]
+    assert (first[0], second[0]) == (1, -signal.SIGKILL)
     assert len(list(place.glob("*/images/.*.tmp"))) == 1
     assert 2 <= len(images_in(place)) < COUNT
     go_on(flags, place)
@@ -233,7 +260,7 @@ worker.Sampling.batch = failing
 def test_one_process_to_begin_with_and_three_to_end(flags, whole, tmp_path):
     """Also a second Ctrl-C: it ends the process at once, with whole files only."""
     place = tmp_path / "out"
-    process = start(sys.executable, script(tmp_path, f"LAST = {LONG}{SLOW}"), *flags, place, "--grace", 1000)
+    process = Forked(tmp_path, f"LAST = {LONG}{SLOW}", [*flags, place, "--grace", 1000])
     until(lambda: len(images_in(place)) >= 2, process)
     process.send_signal(signal.SIGINT)
     time.sleep(1.2)  # more than two that one keystroke may bring
@@ -241,9 +268,13 @@ def test_one_process_to_begin_with_and_three_to_end(flags, whole, tmp_path):
     code, _, _ = end(process)
     assert code == 130
     assert all(path.read_bytes().endswith(b"IEND\xaeB`\x82") for path in images_in(place))
-    ended = [end(process) for process in start_ranks(3, script(tmp_path), *flags, place)]
+    ended = [end(process) for process in start_ranks(3, tmp_path, "", *flags, place)]
     assert [code for code, _, _ in ended] == [0, 0, 0], ended
+    assert ended[1][1] == ended[2][1] == ""  # one voice
     assert same(folder_in(place), whole)
+    mistaken = [end(process) for process in start_ranks(2, tmp_path, "", *flags, place, "--threads", 2)]
+    assert [code for code, _, _ in mistaken] == [2, 2]  # without a launcher, too, one of rank 0 ends the others
+    assert "".join(err for _, _, err in mistaken).count("\n") == 1, mistaken
 
 
 def test_a_rank_that_fails_alone_leaves_the_rest_to_be_made(flags, whole, tmp_path):
@@ -254,9 +285,7 @@ if rank == 1:
     worker.Sampling.batch = failing
 """
     place = tmp_path / "out"
-    (code, _, err), (other, _, other_err) = [
-        end(process) for process in start_ranks(2, script(tmp_path, fail), *flags, place)
-    ]
+    (code, _, err), (other, _, other_err) = [end(process) for process in start_ranks(2, tmp_path, fail, *flags, place)]
     assert (code, other) == (1, 1)
     assert "a GPU fell off the bus" in other_err
     assert err.count("\n") == 1, err
@@ -271,22 +300,22 @@ if rank == 1:
 def test_a_rank_that_outlived_its_job_keeps_the_next_one_out_even_with_overwrite(flags, tmp_path):
     """It would write over the new images, and its end would be taken for that of the new rank."""
     place = tmp_path / "out"
-    child = script(tmp_path, f"LAST = 0.5{SLOW.replace('time.sleep(', 'time.sleep(rank * 1000 + ')}record.WAIT = 2")
-    first, second = start_ranks(2, child, *flags, place)
+    slow = f"LAST = 0.5{SLOW.replace('time.sleep(', 'time.sleep(rank * 1000 + ')}"
+    first, second = start_ranks(2, tmp_path, slow, *flags, place)
     until(lambda: len(images_in(place)) >= 2, first)
     first.kill()
     end(first)
     folder = folder_in(place)
     before = {path.name: path.read_bytes() for path in images_in(place)}
-    other = script(tmp_path, "record.WAIT = 2")
-    code, _, err = end(start(sys.executable, other, *flags, place, "--threads", 2, "--overwrite"))
+    other = tmp_path, "record.WAIT = 2", [*flags, place, "--cfg-channels", 3, "--overwrite"]
+    code, _, err = end(Forked(*other))
     assert code == 2
     assert re.search(r"is in use by .*rank-001.lock is locked", err)
     after = {path.name: path.read_bytes() for path in images_in(place)}
     assert before.items() <= after.items()  # the surviving rank may have written one more of its own
     second.kill()
     end(second)
-    assert end(start(sys.executable, other, *flags, place, "--threads", 2, "--overwrite"))[0] == 0
+    assert end(Forked(*other))[0] == 0
     assert sessions(folder) == ["complete"]
     assert len(images_in(place)) == COUNT
 
@@ -323,7 +352,7 @@ JPG = (["--format", "jpg"], "invalid choice: 'jpg'")
 TWO_THREADS = (["--threads", 2], "precision.threads: 1 in the folder, 2 asked")
 
 
-@pytest.mark.parametrize(("late", "given"), [(0, JPG), (0, TWO_THREADS), (1, TWO_THREADS)])
+@pytest.mark.parametrize(("late", "given"), [(0, JPG), (1, TWO_THREADS)])
 def test_a_mistake_is_told_once_whichever_process_is_late(flags, whole, tmp_path, late, given):
     """torchrun ends all processes with the first: none may end before rank 0 has said why."""
     mistake, words = given
@@ -331,12 +360,6 @@ def test_a_mistake_is_told_once_whichever_process_is_late(flags, whole, tmp_path
     code, _, err = end(start(*TORCHRUN, 2, script(tmp_path), *flags, place, *mistake, LATE=late))
     assert code == 1
     assert err.count(words) == 1, err
-
-
-def test_without_torchrun_a_mistake_of_rank_0_ends_the_others(flags, whole, tmp_path):
-    ended = [end(p) for p in start_ranks(2, script(tmp_path), *flags, str(whole.parent), "--threads", 2)]
-    assert [code for code, _, _ in ended] == [2, 2]
-    assert "".join(err for _, _, err in ended).count("\n") == 1, ended
 
 
 # ------------------------------------------------------------------------------------- the script by itself
@@ -353,14 +376,15 @@ def test_a_signal_in_the_first_seconds_has_the_exit_code_of_a_signal(tmp_path, n
 
 def test_closed_streams_and_a_full_log_do_not_end_the_job(flags, whole, tmp_path):
     command = " ".join([sys.executable, str(ROOT / "sample_ddp.py"), *flags])
-    for number, redirection in enumerate(("2>&-", ">/dev/full", ">&- 2>&-")):
+    for number, redirection in enumerate((">/dev/full 2>&-", ">&- 2>&-")):
         place = tmp_path / str(number)
         assert subprocess.run(f"{command} {place} {redirection}", shell=True, timeout=LONG).returncode in (0, 120)
         assert same(folder_in(place), whole)
 
 
 def test_a_mistake_in_the_options_is_told_without_the_heavy_imports(tmp_path):
-    code = "import sys, sample_ddp\nprint(sample_ddp.main(['--num-fid-samples', '0']), 'timm' in sys.modules)"
+    code = "import sys, sample_ddp\ntry: sample_ddp.main(['--num-fid-samples', '0'])"
+    code += "\nexcept SystemExit as stop: print(stop, 'timm' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=LONG)
     assert done.stdout == "2 False\n"
     code, _, err = end(start(sys.executable, ROOT / "sample_ddp.py", "--num-fid-samples", 1, RANK="x"))

@@ -9,7 +9,7 @@ import pytest
 from toy import Clock
 
 import runtime
-from runtime import CTRL_C, REQUEUE, SIGNALS, Interrupted, Signals
+from runtime import SIGNALS, Interrupted, Signals
 
 FORK = multiprocessing.get_context("fork")
 LONG = 30  # seconds after which a test that waits has failed
@@ -35,10 +35,6 @@ def handlers():
     return [signal.getsignal(number) for number in SIGNALS]
 
 
-def test_exit_codes():
-    assert (REQUEUE, CTRL_C) == (75, 130)
-
-
 @pytest.mark.parametrize(("number", "code", "name"), CODES)
 def test_the_first_signal_raises(number, code, name):
     after = []
@@ -50,60 +46,40 @@ def test_the_first_signal_raises(number, code, name):
             signals.check()
 
 
+@pytest.mark.parametrize("asks", [False, True])
 @pytest.mark.parametrize(("number", "code", "name"), CODES)
-def test_put_off_a_signal_is_noted_and_raised_at_the_end(number, code, name):
-    done = []
-
-    def job():
-        with Signals() as signals, signals.deferred():
-            assert signals.number is None
-            signals.check()
-            signal.raise_signal(number)
-            assert signals.number == number
-            done.append("the rest")
-
-    with pytest.raises(Interrupted, match=name) as stop:
-        job()
-    assert (stop.value.code, done) == (code, ["the rest"])
-
-
-def test_put_off_a_signal_is_raised_where_the_job_asks():
+def test_put_off_a_signal_is_raised_at_the_end_or_where_the_job_asks(number, code, name, asks):
     done = []
 
     def job():
         with Signals() as signals, signals.deferred():
             signals.check()  # nothing happens without a signal
-            signal.raise_signal(signal.SIGTERM)
-            done.append("before")
-            signals.check()
-            done.append("after")
+            signal.raise_signal(number)
+            assert signals.number == number
+            if asks:
+                signals.check()
+            done.append("the rest")
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted, match=name) as stop:
         job()
-    assert done == ["before"]
+    assert (stop.value.code, done) == (code, [] if asks else ["the rest"])
 
 
 def test_signals_are_raised_at_once_again_after_they_were_put_off():
-    with Signals() as signals:
-        with signals.deferred():
-            pass
-        with pytest.raises(Interrupted):
-            signal.raise_signal(signal.SIGUSR1)
+    """Also where an error ended it, which comes before a signal."""
     with Signals() as signals:
         with pytest.raises(KeyError), signals.deferred():
             raise KeyError
         with pytest.raises(Interrupted):
             signal.raise_signal(signal.SIGUSR1)
 
-
-def test_an_error_comes_before_a_signal_that_was_put_off():
-    def job():
+    def broken():
         with Signals() as signals, signals.deferred():
             signal.raise_signal(signal.SIGTERM)
             raise KeyError
 
     with pytest.raises(KeyError):
-        job()
+        broken()
 
 
 @pytest.mark.parametrize("error", [None, KeyError])
@@ -168,53 +144,30 @@ def test_ctrl_c_ends_a_job_that_another_signal_has_stopped(clock, exits):
     assert exits == [130]
 
 
-# --------------------------------------------------------------------------------------------- real processes
+def test_the_second_ctrl_c_ends_the_process_at_once():
+    """A real process, which would clean up for ever."""
 
+    def stubborn(pipe):
+        runtime.ONE_KEYSTROKE = 0.0
+        try:
+            with Signals() as signals, signals.deferred():
+                pipe.send("ready")
+                while signals.number is None:
+                    time.sleep(0.005)
+                pipe.send("noted")
+                time.sleep(LONG)
+        finally:
+            pipe.send("orderly end")
 
-def stubborn(pipe, keystroke):
-    """Put every signal off for ever; after the first, clean up for ever."""
-    runtime.ONE_KEYSTROKE = keystroke
-    try:
-        with Signals() as signals, signals.deferred():
-            pipe.send("ready")
-            while signals.number is None:
-                time.sleep(0.005)
-            pipe.send("noted")
-            while True:
-                time.sleep(0.005)
-    finally:
-        pipe.send("orderly end")
-
-
-def start(target, *args):
     mine, other = FORK.Pipe()
-    process = FORK.Process(target=target, args=(other, *args), daemon=True)
+    process = FORK.Process(target=stubborn, args=(other,), daemon=True)
     process.start()
     other.close()
-    assert mine.poll(LONG)
-    assert mine.recv() == "ready"
-    return process, mine
-
-
-def test_the_second_ctrl_c_ends_the_process_at_once():
-    process, pipe = start(stubborn, 0.0)
-    os.kill(process.pid, signal.SIGINT)
-    assert pipe.poll(LONG)
-    assert pipe.recv() == "noted"
-    os.kill(process.pid, signal.SIGINT)
+    for word in ("ready", "noted"):
+        assert mine.poll(LONG)
+        assert mine.recv() == word
+        os.kill(process.pid, signal.SIGINT)
     process.join(LONG)
     assert process.exitcode == 130
     with pytest.raises(EOFError):  # nothing was cleaned up
-        pipe.recv()
-
-
-def test_in_the_same_second_the_process_goes_on():
-    process, pipe = start(stubborn, 1e9)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        os.kill(process.pid, number)
-    assert pipe.poll(LONG)
-    assert pipe.recv() == "noted"
-    assert not pipe.poll(0.1)
-    assert process.is_alive()
-    process.kill()
-    process.join(LONG)
+        mine.recv()

@@ -85,16 +85,3 @@ def test_distances_to_the_solution(ckpt, tmp_path, capsys, monkeypatch):
     assert by_label["--adacorr budget=6, DDIM-16"]["evaluations"] == pytest.approx(5, abs=1)
     few, more = (by_label[f"uncached unipc:grid=optimized,solver_order=3, {n} steps"]["psnr"] for n in (8, 15))
     assert more > few
-
-
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        (["gamma", "--images", "0"], "--images 0 is outside"),
-        (["gamma", "--sampler", "dimm"], "dimm"),
-    ],
-)
-def test_mistakes_are_one_line(argv, words, capsys):
-    assert tables.main(argv) == 2
-    out, err = capsys.readouterr()
-    assert (out, err.count("\n"), words in err) == ("", 1, True), err

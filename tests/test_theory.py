@@ -13,7 +13,6 @@ from toy import TINY, TimedDiT, redraw, rows_at, save_tiny, show, tiny_dit
 from adacorr import Algorithm1, CacheManager
 from checkpoint import Checkpoint
 from diffusion import make_sampler
-from evaluate import theory
 from evaluate.__main__ import main
 from evaluate.theory import NORMS, Observer, lipschitz, observe, proposition, theorem
 from models import DiTBlock
@@ -168,21 +167,3 @@ def test_the_command_writes_what_it_prints(tmp_path, capsys):
     for row in content["rows"]:
         assert len(row["lipschitz_by_layer"]) == len(row["proposition_1"]["by_layer"]["holds"]) == 2
         assert len(row["theorem_1"]["distance_by_step"]) == row["steps"] - 1
-
-
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        ("--gammas 1,many", "--gammas: 'many' is no number in 0..1000000"),
-        ("--gammas 1,-1", "--gammas -1 is outside"),
-        ("--gammas nan", "--gammas nan is outside"),
-        ("--steps 50,2.5", "--steps: 2.5"),
-        ("--num-sampling-steps 1", "--steps 1 is outside 2..1000"),
-        ("--num-images 0", "--num-images 0 is outside"),
-    ],
-)
-def test_mistakes_are_one_line_before_any_weights_are_read(argv, words, monkeypatch, capsys):
-    monkeypatch.setattr(theory.pipeline, "load", lambda _: pytest.fail("read a checkpoint"))
-    assert main(["theory", *argv.split()]) == 2
-    out, err = capsys.readouterr()
-    assert (out, err.count("\n"), words in err) == ("", 1, True), err

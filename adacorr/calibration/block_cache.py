@@ -13,17 +13,14 @@ class BlockCacheCalibration(Calibration):
     Both guidance halves count. Step 0 has no change and holds 0.
     """
 
-    def __init__(self):
-        self._sum: np.ndarray | None = None
-        self._images = 0
-
     def units(self, depth: int) -> list[Unit]:
         return [Unit(layer, layer + 1) for layer in range(depth)]
 
+    def start(self, info: RunInfo) -> None:
+        self._sum = np.zeros((info.depth, info.num_steps))
+
     def begin(self, info: RunInfo) -> None:
-        if self._sum is None:
-            self._sum = np.zeros((info.depth, info.num_steps))
-        self._images += info.images
+        super().begin(info)
         self._before: dict[int, Tensor] = {}
 
     def computed(self, view: View, ran: Ran) -> None:
@@ -32,8 +29,6 @@ class BlockCacheCalibration(Calibration):
             self._sum[block, view.step] += relative_change(self._before[block], ran.value).sum()
         self._before[block] = ran.value
 
-    def fit(self) -> tuple[dict[str, np.ndarray], dict]:
-        if self._sum is None or self._sum.shape[1] < 2:
-            raise ValueError("block_cache: nothing was observed; calibrate on a run of at least two steps")
-        change = self._sum / self._images
+    def fitted(self) -> tuple[dict[str, np.ndarray], dict]:
+        change = self._sum / self.images
         return {"change": change}, {"mean_change": float(change[:, 1:].mean())}

@@ -21,10 +21,11 @@ class ERTACacheCalibration(Calibration):
     The others are (S, 15), 0 at pairs that begin before the first step.
     """
 
-    def __init__(self):
+    def start(self, info: RunInfo) -> None:
         self._batches: list[list[list[np.ndarray]]] = []  # for each batch and step, what `computed` measures
 
     def begin(self, info: RunInfo) -> None:
+        super().begin(info)
         self._batches.append([])
         self._past: deque[Tensor] = deque(maxlen=MAX_LAG)  # residuals (halves, n, T, D), the newest first
 
@@ -40,10 +41,8 @@ class ERTACacheCalibration(Calibration):
         self._batches[-1].append([v.cpu().numpy() for v in (change, size, product, *moments)])
         self._past.appendleft(now)
 
-    def fit(self) -> tuple[dict[str, np.ndarray], dict]:
-        batches = [[np.stack(v) for v in zip(*steps, strict=True)] for steps in self._batches if len(steps) > 1]
-        if not batches:
-            raise ValueError("ertacache: one step has no error to the step before: record at least 2 steps")
+    def fitted(self) -> tuple[dict[str, np.ndarray], dict]:
+        batches = [[np.stack(v) for v in zip(*steps, strict=True)] for steps in self._batches]
         changes, sizes, *means = zip(*batches, strict=True)
         change, size = np.concatenate(changes, axis=2), np.concatenate(sizes, axis=1)  # (S, 15, images), (S, images)
         images = [v.shape[1] for v in sizes]
@@ -77,7 +76,7 @@ class ERTACacheCalibration(Calibration):
             "channel": (variance[:, None] * (1 + r**2 - 2 * r * likeness)).mean(axis=2),
         }
         shares = {f"squared_error_left_by_{k}": float(over(v, square_eps)[known].mean()) for k, v in left.items()}
-        return arrays, {"images": sum(images), **shares}
+        return arrays, {"images": self.images, **shares}
 
 
 def over(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -25,24 +25,22 @@ class FastCacheCalibration(Calibration):
     share of the error of plain reuse (increment) or of the mean (residual) that a map takes away.
     """
 
-    def __init__(self):
-        self._images = 0
-        self._moments: list[list[tuple[Moments, Moments]]] = []  # of each map: (values, increments) fitted, held out
-
     def units(self, depth: int) -> list[Unit]:
         return [Unit(layer, layer + 1) for layer in range(depth)]
 
+    def start(self, info: RunInfo) -> None:
+        groups = info.num_steps, info.num_steps * len(LAGS)
+        self._moments: list[list[tuple[Moments, Moments]]] = [  # of each map: (values, increments) fitted, held out
+            [tuple(Moments(g, info.width, info.width, info.device) for g in groups) for _ in range(2)]
+            for _ in range(info.depth + 1)
+        ]
+
     def begin(self, info: RunInfo) -> None:
-        if not self._moments:
-            groups = info.num_steps, info.num_steps * len(LAGS)
-            self._moments = [
-                [tuple(Moments(g, info.width, info.width, info.device) for g in groups) for _ in range(2)]
-                for _ in range(info.depth + 1)
-            ]
+        first = self.images
+        super().begin(info)
         self._past = [deque(maxlen=max(LAGS)) for _ in self._moments]  # (x, y) of the steps before, the newest first
-        held = (self._images + np.arange(info.images)) % HELD_OUT == HELD_OUT - 1
+        held = (first + np.arange(info.images)) % HELD_OUT == HELD_OUT - 1
         self._sets = [torch.from_numpy(np.flatnonzero(which)).to(info.device) for which in (~held, held)]
-        self._images += info.images
 
     def computed(self, view: View, ran: Ran) -> None:
         self._observe(view.unit.start, view.step, ran.x, ran.value)
@@ -63,10 +61,10 @@ class FastCacheCalibration(Calibration):
                 increments.add(step * len(LAGS) + i, x, y, 1 / size)
         past.appendleft(pair)
 
-    def fit(self) -> tuple[dict[str, np.ndarray], dict]:
-        if self._images < HELD_OUT:
-            raise ValueError(f"fastcache: {self._images} images are too few, as every {HELD_OUT}th is held out")
-        arrays, notes = {}, {"images": self._images, "held_out": self._images // HELD_OUT}
+    def fitted(self) -> tuple[dict[str, np.ndarray], dict]:
+        if self.images < HELD_OUT:
+            raise ValueError(f"fastcache: {self.images} images are too few, as every {HELD_OUT}th is held out")
+        arrays, notes = {}, {"images": self.images, "held_out": self.images // HELD_OUT}
         for form in ("residual", "increment"):
             weight, bias, share = zip(*(fit_map(form, *moments) for moments in self._moments), strict=True)
             arrays |= {f"{form}_weight": torch.stack(weight), f"{form}_bias": torch.stack(bias, dim=1)}

@@ -1,11 +1,9 @@
 """Learning-to-Cache's routers: trained ones from the authors' file, or a stand-in from moments of uncached runs."""
 
-import argparse
-
 import numpy as np
 import torch
 
-from adacorr.calibration import Calibration
+from adacorr.calibration import Calibration, read_trained
 from adacorr.policy import Ran, RunInfo, Unit, View, by_branch
 
 STAND_IN = "stand-in"
@@ -19,17 +17,14 @@ class L2CCalibration(Calibration):
     The products are means over images and guidance halves.
     """
 
-    def __init__(self):
-        self._sum: list[np.ndarray] = []
-        self._count = 0  # images times halves
-
     def units(self, depth: int) -> list[Unit]:
         return by_branch(depth)
 
+    def start(self, info: RunInfo) -> None:
+        self._sum = np.zeros((info.num_steps // 2, 2 * info.depth, 2 * info.depth))
+
     def begin(self, info: RunInfo) -> None:
-        if not self._sum:
-            self._sum = [np.zeros((2 * info.depth, 2 * info.depth)) for _ in range(info.num_steps // 2)]
-        self._count += info.images * info.visible_halves
+        super().begin(info)
         self._last = by_branch(info.depth)[-1]
         self._before = {}  # pre-gate outputs of the step before, by unit
         self._errors = []
@@ -46,10 +41,8 @@ class L2CCalibration(Calibration):
             products = (errors @ errors.mT) / size[:, None, None]
             self._sum[view.step // 2] += products.double().sum(dim=0).cpu().numpy()
 
-    def fit(self) -> tuple[dict[str, np.ndarray], dict]:
-        if not self._sum:
-            raise ValueError("l2c: nothing was observed; calibrate on a run of at least two steps")
-        gram = np.stack(self._sum) / self._count
+    def fitted(self) -> tuple[dict[str, np.ndarray], dict]:
+        gram = self._sum / (self.images * self.info.visible_halves)
         return {"gram": gram.astype(np.float32)}, {"error_of_reusing_all": float(np.sqrt(gram.sum(axis=(1, 2)).mean()))}
 
 
@@ -79,13 +72,8 @@ def load_routers(path: str, info: RunInfo) -> np.ndarray:
     is run. ValueError for a file that cannot be read, or whose blocks or steps are not the run's.
     """
     given, steps, branches = f"l2c: router={path} must", info.num_steps, 2 * info.depth
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the trainer's arguments lie beside the routers
-            stored = torch.load(path, map_location="cpu", weights_only=True)["routers"]
-        found = {name: tuple(logits.shape) for name, logits in stored.items()}
-    except Exception as error:  # torch.load has many
-        reason = f"{type(error).__name__}: {' '.join(str(error).splitlines()[:1])}"
-        raise ValueError(f"{given} be {STAND_IN}, or a torch file with the key 'routers' ({reason})") from None
+    stored = read_trained(path, "routers", given)
+    found = {name: tuple(logits.shape) for name, logits in stored.items()}
     if steps % 2 or found != {f"{i}.prob": (branches,) for i in range(steps)}:
         wanted = f"entries 0.prob, ... of {branches} branches for an even number of steps, {steps} in this run"
         raise ValueError(f"{given} have {wanted}; its shapes are {sorted(set(found.values()))} in {len(found)} entries")

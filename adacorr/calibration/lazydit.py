@@ -1,13 +1,12 @@
 """LazyDiT's gates: trained ones from the authors' file, or a stand-in, fitted to uncached runs by ridge regression."""
 
-import argparse
 import re
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from adacorr.calibration import Calibration
+from adacorr.calibration import Calibration, read_trained
 from adacorr.calibration.ridge import Moments
 from adacorr.policy import Ran, RunInfo, Unit, View, by_branch
 
@@ -25,7 +24,7 @@ class LazyDiTCalibration(Calibration):
     left out. Notes give the share of the variance within a step that the gates explain there; 0 or less: nothing.
     """
 
-    def __init__(self):
+    def start(self, info: RunInfo) -> None:
         # For each batch the z (branches, S - 1, n, halves, D) and the log changes (branches, S - 1, n, halves).
         self._batches: list[tuple[Tensor, Tensor]] = []
 
@@ -33,6 +32,7 @@ class LazyDiTCalibration(Calibration):
         return by_branch(depth)
 
     def begin(self, info: RunInfo) -> None:
+        super().begin(info)
         self._index = {unit: i for i, unit in enumerate(by_branch(info.depth))}
         self._before: dict[Unit, Tensor] = {}
         shape = (len(self._index), info.num_steps - 1, info.images, info.visible_halves)
@@ -48,9 +48,7 @@ class LazyDiTCalibration(Calibration):
             changes.copy_(change.clamp_min(1e-6).double().log().T)
         self._before[view.unit] = ran.value
 
-    def fit(self) -> tuple[dict[str, np.ndarray], dict]:
-        if not self._batches or not self._batches[0][1].numel():
-            raise ValueError("lazydit: nothing was observed; calibrate on runs of at least two steps")
+    def fitted(self) -> tuple[dict[str, np.ndarray], dict]:
         changes = torch.cat([changes for _, changes in self._batches], dim=2)
         units, steps, images, _ = changes.shape
         if images < 2:
@@ -105,13 +103,8 @@ def load_gates(path: str, info: RunInfo) -> np.ndarray:
     ValueError for a file that cannot be read, or whose blocks, steps or width are not the run's.
     """
     given = f"lazydit: gates={path} must"
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the trainer's arguments lie beside the gates
-            stored = torch.load(path, map_location="cpu", weights_only=True)["model"]
-        found = {m.groups(): w.float() for name, w in stored.items() if (m := ENTRY.fullmatch(name))}
-    except Exception as error:  # torch.load has many
-        reason = f"{type(error).__name__}: {' '.join(str(error).splitlines()[:1])}"
-        raise ValueError(f"{given} be {STAND_IN}, or a torch file with the key 'model' ({reason})") from None
+    stored = read_trained(path, "model", given)
+    found = {m.groups(): weight for name, weight in stored.items() if (m := ENTRY.fullmatch(name))}
     blocks, steps = (1 + max((int(key[i]) for key in found), default=-1) for i in (0, 2))
     if (blocks, steps) != (info.depth, info.num_steps):
         wanted = f"entries block_0_attn_lazy_learning_weight_0, ... for {info.depth} blocks and {info.num_steps} steps"

@@ -11,10 +11,11 @@ from adacorr.policy import Ran, RunInfo, View
 class MagCacheCalibration(Calibration):
     """The magnitude ratio gamma of every step to the one before, and how much it differs between images and tokens."""
 
-    def __init__(self):
+    def start(self, info: RunInfo) -> None:
         self.batches: list[list[np.ndarray]] = []  # for each batch and step but the first (2, n): mean, deviation
 
     def begin(self, info: RunInfo) -> None:
+        super().begin(info)
         self.batches.append([])
         self._before: Tensor | None = None  # (halves, n, T): norm of each token's residual
 
@@ -26,10 +27,8 @@ class MagCacheCalibration(Calibration):
             self.batches[-1].append(seen.double().cpu().numpy())
         self._before = now
 
-    def fit(self) -> tuple[dict[str, np.ndarray], dict]:
-        batches = [np.stack(steps, axis=1) for steps in self.batches if steps]
-        if not batches:
-            raise ValueError("magcache: one step has no ratio to the step before: record at least 2 steps")
+    def fitted(self) -> tuple[dict[str, np.ndarray], dict]:
+        batches = [np.stack(steps, axis=1) for steps in self.batches]
         mean, deviation = np.concatenate(batches, axis=2)  # (S - 1, images) each
         notes = {
             "images": mean.shape[1],

@@ -22,18 +22,17 @@ class ScheduleCalibration(Calibration):
     Both are taken over a fixed random choice of 16 tokens.
     """
 
-    def __init__(self):
-        self._products: np.ndarray | None = None  # sums over images
-        self._sums: Tensor | None = None  # (4, S, 15, D): of x, y, x^2 and x y over images, halves and tokens
-        self._images = self._rows = 0
-
     def units(self, depth: int) -> list[Unit]:
         return by_branch(depth)
 
+    def start(self, info: RunInfo) -> None:
+        self._products = np.zeros((info.num_steps,) * 3)  # sums over images
+        # Of x, y, x^2 and x y over images, halves and tokens.
+        self._sums = torch.zeros(4, info.num_steps, MAX_LAG, info.width, dtype=torch.float64)
+        self._rows = 0
+
     def begin(self, info: RunInfo) -> None:
-        if self._products is None:
-            self._products = np.zeros((info.num_steps,) * 3)
-            self._sums = torch.zeros(4, info.num_steps, MAX_LAG, info.width, dtype=torch.float64)
+        super().begin(info)
         generator = torch.Generator().manual_seed(0)
         self._tokens = torch.randperm(info.tokens, generator=generator)[:TOKENS].to(info.device)
         self._outputs: list[list[Tensor]] = []  # of each step and branch (halves, n, tokens, D)
@@ -59,15 +58,12 @@ class ScheduleCalibration(Calibration):
             y, x = held[:, step, None].double(), held[:, step - lags : step].flip(1).double()
             moments = torch.stack([v.sum(dim=(0, 2, 3)) for v in (x, y.expand_as(x), x.square(), x * y)])
             self._sums[:, step, :lags] += moments.cpu()
-        self._images += outputs.shape[3]
         self._rows += outputs.shape[2] * outputs.shape[3] * outputs.shape[4]
 
-    def fit(self) -> tuple[dict[str, np.ndarray], dict]:
-        if not self._images or len(self._products) < 2:
-            raise ValueError("schedule: nothing was observed; calibrate on a run of at least two steps")
+    def fitted(self) -> tuple[dict[str, np.ndarray], dict]:
         x, y, square, product = self._sums / self._rows
         variance, covariance = square - x**2, product - x * y
         slope = torch.where(variance > 0, covariance / variance, 1.0)
         arrays = {"slope": slope, "offset": y - slope * x}
         arrays = {name: value.numpy().astype(np.float16) for name, value in arrays.items()}
-        return {"products": (self._products / self._images).astype(np.float32), **arrays}, {"images": self._images}
+        return {"products": (self._products / self.images).astype(np.float32), **arrays}, {"images": self.images}

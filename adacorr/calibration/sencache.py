@@ -16,14 +16,11 @@ class SenCacheCalibration(Calibration):
     time   |f(x, t_next) - f(x, t)| / (|t_next - t| sqrt(N) rms f), N being the number of elements of f
     """
 
-    def __init__(self):
-        self._sum: np.ndarray | None = None  # (2, S - 1)
-        self._images = 0
+    def start(self, info: RunInfo) -> None:
+        self._sum = np.zeros((2, info.num_steps - 1))
 
     def begin(self, info: RunInfo) -> None:
-        if self._sum is None:
-            self._sum = np.zeros((2, info.num_steps - 1))
-        self._images += info.images
+        super().begin(info)
         self._before: tuple[Tensor, Tensor, Tensor] | None = None  # input, output and conditioning of the step before
 
     def computed(self, view: View, ran: Ran) -> None:
@@ -38,11 +35,9 @@ class SenCacheCalibration(Calibration):
             self._sum[:, step] += torch.stack([by_input, by_time]).double().sum(dim=1).cpu().numpy()
         self._before = now[0], ran.out, now[1]
 
-    def fit(self) -> tuple[dict[str, np.ndarray], dict]:
-        if self._sum is None or not self._sum.size:
-            raise ValueError("sencache: nothing was observed; calibrate on a run of at least two steps")
-        by_input, by_time = self._sum / self._images
-        return {"input": by_input, "time": by_time}, {"images": self._images}
+    def fitted(self) -> tuple[dict[str, np.ndarray], dict]:
+        by_input, by_time = self._sum / self.images
+        return {"input": by_input, "time": by_time}, {"images": self.images}
 
 
 def rms_of(now: Tensor, before: Tensor | float = 0.0) -> Tensor:

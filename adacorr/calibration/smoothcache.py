@@ -16,17 +16,14 @@ class SmoothCacheCalibration(Calibration):
     here each image has its own, so that the mean does not depend on the batch.
     """
 
-    def __init__(self):
-        self._sum: np.ndarray | None = None
-        self._count = 0  # images times blocks
-
     def units(self, depth: int) -> list[Unit]:
         return by_branch(depth)
 
+    def start(self, info: RunInfo) -> None:
+        self._sum = np.zeros((len(BRANCHES), info.num_steps, MAX_LAG))
+
     def begin(self, info: RunInfo) -> None:
-        if self._sum is None:
-            self._sum = np.zeros((len(BRANCHES), info.num_steps, MAX_LAG))
-        self._count += info.images * info.depth
+        super().begin(info)
         self._past: dict[Unit, list[Tensor]] = {unit: [] for unit in by_branch(info.depth)}  # the newest first
 
     def computed(self, view: View, ran: Ran) -> None:
@@ -36,9 +33,7 @@ class SmoothCacheCalibration(Calibration):
             self._sum[BRANCHES.index(view.unit.branch), view.step, lag - 1] += change
         self._past[view.unit] = [ran.value, *past[: MAX_LAG - 1]]
 
-    def fit(self) -> tuple[dict[str, np.ndarray], dict]:
-        if self._sum is None or self._sum.shape[1] < 2:
-            raise ValueError("smoothcache: nothing was observed; calibrate on a run of at least two steps")
-        error = self._sum / self._count
+    def fitted(self) -> tuple[dict[str, np.ndarray], dict]:
+        error = self._sum / (self.images * self.info.depth)
         notes = {f"mean_{name}_lag_1": float(error[b, 1:, 0].mean()) for b, name in enumerate(BRANCHES)}
         return {"error": error}, notes

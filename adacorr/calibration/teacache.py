@@ -12,10 +12,11 @@ DEGREE = 4  # of the polynomial, as in every release
 class TeaCacheCalibration(Calibration):
     """coefficients (5,), range (2,): fitted to relative L1 changes from each step to the next, image by image."""
 
-    def __init__(self):
+    def start(self, info: RunInfo) -> None:
         self._changes: list[tuple[np.ndarray, np.ndarray]] = []  # in and out, (n,) each, for each step but a first one
 
     def begin(self, info: RunInfo) -> None:
+        super().begin(info)
         self._before: tuple[Tensor, Tensor] | None = None
 
     def computed(self, view: View, ran: Ran) -> None:
@@ -24,8 +25,8 @@ class TeaCacheCalibration(Calibration):
             self._changes.append(tuple(relative_change(*pair) for pair in zip(now, self._before, strict=True)))
         self._before = now
 
-    def fit(self) -> tuple[dict[str, np.ndarray], dict]:
-        change_in, change_out = np.concatenate([np.empty((2, 0)), *self._changes], axis=1)
+    def fitted(self) -> tuple[dict[str, np.ndarray], dict]:
+        change_in, change_out = np.concatenate(self._changes, axis=1)
         arrays = fit_polynomial(change_in, change_out)
         error = float(np.abs(rescale(change_in, arrays) - change_out).mean() / change_out.mean())
         return arrays, {"pairs": len(change_in), "relative_error": error}
