@@ -157,11 +157,17 @@ class History:
         np.put_along_axis(weights, slots[:, None], used, axis=2)
         return weights
 
-    def read(self, images: np.ndarray, coefficients: Tensor) -> Tensor:
-        """Weighted sums over kept steps and entries: coefficients (m, s, K, E) for `images` (m,) -> (m, s, T, D)."""
+    def read(self, images: np.ndarray, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
+        """Weighted sums over kept steps and entries: coefficients (m, s, K, E) for `images` (m,) -> (m, s, T, D).
+
+        out (m, s, T, D): contiguous memory for the result.
+        """
         values, coefficients = self.values.flatten(1, 2), coefficients.flatten(2)
+        if out is None:
+            out = values.new_empty(*coefficients.shape[:2], *self.shape)
         if len(images) == len(values):
-            out = torch.bmm(coefficients, values)
+            torch.bmm(coefficients, values, out=out.flatten(2))
         else:  # image by image: a gather would copy the history of each
-            out = torch.stack([c @ values[i] for c, i in zip(coefficients, images.tolist(), strict=True)])
-        return out.unflatten(-1, self.shape)
+            for i, image in enumerate(images.tolist()):
+                torch.mm(coefficients[i], values[image], out=out[i].flatten(1))
+        return out

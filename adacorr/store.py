@@ -83,29 +83,17 @@ class Track:
         """(m, s, K) of the kept steps in the forecasts for `images` (m,) at steps (s,), in the order of the slots."""
         return self.history.weights(images, steps, self.rule)
 
-    def predict(self, images: np.ndarray, steps: np.ndarray, basis: Tensor | None) -> Tensor:
-        """(m, s, T, D) for `images` (m,) at steps (s,); with a basis (S, E) the entries are summed up under it."""
-        weights = self.weights(images, steps)
-        values = self.history.values
-        coefficients = torch.from_numpy(weights).to(values.device, values.dtype)[..., None]
-        if basis is not None:
-            coefficients = coefficients * basis[torch.from_numpy(steps)][:, None, :]  # (m, s, K, E)
-        out = self.history.read(images, coefficients)
-        if self.trend is None:
-            return out
-        return out.add_(self.trend.bias(weights, self.history.steps[images], steps))
-
 
 class UnitStore(ABC):
     """The newest computed steps of one unit, for every image: a track for the conditional half, and for the other one.
 
-    `basis` (S, E) sums up the entries of a step; None where there is one.
+    basis (S, E) sums up the entries of a step; None where there is one.
     """
 
-    basis: Tensor | None = None
-
-    def __init__(self, tracks: list[Track]):
-        self.tracks = tracks
+    def __init__(self, tracks: list[Track], basis: np.ndarray | None = None):
+        self.tracks, self.basis = tracks, basis
+        trends = [track.trend for track in tracks if track.trend is not None]
+        self.tables = torch.stack([trend.table for trend in trends]) if trends else None  # (halves, S, Q + 1, D)
 
     @property
     def bytes(self) -> int:
@@ -121,12 +109,33 @@ class UnitStore(ABC):
         """(n,) True for images without a computed step."""
         return self.count == 0
 
-    def predict(self, images: np.ndarray, steps: np.ndarray) -> list[Tensor]:
-        """What the unit gives for `images` (m,) at some steps (s,): (m, s, T, D) for each half; pre-gate for a branch.
+    def predict(self, images: np.ndarray, steps: np.ndarray) -> Tensor:
+        """What the unit gives for `images` (m,) at some steps (s,): (halves, m, s, T, D); pre-gate for a branch.
 
         At steps before the newest computed one the same rule interpolates.
         """
-        return [track.predict(images, steps, self.basis) for track in self.tracks]
+        histories = [track.history for track in self.tracks]
+        weights = [track.weights(images, steps).astype(np.float32) for track in self.tracks]  # (m, s, K) each
+        basis = np.ones((len(steps), 1), np.float32) if self.basis is None else self.basis[steps]
+        coefficients = [own[..., None] * basis[:, None] for own in weights]  # (m, s, K, E)
+        if self.tables is not None:
+            kept = [history.steps[images] for history in histories]
+            used = np.concatenate([steps, *(own[own >= 0] for own in kept)])
+            rows = range(used.min(), used.max() + 1)
+            means = [
+                track.trend.coefficients(own, at, steps, rows)
+                for track, own, at in zip(self.tracks, weights, kept, strict=True)
+            ]
+            coefficients.append(np.stack(means).reshape(len(means), len(images) * len(steps), -1))
+        values = histories[0].values
+        coefficients = upload(coefficients, values.device)
+        out = values.new_empty(len(histories), len(images), len(steps), *histories[0].shape)
+        for history, own, half in zip(histories, coefficients, out, strict=False):
+            history.read(images, own.to(values.dtype), half)
+        if self.tables is not None:
+            added = torch.bmm(coefficients[-1], self.tables[:, rows.start : rows.stop].flatten(1, 2))
+            out += added.view(*out.shape[:3], 1, -1)
+        return out
 
     def oldest(self) -> np.ndarray:
         """(n,) the oldest step that is still kept of the conditional half; all images have one."""
@@ -172,6 +181,13 @@ class FreshStep:
     def finish(self, x: Tensor, out: Tensor, branch: Tensor | None) -> None:
         """After the unit ran on x (rows, T, D): its output and, for a branch unit, its pre-gate output."""
         raise NotImplementedError
+
+
+def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    """The arrays in float32 on a device, in one copy."""
+    flat = torch.from_numpy(np.concatenate([array.ravel() for array in arrays], dtype=np.float32)).to(device)
+    parts = flat.split([array.size for array in arrays])
+    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
 
 # ------------------------------------------------------------------------------------------- one tensor a half
@@ -221,14 +237,13 @@ class GateSumStore(UnitStore):
     """
 
     def __init__(self, unit: Unit, basis: GateBasis, labels: Tensor, tracks: list[Track], difference: bool = False):
-        super().__init__(tracks)
+        super().__init__(tracks, basis.basis.cpu().numpy())
         values = tracks[0].history.values
         self.labels, self.difference = labels, difference
         own = slice(2 * unit.start, 2 * unit.stop)
         self.loadings = [half[own].to(values) for half in basis.loadings]  # (B, labels, E, D) each
-        self.basis = basis.basis.to(values)  # (S, E)
 
-    def predict(self, images: np.ndarray, steps: np.ndarray) -> list[Tensor]:
+    def predict(self, images: np.ndarray, steps: np.ndarray) -> Tensor:
         values = super().predict(images, steps)
         if self.difference:
             torch.sub(values[0], values[1], out=values[1])
