@@ -4,7 +4,7 @@ All branches of an image are forecast from the same computed steps with the same
 makes the parts of a step disagree. A policy, if there is one, proposes steps; the offset decides.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,6 +27,7 @@ from adacorr.run import (
     renew_rows,
     take_rows,
 )
+from adacorr.skipped import SkippedSteps
 from adacorr.store import ComputedRows, FreshStep, UnitStore
 from adacorr.trace import Trace
 from adacorr.unit import Conditioning, Unit, check_units, run_unit
@@ -49,13 +50,13 @@ class Plan:
 
     rows      rows of the stacked batch that are computed, None for all of them
     weight    (n,) of Eq. 6, read as urgency
-    forecast  what the stack is forecast to add to all images, (n, T, D) for each half; None without a past
+    forecast  what the stack is forecast to add to all images, (halves, n, T, D); None without a past
     """
 
     computed: ComputedRows
     rows: Tensor | None
     weight: np.ndarray
-    forecast: list[Tensor] | None
+    forecast: Tensor | None
     probe: Probe | None
     view: View | None  # what the policy sees, if there is one
 
@@ -95,7 +96,7 @@ class CorrectedRun(CachedRun):
         self.everyone = np.arange(info.images)
         self.last = np.full(info.images, -1)  # newest computed step of each image,
         self.previous = self.last  # and the one before the current step
-        self._ahead: tuple[range, list[Tensor]] = (range(0), [])  # forecasts of coming steps
+        self._ahead: tuple[range, Tensor | None] = (range(0), None)  # forecasts (halves, n, s, T, D) of coming steps
         self.rewinds = rewindable and correction.rewind
         # Under injected noise a far rewind has more noise to bridge than it gains.
         self.rewinds_far = self.infers and controller.profile is not None and noise is None
@@ -104,6 +105,8 @@ class CorrectedRun(CachedRun):
         # (n, ...) each: the states after those steps, where a rewind starts
         self._anchors: list[Tensor | None] = [None, None]
         self._anchor_noise: Tensor | None = None  # and the noise of the near one
+        self._skipped: SkippedSteps | None = None  # takes steps without the model, where it can
+        self._walked: tuple[range, Tensor | None] = (range(0), None)  # (s, n, ...) the states after coming steps
         self._left: tuple[Tensor, Tensor] | None = None  # state and output that the step before ended with
         self._added: Tensor | None = None  # (halves * n, T, D): what the stack added in the current step
         self._replayed: Tensor | None = None  # what it is to add in a step that is taken again
@@ -148,7 +151,7 @@ class CorrectedRun(CachedRun):
         computed = ComputedRows(np.flatnonzero(cond), both)
         everything = cond.all() and (uncond.all() or self.halves == 1)
         rows = None if everything else torch.from_numpy(computed.rows(self.info.images)).to(x.device)
-        return Plan(computed, rows, weight, None if empty.any() else self._forecast(), probe, view)
+        return Plan(computed, rows, weight, None if empty.any() else self._forecast()[1][:, :, 0], probe, view)
 
     def _run_probe(self, x: Tensor, c: Tensor) -> Probe | None:
         if not self.probe:
@@ -170,8 +173,8 @@ class CorrectedRun(CachedRun):
         view = make_view(self.info, self.step, self.units[0], head, x[:visible], self.last, conditioning, self.trace)
         return view, checked_decision(self.policy, view, self.policy.propose)
 
-    def _forecast(self) -> list[Tensor]:
-        """What the stack is forecast to add for all images at this step: (n, T, D) for each half.
+    def _forecast(self) -> tuple[range, Tensor]:
+        """Steps from this one on, and what the stack is forecast to add in them for all images, (halves, n, s, T, D).
 
         Where the steps up to the next computed one are known, one pass over the stored tensors serves them all.
         """
@@ -184,7 +187,7 @@ class CorrectedRun(CachedRun):
             steps = range(self.step, stop)
             ahead = self.store.predict(self.everyone, np.arange(self.step, stop))
             self._ahead = steps, ahead
-        return [half[:, self.step - steps.start] for half in ahead]
+        return range(self.step, steps.stop), ahead[:, :, self.step - steps.start :]
 
     # ------------------------------------------------------------------ what is computed
 
@@ -256,7 +259,7 @@ class CorrectedRun(CachedRun):
         if plan.rows is None:
             return computed.out
         images, out = self.info.images, torch.empty_like(x)
-        for half, value in enumerate(plan.forecast or ()):
+        for half, value in enumerate([] if plan.forecast is None else plan.forecast):
             own = slice(half * images, (half + 1) * images)
             torch.add(x[own], value.to(x.dtype), out=out[own])
         if computed is not None:
@@ -270,9 +273,9 @@ class CorrectedRun(CachedRun):
         """Store what was computed, and write the trace."""
         if computed is not None:
             self.store.keep(computed.fresh, self.step)
-            self._ahead = (range(0), [])
+            self._ahead = (range(0), None)
         self._added = added
-        self.previous, self.refreshed_before = self.last.copy(), self.refreshed.copy()
+        self._pass()
         self.last[plan.computed.cond] = self.refreshed[plan.computed.uncond] = self.step
         executed = self.trace.executed[self.step]
         executed[:, :, plan.computed.cond, 0] = 1
@@ -280,7 +283,39 @@ class CorrectedRun(CachedRun):
             executed[:, :, plan.computed.uncond, 1] = 1
         if plan.view is not None:
             count_modulations(self.trace, self.step, plan.view.conditioning, self.info)
+
+    def _pass(self) -> None:
+        """This step is done; nothing was computed in it so far."""
+        self.previous, self.refreshed_before = self.last.copy(), self.refreshed.copy()
         self.trace.done = self.step + 1
+
+    # ------------------------------------------------------------------ steps without the model
+
+    def shorten(self, make: Callable[[], SkippedSteps]) -> None:
+        if self.policy is None and self.noise is None:  # a policy looks at every step
+            self._skipped = make()
+
+    @property
+    def skips(self) -> bool:
+        if self._skipped is None or self.step is None or self.store.empty.any():
+            return False
+        nonfinite = self.controller.nonfinite
+        return not self.controller.decide(self.step, np.zeros_like(nonfinite), nonfinite)[1].any()
+
+    def skip(self, x: Tensor) -> Tensor:
+        if not self.skips:
+            return super().skip(x)
+        steps, states = self._walked
+        if self.step not in steps:  # all steps up to the next computed one, in one call
+            ahead, added = self._forecast()
+            steps = range(self.step, max(self.step + 1, min(self.controller.next_due(), ahead.stop)))
+            states = self._skipped.walk(x, self.step, added[:, :, : len(steps)], self.everyone)
+            self._walked = steps, states
+        self.trace.score[self.step], self.trace.weight[self.step] = np.nan, self.controller.clock.weight(self.step)
+        self._pass()
+        if self.rewinds:
+            self._set_anchors(x)
+        return states[self.step - steps.start]
 
     # ------------------------------------------------------------------ correcting state and output
 
@@ -315,43 +350,59 @@ class CorrectedRun(CachedRun):
         steps since then are still kept. x (n, ...) the state at this step and out the network's output for it -> both,
         for the corrected state.
         """
-        origin, anchor = self._rewind_from(x)
+        self._set_anchors(x)
+        origin, anchor = self._rewind_from()
         again = np.flatnonzero((origin >= 0) & (self.step - origin > 1))
         if not len(again):
             return x, out
         start, state = origin[again] + 1, take_rows(anchor, again)
+        added = torch.stack([take_rows(half, again) for half in self._added.unflatten(0, (self.halves, -1))])
+        if self._skipped is not None:
+            state = self._walk_again(state, start, again)
+            replayed = self._skipped.output(state, self.step, added, again)
+            return put_rows(x, again, state), put_rows(out[:, : x.shape[1]], again, replayed)
         amount = take_rows(self._anchor_noise, again)
         for past in range(start.min(), self.step):
             if (past - start.min()) % LOOK_AHEAD == 0:  # some steps in one pass over the stored tensors
                 between = self.store.predict(again, np.arange(past, min(past + LOOK_AHEAD, self.step)))
             rows = np.flatnonzero(start <= past)
-            added = torch.cat([take_rows(half[:, (past - start.min()) % LOOK_AHEAD], rows) for half in between])
+            known = torch.cat([take_rows(half[:, (past - start.min()) % LOOK_AHEAD], rows) for half in between])
             now = take_rows(state, rows)
-            replayed = self._replay(past, now, again[rows], added, evaluate, take_rows(amount, rows))
+            replayed = self._replay(past, now, again[rows], known, evaluate, take_rows(amount, rows))
             after = advance(past, now, replayed, again[rows])
             if self.noise is not None:
                 followed = self.noise.follow(take_rows(amount, rows), past, now, replayed, after)
                 amount = put_rows(amount, rows, followed)
             state = put_rows(state, rows, after)
             self.trace.rewound += len(rows)
-        added = self._added.unflatten(0, (self.halves, -1))
-        added = torch.cat([take_rows(half, again) for half in added])
         if self.noise is not None:
             self.noise.moved(again, amount, self.step, state - take_rows(x, again))
-        replayed = self._replay(self.step, state, again, added, evaluate, amount)
+        replayed = self._replay(self.step, state, again, added.flatten(0, 1), evaluate, amount)
         return put_rows(x, again, state), put_rows(out, again, replayed)
 
-    def _rewind_from(self, x: Tensor) -> tuple[np.ndarray, Tensor]:
-        """(n,) the computed step after which each image is taken again, -1 for none, and (n, ...) its state after it.
+    def _walk_again(self, state: Tensor, start: np.ndarray, images: np.ndarray) -> Tensor:
+        """The states (m, ...) at this step of `images` (m,) that had `state` before their step `start` (m,)."""
+        for first in np.unique(start):
+            rows = np.flatnonzero(start == first)
+            own, now = images[rows], take_rows(state, rows)
+            for past in range(first, self.step, LOOK_AHEAD):  # some steps in one pass over the stored tensors
+                between = self.store.predict(own, np.arange(past, min(past + LOOK_AHEAD, self.step)))
+                now = self._skipped.walk(now, past, between, own)[-1]
+            state = put_rows(state, rows, now)
+            self.trace.rewound += len(rows) * (self.step - first)
+        return state
 
-        x is the state that the current step begins with, and that the one before it ended with.
-        """
+    def _set_anchors(self, x: Tensor) -> None:
+        """Keep the state x that the current step begins with where the step before was computed."""
         for i, newest in enumerate((self.previous, self.refreshed_before)[: 1 + self.rewinds_far]):
             new = np.flatnonzero(newest == self.step - 1)
             self._anchors[i] = renew_rows(self._anchors[i], new, x)
         if self.noise is not None:
             new = np.flatnonzero(self.previous == self.step - 1)
             self._anchor_noise = renew_rows(self._anchor_noise, new, self.noise.amount)
+
+    def _rewind_from(self) -> tuple[np.ndarray, Tensor]:
+        """(n,) the computed step after which each image is taken again, -1 for none, and (n, ...) its state after it."""
         origin, (anchor, far_anchor) = np.where(self.last == self.step, self.previous, -1), self._anchors
         if not self.rewinds_far:
             return origin, anchor
