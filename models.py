@@ -118,8 +118,8 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
     def modulation(self, c):
-        """c (N, D) -> shift, scale, (N, D) each."""
-        return self.adaLN_modulation(c).chunk(2, dim=1)
+        """c (..., D) -> shift, scale, (..., D) each."""
+        return self.adaLN_modulation(c).chunk(2, dim=-1)
 
     def forward(self, x, c):
         shift, scale = self.modulation(c)                        # 2 x (N, D)
@@ -191,10 +191,10 @@ class DiT(nn.Module):
         return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (N, T, C * p * p)
 
     def unpatch(self, x):
-        """x (N, T, p * p * channels), as the final layer gives it, for any number of channels -> (N, channels, H, W)."""
+        """x (N, T, p * p * channels), as the final layer gives it, for any channels -> (N, channels, H, W)."""
         p, grid = self.patch_size, self.input_size // self.patch_size
-        x = x.reshape(len(x), grid, grid, p, p, -1)       # (N, H/p, W/p, p, p, channels)
-        x = x.permute(0, 5, 1, 3, 2, 4)                   # (N, channels, H/p, p, W/p, p)
+        x = x.reshape(len(x), grid, grid, p, p, -1)         # (N, H/p, W/p, p, p, channels)
+        x = x.permute(0, 5, 1, 3, 2, 4)                     # (N, channels, H/p, p, W/p, p)
         return x.reshape(*x.shape[:2], grid * p, grid * p)  # (N, channels, H, W)
 
     def embed(self, x):

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from adacorr import Algorithm1, CacheManager
+from adacorr.outside import Outside, Update
 from adacorr.policies import names as policy_names
 from adacorr.run import take_rows
-from adacorr.skipped import SkippedSteps, Update
 from checkpoint import BUNDLED, VAES, Checkpoint, build_model, load_checkpoint, load_vae, released_name
 from diffusion import Sampler, cumulative_alphas, make_sampler, names, split_output
 from models import DiT, DiT_models, guide, guided_channels
@@ -336,15 +336,16 @@ def sample_latents(
         )
     x = sampler.prepare(noise)
     with opened as run:
+        short = None
         if run is not None and sampler.linear is not None and predicted is None:
-            guided_up_to = guided_channels(cfg_channels, model.in_channels, 2 * n) if guided else 0
-            update = Update(sampler.linear, cfg_scale, guided_up_to)
-            run.shorten(lambda: SkippedSteps(model, labels, n, sampler.timesteps, update))
+            channels = guided_channels(cfg_channels, model.in_channels, 2 * n) if guided else 0
+            update = Update(sampler.linear, cfg_scale, channels)
+            short = run.shorten(lambda: Outside(model, labels, n, sampler.timesteps, update))
         for step in range(sampler.num_steps)[:stop]:
             if run is not None:
                 run.begin_step(step)
-            if run is not None and run.skips:
-                x = run.skip(x)
+            if short is not None:
+                x = short.take(x)
             else:
                 out = evaluate(step, x, everyone)
                 if run is not None:

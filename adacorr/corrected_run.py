@@ -15,6 +15,7 @@ from adacorr.control import Controller
 from adacorr.correct import AdaCorrection
 from adacorr.injected_noise import InjectedNoise
 from adacorr.offset import innovation
+from adacorr.outside import Outside
 from adacorr.policy import Policy, Ran, RunInfo, View, scatter
 from adacorr.run import (
     Advance,
@@ -27,13 +28,10 @@ from adacorr.run import (
     renew_rows,
     take_rows,
 )
-from adacorr.skipped import SkippedSteps
+from adacorr.short_run import LOOK_AHEAD, ShortRun
 from adacorr.store import ComputedRows, FreshStep, UnitStore
 from adacorr.trace import Trace
 from adacorr.unit import Conditioning, Unit, check_units, run_unit
-
-# Most steps that one forecast covers: it holds that many outputs of the stack besides the history.
-LOOK_AHEAD = 8
 
 
 @dataclass(frozen=True)
@@ -105,8 +103,6 @@ class CorrectedRun(CachedRun):
         # (n, ...) each: the states after those steps, where a rewind starts
         self._anchors: list[Tensor | None] = [None, None]
         self._anchor_noise: Tensor | None = None  # and the noise of the near one
-        self._skipped: SkippedSteps | None = None  # takes steps without the model, where it can
-        self._walked: tuple[range, Tensor | None] = (range(0), None)  # (s, n, ...) the states after coming steps
         self._left: tuple[Tensor, Tensor] | None = None  # state and output that the step before ended with
         self._added: Tensor | None = None  # (halves * n, T, D): what the stack added in the current step
         self._replayed: Tensor | None = None  # what it is to add in a step that is taken again
@@ -129,17 +125,18 @@ class CorrectedRun(CachedRun):
         if self._replayed is not None:
             return x + self._replayed.to(x.dtype)
         self.check_call(x)
-        plan = self._plan(x, c)
-        computed = self._compute(plan, x, c)
-        self._learn(plan, computed)
+        plan = self.plan(x, c)
+        rows = slice(None) if plan.rows is None else plan.rows
+        computed = self.compute(plan, x[rows], c[rows]) if len(plan.computed.cond) else None
+        self.learn(plan, computed)
         out = self._assemble(plan, computed, x)
-        self._finish(plan, computed, out - x if self.rewinds else None)
+        self.finish(plan, computed, out - x if self.rewinds else None)
         return out
 
     # ------------------------------------------------------------------ the plan of a step
 
-    def _plan(self, x: Tensor, c: Tensor) -> Plan:
-        """Ask the policy and the controller what is computed, and forecast the rest."""
+    def plan(self, x: Tensor | None = None, c: Tensor | None = None) -> Plan:
+        """Ask the policy, which looks at x and c, and the controller what is computed, and forecast the rest."""
         probe = self._run_probe(x, c)
         view, wanted = self._ask_policy(x, c, probe)
         # Nothing to forecast from yet, or no telling how good the forecast is: a measure was not finite.
@@ -150,8 +147,8 @@ class CorrectedRun(CachedRun):
         both = np.flatnonzero(uncond) if self.halves == 2 else self.everyone[:0]
         computed = ComputedRows(np.flatnonzero(cond), both)
         everything = cond.all() and (uncond.all() or self.halves == 1)
-        rows = None if everything else torch.from_numpy(computed.rows(self.info.images)).to(x.device)
-        return Plan(computed, rows, weight, None if empty.any() else self._forecast()[1][:, :, 0], probe, view)
+        rows = None if everything else torch.from_numpy(computed.rows(self.info.images)).to(self.info.device)
+        return Plan(computed, rows, weight, None if empty.any() else self.forecast()[1][:, :, 0], probe, view)
 
     def _run_probe(self, x: Tensor, c: Tensor) -> Probe | None:
         if not self.probe:
@@ -173,7 +170,7 @@ class CorrectedRun(CachedRun):
         view = make_view(self.info, self.step, self.units[0], head, x[:visible], self.last, conditioning, self.trace)
         return view, checked_decision(self.policy, view, self.policy.propose)
 
-    def _forecast(self) -> tuple[range, Tensor]:
+    def forecast(self) -> tuple[range, Tensor]:
         """Steps from this one on, and what the stack is forecast to add in them for all images, (halves, n, s, T, D).
 
         Where the steps up to the next computed one are known, one pass over the stored tensors serves them all.
@@ -191,11 +188,8 @@ class CorrectedRun(CachedRun):
 
     # ------------------------------------------------------------------ what is computed
 
-    def _compute(self, plan: Plan, x: Tensor, c: Tensor) -> Computed | None:
-        """The stack for the plan's rows, None where there are none: x (halves * n, T, D)."""
-        if not len(plan.computed.cond):
-            return None
-        head, c = (x, c) if plan.rows is None else (x[plan.rows], c[plan.rows])
+    def compute(self, plan: Plan, head: Tensor, c: Tensor) -> Computed:
+        """The stack for the plan's rows, `head` (rows, T, D) with c (rows, D)."""
         conditioning, fresh = Conditioning(self.info.blocks, c), self.store.collect(plan.computed)
         out = head if plan.probe is None else self._resume(plan, head, conditioning, fresh)
         for unit in self.units:
@@ -207,8 +201,8 @@ class CorrectedRun(CachedRun):
         added, inferred = out - head, None
         if plan.forecast is not None and self.infers:
             # The inferred half adds what the computed one did, less the forecast difference of the two.
-            own = torch.from_numpy(plan.computed.cond).to(x.device)
-            inferred = added[: len(own)] + (plan.forecast[1] - plan.forecast[0])[own]
+            cond, uncond = (take_rows(half, plan.computed.cond) for half in plan.forecast)
+            inferred = added[: len(cond)] + (uncond - cond)
         return Computed(out, added, fresh, inferred)
 
     def _resume(self, plan: Plan, x: Tensor, conditioning: Conditioning, fresh: FreshStep) -> Tensor:
@@ -232,22 +226,23 @@ class CorrectedRun(CachedRun):
             view = replace(view, unit=unit, x=scatter(None, images, x, self.info.images))
         self.policy.computed(view, Ran(images, x, out, branch))
 
-    def _learn(self, plan: Plan, computed: Computed | None) -> None:
+    def learn(self, plan: Plan, computed: Computed | None) -> None:
         """Measure the offsets of what was computed against its forecast, and tell the controller."""
         self.trace.score[self.step], self.trace.weight[self.step] = np.nan, plan.weight
         if computed is None:
             return
         cond, uncond, lam = plan.computed.cond, plan.computed.uncond, self.correction.spatial_weight
         offset, difference_offset = np.full(len(cond), np.nan), np.full(len(uncond), np.nan)
-        index = torch.from_numpy(cond).to(computed.added.device)
-        if plan.forecast is not None and not self.infers:
-            fresh = computed.added.unflatten(0, (self.halves, -1)).transpose(0, 1).flatten(1, 2)
-            offset = innovation(fresh, torch.cat([half[index] for half in plan.forecast], dim=1), lam).cpu().numpy()
-        elif plan.forecast is not None:
-            offset = innovation(computed.added[: len(cond)], plan.forecast[0][index], lam).cpu().numpy()
-            if len(uncond):
-                known = computed.inferred[torch.from_numpy(plan.computed.shared).to(index.device)]
-                difference_offset = innovation(computed.added[len(cond) :], known, lam).cpu().numpy()
+        if plan.forecast is not None:
+            own = [take_rows(half, cond) for half in plan.forecast]
+            if self.infers:  # both halves in one call, for a single copy to the host
+                known = own[0]
+                if len(uncond):
+                    known = torch.cat([known, take_rows(computed.inferred, plan.computed.shared)])
+                offset, difference_offset = np.split(innovation(computed.added, known, lam).numpy(), [len(cond)])
+            else:
+                fresh = computed.added.unflatten(0, (self.halves, -1)).transpose(0, 1).flatten(1, 2)
+                offset = innovation(fresh, torch.cat(own, dim=1), lam).numpy()
         score = np.full(self.info.images, np.nan)
         score[cond] = self.controller.learn(self.step, cond, offset, uncond, difference_offset)
         self.trace.score[self.step] = score
@@ -269,7 +264,7 @@ class CorrectedRun(CachedRun):
             out[plan.rows] = computed.out
         return out
 
-    def _finish(self, plan: Plan, computed: Computed | None, added: Tensor | None) -> None:
+    def finish(self, plan: Plan, computed: Computed | None, added: Tensor | None) -> None:
         """Store what was computed, and write the trace."""
         if computed is not None:
             self.store.keep(computed.fresh, self.step)
@@ -289,33 +284,16 @@ class CorrectedRun(CachedRun):
         self.previous, self.refreshed_before = self.last.copy(), self.refreshed.copy()
         self.trace.done = self.step + 1
 
-    # ------------------------------------------------------------------ steps without the model
+    def shorten(self, make: Callable[[], Outside]) -> ShortRun | None:
+        # A policy looks at every step, and noise is answered in it.
+        return ShortRun(self, make()) if self.policy is None and self.noise is None else None
 
-    def shorten(self, make: Callable[[], SkippedSteps]) -> None:
-        if self.policy is None and self.noise is None:  # a policy looks at every step
-            self._skipped = make()
-
-    @property
-    def skips(self) -> bool:
-        if self._skipped is None or self.step is None or self.store.empty.any():
-            return False
-        nonfinite = self.controller.nonfinite
-        return not self.controller.decide(self.step, np.zeros_like(nonfinite), nonfinite)[1].any()
-
-    def skip(self, x: Tensor) -> Tensor:
-        if not self.skips:
-            return super().skip(x)
-        steps, states = self._walked
-        if self.step not in steps:  # all steps up to the next computed one, in one call
-            ahead, added = self._forecast()
-            steps = range(self.step, max(self.step + 1, min(self.controller.next_due(), ahead.stop)))
-            states = self._skipped.walk(x, self.step, added[:, :, : len(steps)], self.everyone)
-            self._walked = steps, states
+    def skip_step(self, x: Tensor) -> None:
+        """This step, which begins with the state x (n, ...), is skipped for all images."""
         self.trace.score[self.step], self.trace.weight[self.step] = np.nan, self.controller.clock.weight(self.step)
         self._pass()
         if self.rewinds:
             self._set_anchors(x)
-        return states[self.step - steps.start]
 
     # ------------------------------------------------------------------ correcting state and output
 
@@ -350,17 +328,12 @@ class CorrectedRun(CachedRun):
         steps since then are still kept. x (n, ...) the state at this step and out the network's output for it -> both,
         for the corrected state.
         """
-        self._set_anchors(x)
-        origin, anchor = self._rewind_from()
+        origin, anchor = self.rewind_from(x)
         again = np.flatnonzero((origin >= 0) & (self.step - origin > 1))
         if not len(again):
             return x, out
         start, state = origin[again] + 1, take_rows(anchor, again)
         added = torch.stack([take_rows(half, again) for half in self._added.unflatten(0, (self.halves, -1))])
-        if self._skipped is not None:
-            state = self._walk_again(state, start, again)
-            replayed = self._skipped.output(state, self.step, added, again)
-            return put_rows(x, again, state), put_rows(out[:, : x.shape[1]], again, replayed)
         amount = take_rows(self._anchor_noise, again)
         for past in range(start.min(), self.step):
             if (past - start.min()) % LOOK_AHEAD == 0:  # some steps in one pass over the stored tensors
@@ -380,18 +353,6 @@ class CorrectedRun(CachedRun):
         replayed = self._replay(self.step, state, again, added.flatten(0, 1), evaluate, amount)
         return put_rows(x, again, state), put_rows(out, again, replayed)
 
-    def _walk_again(self, state: Tensor, start: np.ndarray, images: np.ndarray) -> Tensor:
-        """The states (m, ...) at this step of `images` (m,) that had `state` before their step `start` (m,)."""
-        for first in np.unique(start):
-            rows = np.flatnonzero(start == first)
-            own, now = images[rows], take_rows(state, rows)
-            for past in range(first, self.step, LOOK_AHEAD):  # some steps in one pass over the stored tensors
-                between = self.store.predict(own, np.arange(past, min(past + LOOK_AHEAD, self.step)))
-                now = self._skipped.walk(now, past, between, own)[-1]
-            state = put_rows(state, rows, now)
-            self.trace.rewound += len(rows) * (self.step - first)
-        return state
-
     def _set_anchors(self, x: Tensor) -> None:
         """Keep the state x that the current step begins with where the step before was computed."""
         for i, newest in enumerate((self.previous, self.refreshed_before)[: 1 + self.rewinds_far]):
@@ -401,15 +362,19 @@ class CorrectedRun(CachedRun):
             new = np.flatnonzero(self.previous == self.step - 1)
             self._anchor_noise = renew_rows(self._anchor_noise, new, self.noise.amount)
 
-    def _rewind_from(self) -> tuple[np.ndarray, Tensor]:
-        """(n,) the computed step after which each image is taken again, -1 for none, and (n, ...) its state after it."""
+    def rewind_from(self, x: Tensor) -> tuple[np.ndarray, Tensor]:
+        """(n,) the computed step after which each image is taken again, -1 for none, and (n, ...) its state after it.
+
+        x is the state that the current step begins with, and that the one before it ended with.
+        """
+        self._set_anchors(x)
         origin, (anchor, far_anchor) = np.where(self.last == self.step, self.previous, -1), self._anchors
         if not self.rewinds_far:
             return origin, anchor
         far = (self.refreshed == self.step) & (self.refreshed_before >= self.store.oldest())
         far = np.flatnonzero(far)
         origin[far] = self.refreshed_before[far]
-        return origin, put_rows(anchor, far, take_rows(far_anchor, far))
+        return origin, put_rows(anchor, far, take_rows(far_anchor, far)) if len(far) else anchor
 
     def _replay(
         self, step: int, x: Tensor, images: np.ndarray, added: Tensor, evaluate: Evaluate, amount: Tensor | None

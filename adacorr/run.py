@@ -15,7 +15,8 @@ from adacorr.trace import Trace
 from adacorr.unit import Conditioning, Unit
 
 if TYPE_CHECKING:
-    from adacorr.skipped import SkippedSteps
+    from adacorr.outside import Outside
+    from adacorr.short_run import ShortRun
 
 # evaluate(step, x (m, C, H, W), images (m,)) -> the guided network output at an earlier step or at this one
 Evaluate = Callable[[int, Tensor, np.ndarray], Tensor]
@@ -26,15 +27,13 @@ Advance = Callable[[int, Tensor, Tensor, np.ndarray], Tensor]
 class CachedRun(ABC):
     """One sampling run through a cache.
 
-    run.shorten(make)                                    # may be left out: all steps then go through the model
     for step in range(len(timesteps)):
         run.begin_step(step)
-        if run.skips:
-            x = run.skip(x)
-            continue
         out = evaluate(step, x, images)                  # DiT.forward passes its blocks through run.run_blocks
         x, out = run.correct(x, out, evaluate, advance)  # may be left out: the run then forecasts only
         x = advance(step, x, out, images)
+
+    Where the sampler's step is linear, `shorten` may give what takes the steps in a few operations: x = short.take(x).
     """
 
     def __init__(self, info: RunInfo, trace: Trace):
@@ -64,17 +63,9 @@ class CachedRun(ABC):
         """
         return x, out
 
-    def shorten(self, make: Callable[[], SkippedSteps]) -> None:
-        """Take steps in which no block runs without the model, by what `make` builds. Not every run can use it."""
-
-    @property
-    def skips(self) -> bool:
-        """Whether `skip` takes this step in place of the model and the sampler."""
-        return False
-
-    def skip(self, x: Tensor) -> Tensor:
-        """The state after this step from the state x before it, (n, C, H, W) both. RuntimeError unless `skips`."""
-        raise RuntimeError(f"step {self.step} needs the model: call `skip` only where `skips` says so")
+    def shorten(self, make: Callable[[], Outside]) -> ShortRun | None:
+        """What takes the steps of this run in place of the sampling loop; None where the loop has to take them."""
+        return None
 
     def check_call(self, x: Tensor) -> None:
         if self.step is None:

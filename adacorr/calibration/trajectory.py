@@ -187,7 +187,7 @@ class TrajectoryCalibration:
         loadings = [self.basis.loadings[0][:, label]]
         if self.halves == 2:
             loadings.append(self.basis.loadings[1].expand(-1, len(x), -1, -1))
-        fresh = FreshSums(ComputedRows(everyone, everyone[: len(x) * (self.halves - 1)]), loadings)
+        fresh = FreshSums(ComputedRows(everyone, everyone[: len(x) * (self.halves - 1)]), torch.cat(loadings, dim=1))
         tokens = self.model.embed(x.to(self._dtype)).repeat(self.halves, 1, 1)
         out = tokens
         for block in self.model.blocks:
