@@ -61,7 +61,7 @@ class TrajectoryCalibration:
         for step in range(len(self.timesteps)):
             c = self._rows(step, n, labels)
             tokens, out, fresh = self._evaluate(x, c, labels)
-            processes = self._differences(fresh.values)
+            processes = self._differences(fresh.values[: self.halves])
             for half, sums in enumerate(processes):
                 self.sums[half][step] += sums.double().sum(dim=(0, 2))
                 seen[half].append(self._to_image(sums @ self.projection[half]))
