@@ -157,6 +157,7 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList([DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.cache = None  # the per-layer manager, while one is attached
+        self.walk = None  # in place of adacorr.outside.walk, once that is captured
         self.reset_parameters()
 
     def reset_parameters(self):

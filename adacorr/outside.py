@@ -66,7 +66,7 @@ class Outside:
 
     def enter(self, x: Tensor, step: int, computed: ComputedRows) -> tuple[Tensor, Tensor]:
         """What the blocks take for the rows [cond; uncond] of the state x (n, C, H, W): tokens, conditioning."""
-        tokens = self._embed(x.to(self.dtype)).to(self._conditions.dtype)
+        tokens = embed(self.model, x.to(self.dtype), self._positions, self._embedding).to(self._conditions.dtype)
         rows = [tokens if len(own) == len(x) else tokens[torch.from_numpy(own).to(x.device)] for own in computed.halves]
         label = np.concatenate([own[images] for own, images in zip(self._labels, computed.halves, strict=False)])
         c = self._conditions[step].index_select(0, torch.from_numpy(label).to(x.device))
@@ -79,26 +79,42 @@ class Outside:
         """
         steps, label = slice(start, start + added.shape[2]), torch.from_numpy(self._labels[:, images].T).to(x.device)
         modulation = self._modulation[steps].index_select(1, label.flatten()).unflatten(1, label.shape)
-        return self._walk(x, added, modulation, self._update[steps])
+        weights = self._positions, self._embedding, self._projection, self._bias
+        # Graphs of some of the images would be many, each for a few calls.
+        take = self.model.walk if self.model.walk is not None and len(images) == self._labels.shape[1] else walk
+        return take(self.model, x.to(self.dtype), added, modulation, self._update[steps], *weights).to(x.dtype)
 
-    def _walk(self, x: Tensor, added: Tensor, modulation: Tensor, update: Tensor) -> Tensor:
-        """modulation (s, m, halves, 2, D), update (s, 2): those of the steps and images."""
-        states, now = [], x.to(self.dtype)
-        for i in range(len(update)):
-            now = torch.addcmul(now * update[i, 0], self._predict(now, added[:, :, i], modulation[i]), update[i, 1])
-            states.append(now)
-        return (torch.stack(states) if len(states) > 1 else now[None]).to(x.dtype)
 
-    def _embed(self, x: Tensor) -> Tensor:
-        """x (m, C, H, W) -> tokens with positions (m, T, D)."""
-        positions, weight = (part.expand(len(x), -1, -1) for part in (self._positions, self._embedding))
-        return torch.baddbmm(positions, self.model.patches(x), weight)
+def walk(
+    model: nn.Module,
+    x: Tensor,
+    added: Tensor,
+    modulation: Tensor,
+    update: Tensor,
+    positions: Tensor,
+    embedding: Tensor,
+    projection: Tensor,
+    bias: Tensor,
+) -> Tensor:
+    """The states (s, m, C, H, W) after each of s steps. No value is looked at, so that it can be captured.
 
-    def _predict(self, x: Tensor, added: Tensor, modulation: Tensor) -> Tensor:
-        """x (m, C, H, W), added (halves, m, T, D), modulation (m, halves, 2, D) -> guided noise (m, C, H, W)."""
-        tokens = self._embed(x)
+    x (m, C, H, W), added (halves, m, s, T, D), modulation (s, m, halves, 2, D) shift and 1 + scale, update (s, 2);
+    positions (1, T, D), embedding (C * p * p, D), projection (p * p * C, halves * D), bias (p * p * C,).
+    """
+    states = []
+    for i in range(len(update)):
+        tokens = embed(model, x, positions, embedding)  # (m, T, D)
         h = tokens.new_empty(*tokens.shape[:2], len(added), tokens.shape[2])
-        torch.add(tokens.unsqueeze(2), added.permute(1, 2, 0, 3), out=h)  # (m, T, halves, D)
-        shift, scale = modulation.unsqueeze(1).unbind(3)  # (m, 1, halves, D) each
-        h = torch.addcmul(shift, self.model.final_layer.norm_final(h), scale)
-        return self.model.unpatch(nn.functional.linear(h.flatten(2), self._projection, self._bias))
+        torch.add(tokens.unsqueeze(2), added[:, :, i].permute(1, 2, 0, 3), out=h)  # (m, T, halves, D)
+        shift, scale = modulation[i].unsqueeze(1).unbind(3)  # (m, 1, halves, D) each
+        h = torch.addcmul(shift, model.final_layer.norm_final(h), scale)
+        eps = model.unpatch(nn.functional.linear(h.flatten(2), projection, bias))  # (m, C, H, W)
+        x = torch.addcmul(x * update[i, 0], eps, update[i, 1])
+        states.append(x)
+    return torch.stack(states) if len(states) > 1 else x[None]
+
+
+def embed(model: nn.Module, x: Tensor, positions: Tensor, embedding: Tensor) -> Tensor:
+    """x (m, C, H, W) -> tokens with positions (m, T, D)."""
+    positions, embedding = (part.expand(len(x), -1, -1) for part in (positions, embedding))
+    return torch.baddbmm(positions, model.patches(x), embedding)
