@@ -134,9 +134,10 @@ class UnitStore(ABC):
             coefficients.append(np.stack(means).reshape(len(means), len(images) * len(steps), -1))
         values = histories[0].values
         coefficients = upload(coefficients, values.device)
-        out = values.new_empty(len(histories), len(images), len(steps), *histories[0].shape)
+        wide = torch.promote_types(values.dtype, torch.float32)
+        out = values.new_empty(len(histories), len(images), len(steps), *histories[0].shape, dtype=wide)
         for history, own, half in zip(histories, coefficients, out, strict=False):
-            history.read(images, own.to(values.dtype), half)
+            history.read(images, own.to(wide), half)
         if self.tables is not None:
             added = torch.bmm(coefficients[-1], self.tables[:, rows.start : rows.stop].flatten(1, 2))
             out += added.view(*out.shape[:3], 1, -1)
