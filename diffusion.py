@@ -90,6 +90,11 @@ class Sampler:
         """The initial state from unit Gaussian `noise`; same shape and dtype."""
         return noise
 
+    @property
+    def linear(self) -> np.ndarray | None:
+        """(S, 2) float64: a and b of a sampler whose step is a * x + b * (predicted noise); None for any other."""
+        return None
+
     def model_input(self, i: int, x: Tensor) -> Tensor:
         """What the network is given for the state `x` at step `i`; same shape and dtype."""
         return x
@@ -201,6 +206,14 @@ class DDIM(_ClosedForm):
             raise ValueError(f"eta={eta!r} is not a number in 0..1; 0 is deterministic, 1 as random as ddpm")
         self.eta, self.stochastic = eta, eta > 0.0
         super().__init__(num_steps, clip)
+
+    @property
+    def linear(self) -> np.ndarray | None:
+        """See `Sampler.linear`: neither clipped nor noisy, Eq. 12 is sqrt(abar_s) x_0 + sqrt(1 - abar_s) eps."""
+        if self.stochastic or self.clip:
+            return None
+        from_x, from_eps, of_x0, of_eps, _ = self._tables.numpy()
+        return np.stack([of_x0 * from_x, of_eps - of_x0 * from_eps], axis=1)
 
     def _coefficients(self, beta: np.ndarray, abar: np.ndarray, before: np.ndarray) -> list[np.ndarray]:
         sigma = self.eta * np.sqrt((1.0 - before) / (1.0 - abar)) * np.sqrt(1.0 - abar / before)

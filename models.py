@@ -117,8 +117,12 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
+    def modulation(self, c):
+        """c (..., D) -> shift, scale, (..., D) each."""
+        return self.adaLN_modulation(c).chunk(2, dim=-1)
+
     def forward(self, x, c):
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)  # 2 x (N, D)
+        shift, scale = self.modulation(c)                        # 2 x (N, D)
         x = modulate(self.norm_final(x), shift, scale)           # (N, T, D)
         return self.linear(x)                                    # (N, T, p * p * out_channels)
 
@@ -153,6 +157,7 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList([DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.cache = None  # the per-layer manager, while one is attached
+        self.walk = None  # in place of adacorr.outside.walk, once that is captured
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -180,16 +185,28 @@ class DiT(nn.Module):
                              f"{self.config['class_dropout_prob']}, so sample without guidance")
         return self.num_classes
 
+    def patches(self, x):
+        """x (N, C, H, W) -> flat patches (N, T, C * p * p), as `embed` projects them."""
+        p = self.patch_size
+        x = x.unflatten(2, (-1, p)).unflatten(4, (-1, p))            # (N, C, H/p, p, W/p, p)
+        return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (N, T, C * p * p)
+
+    def unpatch(self, x):
+        """x (N, T, p * p * channels), as the final layer gives it, for any channels -> (N, channels, H, W)."""
+        p, grid = self.patch_size, self.input_size // self.patch_size
+        x = x.reshape(len(x), grid, grid, p, p, -1)         # (N, H/p, W/p, p, p, channels)
+        x = x.permute(0, 5, 1, 3, 2, 4)                     # (N, channels, H/p, p, W/p, p)
+        return x.reshape(*x.shape[:2], grid * p, grid * p)  # (N, channels, H, W)
+
     def embed(self, x):
         """x (N, C, H, W) -> tokens with positions (N, T, D). Raises ValueError for another shape of input."""
-        p, size, projection = self.patch_size, self.input_size, self.x_embedder.proj
+        size, projection = self.input_size, self.x_embedder.proj
         if x.shape[1:] != (self.in_channels, size, size):
             raise ValueError(f"input {tuple(x.shape)} does not fit the model, which takes "
                              f"(N, {self.in_channels}, {size}, {size})")
         # One matrix product over flat patches: x_embedder's strided convolution is several times slower on a CPU and
         # leaves the tokens transposed in memory, which would slow every block.
-        x = x.unflatten(2, (-1, p)).unflatten(4, (-1, p))         # (N, C, H/p, p, W/p, p)
-        x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (N, T, C * p * p)
+        x = self.patches(x)                                       # (N, T, C * p * p)
         return nn.functional.linear(x, projection.weight.flatten(1), projection.bias) + self.pos_embed
 
     def condition(self, t, y=None):
@@ -206,11 +223,7 @@ class DiT(nn.Module):
 
     def decode(self, tokens, c):
         """tokens (N, T, D), c (N, D) -> (N, out_channels, H, W)."""
-        p, grid, channels = self.patch_size, self.input_size // self.patch_size, self.out_channels
-        x = self.final_layer(tokens, c)                           # (N, T, p * p * out_channels)
-        x = x.reshape(-1, grid, grid, p, p, channels)             # (N, H/p, W/p, p, p, out_channels)
-        x = x.permute(0, 5, 1, 3, 2, 4)                           # (N, out_channels, H/p, p, W/p, p)
-        return x.reshape(-1, channels, grid * p, grid * p)        # (N, out_channels, H, W)
+        return self.unpatch(self.final_layer(tokens, c))          # (N, out_channels, H, W)
 
     def forward(self, x, t, y=None):
         """x (N, C, H, W), t (N,), y (N,) or None -> (N, out_channels, H, W): noise, then sigma if learnt.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from adacorr import Algorithm1, CacheManager
+from adacorr.outside import Outside, Update
 from adacorr.policies import names as policy_names
 from adacorr.run import take_rows
 from checkpoint import BUNDLED, VAES, Checkpoint, build_model, load_checkpoint, load_vae, released_name
@@ -335,13 +336,21 @@ def sample_latents(
         )
     x = sampler.prepare(noise)
     with opened as run:
+        short = None
+        if run is not None and sampler.linear is not None and predicted is None:
+            channels = guided_channels(cfg_channels, model.in_channels, 2 * n) if guided else 0
+            update = Update(sampler.linear, cfg_scale, channels)
+            short = run.shorten(lambda: Outside(model, labels, n, sampler.timesteps, update))
         for step in range(sampler.num_steps)[:stop]:
             if run is not None:
                 run.begin_step(step)
-            out = evaluate(step, x, everyone)
-            if run is not None:
-                x, out = run.correct(x, out, evaluate, advance)
-            x = advance(step, x, out, everyone)
+            if short is not None:
+                x = short.take(x)
+            else:
+                out = evaluate(step, x, everyone)
+                if run is not None:
+                    x, out = run.correct(x, out, evaluate, advance)
+                x = advance(step, x, out, everyone)
             if observe is not None:
                 observe(step, x, cache)
     return x

@@ -1,10 +1,13 @@
-"""torch.compile for the branches of the blocks; the decisions about them stay as they are."""
+"""torch.compile for the branches of the blocks, CUDA graphs for skipped steps; the decisions stay as they are."""
 
 from functools import wraps
 from types import MethodType
 
 import torch
 from torch import Tensor, nn
+
+from adacorr.captured import Captured
+from adacorr.outside import walk
 
 BACKEND = "inductor"
 
@@ -15,7 +18,11 @@ def compile_blocks(model: nn.Module) -> None:
     All blocks share the graphs, and these leave the number of rows open, which changes from step to step under a cache:
     there are at most four for each branch, for one row or more and for modulations of all rows or copies of some. The
     first are made here, so that a missing compiler shows now: ValueError.
+
+    On a GPU, steps in which no block runs become CUDA graphs, one for each number of steps that are taken in one call,
+    captured when it first occurs.
     """
+    model.walk = Captured(walk)
     for block in model.blocks:
         for name in ("attn_branch", "mlp_branch"):
             setattr(block, name, MethodType(_compiled(getattr(type(block), name)), block))

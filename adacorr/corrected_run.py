@@ -4,7 +4,7 @@ All branches of an image are forecast from the same computed steps with the same
 makes the parts of a step disagree. A policy, if there is one, proposes steps; the offset decides.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,6 +15,7 @@ from adacorr.control import Controller
 from adacorr.correct import AdaCorrection
 from adacorr.injected_noise import InjectedNoise
 from adacorr.offset import innovation
+from adacorr.outside import Outside
 from adacorr.policy import Policy, Ran, RunInfo, View, scatter
 from adacorr.run import (
     Advance,
@@ -27,12 +28,10 @@ from adacorr.run import (
     renew_rows,
     take_rows,
 )
+from adacorr.short_run import LOOK_AHEAD, ShortRun
 from adacorr.store import ComputedRows, FreshStep, UnitStore
 from adacorr.trace import Trace
 from adacorr.unit import Conditioning, Unit, check_units, run_unit
-
-# Most steps that one forecast covers: it holds that many outputs of the stack besides the history.
-LOOK_AHEAD = 8
 
 
 @dataclass(frozen=True)
@@ -49,13 +48,13 @@ class Plan:
 
     rows      rows of the stacked batch that are computed, None for all of them
     weight    (n,) of Eq. 6, read as urgency
-    forecast  what the stack is forecast to add to all images, (n, T, D) for each half; None without a past
+    forecast  what the stack is forecast to add to all images, (halves, n, T, D); None without a past
     """
 
     computed: ComputedRows
     rows: Tensor | None
     weight: np.ndarray
-    forecast: list[Tensor] | None
+    forecast: Tensor | None
     probe: Probe | None
     view: View | None  # what the policy sees, if there is one
 
@@ -95,7 +94,7 @@ class CorrectedRun(CachedRun):
         self.everyone = np.arange(info.images)
         self.last = np.full(info.images, -1)  # newest computed step of each image,
         self.previous = self.last  # and the one before the current step
-        self._ahead: tuple[range, list[Tensor]] = (range(0), [])  # forecasts of coming steps
+        self._ahead: tuple[range, Tensor | None] = (range(0), None)  # forecasts (halves, n, s, T, D) of coming steps
         self.rewinds = rewindable and correction.rewind
         # Under injected noise a far rewind has more noise to bridge than it gains.
         self.rewinds_far = self.infers and controller.profile is not None and noise is None
@@ -126,17 +125,18 @@ class CorrectedRun(CachedRun):
         if self._replayed is not None:
             return x + self._replayed.to(x.dtype)
         self.check_call(x)
-        plan = self._plan(x, c)
-        computed = self._compute(plan, x, c)
-        self._learn(plan, computed)
+        plan = self.plan(x, c)
+        rows = slice(None) if plan.rows is None else plan.rows
+        computed = self.compute(plan, x[rows], c[rows]) if len(plan.computed.cond) else None
+        self.learn(plan, computed)
         out = self._assemble(plan, computed, x)
-        self._finish(plan, computed, out - x if self.rewinds else None)
+        self.finish(plan, computed, out - x if self.rewinds else None)
         return out
 
     # ------------------------------------------------------------------ the plan of a step
 
-    def _plan(self, x: Tensor, c: Tensor) -> Plan:
-        """Ask the policy and the controller what is computed, and forecast the rest."""
+    def plan(self, x: Tensor | None = None, c: Tensor | None = None) -> Plan:
+        """Ask the policy, which looks at x and c, and the controller what is computed, and forecast the rest."""
         probe = self._run_probe(x, c)
         view, wanted = self._ask_policy(x, c, probe)
         # Nothing to forecast from yet, or no telling how good the forecast is: a measure was not finite.
@@ -147,8 +147,8 @@ class CorrectedRun(CachedRun):
         both = np.flatnonzero(uncond) if self.halves == 2 else self.everyone[:0]
         computed = ComputedRows(np.flatnonzero(cond), both)
         everything = cond.all() and (uncond.all() or self.halves == 1)
-        rows = None if everything else torch.from_numpy(computed.rows(self.info.images)).to(x.device)
-        return Plan(computed, rows, weight, None if empty.any() else self._forecast(), probe, view)
+        rows = None if everything else torch.from_numpy(computed.rows(self.info.images)).to(self.info.device)
+        return Plan(computed, rows, weight, None if empty.any() else self.forecast()[1][:, :, 0], probe, view)
 
     def _run_probe(self, x: Tensor, c: Tensor) -> Probe | None:
         if not self.probe:
@@ -170,8 +170,8 @@ class CorrectedRun(CachedRun):
         view = make_view(self.info, self.step, self.units[0], head, x[:visible], self.last, conditioning, self.trace)
         return view, checked_decision(self.policy, view, self.policy.propose)
 
-    def _forecast(self) -> list[Tensor]:
-        """What the stack is forecast to add for all images at this step: (n, T, D) for each half.
+    def forecast(self) -> tuple[range, Tensor]:
+        """Steps from this one on, and what the stack is forecast to add in them for all images, (halves, n, s, T, D).
 
         Where the steps up to the next computed one are known, one pass over the stored tensors serves them all.
         """
@@ -184,15 +184,12 @@ class CorrectedRun(CachedRun):
             steps = range(self.step, stop)
             ahead = self.store.predict(self.everyone, np.arange(self.step, stop))
             self._ahead = steps, ahead
-        return [half[:, self.step - steps.start] for half in ahead]
+        return range(self.step, steps.stop), ahead[:, :, self.step - steps.start :]
 
     # ------------------------------------------------------------------ what is computed
 
-    def _compute(self, plan: Plan, x: Tensor, c: Tensor) -> Computed | None:
-        """The stack for the plan's rows, None where there are none: x (halves * n, T, D)."""
-        if not len(plan.computed.cond):
-            return None
-        head, c = (x, c) if plan.rows is None else (x[plan.rows], c[plan.rows])
+    def compute(self, plan: Plan, head: Tensor, c: Tensor) -> Computed:
+        """The stack for the plan's rows, `head` (rows, T, D) with c (rows, D)."""
         conditioning, fresh = Conditioning(self.info.blocks, c), self.store.collect(plan.computed)
         out = head if plan.probe is None else self._resume(plan, head, conditioning, fresh)
         for unit in self.units:
@@ -204,8 +201,8 @@ class CorrectedRun(CachedRun):
         added, inferred = out - head, None
         if plan.forecast is not None and self.infers:
             # The inferred half adds what the computed one did, less the forecast difference of the two.
-            own = torch.from_numpy(plan.computed.cond).to(x.device)
-            inferred = added[: len(own)] + (plan.forecast[1] - plan.forecast[0])[own]
+            cond, uncond = (take_rows(half, plan.computed.cond) for half in plan.forecast)
+            inferred = added[: len(cond)] + (uncond - cond)
         return Computed(out, added, fresh, inferred)
 
     def _resume(self, plan: Plan, x: Tensor, conditioning: Conditioning, fresh: FreshStep) -> Tensor:
@@ -229,22 +226,23 @@ class CorrectedRun(CachedRun):
             view = replace(view, unit=unit, x=scatter(None, images, x, self.info.images))
         self.policy.computed(view, Ran(images, x, out, branch))
 
-    def _learn(self, plan: Plan, computed: Computed | None) -> None:
+    def learn(self, plan: Plan, computed: Computed | None) -> None:
         """Measure the offsets of what was computed against its forecast, and tell the controller."""
         self.trace.score[self.step], self.trace.weight[self.step] = np.nan, plan.weight
         if computed is None:
             return
         cond, uncond, lam = plan.computed.cond, plan.computed.uncond, self.correction.spatial_weight
         offset, difference_offset = np.full(len(cond), np.nan), np.full(len(uncond), np.nan)
-        index = torch.from_numpy(cond).to(computed.added.device)
-        if plan.forecast is not None and not self.infers:
-            fresh = computed.added.unflatten(0, (self.halves, -1)).transpose(0, 1).flatten(1, 2)
-            offset = innovation(fresh, torch.cat([half[index] for half in plan.forecast], dim=1), lam).cpu().numpy()
-        elif plan.forecast is not None:
-            offset = innovation(computed.added[: len(cond)], plan.forecast[0][index], lam).cpu().numpy()
-            if len(uncond):
-                known = computed.inferred[torch.from_numpy(plan.computed.shared).to(index.device)]
-                difference_offset = innovation(computed.added[len(cond) :], known, lam).cpu().numpy()
+        if plan.forecast is not None:
+            own = [take_rows(half, cond) for half in plan.forecast]
+            if self.infers:  # both halves in one call, for a single copy to the host
+                known = own[0]
+                if len(uncond):
+                    known = torch.cat([known, take_rows(computed.inferred, plan.computed.shared)])
+                offset, difference_offset = np.split(innovation(computed.added, known, lam).numpy(), [len(cond)])
+            else:
+                fresh = computed.added.unflatten(0, (self.halves, -1)).transpose(0, 1).flatten(1, 2)
+                offset = innovation(fresh, torch.cat(own, dim=1), lam).numpy()
         score = np.full(self.info.images, np.nan)
         score[cond] = self.controller.learn(self.step, cond, offset, uncond, difference_offset)
         self.trace.score[self.step] = score
@@ -256,7 +254,7 @@ class CorrectedRun(CachedRun):
         if plan.rows is None:
             return computed.out
         images, out = self.info.images, torch.empty_like(x)
-        for half, value in enumerate(plan.forecast or ()):
+        for half, value in enumerate([] if plan.forecast is None else plan.forecast):
             own = slice(half * images, (half + 1) * images)
             torch.add(x[own], value.to(x.dtype), out=out[own])
         if computed is not None:
@@ -266,13 +264,13 @@ class CorrectedRun(CachedRun):
             out[plan.rows] = computed.out
         return out
 
-    def _finish(self, plan: Plan, computed: Computed | None, added: Tensor | None) -> None:
+    def finish(self, plan: Plan, computed: Computed | None, added: Tensor | None) -> None:
         """Store what was computed, and write the trace."""
         if computed is not None:
             self.store.keep(computed.fresh, self.step)
-            self._ahead = (range(0), [])
+            self._ahead = (range(0), None)
         self._added = added
-        self.previous, self.refreshed_before = self.last.copy(), self.refreshed.copy()
+        self._pass()
         self.last[plan.computed.cond] = self.refreshed[plan.computed.uncond] = self.step
         executed = self.trace.executed[self.step]
         executed[:, :, plan.computed.cond, 0] = 1
@@ -280,7 +278,22 @@ class CorrectedRun(CachedRun):
             executed[:, :, plan.computed.uncond, 1] = 1
         if plan.view is not None:
             count_modulations(self.trace, self.step, plan.view.conditioning, self.info)
+
+    def _pass(self) -> None:
+        """This step is done; nothing was computed in it so far."""
+        self.previous, self.refreshed_before = self.last.copy(), self.refreshed.copy()
         self.trace.done = self.step + 1
+
+    def shorten(self, make: Callable[[], Outside]) -> ShortRun | None:
+        # A policy looks at every step, and noise is answered in it.
+        return ShortRun(self, make()) if self.policy is None and self.noise is None else None
+
+    def skip_step(self, x: Tensor) -> None:
+        """This step, which begins with the state x (n, ...), is skipped for all images."""
+        self.trace.score[self.step], self.trace.weight[self.step] = np.nan, self.controller.clock.weight(self.step)
+        self._pass()
+        if self.rewinds:
+            self._set_anchors(x)
 
     # ------------------------------------------------------------------ correcting state and output
 
@@ -315,50 +328,53 @@ class CorrectedRun(CachedRun):
         steps since then are still kept. x (n, ...) the state at this step and out the network's output for it -> both,
         for the corrected state.
         """
-        origin, anchor = self._rewind_from(x)
+        origin, anchor = self.rewind_from(x)
         again = np.flatnonzero((origin >= 0) & (self.step - origin > 1))
         if not len(again):
             return x, out
         start, state = origin[again] + 1, take_rows(anchor, again)
+        added = torch.stack([take_rows(half, again) for half in self._added.unflatten(0, (self.halves, -1))])
         amount = take_rows(self._anchor_noise, again)
         for past in range(start.min(), self.step):
             if (past - start.min()) % LOOK_AHEAD == 0:  # some steps in one pass over the stored tensors
                 between = self.store.predict(again, np.arange(past, min(past + LOOK_AHEAD, self.step)))
             rows = np.flatnonzero(start <= past)
-            added = torch.cat([take_rows(half[:, (past - start.min()) % LOOK_AHEAD], rows) for half in between])
+            known = torch.cat([take_rows(half[:, (past - start.min()) % LOOK_AHEAD], rows) for half in between])
             now = take_rows(state, rows)
-            replayed = self._replay(past, now, again[rows], added, evaluate, take_rows(amount, rows))
+            replayed = self._replay(past, now, again[rows], known, evaluate, take_rows(amount, rows))
             after = advance(past, now, replayed, again[rows])
             if self.noise is not None:
                 followed = self.noise.follow(take_rows(amount, rows), past, now, replayed, after)
                 amount = put_rows(amount, rows, followed)
             state = put_rows(state, rows, after)
             self.trace.rewound += len(rows)
-        added = self._added.unflatten(0, (self.halves, -1))
-        added = torch.cat([take_rows(half, again) for half in added])
         if self.noise is not None:
             self.noise.moved(again, amount, self.step, state - take_rows(x, again))
-        replayed = self._replay(self.step, state, again, added, evaluate, amount)
+        replayed = self._replay(self.step, state, again, added.flatten(0, 1), evaluate, amount)
         return put_rows(x, again, state), put_rows(out, again, replayed)
 
-    def _rewind_from(self, x: Tensor) -> tuple[np.ndarray, Tensor]:
-        """(n,) the computed step after which each image is taken again, -1 for none, and (n, ...) its state after it.
-
-        x is the state that the current step begins with, and that the one before it ended with.
-        """
+    def _set_anchors(self, x: Tensor) -> None:
+        """Keep the state x that the current step begins with where the step before was computed."""
         for i, newest in enumerate((self.previous, self.refreshed_before)[: 1 + self.rewinds_far]):
             new = np.flatnonzero(newest == self.step - 1)
             self._anchors[i] = renew_rows(self._anchors[i], new, x)
         if self.noise is not None:
             new = np.flatnonzero(self.previous == self.step - 1)
             self._anchor_noise = renew_rows(self._anchor_noise, new, self.noise.amount)
+
+    def rewind_from(self, x: Tensor) -> tuple[np.ndarray, Tensor]:
+        """(n,) the computed step after which each image is taken again, -1 for none, and (n, ...) its state after it.
+
+        x is the state that the current step begins with, and that the one before it ended with.
+        """
+        self._set_anchors(x)
         origin, (anchor, far_anchor) = np.where(self.last == self.step, self.previous, -1), self._anchors
         if not self.rewinds_far:
             return origin, anchor
         far = (self.refreshed == self.step) & (self.refreshed_before >= self.store.oldest())
         far = np.flatnonzero(far)
         origin[far] = self.refreshed_before[far]
-        return origin, put_rows(anchor, far, take_rows(far_anchor, far))
+        return origin, put_rows(anchor, far, take_rows(far_anchor, far)) if len(far) else anchor
 
     def _replay(
         self, step: int, x: Tensor, images: np.ndarray, added: Tensor, evaluate: Evaluate, amount: Tensor | None

@@ -107,10 +107,10 @@ def _gram(blocks: Sequence[nn.Module], a: Tensor, b: Tensor, weight: Tensor | No
     """
     gram = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.device)
     for i, block in enumerate(blocks):
-        left, right = (torch.cat(block.gates(c), dim=1).double() for c in (a, b))
+        sides = [torch.cat(block.gates(c), dim=1).double() for c in ([a] if a is b else [a, b])]
         if weight is not None:
-            left, right = (gates * weight[2 * i : 2 * i + 2].flatten().to(gates) for gates in (left, right))
-        gram += left @ right.T
+            sides = [gates * weight[2 * i : 2 * i + 2].flatten().to(gates) for gates in sides]
+        gram += sides[0] @ sides[-1].T
     return gram.cpu()
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 def lagrange_weights(nodes: np.ndarray, at: np.ndarray, order: int) -> np.ndarray:
-    """Weights of the newest `order + 1` nodes in the polynomial through them, at the positions `at` (s,).
+    """Weights of the newest `order + 1` nodes in the polynomial through them, at the positions `at` (s,) or (n, s).
 
     nodes (n, K), newest first, nan where a row has fewer. Returns (n, s, order + 1); a row with fewer nodes uses a
     lower order and has zeros after them. Raises ValueError for a row without a node.
@@ -33,7 +33,7 @@ def lagrange_weights(nodes: np.ndarray, at: np.ndarray, order: int) -> np.ndarra
         valid[:, j] &= (nodes[:, j, None] != nodes[:, :j]).all(axis=1)
     used = np.where(valid, nodes, 0.0)
     count = nodes.shape[1]
-    weights = np.repeat(valid[:, None].astype(np.float64), len(at), axis=1)
+    weights = np.repeat(valid[:, None].astype(np.float64), at.shape[-1], axis=1)
     for j in range(count):
         for m in range(count):
             if m != j:
@@ -157,11 +157,20 @@ class History:
         np.put_along_axis(weights, slots[:, None], used, axis=2)
         return weights
 
-    def read(self, images: np.ndarray, coefficients: Tensor) -> Tensor:
-        """Weighted sums over kept steps and entries: coefficients (m, s, K, E) for `images` (m,) -> (m, s, T, D)."""
+    def read(self, images: np.ndarray, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
+        """Weighted sums over kept steps and entries: coefficients (m, s, K, E) for `images` (m,) -> (m, s, T, D).
+
+        out (m, s, T, D): contiguous memory for the result. Sums of 16-bit tensors are formed in the dtype of the
+        coefficients, float32, for a few images at a time.
+        """
         values, coefficients = self.values.flatten(1, 2), coefficients.flatten(2)
-        if len(images) == len(values):
-            out = torch.bmm(coefficients, values)
-        else:  # image by image: a gather would copy the history of each
-            out = torch.stack([c @ values[i] for c, i in zip(coefficients, images.tolist(), strict=True)])
-        return out.unflatten(-1, self.shape)
+        if out is None:
+            out = coefficients.new_empty(*coefficients.shape[:2], *self.shape)
+        whole = len(images) == len(values)
+        # A gather would copy the history of each image, and a conversion makes a copy of twice the size.
+        most = len(images) if values.dtype == coefficients.dtype else -(-len(images) // 8)
+        for i in range(0, len(images), most if whole else 1):
+            part = slice(i, i + most) if whole else slice(i, i + 1)
+            own = values[part] if whole else values[images[i]][None]
+            torch.bmm(coefficients[part], own.to(coefficients.dtype), out=out[part].flatten(2))
+        return out

@@ -43,28 +43,29 @@ class Kriging:
         return weights[inverse.ravel()]
 
 
-@dataclass(frozen=True)
 class Trend:
     """What the branches add on average, which no forecast has to follow.
 
     mean (S, Q, D) of the branch sums under the basis (S, Q) of the gates (adacorr.gates), over images and tokens; rest
     (S, D) what the gated branches add on average beyond basis @ mean, since the basis does not hold the gates exactly.
+    What a forecast lacks of it is a product with `table` (S, Q + 1, D), which holds both.
     """
 
-    mean: Tensor
-    rest: Tensor
-    basis: Tensor
+    def __init__(self, mean: Tensor, rest: Tensor, basis: Tensor):
+        self.basis = basis.cpu().numpy()
+        self.table = torch.cat([mean, rest[:, None]], dim=1)
 
-    def bias(self, weights: np.ndarray, kept: np.ndarray, at: np.ndarray) -> Tensor:
-        """(m, s, 1, D) to add to the forecast at steps (s,), with weights (m, s, K) of the kept steps (m, K).
+    def coefficients(self, weights: np.ndarray, kept: np.ndarray, at: np.ndarray, rows: range) -> np.ndarray:
+        """(m, s, R * (Q + 1)) whose product with `table[rows]` is to be added to the forecast at steps (s,).
 
             sum_q basis_q(s) (mean_q(s) - sum_k w_k(s) mean_q(s_k)) + rest(s)
 
-        A slot without a step is -1 and has weight 0.
+        weights (m, s, K) of the kept steps (m, K), -1 and weight 0 where there is none; the R `rows` hold them all.
         """
-        steps = torch.from_numpy(at)
-        basis, weights = self.basis[steps], torch.from_numpy(weights).to(self.mean)
-        own = torch.einsum("sq,sqd->sd", basis, self.mean[steps]) + self.rest[steps]
-        held = self.mean[torch.from_numpy(np.maximum(kept, 0))].flatten(1, 2)  # (m, K * Q, D)
-        coefficients = (weights[..., None] * basis[:, None, :]).flatten(2)  # (m, s, K * Q)
-        return (own - torch.bmm(coefficients, held)).unsqueeze(2)
+        image, column, basis = np.arange(len(kept))[:, None], np.arange(len(at)), self.basis[at]
+        result = np.zeros((*weights.shape[:2], len(rows), basis.shape[1] + 1), dtype=np.float32)
+        for k, step in enumerate(np.maximum(kept, rows.start).T):
+            result[image, column, step[:, None] - rows.start, :-1] -= weights[:, :, k, None] * basis
+        result[:, column, at - rows.start, :-1] += basis
+        result[:, column, at - rows.start, -1] = 1.0
+        return result.reshape(*weights.shape[:2], -1)

@@ -147,6 +147,6 @@ def interpolation(at: np.ndarray, known: np.ndarray) -> np.ndarray:
     """(S, P) weights of values at timesteps `known` (P,) for those at `at` (S,): cubic, through the four nearest."""
     nearest = np.argsort(np.abs(at[:, None] - known), axis=1, kind="stable")[:, :4]
     weights = np.zeros((len(at), len(known)))
-    for row, (t, near) in enumerate(zip(at, nearest, strict=True)):
-        weights[row, near] = lagrange_weights(known[None, near], t[None], len(near) - 1)[0, 0]
+    near = lagrange_weights(known[nearest], at[:, None], nearest.shape[1] - 1)[:, 0]
+    np.put_along_axis(weights, nearest, near, axis=1)
     return weights

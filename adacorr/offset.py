@@ -7,6 +7,7 @@ the cache *predicted* for it, relative to its size: it is scale-free and zero wh
 Shapes: n images, T tokens, D channels. Both guidance halves of an image count as its tokens: pass (n, 2 * T, D).
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,11 +44,18 @@ def innovation(fresh: Tensor, predicted: Tensor, spatial_weight: float = 1.0) ->
     """Relative offset between a fresh tensor and its prediction, S = r + lambda * q; zero when they agree.
 
     r is Eq. 1 between the two over the mean token norm of `fresh`; q is the relative change of Eq. 2. With the "hold"
-    predictor the numerator of r is Eq. 1 itself. (n, T, D), (n, T, D) -> (n,) float32, not finite where a norm is not.
+    predictor the numerator of r is Eq. 1 itself. (n, T, D), (n, T, D) -> (n,) float32 on the CPU, not finite where a
+    norm is not. The tokens' norms and deviations come to the host in one copy.
     """
+    fresh, predicted = fresh.float(), predicted.float()
+    norms = [torch.linalg.vector_norm(h, dim=-1) for h in (fresh, fresh - predicted)]
+    # Layer norm knows the deviation of each token, and is one pass over the memory.
+    width = fresh.shape[-1:]
+    scales = [torch.native_layer_norm(h, width, None, None, 0.0)[2].squeeze(-1) for h in (fresh, predicted)]
+    norm, change, scale, guess = torch.stack([*norms, *scales]).cpu().numpy()  # (n, T) each
     tiny = torch.finfo(torch.float32).tiny
-    norm = torch.linalg.vector_norm(fresh.float(), dim=-1).mean(dim=-1).clamp_min(tiny)
-    spread = spatial_variation(fresh)
-    r = (temporal_deviation(fresh, predicted) / norm).where(norm.isfinite(), torch.nan)
-    q = (spread - spatial_variation(predicted)).abs() / spread.clamp_min(tiny)
-    return r + spatial_weight * q
+    with np.errstate(all="ignore"):
+        norm, change, spread, expected = (v.mean(axis=1) for v in (norm, change, 1 / scale, 1 / guess))
+        r = np.where(np.isfinite(norm), change / np.maximum(norm, tiny), np.nan)
+        q = np.abs(spread - expected) / np.maximum(spread, tiny)
+        return torch.from_numpy(r + np.float32(spatial_weight) * q)

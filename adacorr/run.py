@@ -1,7 +1,10 @@
 """What the sampling loop and the model see of a cache, from the first step of a run to the last."""
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -10,6 +13,10 @@ from torch import Tensor, nn
 from adacorr.policy import Policy, RunInfo, View
 from adacorr.trace import Trace
 from adacorr.unit import Conditioning, Unit
+
+if TYPE_CHECKING:
+    from adacorr.outside import Outside
+    from adacorr.short_run import ShortRun
 
 # evaluate(step, x (m, C, H, W), images (m,)) -> the guided network output at an earlier step or at this one
 Evaluate = Callable[[int, Tensor, np.ndarray], Tensor]
@@ -25,6 +32,8 @@ class CachedRun(ABC):
         out = evaluate(step, x, images)                  # DiT.forward passes its blocks through run.run_blocks
         x, out = run.correct(x, out, evaluate, advance)  # may be left out: the run then forecasts only
         x = advance(step, x, out, images)
+
+    Where the sampler's step is linear, `shorten` may give what takes the steps in a few operations: x = short.take(x).
     """
 
     def __init__(self, info: RunInfo, trace: Trace):
@@ -54,6 +63,10 @@ class CachedRun(ABC):
         """
         return x, out
 
+    def shorten(self, make: Callable[[], Outside]) -> ShortRun | None:
+        """What takes the steps of this run in place of the sampling loop; None where the loop has to take them."""
+        return None
+
     def check_call(self, x: Tensor) -> None:
         if self.step is None:
             raise RuntimeError("no step is open: call run.begin_step(i) before the model")
@@ -72,15 +85,15 @@ def take_rows(values: Tensor | None, rows: np.ndarray) -> Tensor | None:
 
 
 def put_rows(values: Tensor, rows: np.ndarray, new: Tensor) -> Tensor:
-    """`values` with the rows replaced, as a new tensor."""
-    if len(rows) == len(values):
-        return new
+    """`values` with the rows replaced, as a new tensor where that is some of them."""
+    if len(rows) in (0, len(values)):
+        return new if len(rows) else values
     return values.index_copy(0, torch.from_numpy(rows).to(values.device), new)
 
 
 def renew_rows(kept: Tensor | None, rows: np.ndarray, now: Tensor) -> Tensor:
     """`kept` with its rows as they are `now`; all of `now` where nothing was kept yet."""
-    return now if kept is None else put_rows(kept, rows, take_rows(now, rows))
+    return now if kept is None else put_rows(kept, rows, take_rows(now, rows) if len(rows) else now)
 
 
 # --------------------------------------------------------------------------------- what both kinds ask of a policy

@@ -42,6 +42,11 @@ class ComputedRows:
         return np.concatenate([self.cond, self.uncond + images])
 
     @property
+    def halves(self) -> tuple[np.ndarray, np.ndarray]:
+        """The images of each guidance half."""
+        return self.cond, self.uncond
+
+    @property
     def shared(self) -> np.ndarray:
         """Positions of `uncond` within `cond`."""
         return np.searchsorted(self.cond, self.uncond)
@@ -83,29 +88,17 @@ class Track:
         """(m, s, K) of the kept steps in the forecasts for `images` (m,) at steps (s,), in the order of the slots."""
         return self.history.weights(images, steps, self.rule)
 
-    def predict(self, images: np.ndarray, steps: np.ndarray, basis: Tensor | None) -> Tensor:
-        """(m, s, T, D) for `images` (m,) at steps (s,); with a basis (S, E) the entries are summed up under it."""
-        weights = self.weights(images, steps)
-        values = self.history.values
-        coefficients = torch.from_numpy(weights).to(values.device, values.dtype)[..., None]
-        if basis is not None:
-            coefficients = coefficients * basis[torch.from_numpy(steps)][:, None, :]  # (m, s, K, E)
-        out = self.history.read(images, coefficients)
-        if self.trend is None:
-            return out
-        return out.add_(self.trend.bias(weights, self.history.steps[images], steps))
-
 
 class UnitStore(ABC):
     """The newest computed steps of one unit, for every image: a track for the conditional half, and for the other one.
 
-    `basis` (S, E) sums up the entries of a step; None where there is one.
+    basis (S, E) sums up the entries of a step; None where there is one.
     """
 
-    basis: Tensor | None = None
-
-    def __init__(self, tracks: list[Track]):
-        self.tracks = tracks
+    def __init__(self, tracks: list[Track], basis: np.ndarray | None = None):
+        self.tracks, self.basis = tracks, basis
+        trends = [track.trend for track in tracks if track.trend is not None]
+        self.tables = torch.stack([trend.table for trend in trends]) if trends else None  # (halves, S, Q + 1, D)
 
     @property
     def bytes(self) -> int:
@@ -121,12 +114,34 @@ class UnitStore(ABC):
         """(n,) True for images without a computed step."""
         return self.count == 0
 
-    def predict(self, images: np.ndarray, steps: np.ndarray) -> list[Tensor]:
-        """What the unit gives for `images` (m,) at some steps (s,): (m, s, T, D) for each half; pre-gate for a branch.
+    def predict(self, images: np.ndarray, steps: np.ndarray) -> Tensor:
+        """What the unit gives for `images` (m,) at some steps (s,): (halves, m, s, T, D); pre-gate for a branch.
 
         At steps before the newest computed one the same rule interpolates.
         """
-        return [track.predict(images, steps, self.basis) for track in self.tracks]
+        histories = [track.history for track in self.tracks]
+        weights = [track.weights(images, steps).astype(np.float32) for track in self.tracks]  # (m, s, K) each
+        basis = np.ones((len(steps), 1), np.float32) if self.basis is None else self.basis[steps]
+        coefficients = [own[..., None] * basis[:, None] for own in weights]  # (m, s, K, E)
+        if self.tables is not None:
+            kept = [history.steps[images] for history in histories]
+            used = np.concatenate([steps, *(own[own >= 0] for own in kept)])
+            rows = range(used.min(), used.max() + 1)
+            means = [
+                track.trend.coefficients(own, at, steps, rows)
+                for track, own, at in zip(self.tracks, weights, kept, strict=True)
+            ]
+            coefficients.append(np.stack(means).reshape(len(means), len(images) * len(steps), -1))
+        values = histories[0].values
+        coefficients = upload(coefficients, values.device)
+        wide = torch.promote_types(values.dtype, torch.float32)
+        out = values.new_empty(len(histories), len(images), len(steps), *histories[0].shape, dtype=wide)
+        for history, own, half in zip(histories, coefficients, out, strict=False):
+            history.read(images, own.to(wide), half)
+        if self.tables is not None:
+            added = torch.bmm(coefficients[-1], self.tables[:, rows.start : rows.stop].flatten(1, 2))
+            out += added.view(*out.shape[:3], 1, -1)
+        return out
 
     def oldest(self) -> np.ndarray:
         """(n,) the oldest step that is still kept of the conditional half; all images have one."""
@@ -151,8 +166,7 @@ class UnitStore(ABC):
 
     def keep(self, fresh: FreshStep, step: int) -> None:
         """Store a computed step for the images that it was computed for."""
-        rows = fresh.computed.cond, fresh.computed.uncond
-        for track, images, values in zip(self.tracks, rows, fresh.values, strict=False):
+        for track, images, values in zip(self.tracks, fresh.computed.halves, fresh.values, strict=False):
             track.history.push(images, step, values)
 
 
@@ -172,6 +186,13 @@ class FreshStep:
     def finish(self, x: Tensor, out: Tensor, branch: Tensor | None) -> None:
         """After the unit ran on x (rows, T, D): its output and, for a branch unit, its pre-gate output."""
         raise NotImplementedError
+
+
+def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    """The arrays in float32 on a device, in one copy."""
+    flat = torch.from_numpy(np.concatenate([array.ravel() for array in arrays], dtype=np.float32)).to(device)
+    parts = flat.split([array.size for array in arrays])
+    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
 
 # ------------------------------------------------------------------------------------------- one tensor a half
@@ -221,23 +242,22 @@ class GateSumStore(UnitStore):
     """
 
     def __init__(self, unit: Unit, basis: GateBasis, labels: Tensor, tracks: list[Track], difference: bool = False):
-        super().__init__(tracks)
-        values = tracks[0].history.values
-        self.labels, self.difference = labels, difference
+        super().__init__(tracks, basis.basis.cpu().numpy())
+        self.labels, self.difference = labels.cpu().numpy(), difference
         own = slice(2 * unit.start, 2 * unit.stop)
-        self.loadings = [half[own].to(values) for half in basis.loadings]  # (B, labels, E, D) each
-        self.basis = basis.basis.to(values)  # (S, E)
+        loadings = torch.cat([half[own] for half in basis.loadings[: len(tracks)]], dim=1)
+        self.loadings = loadings.float()  # (B, labels + 1, E, D), the null label last
 
-    def predict(self, images: np.ndarray, steps: np.ndarray) -> list[Tensor]:
+    def predict(self, images: np.ndarray, steps: np.ndarray) -> Tensor:
         values = super().predict(images, steps)
         if self.difference:
             torch.sub(values[0], values[1], out=values[1])
         return values
 
     def collect(self, computed: ComputedRows) -> FreshSums:
-        loadings = [self.loadings[0][:, self.labels[torch.from_numpy(computed.cond)]]]
-        if len(self.tracks) == 2:
-            loadings.append(self.loadings[1].expand(-1, len(computed.uncond), -1, -1))
+        null = np.full(len(computed.uncond), self.loadings.shape[1] - 1)
+        rows = np.concatenate([self.labels[computed.cond], null][: len(self.tracks)])
+        loadings = self.loadings.index_select(1, torch.from_numpy(rows).to(self.loadings.device))
         return FreshSums(computed, loadings)
 
     def keep(self, fresh: FreshStep, step: int) -> None:
@@ -248,11 +268,12 @@ class GateSumStore(UnitStore):
 
 
 class FreshSums(FreshStep):
-    """Adds the branches up as they come. loadings: for each half (B, rows, E, D)."""
+    """Adds the branches up as they come. loadings (B, rows, E, D) of the rows [cond; uncond]."""
 
-    def __init__(self, computed: ComputedRows, loadings: list[Tensor]):
+    def __init__(self, computed: ComputedRows, loadings: Tensor):
         super().__init__(computed)
         self._loadings = loadings
+        self._total: Tensor | None = None  # (rows, E, T, D)
         self._pending: list[Tensor] = []
         self._branch = 0
 
@@ -263,38 +284,37 @@ class FreshSums(FreshStep):
 
     def finish(self, x: Tensor, out: Tensor, branch: Tensor | None) -> None:
         self._sum_up()
+        cond, rows = len(self.computed.cond), len(self._total)
+        self.values = list(self._total.split([cond, rows - cond])) if rows > cond else [self._total, self._total[:0]]
 
     def _sum_up(self) -> None:
-        """Add the pending branches, under each entry's loading, to the values."""
+        """Add the pending branches, under each entry's loading, to the total."""
         if not self._pending:
             return
-        if not self.values:
-            tokens, width = self._pending[0].shape[1:]
-            self.values = [half.new_zeros(*half.shape[1:3], tokens, width) for half in self._loadings]
-        add = add_by_branch if self._pending[0].device.type == "cpu" else add_by_channel
-        stop, row = self._branch + len(self._pending), 0
-        for value, loading in zip(self.values, self._loadings, strict=True):
-            if len(value):
-                own = [out[row : row + len(value)].to(value.dtype) for out in self._pending]
-                add(value, own, loading[self._branch : stop])
-            row += len(value)
-        self._branch = stop
+        own = [branch.to(self._loadings.dtype) for branch in self._pending]
+        loadings = self._loadings[self._branch : self._branch + len(own)]
+        add = add_by_branch if own[0].device.type == "cpu" else add_by_channel
+        self._total = add(self._total, own, loadings)
+        self._branch += len(own)
         self._pending.clear()
 
 
-def add_by_branch(total: Tensor, branches: Sequence[Tensor], loading: Tensor) -> None:
-    """total (rows, E, T, D) += sum over b of loading[b] (rows, E, D) * branches[b] (rows, T, D), branch by branch.
+def add_by_branch(total: Tensor | None, branches: Sequence[Tensor], loadings: Tensor) -> Tensor:
+    """total (rows, E, T, D) + sum over b of loadings[b] (rows, E, D) * branches[b] (rows, T, D), branch by branch.
 
-    For a CPU, whose cache holds `total` between the passes.
+    For a CPU, whose cache holds `total`, which is changed in place, between the passes. None is an empty total.
     """
-    for branch, weight in zip(branches, loading, strict=True):
-        total.addcmul_(branch.unsqueeze(1), weight.unsqueeze(2))
+    for branch, weight in zip(branches, loadings, strict=True):
+        branch, weight = branch.unsqueeze(1), weight.unsqueeze(2)
+        total = branch * weight if total is None else total.addcmul_(branch, weight)
+    return total
 
 
-def add_by_channel(total: Tensor, branches: Sequence[Tensor], loading: Tensor) -> None:
+def add_by_channel(total: Tensor | None, branches: Sequence[Tensor], loadings: Tensor) -> Tensor:
     """The same sum as `add_by_branch`, as one product of (E, B) with (B, T) for each row and channel.
 
     For a GPU: each branch is read once, however many entries there are.
     """
     stacked = torch.stack([branch.transpose(1, 2) for branch in branches], dim=2)  # (rows, D, B, T)
-    total += (loading.permute(1, 3, 2, 0) @ stacked).permute(0, 2, 3, 1)
+    added = (loadings.permute(1, 3, 2, 0) @ stacked).permute(0, 2, 3, 1)
+    return added if total is None else total.add_(added)

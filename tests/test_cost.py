@@ -44,7 +44,8 @@ def test_reuse_forced_off_gives_the_uncached_image_and_still_fills_the_cache(mod
     cache = CacheManager.of(policy, adacorr)
     sample(model, STEPS, cache=cache)
     forced = EveryStep(cache.policy, cache.correction)
-    assert_close(sample(model, STEPS, cache=forced), sample(model, STEPS), rtol=1e-5, atol=1e-5)
+    plain = sample(model, STEPS)
+    assert_close(sample(model, STEPS, cache=forced), plain, rtol=0, atol=1e-5 * float(plain.abs().max()))
     assert (forced.trace.executed == 1).all()
     assert forced.bytes == cache.bytes > 0
     if adacorr is not None:

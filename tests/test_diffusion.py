@@ -426,3 +426,14 @@ def test_repeated_timesteps():
     assert (sampler.timesteps.diff() == 0).any()
     unit = gauss(1, 4, 2, 2, dtype=torch.float32)
     assert torch.allclose(gaussian_run(sampler, unit), 0.5 * unit, atol=2e-3)
+
+
+@pytest.mark.parametrize(("spec", "linear"), [("ddim", True), ("ddim:eta=0.1", False), ("ddim:clip=true", False)])
+def test_a_linear_step_is_known_by_its_coefficients(spec, linear):
+    sampler = make_sampler(spec, 10)
+    assert (sampler.linear is not None) == linear
+    assert make_sampler("ddpm", 10).linear is None
+    if linear:
+        x, out = (torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(i)).double() for i in range(2))
+        for step, (a, b) in enumerate(sampler.linear):
+            torch.testing.assert_close(sampler.step(step, x, out), a * x + b * out, rtol=1e-9, atol=1e-9)

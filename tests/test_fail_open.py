@@ -58,8 +58,8 @@ def make(name, model, folder, options=""):
     return fitted(name, model, folder, STEPS, options=",".join(filter(None, [OPTIONS.get(name), options])))
 
 
-def run(model, manager, value=None, **arguments):
-    """(final states, trace); with a value, the model gets it for image BAD at step FROM."""
+def run(model, manager, value=None, row=None, step=FROM, **arguments):
+    """(final states, trace); a value goes to the model for image BAD at step FROM, or to the first block for a row."""
 
     def poison(_, args):
         z = args[0]
@@ -68,7 +68,16 @@ def run(model, manager, value=None, **arguments):
             z[BAD] = value
         return z, *args[1:]
 
-    handle = model.register_forward_pre_hook(poison) if value is not None else None
+    def poison_row(_, args):
+        if model.cache.step == step:
+            args[0][row] = value
+
+    handle = None
+    if value is not None:
+        whole = row is None
+        handle = (
+            model.register_forward_pre_hook(poison) if whole else model.blocks[0].register_forward_pre_hook(poison_row)
+        )
     try:
         return sample(model, STEPS, LABELS, cache=manager, **arguments), manager.trace
     finally:
@@ -110,9 +119,9 @@ def break_measure(monkeypatch, name, value, at):
     monkeypatch.setattr(module, MEASURES[name], broken(original, at, value, image))
 
 
-def break_innovation(monkeypatch, value, at):
-    """The same for the offset number `at` of AdaCorrection."""
-    monkeypatch.setattr("adacorr.corrected_run.innovation", broken(innovation, at, value))
+def break_innovation(monkeypatch, value, at, row=BAD):
+    """The same for the offset of a row in the computed step number `at` of AdaCorrection, after the first one."""
+    monkeypatch.setattr("adacorr.corrected_run.innovation", broken(innovation, at, value, (..., row)))
 
 
 # ------------------------------------------------------------------------------- the state of an image is lost
@@ -143,7 +152,11 @@ def test_a_lost_image_is_computed_under_adacorrection(name, folder, model):
     policy = name and make(name, model, folder)
     correction = AdaCorrection(gamma=0.3)
     clean = run(model, CacheManager(policy, correction))
-    out, trace = found = run(model, CacheManager(policy, correction), np.nan)
+    row, step = None, FROM
+    if name is None:  # skipped steps do not call the model, so it is lost where the image is computed
+        step = next(s for s in clean[1].computed_steps(BAD) if s >= FROM)
+        row = int(clean[1].executed[step, 0, 0, :BAD, 0].sum())
+    out, trace = found = run(model, CacheManager(policy, correction), np.nan, row, step)
     same_for_mates(found, clean)
     assert torch.isnan(out[BAD]).all()
     start = FROM
@@ -225,9 +238,9 @@ def test_an_offset_that_is_not_finite_makes_the_next_step_due(monkeypatch, value
 def test_a_guidance_difference_that_is_not_finite_makes_the_next_step_due(monkeypatch, model):
     clean = run(model, CacheManager(correction=AdaCorrection()))
     both = clean[1].computed_steps(BAD, half=1)[1]
-    # The offsets of the computed steps up to this one come first, then that of the difference.
-    before = sum(0 < step <= both for step in clean[1].computed_steps(BAD))
-    break_innovation(monkeypatch, np.nan, at=before + 1)
+    # The offsets of the guidance difference come after those of the images that are computed.
+    at, images = sum(0 < s <= both for s in clean[1].computed_steps(BAD)), clean[1].executed[both, 0, 0]
+    break_innovation(monkeypatch, np.nan, at, row=int(images[:, 0].sum() + images[:BAD, 1].sum()))
     found = run(model, CacheManager(correction=AdaCorrection()))
     same_for_mates(found, clean)
     assert found[1].fallbacks == 1

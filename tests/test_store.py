@@ -18,5 +18,6 @@ def test_sums_equal_their_definition(add, device, shared):
     branches = [draw(3, 6, 8) for _ in range(5)]  # (rows, tokens, width)
     loading, total = draw(5, 1 if shared else 3, 4, 8).expand(5, 3, 4, 8), draw(3, 4, 6, 8)
     expected = total + torch.einsum("bned,bntd->netd", loading, torch.stack(branches))
-    add(total, branches, loading)
-    torch.testing.assert_close(total, expected)
+    first = add(None, branches, loading)
+    torch.testing.assert_close(total + first, expected)
+    torch.testing.assert_close(add(total, branches, loading), expected)

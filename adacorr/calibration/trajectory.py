@@ -61,7 +61,7 @@ class TrajectoryCalibration:
         for step in range(len(self.timesteps)):
             c = self._rows(step, n, labels)
             tokens, out, fresh = self._evaluate(x, c, labels)
-            processes = self._differences(fresh.values)
+            processes = self._differences(fresh.values[: self.halves])
             for half, sums in enumerate(processes):
                 self.sums[half][step] += sums.double().sum(dim=(0, 2))
                 seen[half].append(self._to_image(sums @ self.projection[half]))
@@ -187,7 +187,7 @@ class TrajectoryCalibration:
         loadings = [self.basis.loadings[0][:, label]]
         if self.halves == 2:
             loadings.append(self.basis.loadings[1].expand(-1, len(x), -1, -1))
-        fresh = FreshSums(ComputedRows(everyone, everyone[: len(x) * (self.halves - 1)]), loadings)
+        fresh = FreshSums(ComputedRows(everyone, everyone[: len(x) * (self.halves - 1)]), torch.cat(loadings, dim=1))
         tokens = self.model.embed(x.to(self._dtype)).repeat(self.halves, 1, 1)
         out = tokens
         for block in self.model.blocks:

@@ -1,0 +1,61 @@
+"""A function of a model and tensors as a CUDA graph: one launch in place of one for each of its operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Function = Callable[..., Tensor]
+Replay = Callable[[], Any]
+Capture = Callable[[Function, Sequence[Tensor]], tuple[Replay, Tensor]]
+
+
+class Captured:
+    """function(model, *inputs) with one launch a call on a GPU, and as it is on a CPU; for one model.
+
+    For each combination of shapes the function is captured once, on copies of the inputs that it is replayed on from
+    then on; these and its memory are kept as long as this object. It must give one tensor, by operations that follow
+    from the shapes of its inputs alone. RuntimeError where it cannot be captured.
+    """
+
+    def __init__(self, function: Function, capture: Capture | None = None):
+        self.function, self._capture = function, capture
+        self._graphs: dict[tuple, tuple[list[Tensor], Replay, Tensor]] = {}
+
+    def __deepcopy__(self, memo: dict) -> Captured:
+        return Captured(self.function, self._capture)
+
+    def __call__(self, model: nn.Module, *inputs: Tensor) -> Tensor:
+        if self._capture is None and inputs[0].device.type != "cuda":
+            return self.function(model, *inputs)
+        key = tuple((x.shape, x.dtype, x.device) for x in inputs)
+        if key not in self._graphs:
+            own = [x.clone(memory_format=torch.contiguous_format) for x in inputs]
+            self._graphs[key] = own, *(self._capture or capture_graph)(partial(self.function, model), own)
+        own, replay, result = self._graphs[key]
+        for mine, given in zip(own, inputs, strict=True):
+            mine.copy_(given)
+        replay()
+        return result.clone()  # the next replay writes over it
+
+
+def capture_graph(function: Function, inputs: Sequence[Tensor]) -> tuple[Replay, Tensor]:
+    """(what runs the function on these very tensors again, the tensor that holds its result afterwards)."""
+    try:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # libraries set themselves up in a first call, which cannot be captured
+            function(*inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = function(*inputs)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"the step outside of the blocks cannot be captured: leave --compile out ({error})"
+        ) from error
+    return graph.replay, result

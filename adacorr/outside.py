@@ -1,0 +1,120 @@
+"""What a sampling step does outside of the blocks, as one function of static shape with all that is known in tables.
+
+Outside of its blocks the network embeds the state, norms and projects the tokens, and all of it is linear but for the
+norm. What goes into it besides the state depends on the step and the label alone, so it is known before the run starts.
+With P the patches of the state x and A_h what the stack adds to guidance half h, computed or forecast, a step is
+
+    eps = sum_h W_h (shift_h + scale_h norm(E P + positions + A_h))        x <- a x + b eps
+
+where E is the embedding, W_h the final projection with guidance in it, and a, b the sampler's update. This is what the
+model's `forward`, guidance and the sampler give one after the other, which remain the definition, in a quarter of the
+operations. A model of 16 bits is followed in float32 here.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from adacorr.gates import label_conditions, null_condition
+from adacorr.store import ComputedRows
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a sampling loop does with the network's output, where it is linear.
+
+    coefficients (S, 2): the state x becomes a x + b eps at each step. eps is the first channels of the output; under
+    guidance its first `guided` channels are uncond + cfg_scale (cond - uncond), and those after them conditional ones.
+    """
+
+    coefficients: np.ndarray
+    cfg_scale: float
+    guided: int
+
+
+class Outside:
+    """The tables of one run of n images with labels (n,), or None for an unconditional model, at timesteps (S,)."""
+
+    def __init__(self, model: nn.Module, labels: Tensor | None, images: int, timesteps: Tensor, update: Update):
+        self.model, final, projection = model, model.final_layer, model.x_embedder.proj
+        halves, channels, device = 1 if update.cfg_scale == 1.0 else 2, model.in_channels, model.pos_embed.device
+        self.dtype = torch.promote_types(model.pos_embed.dtype, torch.float32)
+        self._embedding = projection.weight.flatten(1).T.to(self.dtype)  # (C * p * p, D)
+        self._positions = (model.pos_embed + projection.bias).to(self.dtype)  # (1, T, D)
+
+        patch, share = model.patch_size**2, torch.ones(halves, channels, dtype=self.dtype, device=device)
+        if halves == 2:
+            share[0, : update.guided] = update.cfg_scale
+            share[1] = 1.0 - share[0]
+        weight, bias = (p.to(self.dtype).unflatten(0, (patch, -1))[:, :channels] for p in final.linear.parameters())
+        weight = share[:, None, :, None] * weight  # (halves, p * p, C, D)
+        self._projection = weight.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)  # (p * p * C, halves * D)
+        self._bias = bias.flatten()
+
+        t, label = timesteps.to(device), np.zeros(images, dtype=np.int64)
+        conditions = [null_condition(model, t)[None]]
+        if labels is not None:
+            unique, index = torch.unique(labels, return_inverse=True)
+            conditions, label = [label_conditions(model, t, unique), *conditions][: 1 + halves], index.cpu().numpy()
+        self._labels = np.stack([label, np.full_like(label, sum(map(len, conditions)) - 1)][:halves])  # (halves, n)
+        self._conditions = torch.cat(conditions).transpose(0, 1)  # (S, labels, D)
+        shift, scale = final.modulation(self._conditions)
+        self._modulation = torch.stack([shift.to(self.dtype), 1 + scale.to(self.dtype)], dim=2)  # (S, labels, 2, D)
+        self._update = torch.from_numpy(update.coefficients).to(device, self.dtype)
+
+    def enter(self, x: Tensor, step: int, computed: ComputedRows) -> tuple[Tensor, Tensor]:
+        """What the blocks take for the rows [cond; uncond] of the state x (n, C, H, W): tokens, conditioning."""
+        tokens = embed(self.model, x.to(self.dtype), self._positions, self._embedding).to(self._conditions.dtype)
+        rows = [tokens if len(own) == len(x) else tokens[torch.from_numpy(own).to(x.device)] for own in computed.halves]
+        label = np.concatenate([own[images] for own, images in zip(self._labels, computed.halves, strict=False)])
+        c = self._conditions[step].index_select(0, torch.from_numpy(label).to(x.device))
+        return torch.cat(rows) if len(computed.uncond) else rows[0], c
+
+    def walk(self, x: Tensor, start: int, added: Tensor, images: np.ndarray) -> Tensor:
+        """The states (s, m, C, H, W) after each of s steps from `start` on, for `images` (m,) with the state x before.
+
+        added (halves, m, s, T, D): what the stack adds in these steps.
+        """
+        steps, label = slice(start, start + added.shape[2]), torch.from_numpy(self._labels[:, images].T).to(x.device)
+        modulation = self._modulation[steps].index_select(1, label.flatten()).unflatten(1, label.shape)
+        weights = self._positions, self._embedding, self._projection, self._bias
+        # Graphs of some of the images would be many, each for a few calls.
+        take = self.model.walk if self.model.walk is not None and len(images) == self._labels.shape[1] else walk
+        return take(self.model, x.to(self.dtype), added, modulation, self._update[steps], *weights).to(x.dtype)
+
+
+def walk(
+    model: nn.Module,
+    x: Tensor,
+    added: Tensor,
+    modulation: Tensor,
+    update: Tensor,
+    positions: Tensor,
+    embedding: Tensor,
+    projection: Tensor,
+    bias: Tensor,
+) -> Tensor:
+    """The states (s, m, C, H, W) after each of s steps. No value is looked at, so that it can be captured.
+
+    x (m, C, H, W), added (halves, m, s, T, D), modulation (s, m, halves, 2, D) shift and 1 + scale, update (s, 2);
+    positions (1, T, D), embedding (C * p * p, D), projection (p * p * C, halves * D), bias (p * p * C,).
+    """
+    states = []
+    for i in range(len(update)):
+        tokens = embed(model, x, positions, embedding)  # (m, T, D)
+        h = tokens.new_empty(*tokens.shape[:2], len(added), tokens.shape[2])
+        torch.add(tokens.unsqueeze(2), added[:, :, i].permute(1, 2, 0, 3), out=h)  # (m, T, halves, D)
+        shift, scale = modulation[i].unsqueeze(1).unbind(3)  # (m, 1, halves, D) each
+        h = torch.addcmul(shift, model.final_layer.norm_final(h), scale)
+        eps = model.unpatch(nn.functional.linear(h.flatten(2), projection, bias))  # (m, C, H, W)
+        x = torch.addcmul(x * update[i, 0], eps, update[i, 1])
+        states.append(x)
+    return torch.stack(states) if len(states) > 1 else x[None]
+
+
+def embed(model: nn.Module, x: Tensor, positions: Tensor, embedding: Tensor) -> Tensor:
+    """x (m, C, H, W) -> tokens with positions (m, T, D)."""
+    positions, embedding = (part.expand(len(x), -1, -1) for part in (positions, embedding))
+    return torch.baddbmm(positions, model.patches(x), embedding)

@@ -1,0 +1,87 @@
+"""The sampling loop of AdaCorrection alone: whole steps, of which only the blocks of computed ones are the model's.
+
+Every step is the same function of what the stack adds (`adacorr.outside`). Skipped steps up to the next computed one
+are taken in one call, and so are those that a computed step takes again.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adacorr.outside import Outside
+from adacorr.run import put_rows, take_rows
+
+if TYPE_CHECKING:
+    from adacorr.corrected_run import Computed, CorrectedRun, Plan
+
+# Most steps that one forecast covers: it holds that many outputs of the stack besides the history.
+LOOK_AHEAD = 8
+
+
+class ShortRun:
+    """Takes the steps of a run without a policy and without injected noise, in place of the sampling loop."""
+
+    def __init__(self, run: CorrectedRun, outside: Outside):
+        self.run, self.outside = run, outside
+        self._walked: tuple[range, Tensor | None] = (range(0), None)  # (s, n, ...) the states after coming steps
+
+    def take(self, x: Tensor) -> Tensor:
+        """The state after the step that is open, from the state x before it; (n, C, H, W) both."""
+        run, (steps, states) = self.run, self._walked
+        if run.step in steps:
+            run.skip_step(x)
+            return states[run.step - steps.start]
+        plan = run.plan()
+        if len(plan.computed.cond):
+            return self._compute(x, plan)
+        ahead, added = run.forecast()
+        steps = range(run.step, max(run.step + 1, min(run.controller.next_due(), ahead.stop)))
+        self._walked = steps, self.outside.walk(x, run.step, added[:, :, : len(steps)], run.everyone)
+        run.skip_step(x)
+        return self._walked[1][0]
+
+    def _compute(self, x: Tensor, plan: Plan) -> Tensor:
+        run = self.run
+        computed = run.compute(plan, *self.outside.enter(x, run.step, plan.computed))
+        run.learn(plan, computed)
+        added = self._added(plan, computed)
+        run.finish(plan, computed, None)
+        if run.rewinds:
+            x = self._rewind(x)
+        return self.outside.walk(x, run.step, added.unsqueeze(2), run.everyone)[0]
+
+    def _added(self, plan: Plan, computed: Computed) -> Tensor:
+        """(halves, n, T, D) what the stack adds: forecast rows, then inferred halves, then computed rows."""
+        halves, images = self.run.halves, len(self.run.everyone)
+        if plan.rows is None:
+            return computed.added.unflatten(0, (halves, images))
+        cond, uncond = plan.computed.cond, plan.computed.uncond
+        if len(cond) == images and not len(uncond):
+            return torch.stack([computed.added.to(computed.inferred.dtype), computed.inferred])
+        added, device = plan.forecast.clone(), computed.added.device
+        if computed.inferred is not None:
+            added[1, torch.from_numpy(cond).to(device)] = computed.inferred
+        added.flatten(0, 1)[plan.rows] = computed.added.to(added.dtype)
+        return added
+
+    def _rewind(self, x: Tensor) -> Tensor:
+        """The state at this step where images that computed it take the steps since an earlier one again.
+
+        See `CorrectedRun.rewind_from`; x (n, ...) is the state that they had.
+        """
+        run = self.run
+        origin, anchor = run.rewind_from(x)
+        start = np.where(origin < 0, run.step, origin + 1)
+        for first in np.unique(start[start < run.step]):
+            again = np.flatnonzero(start == first)
+            now = take_rows(anchor, again)
+            for past in range(first, run.step, LOOK_AHEAD):  # some steps in one pass over the stored tensors
+                between = run.store.predict(again, np.arange(past, min(past + LOOK_AHEAD, run.step)))
+                now = self.outside.walk(now, past, between, again)[-1]
+            x = put_rows(x, again, now)
+            run.trace.rewound += len(again) * (run.step - first)
+        return x
