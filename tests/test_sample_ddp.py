@@ -409,6 +409,8 @@ def test_a_folder_that_is_deleted_in_mid_run_is_named_and_not_made_again(ddp, mo
     def deleting(self, indices):
         if indices[0] == 3:
             (folder,) = Path.cwd().glob("out/*")
+            while not (folder / "images" / "000002.png").exists():  # the writer is a batch behind
+                time.sleep(0.01)
             shutil.rmtree(folder)
         return batch(self, indices)
 
