@@ -180,6 +180,11 @@ class DiT(nn.Module):
                              f"{self.config['class_dropout_prob']}, so sample without guidance")
         return self.num_classes
 
+    @property
+    def stream(self):
+        """What passes through the blocks: tokens T, width D and the device."""
+        return self.pos_embed.shape[1], self.hidden_size, self.pos_embed.device
+
     def embed(self, x):
         """x (N, C, H, W) -> tokens with positions (N, T, D). Raises ValueError for another shape of input."""
         p, size, projection = self.patch_size, self.input_size, self.x_embedder.proj

@@ -100,12 +100,16 @@ class UnitStore(ABC):
     """The newest computed steps of one unit, for every image: a track for the conditional half, and for the other one.
 
     `basis` (S, E) sums up the entries of a step; None where there is one.
+
+    With `difference` the second track is that of the guidance difference, with a step only where both halves were
+    computed: the unconditional half is the conditional one minus it. Inferred halves are never stored: what follows
+    from them would feed on itself, which is unstable.
     """
 
     basis: Tensor | None = None
 
-    def __init__(self, tracks: list[Track]):
-        self.tracks = tracks
+    def __init__(self, tracks: list[Track], difference: bool = False):
+        self.tracks, self.difference = tracks, difference
 
     @property
     def bytes(self) -> int:
@@ -126,7 +130,10 @@ class UnitStore(ABC):
 
         At steps before the newest computed one the same rule interpolates.
         """
-        return [track.predict(images, steps, self.basis) for track in self.tracks]
+        values = [track.predict(images, steps, self.basis) for track in self.tracks]
+        if self.difference:
+            torch.sub(values[0], values[1], out=values[1])
+        return values
 
     def oldest(self) -> np.ndarray:
         """(n,) the oldest step that is still kept of the conditional half; all images have one."""
@@ -152,6 +159,9 @@ class UnitStore(ABC):
     def keep(self, fresh: FreshStep, step: int) -> None:
         """Store a computed step for the images that it was computed for."""
         rows = fresh.computed.cond, fresh.computed.uncond
+        if self.difference:
+            cond, uncond = fresh.values
+            fresh.values = [cond, cond[fresh.computed.shared] - uncond]
         for track, images, values in zip(self.tracks, rows, fresh.values, strict=False):
             track.history.push(images, step, values)
 
@@ -180,8 +190,8 @@ class FreshStep:
 class ValueStore(UnitStore):
     """What a unit adds to the stream, or the output of a branch unit before its gate (kind "branches")."""
 
-    def __init__(self, unit: Unit, predictor: Predictor, shape: StoreShape):
-        super().__init__([shape.polynomial(1, predictor) for _ in range(shape.halves)])
+    def __init__(self, unit: Unit, predictor: Predictor, shape: StoreShape, difference: bool = False):
+        super().__init__([shape.polynomial(1, predictor) for _ in range(shape.halves)], difference)
         self.before_gate = predictor.stands_before_gate(unit)
 
     def stored(self, images: np.ndarray, k: int) -> Tensor:
@@ -213,38 +223,21 @@ class FreshValue(FreshStep):
 class GateSumStore(UnitStore):
     """Sums of a unit's branches under the basis of the gates, one entry for each of its directions (adacorr.gates).
 
-    With `difference` the second track is that of the guidance difference, with a step only where both halves were
-    computed: the unconditional half is the conditional one minus it. Inferred halves are never stored: what follows
-    from them would feed on itself, which is unstable.
-
     labels (n,): index of each image's label among those of the basis.
     """
 
     def __init__(self, unit: Unit, basis: GateBasis, labels: Tensor, tracks: list[Track], difference: bool = False):
-        super().__init__(tracks)
-        values = tracks[0].history.values
-        self.labels, self.difference = labels, difference
-        own = slice(2 * unit.start, 2 * unit.stop)
+        super().__init__(tracks, difference)
+        values, self.labels = tracks[0].history.values, labels
+        own = slice(basis.branches * unit.start, basis.branches * unit.stop)
         self.loadings = [half[own].to(values) for half in basis.loadings]  # (B, labels, E, D) each
         self.basis = basis.basis.to(values)  # (S, E)
-
-    def predict(self, images: np.ndarray, steps: np.ndarray) -> list[Tensor]:
-        values = super().predict(images, steps)
-        if self.difference:
-            torch.sub(values[0], values[1], out=values[1])
-        return values
 
     def collect(self, computed: ComputedRows) -> FreshSums:
         loadings = [self.loadings[0][:, self.labels[torch.from_numpy(computed.cond)]]]
         if len(self.tracks) == 2:
             loadings.append(self.loadings[1].expand(-1, len(computed.uncond), -1, -1))
         return FreshSums(computed, loadings)
-
-    def keep(self, fresh: FreshStep, step: int) -> None:
-        if self.difference:
-            cond, uncond = fresh.values
-            fresh.values = [cond, cond[fresh.computed.shared] - uncond]
-        super().keep(fresh, step)
 
 
 class FreshSums(FreshStep):
