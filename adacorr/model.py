@@ -14,9 +14,11 @@ class Block(Protocol):
     `flatten` and `unflatten` of its leading dimension.
 
     A block with `gates` is a sum of branches, each times a gate that depends on c alone: x + sum_b gate_b(c) F_b. It
-    also has `modulation`, `attn_branch`, `mlp_branch`, `norm1` and `norm2` as models.DiTBlock has them; the two branches
-    get c after their modulation where c is not a tensor. A block without `gates` is cached by what it adds to its
-    input. It has `modulated(x, c)` instead, for methods that measure the input of its first norm.
+    also has `modulation`, `attn_branch`, `mlp_branch`, `norm1` and `norm2` as models.DiTBlock has them. The two
+    branches get c after their modulation where c is not a tensor.
+
+    A block without `gates` is cached by what it adds to its input. It has `modulated(x, c)`, for methods that measure
+    the input of its first norm.
     """
 
     def __call__(self, x: Tensor, c: Any, tap: Callable[..., None] | None = None) -> Tensor:

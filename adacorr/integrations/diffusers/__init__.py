@@ -1,0 +1,13 @@
+"""AdaCorrection on the transformers of diffusers.
+
+from adacorr.integrations.diffusers import CacheConfig, enable
+
+with enable(pipe, CacheConfig(adacorr="gamma=2")) as cache:
+    image = pipe("a lighthouse at dusk").images[0]
+    print(cache.stats()["compute"])
+"""
+
+from adacorr.integrations.diffusers.config import CacheConfig
+from adacorr.integrations.diffusers.handle import Handle, enable
+
+__all__ = ["CacheConfig", "Handle", "enable"]
