@@ -9,5 +9,6 @@ with enable(pipe, CacheConfig(adacorr="gamma=2")) as cache:
 
 from adacorr.integrations.diffusers.config import CacheConfig
 from adacorr.integrations.diffusers.handle import Handle, enable
+from adacorr.integrations.diffusers.pixel import PixelDiTPipeline
 
-__all__ = ["CacheConfig", "Handle", "enable"]
+__all__ = ["CacheConfig", "Handle", "PixelDiTPipeline", "enable"]

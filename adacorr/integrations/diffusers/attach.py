@@ -13,6 +13,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import StateManager
 from torch import Tensor, nn
 
+from adacorr import compiled
 from adacorr.integrations.diffusers.config import CacheConfig
 from adacorr.integrations.diffusers.families import KEYWORDS, Family
 from adacorr.integrations.diffusers.rows import Rows
@@ -119,21 +120,23 @@ class Attachment:
         while self._undo:
             self._undo.pop()()
         self._renew_registries()
-        self.streams.clear()
+        self.reset()
 
     def _hook(self, index: int, module: nn.Module) -> BlockHook:
         own_forward, found = "forward" in vars(module), hasattr(module, "_diffusers_hook")
         registry, hook = HookRegistry.check_if_exists_or_initialize(module), BlockHook(self, index)
-        compiled = module._compiled_call_impl
+        found_compiled = module._compiled_call_impl
         registry.register_hook(hook, HOOK)
-        # A compiled block would trace its way into the cache: the graph is made of what lies behind the hook.
-        module._compiled_call_impl = None
-        if self.config.compile or compiled is not None:
-            hook.compiled = torch.compile(hook.fn_ref.original_forward)
+        if found_compiled is not None:
+            # A compiled block would trace its way into the cache: the graph is made of what lies behind the hook.
+            module._compiled_call_impl = None
+        if self.config.compile or found_compiled is not None:
+            hook.compiled = torch.compile(hook.fn_ref.original_forward, backend=compiled.BACKEND)
 
         def undo() -> None:
             registry.remove_hook(HOOK, recurse=False)
-            module._compiled_call_impl = compiled
+            if found_compiled is not None:
+                module._compiled_call_impl = found_compiled
             if not registry.hooks and not own_forward:
                 del module.forward
             if not registry.hooks and not found:
@@ -202,10 +205,13 @@ class Attachment:
 
     def reset(self) -> None:
         """Forget the run under way; its statistics stay."""
+        self._close()
+        self._time = None
+
+    def _close(self) -> None:
         if self.streams:
             self.finished = dict(self.streams)
         self.streams.clear()
-        self._time = None
 
     def _run(self, args: tuple, kwargs: dict[str, Any], context: str | None) -> Any:
         """The whole stack for the first block's call -> what its last block would give."""
@@ -268,7 +274,7 @@ class Attachment:
                 self.bypassed["a timestep that is none of the scheduler's"] += 1
                 return None
             if stream is not None:
-                self.reset()
+                self._close()
             self.runs += not self.streams
             stream = self.streams[name] = self._open(grid, key, halves, len(x), scheduler)
         stream.step, stream.time = stream.step + 1, time
@@ -280,7 +286,7 @@ class Attachment:
             return "batch"
         self._nth = self._nth + 1 if time == self._time else 0
         if self._nth == 2:
-            self.reset()
+            self._close()
             self._nth = 0
         self._time = time
         return ("cond", "uncond")[self._nth]

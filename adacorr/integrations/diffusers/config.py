@@ -27,7 +27,8 @@ class CacheConfig:
     cache           a caching method as --cache takes it ("teacache:threshold=0.2"), or None for AdaCorrection alone
     dtype           of the stored tensors: fp32, bf16 or fp16
     profile         file of a profile of the model, for AdaCorrection on DDIM
-    model_id        sha256 of the checkpoint that profiles are held to, this one and those of calibrated methods
+    model_id        sha256 of the checkpoint that profiles are held to, this one and those of calibrated methods; None
+                    takes what the pipeline's own config says of it (PixelDiTPipeline), if anything
     guidance_scale  None takes it from the pipeline's call; needed for a bare transformer that gets both guidance halves
                     in one batch
     guidance        where the halves are: cond_first or uncond_first in one batch, separate in calls of their own, cond
@@ -78,9 +79,9 @@ class CacheConfig:
     def from_json(cls, text: str) -> CacheConfig:
         """ValueError for text of another form, an unknown key or a bad value."""
         try:
-            values = json.loads(text)
+            values = dict(json.loads(text))
             version = values.pop("version", None)
-        except (ValueError, AttributeError) as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(f"this is no cache configuration in JSON: {error}") from error
         if version != VERSION:
             raise ValueError(f"a cache configuration of version {version!r}; this one reads version {VERSION}")

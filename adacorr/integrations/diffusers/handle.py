@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import re
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -30,6 +31,8 @@ def enable(pipe: Any, config: CacheConfig | None = None, *, component: str = "tr
     attached already.
     """
     config = config or CacheConfig()
+    if config.model_id is None and (known := getattr(getattr(pipe, "config", None), "checkpoint_sha256", None)):
+        config = replace(config, model_id=known)
     check_version(importlib.metadata.version("diffusers"))
     bare = isinstance(pipe, nn.Module)
     transformer = pipe if bare else getattr(pipe, component, None)
@@ -47,8 +50,7 @@ def enable(pipe: Any, config: CacheConfig | None = None, *, component: str = "tr
         raise ValueError(f"{name} calls the network more than once in a step: take a scheduler of first order calls")
     attachment = Attachment(transformer, family, config, None if bare else lambda: pipe.scheduler)
     attachment.install()
-    handle = Handle(attachment, None if bare else pipe)
-    return handle
+    return Handle(attachment, None if bare else pipe)
 
 
 class Handle:
@@ -187,7 +189,7 @@ def check_config(config: CacheConfig, family: Family) -> None:
         )
     if getattr(policy, "profile", None) == "auto" and config.model_id is None:
         raise ValueError(
-            f"{policy.name} needs a profile of the model, which is found by the checkpoint: give its sha256 as model_id, "
+            f"{policy.name} needs a profile of the model, which the checkpoint tells: give its sha256 as model_id, "
             f"or {policy.name}:profile=FILE, or profile=none where the method works without one"
         )
     if manager.correction is None and type(policy).grid is not Policy.grid:
