@@ -199,7 +199,7 @@ class CacheManager:
             predictor = Predictor("branches", self.correction.order, self.correction.gate_error)
             store = stores.make(whole, predictor, difference)
         else:
-            self._check_profile(info, rewindable, eta)
+            self._check_profile(info, eta)
             injected = renewed(alpha_bar, eta)
             store = stores.known(whole, self._known, injected)
             if eta:
@@ -219,11 +219,9 @@ class CacheManager:
         )
         return CorrectedRun(policy, self.correction, controller, info, trace, store, rewindable, noise)
 
-    def _check_profile(self, info: RunInfo, rewindable: bool, eta: float) -> None:
+    def _check_profile(self, info: RunInfo, eta: float) -> None:
         """ValueError for a run that the profile was not made for. Under noise it is that of deterministic DDIM."""
         why = mismatch(self.profile, "adacorr", replace(info, sampler="ddim") if eta else info, any_steps=True)
-        if not rewindable and not eta:
-            why = f"the sampler {info.sampler} cannot take a step again"
         if why:
             raise ValueError(f"adacorr: the profile of the model does not fit this run ({why}); make one for it")
 

@@ -47,10 +47,14 @@ def relative_norms(change: np.ndarray, size: np.ndarray, scope: str) -> np.ndarr
 
 def spend_tokens(view: View, at: Places) -> None:
     """Account for tokens that went through the unit's block, as shares of its FLOPs for all tokens of a row."""
-    width, hidden = view.info.width, view.block.mlp.fc1.out_features
+    count, width = at[2].shape[1], view.info.width
+    shares = 1.0, 1.0
+    if count < view.info.tokens:
+        hidden = view.block.mlp.fc1.out_features
 
-    def flops(tokens: int) -> tuple[int, int]:  # over 2 D: the linears, scores and weighted values; half of adaLN each
-        return 4 * tokens * width + 2 * tokens * tokens + 3 * width, 2 * tokens * hidden + 3 * width
+        def flops(tokens: int) -> np.ndarray:  # over 2 D: the linears, scores and weighted values; half of adaLN each
+            return np.array([4 * tokens * width + 2 * tokens * tokens + 3 * width, 2 * tokens * hidden + 3 * width])
 
-    for branch, some, every in zip(BRANCHES, flops(at[2].shape[1]), flops(view.info.tokens), strict=True):
-        view.spend(view.unit.start, branch, at[1][:, 0].cpu().numpy(), some / every)
+        shares = flops(count) / flops(view.info.tokens)
+    for branch, share in zip(BRANCHES, shares, strict=True):
+        view.spend(view.unit.start, branch, at[1][:, 0].cpu().numpy(), share)

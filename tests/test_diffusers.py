@@ -332,7 +332,12 @@ REFUSED = {
     "another cache": (with_other_cache, {}, RuntimeError, "another cache .* is on this FluxTransformer2DModel"),
     "parallel": (lambda: with_attribute("wan", "_parallel_config", 1), {}, ValueError, "context or tensor parallelism"),
     "no steps": (lambda: tiny("dit"), {"num_steps": None}, ValueError, "needs num_steps or timesteps"),
-    "inside": (lambda: tiny("sd3"), {"cache": "toca"}, ValueError, "toca looks inside the layers of a DiT block"),
+    "inside": (
+        lambda: tiny("sd3"),
+        {"adacorr": None, "cache": "toca"},
+        ValueError,
+        "toca looks inside the layers of a DiT block",
+    ),
     "profile": (lambda: tiny("dit"), {"cache": "teacache"}, ValueError, "give its sha256 as model_id"),
     "own timesteps": (
         lambda: tiny("dit"),

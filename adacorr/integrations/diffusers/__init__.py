@@ -10,5 +10,6 @@ with enable(pipe, CacheConfig(adacorr="gamma=2")) as cache:
 from adacorr.integrations.diffusers.config import CacheConfig
 from adacorr.integrations.diffusers.handle import Handle, enable
 from adacorr.integrations.diffusers.pixel import PixelDiTPipeline
+from adacorr.integrations.diffusers.published import apply_cache_on_transformer
 
-__all__ = ["CacheConfig", "Handle", "PixelDiTPipeline", "enable"]
+__all__ = ["CacheConfig", "Handle", "PixelDiTPipeline", "apply_cache_on_transformer", "enable"]

@@ -12,14 +12,14 @@ from torch import nn
 
 from adacorr.correct import Algorithm1
 from adacorr.integrations.diffusers.attach import HOOK, Attachment
-from adacorr.integrations.diffusers.blocks import argument_names
+from adacorr.integrations.diffusers.blocks import GatedBlock, argument_names
 from adacorr.integrations.diffusers.config import CacheConfig
 from adacorr.integrations.diffusers.families import Family, family_of
 from adacorr.policy import Policy
 
 OLDEST = (0, 36)  # diffusers whose blocks have the arguments that families.py knows
 # Methods that look inside blocks, and the part that they need to find under its name in models.py.
-INSIDE = {"clusca": "attn", "duca": "attn", "fastcache": "mlp", "icc": "attn", "procache": "attn", "toca": "attn"}
+INSIDE = {"clusca": "attn", "duca": "attn", "icc": "attn", "procache": "attn", "toca": "attn"}
 _HANDLES = "_adacorr_handles"
 
 
@@ -180,10 +180,12 @@ def check_transformer(transformer: nn.Module, family: Family) -> None:
 def check_config(config: CacheConfig, family: Family) -> None:
     """ValueError for a method that the family's blocks cannot serve."""
     manager = config.manager()
-    policy = manager.policy
+    policy, alone = manager.policy, manager.correction is None
     if isinstance(manager.correction, Algorithm1) or policy is None:
         return
-    if policy.name in INSIDE and not hasattr(family.block, INSIDE[policy.name]):
+    if policy.name == "fastcache" and alone and policy.tau and not issubclass(family.block, GatedBlock):
+        raise ValueError(f"fastcache:tau={policy.tau:g} runs blocks for some tokens, and these need all: give tau=0")
+    if alone and policy.name in INSIDE and not hasattr(family.block, INSIDE[policy.name]):
         raise ValueError(
             f"{policy.name} looks inside the layers of a DiT block, which the blocks of this class are not"
         )
@@ -192,5 +194,5 @@ def check_config(config: CacheConfig, family: Family) -> None:
             f"{policy.name} needs a profile of the model, which the checkpoint tells: give its sha256 as model_id, "
             f"or {policy.name}:profile=FILE, or profile=none where the method works without one"
         )
-    if manager.correction is None and type(policy).grid is not Policy.grid:
+    if alone and type(policy).grid is not Policy.grid:
         raise ValueError(f"{policy.name} samples on timesteps of its own, and here the scheduler chooses them")
