@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, DiTTransformer2DModel, SchedulerMixin
@@ -50,6 +52,25 @@ class PixelDiTPipeline(DiffusionPipeline):
         self.register_to_config(**names)
         for block in transformer.transformer_blocks:
             block.norm1.emb.time_proj.downscale_freq_shift = timestep_shift
+
+    @classmethod
+    def from_weights(
+        cls,
+        state_dict: dict[str, Tensor],
+        config: dict[str, Any],
+        class_names: list[str] | None = None,
+        checkpoint_sha256: str | None = None,
+    ) -> PixelDiTPipeline:
+        """A pipeline of the weights and arguments of a DiTTransformer2DModel that was trained as the release was.
+
+        Its scheduler is DDIM on even timesteps.
+        """
+        transformer = DiTTransformer2DModel(**config).eval().requires_grad_(False)
+        transformer.load_state_dict({**transformer.state_dict(), **state_dict})  # positions are computed
+        schedule = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "clip_sample": False}
+        scheduler = DDIMScheduler(**schedule, timestep_spacing="linspace")
+        names = {str(i): name for i, name in enumerate(class_names or [])} or None
+        return cls(transformer, scheduler, names, checkpoint_sha256=checkpoint_sha256)
 
     @torch.no_grad()
     def __call__(
