@@ -23,7 +23,7 @@ from torch import Tensor
 
 from adacorr.files import file_sha256, record_digest, recorded_digest, written_whole
 from download import RELEASED, cache_folder, check_first_bytes, released_file
-from layout import convert_diffusers, infer_config
+from layout import convert_diffusers, infer_config, to_diffusers
 from models import DiT, DiT_models, check_config
 
 BUNDLED = "dit-ti-2-cifar10"
@@ -258,6 +258,18 @@ def model_name(config: dict[str, Any]) -> str:
         if build.keywords.items() <= config.items():
             return name
     return "a DiT {depth} deep, {hidden_size} wide, {num_heads} heads, patch {patch_size}".format(**config)
+
+
+def diffusers_pipeline(checkpoint: Checkpoint) -> Any:
+    """The checkpoint as a PixelDiTPipeline of adacorr.integrations.diffusers; ValueError for a model of latents."""
+    from adacorr.integrations.diffusers import PixelDiTPipeline  # late, as below
+
+    model = build_model(checkpoint)
+    if model.in_channels == 4:
+        where = "the released weights are published in the layout of diffusers, too"
+        raise ValueError(f"{checkpoint.path} works on latents, and the pipeline has no VAE; {where}")
+    weights = to_diffusers(model.state_dict(), model.config)
+    return PixelDiTPipeline.from_weights(*weights, checkpoint.class_names, checkpoint.sha256)
 
 
 def load_vae(name_or_path: str | os.PathLike, *, offline: bool = False) -> Any:

@@ -127,3 +127,32 @@ def convert_diffusers(state_dict: dict[str, Tensor], config: dict[str, Any]) -> 
         if ours[key] != value:
             raise ValueError(f"diffusers config says {key} {value}, the weights have {ours[key]}: fetch both again")
     return result, ours
+
+
+def to_diffusers(state_dict: dict[str, Tensor], config: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Our state dict and config -> those of DiTTransformer2DModel, which `convert_diffusers` takes back.
+
+    Positions are left out, as diffusers computes them; the embedders go into every block. norm_eps makes the norm
+    before the MLP that of the release. ValueError for a model without classes, which diffusers does not have.
+    """
+    if config["num_classes"] == 0:
+        raise ValueError("a model without classes has no place in diffusers, whose DiT always has a label table")
+    depth, heads, width = config["depth"], config["num_heads"], config["hidden_size"]
+    if int(width * config["mlp_ratio"]) != 4 * width or config["class_dropout_prob"] == 0:
+        raise ValueError("diffusers' DiT has an MLP of four times the width, and a null label")
+    result = {}
+    for kind in ("weight", "bias"):
+        for theirs, name in _OUTER.items():
+            result[f"{theirs}.{kind}"] = state_dict[f"{name}.{kind}"]
+        for i in range(depth):
+            old, new = f"blocks.{i}", f"transformer_blocks.{i}"
+            parts = state_dict[f"{old}.attn.qkv.{kind}"].chunk(3)
+            result |= {f"{new}.attn1.to_{part}.{kind}": value for part, value in zip("qkv", parts, strict=True)}
+            result |= {f"{new}.{theirs}.{kind}": state_dict[f"{old}.{name}.{kind}"] for theirs, name in _BLOCK.items()}
+    for i in range(depth):
+        own = {f"transformer_blocks.{i}.norm1.emb.{theirs}": state_dict[name] for theirs, name in _EMBEDDERS.items()}
+        result |= own
+    channels = config["in_channels"]
+    values = depth, heads, width // heads, config["input_size"], config["patch_size"], channels, config["num_classes"]
+    stated = dict(zip(_STATED.split(), values, strict=True))
+    return result, {**stated, "out_channels": channels * (1 + config["learn_sigma"]), "norm_eps": 1e-6}

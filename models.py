@@ -185,6 +185,11 @@ class DiT(nn.Module):
                              f"{self.config['class_dropout_prob']}, so sample without guidance")
         return self.num_classes
 
+    @property
+    def stream(self):
+        """What passes through the blocks: tokens T, width D and the device."""
+        return self.pos_embed.shape[1], self.hidden_size, self.pos_embed.device
+
     def patches(self, x):
         """x (N, C, H, W) -> flat patches (N, T, C * p * p), as `embed` projects them."""
         p = self.patch_size

@@ -214,7 +214,8 @@ class CorrectedRun(CachedRun):
             ran: list[Tensor] = []
             if len(rest):
                 rest = block(rest, conditioning.c[len(own) :], lambda *new, to=ran: to.extend(new))
-            fresh.tap(*(torch.cat([seen[own], *ran[i : i + 1]]) for i, seen in enumerate(pair)))
+            if fresh.tap is not None:
+                fresh.tap(*(torch.cat([seen[own], *ran[i : i + 1]]) for i, seen in enumerate(pair)))
         return torch.cat([done, rest])
 
     def _tell(self, plan: Plan, unit: Unit, x: Tensor, out: Tensor, branch: Tensor | None) -> None:

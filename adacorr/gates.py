@@ -17,18 +17,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from adacorr.model import CachedModel
+
 
 @dataclass(frozen=True)
 class GateBasis:
     """Gates of all branches over a run, factored: gate_b(t_s) ~ sum_q basis[s, q] * loadings[half][b, l, q].
 
     basis (S, Q), orthonormal columns; loadings: for each guidance half (B, labels, Q, D), branches ordered attention,
-    MLP, attention, ... over the blocks; both float32. `error` is the largest relative error over steps and labels.
+    MLP, attention, ... over the blocks; both float32. `error` is the largest relative error over steps and labels,
+    `branches` the number of branches of a block.
     """
 
     basis: Tensor
     loadings: tuple[Tensor, ...]
     error: float
+    branches: int = 2
 
     @property
     def rank(self) -> int:
@@ -60,7 +64,8 @@ def fit_gate_basis(
     enough = (left.sqrt().amax(dim=0) <= tolerance).nonzero()
     basis = basis[:, : int(enough[0]) + 1 if len(enough) else None].float().to(reference.device)
     halves = [_project(blocks, c, basis) for c in conditions]
-    return GateBasis(basis, tuple(loadings for loadings, _ in halves), max(error for _, error in halves))
+    loadings, errors = zip(*halves, strict=True)
+    return GateBasis(basis, loadings, max(errors), len(loadings[0]) // len(blocks))
 
 
 def known_gate_basis(
@@ -85,7 +90,7 @@ def known_gate_basis(
     return GateBasis(fitted, tuple(loadings for loadings, _ in halves), max(error for _, error in halves))
 
 
-def null_condition(model: nn.Module, t: Tensor) -> Tensor:
+def null_condition(model: CachedModel, t: Tensor) -> Tensor:
     """Conditioning (S, D) at timesteps t (S,) of the null label, the last row of the label table (of a class, if the
     model has no null label), or of an unconditional model."""
     if not model.num_classes:
@@ -94,10 +99,10 @@ def null_condition(model: nn.Module, t: Tensor) -> Tensor:
     return model.condition(t, torch.full(t.shape, last, device=t.device))
 
 
-def label_conditions(model: nn.Module, t: Tensor, labels: Tensor) -> Tensor:
+def label_conditions(model: CachedModel, t: Tensor, labels: Tensor) -> Tensor:
     """Conditioning (labels, S, D) of labels (n,) at timesteps t (S,)."""
     c = model.condition(t.repeat(len(labels)), labels.repeat_interleave(len(t)))
-    return c.view(len(labels), len(t), -1)
+    return c.unflatten(0, (len(labels), len(t)))
 
 
 def _gram(blocks: Sequence[nn.Module], a: Tensor, b: Tensor, weight: Tensor | None = None) -> Tensor:

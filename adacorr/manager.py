@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from adacorr.control import Controller, infers_unconditional
 from adacorr.correct import ALIASES, AdaCorrection, Algorithm1, parse_correction
@@ -19,6 +19,7 @@ from adacorr.corrected_run import CorrectedRun
 from adacorr.gates import GateBasis, fit_gate_basis, known_gate_basis, label_conditions, null_condition
 from adacorr.injected_noise import renewed
 from adacorr.literal import Algorithm1Run
+from adacorr.model import CachedModel
 from adacorr.model_profile import KEPT, KINDS, ModelProfile
 from adacorr.policies import make_policy
 from adacorr.policy import Policy, Predictor, RunInfo
@@ -100,7 +101,7 @@ class CacheManager:
     @contextmanager
     def run(
         self,
-        model: nn.Module,
+        model: CachedModel,
         labels: Tensor | None,
         timesteps: Tensor,
         alpha_bar: np.ndarray,
@@ -122,12 +123,10 @@ class CacheManager:
         """
         if model.cache is not None:
             raise RuntimeError("a cache run is open on this model: leave its `with` block before the next one")
-        n = images if labels is None else len(labels)
-        halves = 1 if cfg_scale == 1.0 else 2
-        self.trace = Trace(len(timesteps), len(model.blocks), n, halves, model.branch_flops())
-        info = self._describe(model, n, halves, timesteps, cfg_scale, model_id, sampler)
+        options = {"cfg_scale": cfg_scale, "images": images, "rewindable": rewindable, "eta": eta}
+        options |= {"model_id": model_id, "sampler": sampler}
         with torch.no_grad():
-            run = self._open(model, labels, timesteps, np.asarray(alpha_bar), info, rewindable, eta)
+            run = self.open(model, labels, timesteps, alpha_bar, **options)
             model.cache = run
             hooks = [model.register_forward_hook(run.change_output)] if isinstance(run, PolicyRun) else []
             try:
@@ -138,7 +137,31 @@ class CacheManager:
                     hook.remove()
                 self.bytes = run.bytes
 
-    def grid(self, model: nn.Module, timesteps: Tensor, cfg_scale: float, model_id: str | None, sampler: str) -> Tensor:
+    def open(
+        self,
+        model: CachedModel,
+        labels: Tensor | None,
+        timesteps: Tensor,
+        alpha_bar: np.ndarray,
+        *,
+        cfg_scale: float = 1.0,
+        images: int | None = None,
+        rewindable: bool = True,
+        eta: float = 0.0,
+        model_id: str | None = None,
+        sampler: str | None = None,
+    ) -> CachedRun:
+        """A run that nothing is attached to, for a loop that is not ours; arguments and errors as in `run`."""
+        n = images if labels is None else len(labels)
+        halves = 1 if cfg_scale == 1.0 else 2
+        self.trace = Trace(len(timesteps), len(model.blocks), n, halves, model.branch_flops())
+        info = self._describe(model, n, halves, timesteps, cfg_scale, model_id, sampler)
+        with torch.no_grad():
+            return self._open(model, labels, timesteps, np.asarray(alpha_bar), info, rewindable, eta)
+
+    def grid(
+        self, model: CachedModel, timesteps: Tensor, cfg_scale: float, model_id: str | None, sampler: str
+    ) -> Tensor:
         """(S,) the timesteps to sample on, those given unless the policy moves them; arguments as in `run`."""
         if self.policy is None or self.correction is not None:
             return timesteps
@@ -147,14 +170,15 @@ class CacheManager:
 
     def _describe(self, model, images, halves, timesteps, cfg_scale, model_id, sampler) -> RunInfo:
         corrected = isinstance(self.correction, AdaCorrection)
+        tokens, width, device = model.stream
         return RunInfo(
             images=images,
             visible_halves=1 if corrected and infers_unconditional(self.correction, halves) else halves,
             timesteps=timesteps.double().cpu().numpy(),
             blocks=model.blocks,
-            tokens=model.pos_embed.shape[1],
-            width=model.pos_embed.shape[2],
-            device=model.pos_embed.device,
+            tokens=tokens,
+            width=width,
+            device=device,
             branch_flops=model.branch_flops(),
             cfg_scale=cfg_scale,
             corrected=corrected,
@@ -178,7 +202,7 @@ class CacheManager:
             predictor = Predictor("branches", self.correction.order, self.correction.gate_error)
             store = stores.make(whole, predictor, difference)
         else:
-            self._check_profile(info, rewindable, eta)
+            self._check_profile(info, eta)
             injected = renewed(alpha_bar, eta)
             store = stores.known(whole, self._known, injected)
             if eta:
@@ -198,11 +222,9 @@ class CacheManager:
         )
         return CorrectedRun(policy, self.correction, controller, info, trace, store, rewindable, noise)
 
-    def _check_profile(self, info: RunInfo, rewindable: bool, eta: float) -> None:
+    def _check_profile(self, info: RunInfo, eta: float) -> None:
         """ValueError for a run that the profile was not made for. Under noise it is that of deterministic DDIM."""
         why = mismatch(self.profile, "adacorr", replace(info, sampler="ddim") if eta else info, any_steps=True)
-        if not rewindable and not eta:
-            why = f"the sampler {info.sampler} cannot take a step again"
         if why:
             raise ValueError(f"adacorr: the profile of the model does not fit this run ({why}); make one for it")
 
@@ -212,7 +234,7 @@ class _Stores:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: CachedModel,
         labels: Tensor | None,
         timesteps: Tensor,
         info: RunInfo,
@@ -231,8 +253,9 @@ class _Stores:
 
     def make(self, unit: Unit, predictor: Predictor, difference: bool = False) -> UnitStore:
         """The store of one unit under a predictor."""
-        if predictor.kind == "residual" or predictor.stands_before_gate(unit):
-            return ValueStore(unit, predictor, self.shape)
+        gated = hasattr(self.model.blocks[0], "gates")
+        if predictor.kind == "residual" or predictor.stands_before_gate(unit) or not gated:
+            return ValueStore(unit, predictor, self.shape, difference)
         if self.basis is None:
             self.basis = self._fit_gates(predictor.gate_error)
         tracks = [self.shape.polynomial(self.basis.rank, predictor) for _ in range(self.trace.halves)]
@@ -273,5 +296,5 @@ class _Stores:
         """Conditioning (labels, S, D) of the run's labels at timesteps t (S,), and of the null label with guidance."""
         null = null_condition(self.model, t)[None]
         if self.labels is None:
-            return [null]
+            return [null] * self.trace.halves
         return [label_conditions(self.model, t, self.unique), null][: self.trace.halves]

@@ -174,7 +174,13 @@ class View:
         return tuple(v.unflatten(0, (self.x.shape[0], -1)).unsqueeze(2) for v in three)
 
     def modulated(self) -> Tensor:
-        """What the unit's (first) branch is computed from, the modulated norm of x: (halves, n, T, D)."""
+        """What the unit's (first) branch is computed from, the modulated norm of x: (halves, n, T, D).
+
+        Blocks that are cached as a whole make it themselves, (rows, T, D), perhaps of some of the tokens.
+        """
+        if hasattr(self.block, "modulated"):
+            rows = self.block.modulated(self.x.flatten(0, 1), self.conditioning.c)
+            return rows.unflatten(0, self.x.shape[:2])
         shift, scale, _ = self.modulation
         norm = self.block.norm2 if self.unit.branch == "mlp" else self.block.norm1
         return norm(self.x) * (1 + scale) + shift

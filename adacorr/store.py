@@ -93,10 +93,14 @@ class UnitStore(ABC):
     """The newest computed steps of one unit, for every image: a track for the conditional half, and for the other one.
 
     basis (S, E) sums up the entries of a step; None where there is one.
+
+    With `difference` the second track is that of the guidance difference, with a step only where both halves were
+    computed: the unconditional half is the conditional one minus it. Inferred halves are never stored: what follows
+    from them would feed on itself, which is unstable.
     """
 
-    def __init__(self, tracks: list[Track], basis: np.ndarray | None = None):
-        self.tracks, self.basis = tracks, basis
+    def __init__(self, tracks: list[Track], basis: np.ndarray | None = None, difference: bool = False):
+        self.tracks, self.basis, self.difference = tracks, basis, difference
         trends = [track.trend for track in tracks if track.trend is not None]
         self.tables = torch.stack([trend.table for trend in trends]) if trends else None  # (halves, S, Q + 1, D)
 
@@ -141,6 +145,8 @@ class UnitStore(ABC):
         if self.tables is not None:
             added = torch.bmm(coefficients[-1], self.tables[:, rows.start : rows.stop].flatten(1, 2))
             out += added.view(*out.shape[:3], 1, -1)
+        if self.difference:
+            torch.sub(out[0], out[1], out=out[1])
         return out
 
     def oldest(self) -> np.ndarray:
@@ -166,6 +172,9 @@ class UnitStore(ABC):
 
     def keep(self, fresh: FreshStep, step: int) -> None:
         """Store a computed step for the images that it was computed for."""
+        if self.difference:
+            cond, uncond = fresh.values
+            fresh.values = [cond, cond[fresh.computed.shared] - uncond]
         for track, images, values in zip(self.tracks, fresh.computed.halves, fresh.values, strict=False):
             track.history.push(images, step, values)
 
@@ -201,8 +210,8 @@ def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
 class ValueStore(UnitStore):
     """What a unit adds to the stream, or the output of a branch unit before its gate (kind "branches")."""
 
-    def __init__(self, unit: Unit, predictor: Predictor, shape: StoreShape):
-        super().__init__([shape.polynomial(1, predictor) for _ in range(shape.halves)])
+    def __init__(self, unit: Unit, predictor: Predictor, shape: StoreShape, difference: bool = False):
+        super().__init__([shape.polynomial(1, predictor) for _ in range(shape.halves)], difference=difference)
         self.before_gate = predictor.stands_before_gate(unit)
 
     def stored(self, images: np.ndarray, k: int) -> Tensor:
@@ -234,37 +243,21 @@ class FreshValue(FreshStep):
 class GateSumStore(UnitStore):
     """Sums of a unit's branches under the basis of the gates, one entry for each of its directions (adacorr.gates).
 
-    With `difference` the second track is that of the guidance difference, with a step only where both halves were
-    computed: the unconditional half is the conditional one minus it. Inferred halves are never stored: what follows
-    from them would feed on itself, which is unstable.
-
     labels (n,): index of each image's label among those of the basis.
     """
 
     def __init__(self, unit: Unit, basis: GateBasis, labels: Tensor, tracks: list[Track], difference: bool = False):
-        super().__init__(tracks, basis.basis.cpu().numpy())
-        self.labels, self.difference = labels.cpu().numpy(), difference
-        own = slice(2 * unit.start, 2 * unit.stop)
+        super().__init__(tracks, basis.basis.cpu().numpy(), difference)
+        self.labels = labels.cpu().numpy()
+        own = slice(basis.branches * unit.start, basis.branches * unit.stop)
         loadings = torch.cat([half[own] for half in basis.loadings[: len(tracks)]], dim=1)
         self.loadings = loadings.float()  # (B, labels + 1, E, D), the null label last
-
-    def predict(self, images: np.ndarray, steps: np.ndarray) -> Tensor:
-        values = super().predict(images, steps)
-        if self.difference:
-            torch.sub(values[0], values[1], out=values[1])
-        return values
 
     def collect(self, computed: ComputedRows) -> FreshSums:
         null = np.full(len(computed.uncond), self.loadings.shape[1] - 1)
         rows = np.concatenate([self.labels[computed.cond], null][: len(self.tracks)])
         loadings = self.loadings.index_select(1, torch.from_numpy(rows).to(self.loadings.device))
         return FreshSums(computed, loadings)
-
-    def keep(self, fresh: FreshStep, step: int) -> None:
-        if self.difference:
-            cond, uncond = fresh.values
-            fresh.values = [cond, cond[fresh.computed.shared] - uncond]
-        super().keep(fresh, step)
 
 
 class FreshSums(FreshStep):

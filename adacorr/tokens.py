@@ -58,9 +58,10 @@ def flops_of_tokens(info: RunInfo, tokens: int) -> tuple[int, int]:
 def spend_tokens(view: View, at: Places) -> None:
     """Account for tokens that went through the unit's block, as shares of its FLOPs for all tokens of a row."""
     images = at[1][:, 0].cpu().numpy()
-    some = flops_of_tokens(view.info, at[2].shape[1])
-    for branch, own, every in zip(BRANCHES, some, view.info.branch_flops, strict=True):
-        view.spend(view.unit.start, branch, images, own / every)
+    count, every = at[2].shape[1], view.info.branch_flops
+    some = every if count == view.info.tokens else flops_of_tokens(view.info, count)
+    for branch, own, whole in zip(BRANCHES, some, every, strict=True):
+        view.spend(view.unit.start, branch, images, own / whole)
 
 
 def low_modes(tokens: int, cutoff: float) -> Tensor:

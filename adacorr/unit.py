@@ -42,7 +42,10 @@ def check_units(name: str, units: Sequence[Unit], depth: int) -> None:
 
 
 class Conditioning:
-    """The conditioning of one model call, c (rows, D), and the modulations made from it, each block's once."""
+    """The conditioning of one model call, c (rows, D), and the modulations made from it, each block's once.
+
+    c may be anything that is indexed by rows (adacorr.model).
+    """
 
     def __init__(self, blocks: Sequence[nn.Module], c: Tensor):
         self.blocks, self.c = blocks, c
@@ -53,6 +56,11 @@ class Conditioning:
         if layer not in self.made:
             self.made[layer] = self.blocks[layer].modulation(self.c)
         return self.made[layer]
+
+    @property
+    def more(self) -> tuple:
+        """What branches need besides x, shift and scale: nothing in a DiT, where c is a tensor."""
+        return () if isinstance(self.c, Tensor) else (self.c,)
 
     def of(self, rows: Tensor) -> "Conditioning":
         """The same for some of the rows."""
@@ -76,7 +84,7 @@ def run_unit(
     block, first = conditioning.blocks[unit.start], unit.branch == "attn"
     six = conditioning(unit.start)
     shift, scale, gate = six[:3] if first else six[3:]
-    value = (block.attn_branch if first else block.mlp_branch)(x, shift, scale)
+    value = (block.attn_branch if first else block.mlp_branch)(x, shift, scale, *conditioning.more)
     if tap is not None:
         tap(value)
     return x + gate.unsqueeze(1) * value, value

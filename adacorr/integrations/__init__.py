@@ -1,0 +1,1 @@
+"""AdaCorrection on models of other libraries."""

@@ -1,0 +1,311 @@
+"""The cache on one transformer: hooks on it and on its blocks, and the runs behind them."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks.hooks import StateManager
+from torch import Tensor, nn
+
+from adacorr import compiled
+from adacorr.integrations.diffusers.config import CacheConfig
+from adacorr.integrations.diffusers.families import KEYWORDS, Family
+from adacorr.integrations.diffusers.rows import Rows
+from adacorr.integrations.diffusers.schedule import Grid, sampler_of, time_of
+from adacorr.integrations.diffusers.stack import Stack
+from adacorr.manager import CacheManager
+from adacorr.run import CachedRun
+
+HOOK = "adacorr"
+
+
+class ContextName(StateManager):
+    """The name that `cache_context` gave the call: "cond", "uncond", ...; None outside of one."""
+
+    def __init__(self):
+        super().__init__(None)
+        self.name: str | None = None
+
+    def set_context(self, context: Any) -> None:
+        self.name = context if context is None or isinstance(context, str) else context.name
+
+    def reset(self, *args: Any, **kwargs: Any) -> None:
+        self.name = None
+
+
+class BlockHook(ModelHook):
+    """Stands in for a block's forward: the first block runs the whole stack, the others pass its result on."""
+
+    _is_stateful = True  # so that contexts and resets of diffusers reach it
+
+    def __init__(self, attachment: Attachment, index: int):
+        super().__init__()
+        self.attachment, self.index, self.context = attachment, index, ContextName()
+        self.compiled: Any = None
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.attachment.enter(self.index, args, kwargs)
+
+    def forward(self) -> Any:
+        """The block's forward without this hook."""
+        return self.compiled or self.fn_ref.original_forward
+
+    def reset_state(self, module: nn.Module) -> nn.Module:
+        self.context.reset()
+        self.attachment.reset()
+        return module
+
+
+@dataclass
+class Stream:
+    """One sampling run: of a whole batch, or of one guidance half where these are called apart."""
+
+    manager: CacheManager
+    run: CachedRun
+    grid: Grid
+    key: tuple
+    step: int = -1
+    time: float = float("inf")
+
+
+class Attachment:
+    """One transformer under a cache, from `install` to `remove`.
+
+    guidance_scale  of the pipeline's call that is under way, or None
+    """
+
+    def __init__(self, transformer: nn.Module, family: Family, config: CacheConfig, scheduler: Any = None):
+        self.transformer, self.family, self.config = transformer, family, config
+        self.scheduler = scheduler  # () -> the pipeline's, or None
+        self.manager = config.manager()
+        self.guidance_scale: float | None = None
+        self.names = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
+        self.modules = [block for name in family.lists for block in getattr(transformer, name)]
+        self.stack: Stack | None = None
+        self.streams: dict[str, Stream] = {}
+        self.finished: dict[str, Stream] = {}  # those of the last run, for its statistics
+        self.runs = 0
+        self.bypassed: Counter[str] = Counter()
+        self._given: dict[str, Any] | None = None  # arguments of the call under way, where the cache takes it
+        self._result: Any = None
+        self._time: float | None = None
+        self._nth = 0  # call at the same timestep
+        self._undo: list[Any] = []
+
+    # ------------------------------------------------------------------ hooks
+
+    def install(self) -> None:
+        """Put the hooks on; on an exception none stays."""
+        try:
+            hooks = [self._hook(index, module) for index, module in enumerate(self.modules)]
+            self.stack = Stack(self.transformer, self.family, self.modules, [hook.forward for hook in hooks])
+            self._undo += [block.remove for block in self.stack.blocks]
+            # torch's own hooks: those of diffusers and accelerate on a whole model replace each other.
+            before = self.transformer.register_forward_pre_hook(self._before, with_kwargs=True)
+            after = self.transformer.register_forward_hook(self._after, always_call=True)
+            self._undo += [before.remove, after.remove]
+            self._renew_registries()
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Take the hooks off; the modules are as they were found."""
+        while self._undo:
+            self._undo.pop()()
+        self._renew_registries()
+        self.reset()
+
+    def _hook(self, index: int, module: nn.Module) -> BlockHook:
+        own_forward, found = "forward" in vars(module), hasattr(module, "_diffusers_hook")
+        registry, hook = HookRegistry.check_if_exists_or_initialize(module), BlockHook(self, index)
+        found_compiled = module._compiled_call_impl
+        registry.register_hook(hook, HOOK)
+        if found_compiled is not None:
+            # A compiled block would trace its way into the cache: the graph is made of what lies behind the hook.
+            module._compiled_call_impl = None
+        if self.config.compile or found_compiled is not None:
+            hook.compiled = torch.compile(hook.fn_ref.original_forward, backend=compiled.BACKEND)
+
+        def undo() -> None:
+            registry.remove_hook(HOOK, recurse=False)
+            if found_compiled is not None:
+                module._compiled_call_impl = found_compiled
+            if not registry.hooks and not own_forward:
+                del module.forward
+            if not registry.hooks and not found:
+                del module._diffusers_hook
+
+        self._undo.append(undo)
+        return hook
+
+    def _renew_registries(self) -> None:
+        """Registries remember their children, so that contexts would not reach new hooks."""
+        for module in self.transformer.modules():
+            if hasattr(module, "_diffusers_hook"):
+                module._diffusers_hook._child_registries_cache = None
+
+    @torch.compiler.disable
+    def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """The transformer is called: see whether the cache takes the call."""
+        given = {name: None for name in self.names} | dict(zip(self.names, args, strict=False)) | kwargs
+        self._given = self._result = None
+        if why := self._outside(given):
+            self.bypassed[why] += 1
+        else:
+            self._given = given
+
+    @torch.compiler.disable
+    def _after(self, module: nn.Module, args: tuple, out: Any) -> None:
+        """The call is over. One that failed leaves no state: after an exception torch gives None."""
+        if out is None:
+            self.reset()
+        self._given = self._result = None
+
+    def _outside(self, given: dict[str, Any]) -> str:
+        """Why a call runs uncached; empty if it does not."""
+        for name in (*self.family.bypass, *self.family.extra):
+            if given.get(name) is not None:
+                return name
+        for name in KEYWORDS:
+            if any(not isinstance(value, (int, float, str)) for value in (given.get(name) or {}).values()):
+                return name
+        if getattr(self.transformer, "_parallel_config", None) is not None:
+            raise RuntimeError("context or tensor parallelism was enabled under the cache: disable() it first")
+        return ""
+
+    @torch.compiler.disable
+    def enter(self, index: int, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Block `index` is called."""
+        hook = self._block_hook(index)
+        if self._given is None:
+            return hook.forward()(*args, **kwargs)
+        if index == 0:
+            try:
+                with torch.no_grad():
+                    self._result = self._run(args, kwargs, hook.context.name)
+            except BaseException:
+                self.reset()
+                raise
+            if self._result is None:  # no step of a run: the call goes on without the cache
+                self._given = None
+                return hook.forward()(*args, **kwargs)
+        return self._result
+
+    def _block_hook(self, index: int) -> BlockHook:
+        return self.modules[index]._diffusers_hook.get_hook(HOOK)
+
+    # ------------------------------------------------------------------ runs
+
+    def reset(self) -> None:
+        """Forget the run under way; its statistics stay."""
+        self._close()
+        self._time = None
+
+    def _close(self) -> None:
+        if self.streams:
+            self.finished = dict(self.streams)
+        self.streams.clear()
+
+    def _run(self, args: tuple, kwargs: dict[str, Any], context: str | None) -> Any:
+        """The whole stack for the first block's call -> what its last block would give."""
+        full = {**dict(enumerate(args)), **kwargs}
+        image_key, text_key = 0 if 0 in full else "hidden_states", 1 if 1 in full else "encoder_hidden_states"
+        image, text = full[image_key], full[text_key] if self.family.joint else None
+        full[image_key] = None
+        if text is not None:
+            full[text_key] = None
+        rows = len(image)
+        by_row = self.stack.blocks[0].keys(self.family.by_row)
+        c = Rows.of(full, by_row, rows, 0 if text is None else text.shape[1])
+        x = image if text is None else torch.cat([text, image], dim=1)
+        self.stack.describe(x, c, self._given)
+
+        halves, swap = self._halves(rows), self._layout() == "uncond_first"
+        order = None
+        if halves == 2 and swap:  # the core wants the conditional half first
+            order = torch.arange(rows, device=x.device).roll(rows // 2)
+            x, c = x[order], c[order]
+        stream = self._stream(x, c, halves, context)
+        if stream is None:
+            return None
+        stream.run.begin_step(stream.step)
+        x = stream.run.run_blocks(self.stack.blocks, x, c)
+        if order is not None:
+            x = x[order]  # a swap of halves undoes itself
+        if text is None:
+            return x
+        text, image = x[:, : c.text], x[:, c.text :]
+        return (image, text) if self.family.returns == "image, text" else (text, image)
+
+    def _layout(self) -> str:
+        return self.config.guidance or self.family.layout
+
+    def _halves(self, rows: int) -> int:
+        """2 where the call's rows are both guidance halves of each image."""
+        scale = self._scale()
+        if self._layout() == "separate" or scale is None or scale <= 1.0 or rows % 2:
+            return 1
+        if self.stack.num_classes:  # an unconditional half has the null label throughout
+            first, second = self._given["class_labels"].chunk(2)
+            null = second if self._layout() == "cond_first" else first
+            return 2 if bool((null == self.stack.num_classes).all()) else 1
+        return 2
+
+    def _scale(self) -> float | None:
+        return self.guidance_scale if self.config.guidance_scale is None else self.config.guidance_scale
+
+    def _stream(self, x: Tensor, c: Rows, halves: int, context: str | None) -> Stream | None:
+        """The run that the call belongs to, at its step; a new one where the call does not follow on."""
+        time = time_of(self._given["timestep"], self.family)
+        name = context or self._ordinal(time)
+        key = (x.shape, x.dtype, x.device, c.text, halves, self._scale())
+        stream = self.streams.get(name)
+        if stream is None or stream.key != key or not stream.grid.follows(stream.step, stream.time, time):
+            scheduler = None if self.scheduler is None else self.scheduler()
+            grid = Grid.of(time, self.family, self.config, scheduler)
+            if grid is None:
+                self.bypassed["a timestep that is none of the scheduler's"] += 1
+                return None
+            if stream is not None:
+                self._close()
+            self.runs += not self.streams
+            stream = self.streams[name] = self._open(grid, key, halves, len(x), scheduler)
+        stream.step, stream.time = stream.step + 1, time
+        return stream
+
+    def _ordinal(self, time: float) -> str:
+        """The name of a call without a context: the first at a timestep is the conditional half, the next the other."""
+        if self.config.guidance != "separate":
+            return "batch"
+        self._nth = self._nth + 1 if time == self._time else 0
+        if self._nth == 2:
+            self._close()
+            self._nth = 0
+        self._time = time
+        return ("cond", "uncond")[self._nth]
+
+    def _open(self, grid: Grid, key: tuple, halves: int, rows: int, scheduler: Any) -> Stream:
+        images = rows // halves
+        labels = self._given["class_labels"][-images:] if self.stack.num_classes else None
+        if labels is not None and (halves == 1 or self._layout() == "cond_first"):
+            labels = self._given["class_labels"][:images]
+        manager = copy.copy(self.manager)
+        run = manager.open(
+            self.stack,
+            labels,
+            torch.from_numpy(grid.timesteps),
+            grid.alpha_bar(self.family, scheduler),
+            cfg_scale=self._scale() if halves == 2 else 1.0,
+            images=images,
+            rewindable=False,
+            model_id=self.config.model_id,
+            sampler=sampler_of(scheduler),
+        )
+        return Stream(manager, run, grid, key)

@@ -1,0 +1,105 @@
+"""What `enable` takes: the core's configuration and what the transformer alone does not tell."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+
+from adacorr.files import written_whole
+from adacorr.integrations.diffusers.families import LAYOUTS
+from adacorr.manager import CacheManager
+from adacorr.profile import load_profile
+
+VERSION = 1  # of the JSON form
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """A cache for one diffusers transformer. ValueError for a value out of range or options that contradict.
+
+    adacorr         AdaCorrection's options as --adacorr takes them ("gamma=2", "budget=8"), "" for its defaults,
+                    "literal" for the paper's Algorithm 1, None for `cache` alone
+    cache           a caching method as --cache takes it ("teacache:threshold=0.2"), or None for AdaCorrection alone
+    dtype           of the stored tensors: fp32, bf16 or fp16
+    profile         file of a profile of the model, for AdaCorrection on DDIM
+    model_id        sha256 of the checkpoint that profiles are held to, this one and those of calibrated methods; None
+                    takes what the pipeline's own config says of it (PixelDiTPipeline), if anything
+    guidance_scale  None takes it from the pipeline's call; needed for a bare transformer that gets both guidance halves
+                    in one batch
+    guidance        where the halves are: cond_first or uncond_first in one batch, separate in calls of their own, cond
+                    first; None takes the layout of the class's own pipelines
+    num_steps, timesteps  of a bare transformer, one of them: the sampling timesteps in 0..1000, falling from noise to
+                    image, or their number where they are even
+    compile         run the blocks through torch.compile
+    """
+
+    adacorr: str | None = ""
+    cache: str | None = None
+    dtype: str = "fp32"
+    profile: str | None = None
+    model_id: str | None = None
+    guidance_scale: float | None = None
+    guidance: str | None = None
+    num_steps: int | None = None
+    timesteps: tuple[float, ...] | None = None
+    compile: bool = False
+
+    def __post_init__(self):
+        if self.timesteps is not None:
+            object.__setattr__(self, "timesteps", tuple(float(t) for t in self.timesteps))
+            falls = all(a > b for a, b in zip(self.timesteps, self.timesteps[1:], strict=False))
+            if not self.timesteps or not falls or not all(0 <= t <= 1000 for t in self.timesteps):
+                raise ValueError("timesteps must fall from noise to image within 0..1000, each once")
+            if self.num_steps not in (None, len(self.timesteps)):
+                raise ValueError(f"num_steps={self.num_steps} contradicts {len(self.timesteps)} timesteps; give one")
+        _check("dtype", self.dtype in DTYPES, self.dtype, f"one of {', '.join(DTYPES)}")
+        _check("guidance", self.guidance in (None, *LAYOUTS), self.guidance, f"one of {', '.join(LAYOUTS)}")
+        scale, steps = self.guidance_scale, self.num_steps
+        good = scale is None or (math.isfinite(scale) and 0 <= scale <= 100)
+        _check("guidance_scale", good, scale, "within 0..100")
+        _check("num_steps", steps is None or 1 <= steps <= 1000, steps, "within 1..1000")
+        self.manager(profile=False)
+
+    def manager(self, profile: bool = True) -> CacheManager:
+        """The core's cache; with `profile` its file is read, too. ValueError for what it refuses."""
+        made = CacheManager.of(self.cache, self.adacorr, DTYPES[self.dtype])
+        if made is None:
+            raise ValueError("adacorr and cache are both None: give one of them")
+        return made if self.profile is None or not profile else made.knowing(load_profile(self.profile))
+
+    def to_json(self) -> str:
+        return json.dumps({"version": VERSION, **asdict(self)}, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> CacheConfig:
+        """ValueError for text of another form, an unknown key or a bad value."""
+        try:
+            values = dict(json.loads(text))
+            version = values.pop("version", None)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"this is no cache configuration in JSON: {error}") from error
+        if version != VERSION:
+            raise ValueError(f"a cache configuration of version {version!r}; this one reads version {VERSION}")
+        if unknown := sorted(values.keys() - {f.name for f in fields(cls)}):
+            raise ValueError(f"a cache configuration has no {', '.join(unknown)}")
+        return cls(**values)
+
+    def save(self, path: str | Path) -> None:
+        """As JSON; the file appears whole or not at all."""
+        with written_whole(path) as partial:
+            partial.write_text(self.to_json() + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> CacheConfig:
+        """ValueError as `from_json`, OSError for a file that cannot be read."""
+        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+
+def _check(name: str, good: bool, value: object, allowed: str) -> None:
+    if not good:
+        raise ValueError(f"{name}={value!r} must be {allowed}")

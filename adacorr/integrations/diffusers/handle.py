@@ -1,0 +1,198 @@
+"""`enable` and what it gives back."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import re
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from adacorr.correct import Algorithm1
+from adacorr.integrations.diffusers.attach import HOOK, Attachment
+from adacorr.integrations.diffusers.blocks import GatedBlock, argument_names
+from adacorr.integrations.diffusers.config import CacheConfig
+from adacorr.integrations.diffusers.families import Family, family_of
+from adacorr.policy import Policy
+
+OLDEST = (0, 36)  # diffusers whose blocks have the arguments that families.py knows
+# Methods that look inside blocks, and the part that they need to find under its name in models.py.
+INSIDE = {"clusca": "attn", "duca": "attn", "icc": "attn", "procache": "attn", "toca": "attn"}
+_HANDLES = "_adacorr_handles"
+
+
+def enable(pipe: Any, config: CacheConfig | None = None, *, component: str = "transformer") -> Handle:
+    """Attach a cache to a diffusers pipeline, or to a bare transformer; until `Handle.disable`.
+
+    component: which of the pipeline's transformers ("transformer_2" of some). Raises ValueError, before anything is
+    changed, for a model, diffusers, scheduler or configuration that cannot be served, RuntimeError where a cache is
+    attached already.
+    """
+    config = config or CacheConfig()
+    if config.model_id is None and (known := getattr(getattr(pipe, "config", None), "checkpoint_sha256", None)):
+        config = replace(config, model_id=known)
+    check_version(importlib.metadata.version("diffusers"))
+    bare = isinstance(pipe, nn.Module)
+    transformer = pipe if bare else getattr(pipe, component, None)
+    if not isinstance(transformer, nn.Module):
+        raise ValueError(f"{type(pipe).__name__} has no {component} to cache")
+    family = family_of(transformer)
+    check_transformer(transformer, family)
+    check_config(config, family)
+    if bare and config.num_steps is None and config.timesteps is None:
+        raise ValueError("a bare transformer needs num_steps or timesteps in the configuration; or give the pipeline")
+    if not bare and (config.num_steps is not None or config.timesteps is not None):
+        raise ValueError("num_steps and timesteps are for a bare transformer; the pipeline's scheduler has its own")
+    if not bare and getattr(pipe.scheduler, "order", 1) != 1:
+        name = type(pipe.scheduler).__name__
+        raise ValueError(f"{name} calls the network more than once in a step: take a scheduler of first order calls")
+    attachment = Attachment(transformer, family, config, None if bare else lambda: pipe.scheduler)
+    attachment.install()
+    return Handle(attachment, None if bare else pipe)
+
+
+class Handle:
+    """A cache that is attached; leaving its `with` block disables it."""
+
+    def __init__(self, attachment: Attachment, pipe: Any):
+        self.config, self._attachment, self._pipe = attachment.config, attachment, pipe
+        self.enabled = True
+        if pipe is not None:
+            _watch(pipe, self)
+
+    def stats(self) -> dict[str, Any]:
+        """Of the newest run: compute (share of the block FLOPs), hit_rate, evaluations, fallbacks and bytes.
+
+        `streams` has the trace's summary of each stream, of which there are two where guidance halves are called apart;
+        `runs` and `bypassed`, by reason, count since `enable`.
+        """
+        streams = self._attachment.streams or self._attachment.finished
+        traces = [stream.manager.trace for stream in streams.values()]
+        uncached = sum(trace.uncached_flops for trace in traces)
+        whole = max(sum(trace.evaluation_flops for trace in traces), 1)
+        flops = sum(trace.flops for trace in traces)
+        return {
+            "compute": flops / uncached if uncached else 1.0,
+            "hit_rate": sum(trace.hit_rate * trace.evaluation_flops for trace in traces) / whole,
+            "evaluations": flops / whole,
+            "fallbacks": sum(trace.fallbacks for trace in traces),
+            "bytes": sum(stream.run.bytes for stream in streams.values()),
+            "runs": self._attachment.runs,
+            "bypassed": dict(self._attachment.bypassed),
+            "streams": {name: stream.manager.trace.summary() for name, stream in streams.items()},
+        }
+
+    def reset(self) -> None:
+        """Forget the run under way, for a loop of one's own that was left early."""
+        self._attachment.reset()
+
+    def disable(self) -> None:
+        """Take the cache off; the transformer and the pipeline are as they were. A second call does nothing."""
+        if not self.enabled:
+            return
+        self.enabled = False
+        self._attachment.remove()
+        if self._pipe is not None:
+            _unwatch(self._pipe, self)
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.disable()
+
+    def _called(self, guidance_scale: float | None) -> None:
+        """The pipeline's call begins, or is over."""
+        self._attachment.reset()
+        self._attachment.guidance_scale = guidance_scale
+
+
+# ------------------------------------------------------------------------------------------- the pipeline's call
+
+
+def _watch(pipe: Any, handle: Handle) -> None:
+    """Tell the handle of the pipeline's calls. Python looks `pipe(...)` up in the class, so it gets its own."""
+    if _HANDLES not in vars(pipe):
+        kind = type(pipe)
+
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            bound = inspect.signature(kind.__call__).bind(self, *args, **kwargs)
+            bound.apply_defaults()
+            handles = list(vars(self)[_HANDLES])
+            for one in handles:
+                one._called(bound.arguments.get("guidance_scale"))
+            try:
+                return kind.__call__(self, *args, **kwargs)
+            finally:
+                for one in handles:
+                    one._called(None)
+
+        names = {"__call__": call, "__module__": kind.__module__, "__doc__": kind.__doc__}
+        object.__setattr__(pipe, _HANDLES, [])
+        object.__setattr__(pipe, "__class__", type(kind.__name__, (kind,), names))
+    vars(pipe)[_HANDLES].append(handle)
+
+
+def _unwatch(pipe: Any, handle: Handle) -> None:
+    vars(pipe)[_HANDLES].remove(handle)
+    if not vars(pipe)[_HANDLES]:
+        del vars(pipe)[_HANDLES]
+        object.__setattr__(pipe, "__class__", type(pipe).__mro__[1])
+
+
+# ------------------------------------------------------------------------------------------------------- checks
+
+
+def check_version(version: str) -> None:
+    """ValueError for a diffusers that is too old."""
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers is None or tuple(map(int, numbers.groups())) < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise ValueError(f"diffusers {version} is too old: {oldest} or newer is needed: pip install -U diffusers")
+
+
+def check_transformer(transformer: nn.Module, family: Family) -> None:
+    """ValueError for a transformer that is not as the family says, RuntimeError for one with a cache."""
+    name = type(transformer).__name__
+    for attribute in family.lists:
+        blocks = getattr(transformer, attribute, None)
+        if not blocks and attribute == family.lists[0]:
+            raise ValueError(f"{name} has no blocks in {attribute}, so there is nothing to cache")
+        for block in blocks or ():
+            if argument_names(type(block))[:1] != ("hidden_states",):
+                version = importlib.metadata.version("diffusers")
+                raise ValueError(f"{type(block).__name__} of diffusers {version} takes other arguments than are known")
+    for module in transformer.modules():
+        for hook_name, hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).items():
+            if hook_name == HOOK:
+                raise RuntimeError(f"a cache is attached to this {name} already: disable() its handle first")
+            if hook._is_stateful:
+                raise RuntimeError(f"another cache ({hook_name}) is on this {name}: take it off first")
+    if getattr(transformer, "_parallel_config", None) is not None:
+        raise ValueError(
+            "the transformer runs under context or tensor parallelism, where its shards would decide apart: cache it "
+            "on one device, with different images on each"
+        )
+
+
+def check_config(config: CacheConfig, family: Family) -> None:
+    """ValueError for a method that the family's blocks cannot serve."""
+    manager = config.manager()
+    policy, alone = manager.policy, manager.correction is None
+    if isinstance(manager.correction, Algorithm1) or policy is None:
+        return
+    if policy.name == "fastcache" and alone and policy.tau and not issubclass(family.block, GatedBlock):
+        raise ValueError(f"fastcache:tau={policy.tau:g} runs blocks for some tokens, and these need all: give tau=0")
+    if alone and policy.name in INSIDE and not hasattr(family.block, INSIDE[policy.name]):
+        raise ValueError(
+            f"{policy.name} looks inside the layers of a DiT block, which the blocks of this class are not"
+        )
+    if getattr(policy, "profile", None) == "auto" and config.model_id is None:
+        raise ValueError(
+            f"{policy.name} needs a profile of the model, which the checkpoint tells: give its sha256 as model_id, "
+            f"or {policy.name}:profile=FILE, or profile=none where the method works without one"
+        )
+    if alone and type(policy).grid is not Policy.grid:
+        raise ValueError(f"{policy.name} samples on timesteps of its own, and here the scheduler chooses them")

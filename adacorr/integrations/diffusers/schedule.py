@@ -1,0 +1,76 @@
+"""Where the steps of a run are, in timesteps from 1000 (noise) to 0, and how noisy its states are there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adacorr.integrations.diffusers.config import CacheConfig
+from adacorr.integrations.diffusers.families import Family
+
+# How far a timestep may lie from the scheduler's: pipelines round it to the dtype of the model.
+TOLERANCE = 3.0
+
+
+class Grid:
+    """The steps of a run. timesteps (S,), falling; `loose` where only their number is known, not where they are."""
+
+    def __init__(self, timesteps: np.ndarray, loose: bool = False):
+        self.timesteps, self.loose = timesteps, loose
+
+    @classmethod
+    def of(cls, time: float, family: Family, config: CacheConfig, scheduler: Any) -> Grid | None:
+        """The grid of the run whose first call is at `time`, from there on; None if it has no such step.
+
+        ValueError for a scheduler that evaluates the network twice in a step.
+        """
+        if scheduler is not None:
+            whole = np.asarray(torch.as_tensor(scheduler.timesteps).double().cpu())
+            whole = 1000.0 - whole if family.rising else whole
+        elif config.timesteps is not None:
+            whole = np.array(config.timesteps)
+        else:
+            return cls(time * (1.0 - np.arange(config.num_steps) / config.num_steps), loose=True)
+        if (np.diff(whole) >= 0).any():
+            name = "the timesteps" if scheduler is None else type(scheduler).__name__
+            raise ValueError(f"{name} must fall from step to step: a scheduler of second order cannot be cached")
+        first = int(np.abs(whole - time).argmin())
+        return cls(whole[first:]) if abs(whole[first] - time) <= TOLERANCE else None
+
+    def follows(self, step: int, before: float, time: float) -> bool:
+        """Whether a call at `time` is the step after `step`, which was called at `before`."""
+        if step + 1 >= len(self.timesteps) or time >= before:
+            return False
+        return self.loose or abs(self.timesteps[step + 1] - time) <= TOLERANCE
+
+    def alpha_bar(self, family: Family, scheduler: Any) -> np.ndarray:
+        """(S,) share of the signal in the power of the states."""
+        if family.flow:
+            noise = np.clip(self.timesteps / 1000.0, 1e-4, 1.0 - 1e-4)
+            return (1.0 - noise) ** 2 / ((1.0 - noise) ** 2 + noise**2)
+        known = getattr(scheduler, "alphas_cumprod", None)
+        known = _linear() if known is None else np.asarray(torch.as_tensor(known).double().cpu())
+        return np.interp(self.timesteps, np.arange(len(known)), np.clip(known, 1e-6, 1.0 - 1e-6))
+
+
+def _linear() -> np.ndarray:
+    """Cumulative signal power of the schedule that DiT and PixArt were trained with: (1000,)."""
+    return np.cumprod(1.0 - np.linspace(1e-4, 0.02, 1000))
+
+
+def sampler_of(scheduler: Any) -> str | None:
+    """The scheduler's name among our samplers, which profiles are held to; None for none."""
+    if scheduler is None:
+        return None
+    name = type(scheduler).__name__
+    return "ddim" if name == "DDIMScheduler" else name
+
+
+def time_of(timestep: Tensor | float, family: Family) -> float:
+    """A transformer's timestep, (N,) or (N, T) or one number, as one in 1000..0: that of its noisiest token."""
+    if isinstance(timestep, Tensor):
+        timestep = float(timestep.min() if family.rising else timestep.max())
+    return family.time(timestep)

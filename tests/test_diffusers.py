@@ -1,0 +1,499 @@
+"""The cache on diffusers' transformers: exactness, resets, guidance layouts, hooks that come and go."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_diffusers import TINY, call, inputs, sample, tiny
+
+from adacorr import compiled
+from adacorr.integrations.diffusers import CacheConfig, enable
+from adacorr.integrations.diffusers import handle as handles
+
+families = pytest.mark.parametrize("name", TINY)
+INTERVAL = {"adacorr": None, "cache": "interval:every=2,align=start"}
+STEPS = 6
+
+
+def config(**options):
+    return CacheConfig(**{"num_steps": STEPS, **options})
+
+
+def run(model, name, latents, other, **options):
+    with enable(model, config(**options)) as cache:
+        return sample(model, name, latents, other, STEPS), cache.stats()
+
+
+def traces(model):
+    """Whatever a cache could leave behind on a module."""
+    return [
+        (set(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks), m._compiled_call_impl) for m in model.modules()
+    ]
+
+
+@families
+def test_what_is_computed_is_bit_equal_and_nothing_stays(name):
+    model, (latents, other) = tiny(name), inputs(name, 2)
+    before, plain = traces(model), sample(model, name, latents, other, STEPS)
+    for options in ({"adacorr": None, "cache": "never"}, {"adacorr": "gamma=1e6"}):
+        cached, stats = run(model, name, latents, other, **options)
+        assert torch.equal(cached, plain)
+        assert stats["hit_rate"] == 0
+        assert stats["bypassed"] == {}
+    assert traces(model) == before
+    assert torch.equal(sample(model, name, latents, other, STEPS), plain)
+
+
+@families
+@pytest.mark.parametrize(
+    "options", [INTERVAL, {"adacorr": "budget=3"}, {"adacorr": None, "cache": "first_block:threshold=9"}], ids=str
+)
+def test_cached_runs_leave_nothing_to_the_next_one_nor_to_other_images(name, options):
+    model, (latents, other) = tiny(name), inputs(name, 3)
+    plain = sample(model, name, latents, other, STEPS)
+    with enable(model, config(**options)) as cache:
+        first = sample(model, name, latents, other, STEPS)
+        assert cache.stats()["compute"] < 0.95
+        moved = sample(model, name, latents + 1, other, STEPS)
+        assert torch.equal(sample(model, name, latents, other, STEPS), first)
+        own = {k: v[2:] if torch.is_tensor(v) and len(v) == 3 and "_ids" not in k else v for k, v in other.items()}
+        alone = sample(model, name, latents[2:], own, STEPS)  # a smaller batch, then the first again
+        assert torch.equal(sample(model, name, latents, other, STEPS), first)
+        assert cache.stats()["runs"] == 5
+    assert first.isfinite().all()
+    assert not torch.equal(first, plain)
+    assert not torch.allclose(first, moved)
+    torch.testing.assert_close(alone, first[2:], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "fresh"), [("dit", True), ("pixart", True), ("sd3", False), ("wan", False)])
+def test_a_skipped_step_adds_old_branches_under_new_gates_where_there_are_gates(name, fresh):
+    model, (latents, other) = tiny(name), inputs(name, 2)
+    ends, starts, branches = [], [], []
+
+    def catch(to, value):
+        to.append(value[0] if isinstance(value, tuple) else value)
+
+    model.norm_out.register_forward_pre_hook(lambda m, args: catch(ends, args))
+    blocks = model.blocks if name == "wan" else model.transformer_blocks
+    blocks[0].register_forward_pre_hook(
+        lambda m, args, kw: catch(starts, args or kw["hidden_states"]), with_kwargs=True
+    )
+    for block in blocks if fresh else []:
+        for part in ("attn1", *["attn2"] * (name == "pixart"), "ff"):
+            block.get_submodule(part).register_forward_hook(lambda m, args, out: catch(branches, out))
+    times = (1000.0, 1000.0 * 5 / 6)
+    with torch.no_grad(), enable(model, config(**INTERVAL)):
+        for t in times:
+            call(model, name, latents, t, other)
+        if not fresh:
+            return torch.testing.assert_close(ends[1] - starts[1], ends[0] - starts[0])
+        expected = []
+        for t in times:
+            c = torch.full((2,), t)
+            if name == "dit":
+                given = (c, other["class_labels"])
+                gates = [norm.linear(norm.silu(norm.emb(*given))).chunk(6, dim=1) for norm in (b.norm1 for b in blocks)]
+                gates = [gate for six in gates for gate in six[2::3]]
+            else:
+                emb = model.adaln_single(c, other["added_cond_kwargs"], batch_size=2)[0].view(2, 6, -1)
+                six = [(block.scale_shift_table + emb).unbind(1) for block in blocks]
+                gates = [gate for s in six for gate in (s[2], torch.ones_like(s[2]), s[5])]
+            expected.append(sum(g[:, None] * f for g, f in zip(gates, branches, strict=True)))
+    torch.testing.assert_close(ends[0] - starts[0], expected[0], atol=1e-4, rtol=1e-4)
+    off = [float((ends[1] - starts[1] - one).norm() / one.norm()) for one in expected]
+    assert off[1] < 0.03
+    assert off[1] < off[0] / 3
+
+
+# --------------------------------------------------------------------------------------------------- guidance
+
+
+def doubled(name, latents, other, order):
+    """Both halves in one batch; the unconditional one has other text, or the null label."""
+    _, nothing = inputs(name, len(latents), seed=9)
+    both = {}
+    for key, value in other.items():
+        if not torch.is_tensor(value) or "_ids" in key:
+            both[key] = value
+            continue
+        null = torch.full_like(value, 7) if key == "class_labels" else nothing[key]
+        both[key] = torch.cat([value, null] if order == "cond_first" else [null, value])
+    return torch.cat([latents, latents]), both
+
+
+def guided(model, name, latents, other, order, scale=2.0):
+    def evaluate(x, t):
+        x, both = doubled(name, x, other, order)
+        cond, uncond = call(model, name, x, t, both).chunk(2)[:: 1 if order == "cond_first" else -1]
+        return uncond + scale * (cond - uncond)
+
+    return sample(model, name, latents, other, STEPS, evaluate)
+
+
+def in_two_calls(model, name, latents, other, scale=2.0, context=None):
+    _, both = doubled(name, latents, other, "cond_first")
+    n = len(latents)
+    halves = [
+        {k: v[own] if torch.is_tensor(v) and "_ids" not in k else v for k, v in both.items()}
+        for own in (slice(n), slice(n, None))
+    ]
+
+    def evaluate(x, t):
+        outs = []
+        for half, title in zip(halves, ("cond", "uncond"), strict=True):
+            if context is None:
+                outs.append(call(model, name, x, t, half))
+            else:
+                with context(title):
+                    outs.append(call(model, name, x, t, half))
+        return outs[1] + scale * (outs[0] - outs[1])
+
+    return sample(model, name, latents, other, STEPS, evaluate)
+
+
+@pytest.mark.parametrize("name", ["dit", "pixart", "sd3", "cogvideox"])
+@pytest.mark.parametrize("options", [INTERVAL, {"adacorr": "budget=3.5"}], ids=str)
+def test_both_orders_of_the_halves_give_the_same_images(name, options):
+    model, (latents, other) = tiny(name), inputs(name, 2)
+    images = []
+    for order in ("cond_first", "uncond_first"):
+        with enable(model, config(guidance=order, guidance_scale=2.0, **options)) as cache:
+            images.append(guided(model, name, latents, other, order))
+            (stream,) = cache.stats()["streams"].values()
+            assert stream["halves"] == 2
+            assert stream["images"] == 2
+    torch.testing.assert_close(*images, atol=1e-6, rtol=1e-5)
+    assert not torch.equal(images[0], guided(model, name, latents, other, "cond_first"))
+
+
+@pytest.mark.parametrize("name", ["dit", "flux"])
+def test_halves_in_calls_of_their_own_have_runs_of_their_own(name):
+    model, (latents, other) = tiny(name), inputs(name, 2)
+    with enable(model, config(guidance="separate", **INTERVAL)) as cache:
+        apart = in_two_calls(model, name, latents, other)
+        assert torch.equal(in_two_calls(model, name, latents, other), apart)
+        assert cache.stats()["streams"].keys() == {"cond", "uncond"}
+        assert cache.stats()["runs"] == 2
+    with enable(model, config(guidance="cond_first", guidance_scale=2.0, **INTERVAL)):
+        torch.testing.assert_close(guided(model, name, latents, other, "cond_first"), apart, atol=1e-5, rtol=1e-4)
+
+
+def test_contexts_of_diffusers_name_the_halves():
+    model, (latents, other) = tiny("flux"), inputs("flux", 2)
+    with enable(model, config(guidance="separate", **INTERVAL)):
+        expected = in_two_calls(model, "flux", latents, other)
+    with enable(model, config(**INTERVAL)) as cache:
+        named = in_two_calls(model, "flux", latents, other, context=model.cache_context)
+        assert cache.stats()["streams"].keys() == {"cond", "uncond"}
+    assert torch.equal(named, expected)
+
+
+# ----------------------------------------------------------------------------------------------------- resets
+
+
+@pytest.mark.parametrize("name", ["dit", "flux"])
+@pytest.mark.parametrize("broken", [1, 2, 4])
+def test_a_run_that_breaks_off_leaves_nothing(name, broken):
+    model, (latents, other) = tiny(name), inputs(name, 2)
+
+    def breaks(x, t, calls=[]):  # noqa: B006 - counts
+        calls.append(t)
+        if len(calls) > broken:
+            raise KeyboardInterrupt
+        return call(model, name, x, t, other)
+
+    with enable(model, config(**INTERVAL)) as cache:
+        expected = sample(model, name, latents, other, STEPS)
+        with pytest.raises(KeyboardInterrupt):
+            sample(model, name, latents + 1, other, STEPS, breaks)
+        assert torch.equal(sample(model, name, latents, other, STEPS), expected)
+        cache.reset()
+        assert torch.equal(sample(model, name, latents, other, STEPS), expected)
+
+
+@pytest.mark.parametrize("where", ["transformer_blocks.1.attn1", "proj_out_1"])
+def test_a_failure_in_the_model_ends_the_run(where):
+    model, (latents, other) = tiny("dit"), inputs("dit", 2)
+
+    def fail(module, args):
+        raise RuntimeError("out of memory")
+
+    with enable(model, config(**INTERVAL)) as cache, torch.no_grad():
+        expected = sample(model, "dit", latents, other, STEPS)
+        call(model, "dit", latents, 1000.0, other)
+        call(model, "dit", latents, 1000.0 * 5 / 6, other)
+        hook = model.get_submodule(where).register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            call(model, "dit", latents, 1000.0 * 4 / 6, other)
+        hook.remove()
+        # Goes on as if nothing had been: the step begins a run, and nothing of the old one is in it.
+        call(model, "dit", latents, 1000.0 * 3 / 6, other)
+        assert cache.stats()["streams"]["batch"]["steps"] == STEPS
+        assert cache.stats()["streams"]["batch"]["executed_per_step"][0] == 1
+        assert torch.equal(sample(model, "dit", latents, other, STEPS), expected)
+
+
+def test_dtype_and_timesteps_that_jump_begin_a_run():
+    model, (latents, other) = tiny("sd3"), inputs("sd3", 2)
+    grid = [1000.0, 800.0, 600.0, 400.0, 200.0]
+    with torch.no_grad(), enable(model, CacheConfig(adacorr=None, cache="interval:every=9", timesteps=grid)) as cache:
+        out = [call(model, "sd3", latents, t, other) for t in grid[:2]]
+        assert cache.stats()["runs"] == 1
+        assert torch.equal(call(model, "sd3", latents, 1000.0, other), out[0])  # up: a new run
+        call(model, "sd3", latents, 600.0, other)  # a step left out: one more, from there to the end
+        assert cache.stats()["runs"] == 3
+        assert cache.stats()["streams"]["batch"]["steps"] == 3
+        call(model, "sd3", latents, 500.0, other)  # no step of the grid
+        assert cache.stats()["bypassed"] == {"a timestep that is none of the scheduler's": 1}
+        half = {k: v.bfloat16() for k, v in other.items()}
+        model.bfloat16()
+        assert call(model, "sd3", latents.bfloat16(), 400.0, half).dtype == torch.bfloat16
+        assert cache.stats()["runs"] == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        ("sd3", "block_controlnet_hidden_states"),
+        ("sd3", "skip_layers"),
+        ("flux", "controlnet_block_samples"),
+        ("flux", "joint_attention_kwargs"),
+    ],
+)
+def test_calls_that_the_cache_does_not_know_run_as_they_are(name, argument):
+    model, (latents, other) = tiny(name), inputs(name, 2)
+    given = {
+        "skip_layers": [1],
+        "joint_attention_kwargs": {"attention_mask": None},
+        "controlnet_block_samples": [torch.ones(2, 16, 32)],
+        "block_controlnet_hidden_states": [torch.ones(2, 16, 24)],
+    }[argument]
+    with torch.no_grad():
+        plain = call(model, name, latents, 1000.0, {**other, argument: given})
+    with enable(model, config(**INTERVAL)) as cache, torch.no_grad():
+        expected = sample(model, name, latents, other, STEPS)
+
+        def evaluate(x, t):
+            out = call(model, name, x, t, other)
+            assert torch.equal(call(model, name, latents, 1000.0, {**other, argument: given}), plain)
+            return out
+
+        assert torch.equal(sample(model, name, latents, other, STEPS, evaluate), expected)
+        assert cache.stats()["bypassed"] == {argument: STEPS}
+
+
+# ------------------------------------------------------------------------------------------------ attach, detach
+
+
+def test_a_failed_attach_leaves_nothing(monkeypatch):
+    model, count = tiny("sd3"), []
+    before = traces(model)
+    register = handles.Attachment._hook
+
+    def fails(self, index, module):
+        count.append(index)
+        if index == 2:
+            raise RuntimeError("no")
+        return register(self, index, module)
+
+    monkeypatch.setattr(handles.Attachment, "_hook", fails)
+    with pytest.raises(RuntimeError, match="no"):
+        enable(model, config())
+    assert count == [0, 1, 2]
+    assert traces(model) == before
+
+
+def with_attribute(name, attribute, value):
+    model = tiny(name)
+    setattr(model, attribute, value)
+    return model
+
+
+def with_other_cache():
+    model = tiny("flux")
+    from diffusers import FirstBlockCacheConfig
+
+    model.enable_cache(FirstBlockCacheConfig())
+    return model
+
+
+def cached():
+    model = tiny("dit")
+    enable(model, config())
+    return model
+
+
+REFUSED = {
+    "a linear layer is none": (lambda: torch.nn.Linear(2, 2), {}, ValueError, "Linear is no transformer that can be"),
+    "compiled as a whole": (lambda: torch.compile(tiny("dit")), {}, ValueError, "give what it wraps, and compile=True"),
+    "twice": (cached, {}, RuntimeError, r"attached to this DiTTransformer2DModel already: disable\(\)"),
+    "another cache": (with_other_cache, {}, RuntimeError, "another cache .* is on this FluxTransformer2DModel"),
+    "parallel": (lambda: with_attribute("wan", "_parallel_config", 1), {}, ValueError, "context or tensor parallelism"),
+    "no steps": (lambda: tiny("dit"), {"num_steps": None}, ValueError, "needs num_steps or timesteps"),
+    "inside": (
+        lambda: tiny("sd3"),
+        {"adacorr": None, "cache": "toca"},
+        ValueError,
+        "toca looks inside the layers of a DiT block",
+    ),
+    "profile": (lambda: tiny("dit"), {"cache": "teacache"}, ValueError, "give its sha256 as model_id"),
+    "own timesteps": (
+        lambda: tiny("dit"),
+        {"adacorr": None, "cache": "ertacache", "model_id": "x"},
+        ValueError,
+        "the scheduler chooses",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case):
+    make, options, error, message = REFUSED[case]
+    with pytest.raises(error, match=message):
+        enable(make(), config(**options))
+
+
+def test_pipelines_are_refused_for_what_they_have():
+    first = SimpleNamespace(order=1, timesteps=[900, 500])
+    pipe = SimpleNamespace(transformer=tiny("dit"), scheduler=first)
+    with pytest.raises(ValueError, match="has no transformer_2"):
+        enable(pipe, component="transformer_2")
+    with pytest.raises(ValueError, match="the pipeline's scheduler has its own"):
+        enable(pipe, config())
+    pipe.scheduler = SimpleNamespace(order=2)
+    with pytest.raises(ValueError, match="more than once in a step"):
+        enable(pipe)
+
+
+@pytest.mark.parametrize(("version", "good"), [("0.35.2", False), ("0.36.0", True), ("1.0.0.dev0", True), ("x", False)])
+def test_versions(version, good):
+    if good:
+        handles.check_version(version)
+        return
+    with pytest.raises(ValueError, match=f"diffusers {version} is too old: 0.36 or newer"):
+        handles.check_version(version)
+
+
+def test_disable_keeps_hooks_that_others_put_on_top():
+    from diffusers.hooks import HookRegistry, ModelHook
+
+    model, (latents, other) = tiny("flux"), inputs("flux", 1)
+    plain = sample(model, "flux", latents, other, STEPS)
+    seen = []
+
+    class Seen(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            seen.append(module)
+            return args, kwargs
+
+    cache, block = enable(model, config(**INTERVAL)), model.transformer_blocks[0]
+    HookRegistry.check_if_exists_or_initialize(block).register_hook(Seen(), "seen")
+    cache.disable()
+    cache.disable()
+    assert torch.equal(sample(model, "flux", latents, other, STEPS), plain)
+    assert len(seen) == STEPS
+
+
+# ----------------------------------------------------------------------------------- what others do to the model
+
+
+@pytest.mark.parametrize("how", ["config", "before", "after"])
+def test_compiled_blocks(how, monkeypatch):
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+    model, (latents, other) = tiny("sd3"), inputs("sd3", 2)
+    with enable(model, config(**INTERVAL)):
+        expected = sample(model, "sd3", latents, other, STEPS)
+    if how == "before":
+        for block in model.transformer_blocks:
+            block.compile(backend="eager")
+    before = traces(model)
+    with enable(model, config(compile=how == "config", **INTERVAL)) as cache:
+        if how == "after":
+            for block in model.transformer_blocks:
+                block.compile(backend="eager")
+        torch.testing.assert_close(sample(model, "sd3", latents, other, STEPS), expected)
+        assert cache.stats()["hit_rate"] == 0.5
+    if how != "after":
+        assert traces(model) == before
+
+
+def test_branches_of_compiled_blocks(monkeypatch):
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+    model, (latents, other) = tiny("dit"), inputs("dit", 2)
+    plain, _ = run(model, "dit", latents, other, adacorr="budget=3")
+    cached, _ = run(model, "dit", latents, other, adacorr="budget=3", compile=True)
+    torch.testing.assert_close(cached, plain)
+
+
+def test_lora():
+    peft = pytest.importorskip("peft")
+    model, (latents, other) = tiny("sd3"), inputs("sd3", 2)
+    plain = sample(model, "sd3", latents, other, STEPS)
+    with enable(model, config(adacorr=None, cache="never")):
+        model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
+        with_lora = sample(model, "sd3", latents, other, STEPS)
+    assert not torch.equal(with_lora, plain)
+    assert torch.equal(sample(model, "sd3", latents, other, STEPS), with_lora)
+
+
+@pytest.mark.parametrize("name", ["sd3", "pixart"])
+def test_group_offloading_and_layerwise_casting(name):
+    model, (latents, other) = tiny(name), inputs(name, 2)
+    model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    device = torch.device("cpu")
+    model.enable_group_offload(
+        onload_device=device, offload_device=device, offload_type="block_level", num_blocks_per_group=1
+    )
+    plain = sample(model, name, latents, other, STEPS)
+    exact, _ = run(model, name, latents, other, adacorr="gamma=1e6")
+    assert torch.equal(exact, plain)
+    cached, stats = run(model, name, latents, other, **INTERVAL)
+    assert cached.isfinite().all()
+    assert stats["hit_rate"] == 0.5
+
+
+# ------------------------------------------------------------------------------------------------ configuration
+
+
+def test_configurations_are_saved_and_copied(tmp_path):
+    made = CacheConfig(adacorr="gamma=2", cache="teacache:profile=none", dtype="bf16", timesteps=[900, 500.5])
+    made.save(tmp_path / "cache.json")
+    assert CacheConfig.load(tmp_path / "cache.json") == made == copy.deepcopy(made)
+    assert CacheConfig.from_json(CacheConfig().to_json()) == CacheConfig()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"adacorr": None}, "give a policy|both None|needs a policy"),
+        ({"adacorr": "gamma=-1"}, "gamma=-1"),
+        ({"cache": "tea"}, "tea"),
+        ({"dtype": "int8"}, "dtype='int8' must be one of fp32, bf16, fp16"),
+        ({"guidance": "both"}, "guidance='both' must be one of cond_first"),
+        ({"guidance_scale": float("nan")}, "guidance_scale=nan must be within 0..100"),
+        ({"num_steps": 0}, "num_steps=0 must be within 1..1000"),
+        ({"timesteps": [1, 2]}, "must fall from noise to image"),
+        ({"timesteps": [2000]}, "within 0..1000"),
+        ({"timesteps": [2, 1], "num_steps": 3}, "num_steps=3 contradicts 2 timesteps"),
+    ],
+    ids=str,
+)
+def test_bad_configurations(options, message):
+    with pytest.raises(ValueError, match=message):
+        CacheConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "no cache configuration in JSON"),
+        ("[1]", "no cache configuration in JSON"),
+        ('{"version": 7}', "of version 7; this one reads version 1"),
+        ('{"version": 1, "gamma": 2}', "has no gamma"),
+    ],
+)
+def test_bad_json(text, message):
+    with pytest.raises(ValueError, match=message):
+        CacheConfig.from_json(text)

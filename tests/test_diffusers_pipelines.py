@@ -1,0 +1,251 @@
+"""The cache on whole diffusers pipelines, and on the bundled model as one."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_diffusers import TINY, inputs, tiny
+
+import pipeline
+from adacorr import CacheManager
+from adacorr.integrations.diffusers import CacheConfig, PixelDiTPipeline, apply_cache_on_transformer, enable
+
+ROOT = Path(__file__).resolve().parents[1]
+INTERVAL = CacheConfig(adacorr=None, cache="interval:every=2,align=start")
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("converted") / "dit"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["to_diffusers.py", str(path)])
+        with pytest.raises(SystemExit, match="0"):
+            runpy.run_path(str(ROOT / "checkpoints/to_diffusers.py"), run_name="__main__")
+    return path
+
+
+@pytest.fixture(scope="module")
+def converted(folder):
+    pipe = PixelDiTPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def ours():
+    return pipeline.load(pipeline.ModelOptions(num_sampling_steps=8))
+
+
+def both(ours, converted, spec, config, labels=(3, 8), cfg_scale=1.5):
+    """(our states, the pipeline's, our trace's summary, the pipeline's) of the same noise."""
+    noise = pipeline.gaussian(5, np.arange(len(labels)), ours.noise_shape)
+    cache = None if spec is None else CacheManager.of(*spec)
+    state = ours.sample_from(noise, torch.tensor(labels), cache)
+    options = {"num_inference_steps": 8, "guidance_scale": cfg_scale, "latents": noise, "output_type": "pt"}
+    if config is None:
+        return state, converted(list(labels), **options).images, None, None
+    with enable(converted, config) as handle:
+        images = converted(list(labels), **options).images
+        (stream,) = handle.stats()["streams"].values()
+    return state, images, cache.trace.summary(), stream
+
+
+def test_the_converted_model_gives_the_same_images(ours, converted, folder, tmp_path):
+    state, images, _, _ = both(ours, converted, None, None)
+    assert torch.equal(ours.decode(state), ours.decode(images))
+    torch.testing.assert_close(images, state, atol=1e-4, rtol=1e-4)
+    converted.save_pretrained(tmp_path / "again")
+    again = PixelDiTPipeline.from_pretrained(tmp_path / "again")
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(both(ours, again, None, None)[1], images)
+    assert pipeline.load(pipeline.ModelOptions(ckpt=str(folder))).model.config == ours.model.config
+
+
+@pytest.mark.parametrize(
+    ("policy", "correction"),
+    [
+        (None, "budget=4,rewind=false"),
+        ("teacache:threshold=0.3,profile=none", "budget=4,rewind=false,difference=false"),
+        ("first_block:threshold=0.4", None),
+        ("toca", None),
+    ],
+)
+def test_cached_runs_decide_as_our_own(ours, converted, policy, correction):
+    config = CacheConfig(adacorr=correction, cache=policy)
+    state, images, own, there = both(ours, converted, (policy, correction), config)
+    assert there["computed_steps"] == own["computed_steps"]
+    assert own["compute"] < 0.95
+    np.testing.assert_allclose(there["executed_per_step"], own["executed_per_step"], atol=0.01)
+    torch.testing.assert_close(images, state, atol=1e-3, rtol=1e-3)
+
+
+def test_a_profile_of_the_model_serves_without_rewinding(ours, converted):
+    path = ROOT / "adacorr/profiles/adacorr-dit-ti-2-cifar10-cfg1.5.safetensors"
+    plain = both(ours, converted, None, None)[1]
+    errors = []
+    for options in ({"profile": str(path)}, {}):
+        config = CacheConfig(adacorr="budget=5", **options)
+        errors.append(float((both(ours, converted, (None, "budget=5"), config)[1] - plain).square().mean()))
+    assert errors[0] < errors[1]
+    with enable(converted, CacheConfig(profile=str(path))), pytest.raises(ValueError, match="guidance 1.5 there, 2"):
+        converted([1], guidance_scale=2.0, num_inference_steps=10)
+
+
+def test_the_pipeline_refuses_what_it_does_not_have(converted):
+    with pytest.raises(ValueError, match=r"\[10\] must lie within 0..9"):
+        converted([10])
+
+
+# ------------------------------------------------------------------------------------------ diffusers' own pipelines
+
+
+def scheduler_of(name):
+    import diffusers
+
+    if name == "pixart":
+        return diffusers.DPMSolverMultistepScheduler()
+    return diffusers.FlowMatchEulerDiscreteScheduler()
+
+
+def text_pipeline(name):
+    """(pipeline without encoders, arguments of a call that gives latents)."""
+    import diffusers
+
+    model, (_, other) = tiny(name), inputs(name, 2)
+    text = {"prompt_embeds": other["encoder_hidden_states"], "output_type": "latent"}
+    parts = {
+        "transformer": model,
+        "scheduler": scheduler_of(name),
+        "vae": None,
+        "text_encoder": None,
+        "tokenizer": None,
+    }
+    call = {"num_inference_steps": STEPS, "height": 64, "width": 64, **text}
+    negative = {"negative_prompt_embeds": 0 * text["prompt_embeds"]}
+    if name == "pixart":
+        mask = other["encoder_attention_mask"]
+        masks = {"prompt_attention_mask": mask, "negative_prompt_attention_mask": mask}
+        return diffusers.PixArtAlphaPipeline(**parts), {
+            **call,
+            **negative,
+            **masks,
+            "negative_prompt": None,
+            "use_resolution_binning": False,
+        }
+    if name == "wan":
+        return diffusers.WanPipeline(**parts), {**call, **negative, "num_frames": 5}
+    pooled = {"pooled_prompt_embeds": other["pooled_projections"]}
+    parts |= {"text_encoder_2": None, "tokenizer_2": None}
+    if name == "flux":
+        return diffusers.FluxPipeline(**parts), {**call, **pooled}
+    parts |= {"text_encoder_3": None, "tokenizer_3": None}
+    negative["negative_pooled_prompt_embeds"] = 0 * pooled["pooled_prompt_embeds"]
+    return diffusers.StableDiffusion3Pipeline(**parts), {**call, **pooled, **negative}
+
+
+def draw(pipe, call, seed=0, **more):
+    pipe.set_progress_bar_config(disable=True)
+    out = pipe(**call, **more, generator=torch.Generator().manual_seed(seed), return_dict=False)[0]
+    return torch.as_tensor(out)
+
+
+@pytest.mark.parametrize("name", ["pixart", "sd3", "flux", "wan"])
+def test_pipelines(name):
+    pipe, call = text_pipeline(name)
+    kind, plain = type(pipe), draw(pipe, call)
+    with enable(pipe, CacheConfig(adacorr="gamma=1e6")) as cache:
+        assert torch.equal(draw(pipe, call), plain)
+        assert isinstance(pipe, kind)
+    assert type(pipe) is kind
+    assert "_adacorr_handles" not in vars(pipe)
+    with enable(pipe, INTERVAL) as cache:
+        first = draw(pipe, call)
+        stats = cache.stats()
+        assert stats["hit_rate"] == 0.5
+        assert stats["bypassed"] == {}
+        streams = {"pixart": {"batch"}, "sd3": {"batch"}, "flux": {"cond"}, "wan": {"cond", "uncond"}}[name]
+        assert stats["streams"].keys() == streams
+        halves = {s["halves"] for s in stats["streams"].values()}
+        assert halves == ({2} if name in ("pixart", "sd3") else {1})
+        assert not torch.equal(draw(pipe, call, seed=1), first)
+        with pytest.raises(KeyboardInterrupt):
+            draw(pipe, call, seed=2, **stop_at(name, 2))
+        assert torch.equal(draw(pipe, call), first)
+        assert not torch.equal(first, plain)
+    assert torch.equal(draw(pipe, call), plain)
+
+
+def stop_at(name, step):
+    """Arguments of a call that break it off."""
+
+    def stop(i):
+        if i == step:
+            raise KeyboardInterrupt
+
+    if name == "pixart":
+        return {"callback": lambda i, t, latents: stop(i)}
+    return {"callback_on_step_end": lambda pipe, i, t, kept: stop(i) or kept}
+
+
+def test_a_scheduler_of_second_order_is_refused_at_the_call_too():
+    import diffusers
+
+    pipe, call = text_pipeline("sd3")
+    with enable(pipe, INTERVAL):
+        pipe.scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
+        with pytest.raises(ValueError, match="FlowMatchHeunDiscreteScheduler must fall from step to step"):
+            draw(pipe, call)
+
+
+# ------------------------------------------------------------------------------------------- the published call
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cache", "adacorr"),
+    [
+        ({"rel_l1_thresh": 0.1, "motion_threshold": 0.2}, "fastcache:threshold=0.1,tau=0.2,profile=none", "gamma=1.0"),
+        ({"use_cache": "Tea", "adacorr_gamma": 2.0, "adacorr_lambda": 0.5}, "teacache:profile=none", "gamma=2.0"),
+        ({"use_cache": "Fb", "enable_adacorrection": False}, "first_block", None),
+        ({"use_cache": "Ada", "return_hidden_states_first": True}, "adacache", "gamma=1.0"),
+        ({"use_cache": None}, None, "gamma=1.0"),
+    ],
+)
+def test_the_published_call(arguments, cache, adacorr):
+    with apply_cache_on_transformer(tiny("dit"), num_steps=STEPS, **arguments) as handle:
+        assert handle.config.cache == cache
+        assert (handle.config.adacorr or "none").startswith(adacorr or "none")
+        assert f"lambda={arguments.get('adacorr_lambda', 1.0)}" in (handle.config.adacorr or "lambda=1.0")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("dit", {"use_cache": "tea"}, r"use_cache='tea' is unknown \(did you mean Tea\?\)"),
+        ("dit", {"use_cache": "Ada", "rel_l1_thresh": 0.1}, "rel_l1_thresh=0.1 means nothing to use_cache='Ada'"),
+        ("dit", {"use_cache": "Tea", "motion_threshold": 0.1}, "motion_threshold=0.1 means nothing"),
+        ("dit", {"use_cache": None, "rel_l1_thresh": 0.1}, "rel_l1_thresh means nothing with use_cache=None"),
+        ("dit", {"use_cache": None, "enable_adacorrection": False}, "caches nothing"),
+        ("dit", {"enable_adacorrection": False, "adacorr_gamma": 2.0}, "no meaning"),
+        (
+            "flux",
+            {"return_hidden_states_first": True},
+            "return_hidden_states_first=True is wrong for FluxTransformer2D",
+        ),
+        ("flux", {"motion_threshold": 0.1, "enable_adacorrection": False}, "these need all: give tau=0"),
+        ("dit", {"use_cache": "Lazy"}, "lazydit needs a profile"),
+        ("dit", {"adacorr_gamma": -1.0}, "gamma=-1.0"),
+    ],
+)
+def test_the_published_call_refuses(name, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        apply_cache_on_transformer(tiny(name), num_steps=STEPS, **arguments)
+
+
+def test_every_family_is_tried():
+    from adacorr.integrations.diffusers.families import FAMILIES
+
+    assert {kind for kind, *_ in TINY.values()} == set(FAMILIES)

@@ -1,0 +1,240 @@
+"""Tiny random transformers of every diffusers family, their inputs, and a sampling loop as short as can be."""
+
+from functools import partial
+
+import diffusers
+import torch
+
+TEXT, SIZE = 5, 4  # text tokens; latent height and width
+
+
+def _text(rows, width, generator):
+    return torch.randn(rows, TEXT, width, generator=generator)
+
+
+def _dit(rows, generator):
+    return {"class_labels": torch.arange(rows) % 7}
+
+
+def _pixart(rows, generator):
+    mask = torch.ones(rows, TEXT)
+    mask[:, -1] = 0
+    added = {"resolution": None, "aspect_ratio": None}
+    return {
+        "encoder_hidden_states": _text(rows, 24, generator),
+        "encoder_attention_mask": mask,
+        "added_cond_kwargs": added,
+    }
+
+
+def _sd3(rows, generator):
+    pooled = torch.randn(rows, 12, generator=generator)
+    return {"encoder_hidden_states": _text(rows, 24, generator), "pooled_projections": pooled}
+
+
+def _flux(rows, generator):
+    ids = torch.zeros(SIZE * SIZE, 3)
+    ids[:, 1:] = torch.cartesian_prod(torch.arange(SIZE), torch.arange(SIZE))
+    return {**_sd3(rows, generator), "img_ids": ids, "txt_ids": torch.zeros(TEXT, 3)}
+
+
+def _masked(rows, generator):
+    mask = torch.ones(rows, TEXT)
+    mask[:, -1] = 0
+    return {"encoder_hidden_states": _text(rows, 24, generator), "encoder_attention_mask": mask}
+
+
+def _ltx(rows, generator):
+    return {**_masked(rows, generator), "num_frames": 2, "height": SIZE, "width": SIZE}
+
+
+def _hunyuan(rows, generator):
+    pooled, guidance = torch.randn(rows, 12, generator=generator), torch.full((rows,), 6000.0)
+    return {**_masked(rows, generator), "pooled_projections": pooled, "guidance": guidance}
+
+
+def _only_text(rows, generator):
+    return {"encoder_hidden_states": _text(rows, 24, generator)}
+
+
+_HEADS = {"num_attention_heads": 2, "num_layers": 3}
+# name -> (class, arguments, shape of one latent, other inputs, scale from 0..1000 to the transformer's timestep)
+TINY = {
+    "dit": (
+        "DiTTransformer2DModel",
+        {**_HEADS, "attention_head_dim": 12, "in_channels": 4, "sample_size": 8, "num_embeds_ada_norm": 7},
+        (4, 8, 8),
+        _dit,
+    ),
+    "pixart": (
+        "PixArtTransformer2DModel",
+        {
+            **_HEADS,
+            "attention_head_dim": 12,
+            "in_channels": 4,
+            "out_channels": 4,
+            "cross_attention_dim": 24,
+            "sample_size": 8,
+            "caption_channels": 24,
+            "use_additional_conditions": False,
+        },
+        (4, 8, 8),
+        _pixart,
+    ),
+    "sd3": (
+        "SD3Transformer2DModel",
+        {
+            **_HEADS,
+            "attention_head_dim": 12,
+            "in_channels": 4,
+            "out_channels": 4,
+            "sample_size": 8,
+            "joint_attention_dim": 24,
+            "caption_projection_dim": 24,
+            "pooled_projection_dim": 12,
+            "pos_embed_max_size": 8,
+            "dual_attention_layers": (0,),
+        },
+        (4, 8, 8),
+        _sd3,
+    ),
+    "flux": (
+        "FluxTransformer2DModel",
+        {
+            "num_attention_heads": 2,
+            "num_layers": 2,
+            "num_single_layers": 2,
+            "attention_head_dim": 16,
+            "in_channels": 4,
+            "joint_attention_dim": 24,
+            "pooled_projection_dim": 12,
+            "axes_dims_rope": (4, 6, 6),
+        },
+        (SIZE * SIZE, 4),
+        _flux,
+    ),
+    "wan": (
+        "WanTransformer3DModel",
+        {
+            **_HEADS,
+            "attention_head_dim": 12,
+            "in_channels": 4,
+            "out_channels": 4,
+            "text_dim": 24,
+            "freq_dim": 16,
+            "ffn_dim": 48,
+            "rope_max_seq_len": 16,
+        },
+        (4, 2, 8, 8),
+        _only_text,
+    ),
+    "cogvideox": (
+        "CogVideoXTransformer3DModel",
+        {
+            **_HEADS,
+            "attention_head_dim": 16,
+            "in_channels": 4,
+            "out_channels": 4,
+            "time_embed_dim": 8,
+            "text_embed_dim": 24,
+            "sample_width": 8,
+            "sample_height": 8,
+            "sample_frames": 5,
+            "max_text_seq_length": TEXT,
+        },
+        (2, 4, 8, 8),
+        _only_text,
+    ),
+    "ltx": (
+        "LTXVideoTransformer3DModel",
+        {
+            **_HEADS,
+            "attention_head_dim": 12,
+            "in_channels": 4,
+            "out_channels": 4,
+            "cross_attention_dim": 24,
+            "caption_channels": 24,
+        },
+        (2 * SIZE * SIZE, 4),
+        _ltx,
+    ),
+    "hunyuan": (
+        "HunyuanVideoTransformer3DModel",
+        {
+            "num_attention_heads": 2,
+            "num_layers": 2,
+            "num_single_layers": 2,
+            "num_refiner_layers": 1,
+            "attention_head_dim": 16,
+            "in_channels": 4,
+            "out_channels": 4,
+            "text_embed_dim": 24,
+            "pooled_projection_dim": 12,
+            "rope_axes_dim": (4, 6, 6),
+        },
+        (4, 2, 8, 8),
+        _hunyuan,
+    ),
+    "mochi": (
+        "MochiTransformer3DModel",
+        {
+            **_HEADS,
+            "attention_head_dim": 12,
+            "in_channels": 4,
+            "text_embed_dim": 24,
+            "pooled_projection_dim": 24,
+            "time_embed_dim": 8,
+            "max_sequence_length": TEXT,
+        },
+        (4, 2, 8, 8),
+        _masked,
+    ),
+}
+
+
+def tiny(name, seed=0):
+    """A transformer whose blocks matter: its zero-initialised parts are drawn, too."""
+    torch.manual_seed(seed)
+    kind, arguments, _, _ = TINY[name]
+    model = getattr(diffusers, kind)(**arguments).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(std=0.15)
+    return model
+
+
+def inputs(name, rows, seed=0):
+    """(latents of `rows` rows, everything else that the transformer takes), each row from its own seed."""
+    parts = [torch.Generator().manual_seed(1000 * seed + row) for row in range(rows)]
+    _, _, shape, make = TINY[name]
+    latents = torch.stack([torch.randn(shape, generator=g) for g in parts])
+    made = [make(1, g) for g in parts]
+    other = make(rows, parts[0])
+    for key, value in other.items():
+        if isinstance(value, torch.Tensor) and len(value) == rows and key not in ("img_ids", "txt_ids", "class_labels"):
+            other[key] = torch.cat([one[key] for one in made])
+    return latents, other
+
+
+def timesteps(steps):
+    return [1000.0 * (1 - k / steps) for k in range(steps)]
+
+
+def call(model, name, latents, t, other):
+    """The transformer's output for latents at a timestep of 0..1000."""
+    t = {"flux": t / 1000.0, "mochi": 1000.0 - t}.get(name, t)
+    return model(hidden_states=latents, timestep=torch.full((len(latents),), t), **other, return_dict=False)[0]
+
+
+def sample(model, name, latents, other, steps=8, evaluate=None):
+    """Euler steps; evaluate(x, t) in place of the plain call, for guidance."""
+    evaluate = evaluate or (lambda x, t: call(model, name, x, t, other))
+    x, grid = latents, [*timesteps(steps), 0.0]
+    with torch.no_grad():
+        for t, after in zip(grid, grid[1:], strict=False):
+            out = evaluate(x, t)[:, : x.shape[1]]
+            x = x - 0.3 * (t - after) / 1000.0 * out
+    return x
+
+
+loop = partial(sample, steps=8)
