@@ -320,8 +320,6 @@ def sample_latents(
     if cache is None:
         opened = nullcontext()
     else:
-        grid = cache.grid(model, sampler.timesteps, cfg_scale, model_id, sampler.spec)
-        sampler = sampler if grid is sampler.timesteps else sampler.on(grid.numpy())
         opened = cache.run(
             model,
             labels,

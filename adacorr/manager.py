@@ -159,15 +159,6 @@ class CacheManager:
         with torch.no_grad():
             return self._open(model, labels, timesteps, np.asarray(alpha_bar), info, rewindable, eta)
 
-    def grid(
-        self, model: CachedModel, timesteps: Tensor, cfg_scale: float, model_id: str | None, sampler: str
-    ) -> Tensor:
-        """(S,) the timesteps to sample on, those given unless the policy moves them; arguments as in `run`."""
-        if self.policy is None or self.correction is not None:
-            return timesteps
-        moved = self.policy.grid(self._describe(model, 0, 1, timesteps, cfg_scale, model_id, sampler))
-        return torch.from_numpy(moved) if (moved != timesteps.numpy()).any() else timesteps
-
     def _describe(self, model, images, halves, timesteps, cfg_scale, model_id, sampler) -> RunInfo:
         corrected = isinstance(self.correction, AdaCorrection)
         tokens, width, device = model.stream

@@ -307,13 +307,6 @@ class Policy:
         """What is stored for one of the units: nothing for the probe, which always runs."""
         return None if unit.stop <= self.probe(depth) else self.predictor
 
-    def grid(self, info: RunInfo) -> np.ndarray:
-        """(S,) training timesteps to sample on, in sampling order: the run's own, unless the method moves them.
-
-        Asked before the run, without AdaCorrection only; `info` has the moved ones afterwards.
-        """
-        return info.timesteps
-
     def conditional_only(self, info: RunInfo, step: int) -> bool:
         """Whether only the conditional half goes through the blocks at a step; `network_output` makes the other half.
 

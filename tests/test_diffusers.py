@@ -339,11 +339,11 @@ REFUSED = {
         "toca looks inside the layers of a DiT block",
     ),
     "profile": (lambda: tiny("dit"), {"cache": "teacache"}, ValueError, "give its sha256 as model_id"),
-    "own timesteps": (
+    "output": (
         lambda: tiny("dit"),
-        {"adacorr": None, "cache": "ertacache", "model_id": "x"},
+        {"adacorr": None, "cache": "fastercache"},
         ValueError,
-        "the scheduler chooses",
+        "fastercache changes what the network gives",
     ),
 }
 

@@ -194,5 +194,8 @@ def check_config(config: CacheConfig, family: Family) -> None:
             f"{policy.name} needs a profile of the model, which the checkpoint tells: give its sha256 as model_id, "
             f"or {policy.name}:profile=FILE, or profile=none where the method works without one"
         )
-    if alone and type(policy).grid is not Policy.grid:
-        raise ValueError(f"{policy.name} samples on timesteps of its own, and here the scheduler chooses them")
+    if alone and type(policy).network_output is not Policy.network_output:
+        raise ValueError(
+            f"{policy.name} changes what the network gives, and here the pipeline takes it: use it with adacorr, or by "
+            "sample.py"
+        )
