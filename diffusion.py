@@ -119,7 +119,7 @@ class Sampler:
 
     def on(self, timesteps: np.ndarray) -> Sampler:
         """The same sampler on other training timesteps (S,), falling; ValueError where it cannot choose them."""
-        raise ValueError(f"{self.name} lays its timesteps out itself; use ddim or ddpm for a method that moves them")
+        raise ValueError(f"{self.name} lays its timesteps out itself; use ddim or ddpm to choose them")
 
 
 def split_output(x: Tensor, out: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
