@@ -297,6 +297,8 @@ def sample_latents(
 
     Under AdaCorrection the steps before a computed one are taken once more with activations that are interpolated
     instead of extrapolated (`CachedRun.correct`). They cost no block, and the image goes on from the corrected state.
+    Where the sampler's step is linear the run may take steps by itself (`CachedRun.shorten`); not with `predicted`, nor
+    with forward hooks on the model, which would miss them.
     """
     n, dtype = len(noise), next(model.parameters()).dtype
     everyone = np.arange(n)
@@ -335,7 +337,9 @@ def sample_latents(
     x = sampler.prepare(noise)
     with opened as run:
         short = None
-        if run is not None and sampler.linear is not None and predicted is None:
+        # Who listens to the model's calls, or to the predictions, is to be told of every step.
+        heard = predicted is not None or bool(model._forward_hooks or model._forward_pre_hooks)
+        if run is not None and sampler.linear is not None and not heard:
             channels = guided_channels(cfg_channels, model.in_channels, 2 * n) if guided else 0
             update = Update(sampler.linear, cfg_scale, channels)
             short = run.shorten(lambda: Outside(model, labels, n, sampler.timesteps, update))

@@ -76,7 +76,7 @@ class ShortRun:
         run = self.run
         origin, anchor = run.rewind_from(x)
         start = np.where(origin < 0, run.step, origin + 1)
-        for first in np.unique(start[start < run.step]):
+        for first in np.unique(start[start < run.step]).tolist():
             again = np.flatnonzero(start == first)
             now = take_rows(anchor, again)
             for past in range(first, run.step, LOOK_AHEAD):  # some steps in one pass over the stored tensors

@@ -114,6 +114,16 @@ def test_what_is_not_linear_goes_through_the_loop(monkeypatch, model, sampler):
     sample(model, 8, cache=CacheManager(correction=AdaCorrection()), sampler=sampler)
 
 
+def test_hooks_on_the_model_are_told_of_every_step(model):
+    steps, manager = [], CacheManager(correction=AdaCorrection(budget=5))
+    expected = sample(model, STEPS, cache=manager)
+    handle = model.register_forward_pre_hook(lambda *_: steps.append(model.cache.step))
+    found = sample(model, STEPS, cache=manager)
+    handle.remove()
+    assert set(steps) == set(range(STEPS))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
 # -------------------------------------------------------------------------------------------- operations
 
 
