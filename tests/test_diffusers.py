@@ -168,6 +168,14 @@ def test_both_orders_of_the_halves_give_the_same_images(name, options):
     assert not torch.equal(images[0], guided(model, name, latents, other, "cond_first"))
 
 
+def test_a_batch_that_is_not_two_halves_of_the_same_images_is_taken_image_by_image():
+    model, (latents, other) = tiny("dit"), inputs("dit", 4)
+    with enable(model, config(guidance_scale=2.0, **INTERVAL)) as cache:
+        images = sample(model, "dit", latents, other, STEPS)
+        assert cache.stats()["streams"]["batch"]["images"] == 4
+    assert torch.equal(images, run(model, "dit", latents, other, **INTERVAL)[0])
+
+
 @pytest.mark.parametrize("name", ["dit", "flux"])
 def test_halves_in_calls_of_their_own_have_runs_of_their_own(name):
     model, (latents, other) = tiny(name), inputs(name, 2)
@@ -288,20 +296,21 @@ def test_calls_that_the_cache_does_not_know_run_as_they_are(name, argument):
 
 
 def test_a_failed_attach_leaves_nothing(monkeypatch):
+    from diffusers.hooks import HookRegistry
+
     model, count = tiny("sd3"), []
-    before = traces(model)
-    register = handles.Attachment._hook
+    before, register = traces(model), HookRegistry.register_hook
 
-    def fails(self, index, module):
-        count.append(index)
-        if index == 2:
+    def fails(self, *args):
+        count.append(args)
+        if len(count) == 3:
             raise RuntimeError("no")
-        return register(self, index, module)
+        return register(self, *args)
 
-    monkeypatch.setattr(handles.Attachment, "_hook", fails)
+    monkeypatch.setattr(HookRegistry, "register_hook", fails)
     with pytest.raises(RuntimeError, match="no"):
         enable(model, config())
-    assert count == [0, 1, 2]
+    assert len(count) == 3
     assert traces(model) == before
 
 

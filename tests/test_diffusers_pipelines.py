@@ -1,17 +1,22 @@
 """The cache on whole diffusers pipelines, and on the bundled model as one."""
 
+import json
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from tiny_diffusers import TINY, inputs, tiny
+from toy import save_tiny
 
 import pipeline
-from adacorr import CacheManager
+from adacorr import CacheManager, bench
 from adacorr.integrations.diffusers import CacheConfig, PixelDiTPipeline, apply_cache_on_transformer, enable
+from adacorr.integrations.diffusers.tiny import tiny_pipeline
+from benchmarks import peers
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERVAL = CacheConfig(adacorr=None, cache="interval:every=2,align=start")
@@ -103,59 +108,31 @@ def test_the_pipeline_refuses_what_it_does_not_have(converted):
 # ------------------------------------------------------------------------------------------ diffusers' own pipelines
 
 
-def scheduler_of(name):
+def whole_pipeline(name):
+    """(pipeline without encoders, arguments of a call)."""
+    if name != "wan":
+        return tiny_pipeline(name, images=2)
     import diffusers
 
-    if name == "pixart":
-        return diffusers.DPMSolverMultistepScheduler()
-    return diffusers.FlowMatchEulerDiscreteScheduler()
-
-
-def text_pipeline(name):
-    """(pipeline without encoders, arguments of a call that gives latents)."""
-    import diffusers
-
-    model, (_, other) = tiny(name), inputs(name, 2)
-    text = {"prompt_embeds": other["encoder_hidden_states"], "output_type": "latent"}
-    parts = {
-        "transformer": model,
-        "scheduler": scheduler_of(name),
-        "vae": None,
-        "text_encoder": None,
-        "tokenizer": None,
+    text = inputs("wan", 2)[1]["encoder_hidden_states"]
+    call = {"prompt_embeds": text, "negative_prompt_embeds": 0 * text, "height": 64, "width": 64, "num_frames": 5}
+    parts = {"transformer": tiny("wan"), "scheduler": diffusers.FlowMatchEulerDiscreteScheduler()}
+    return diffusers.WanPipeline(**parts, vae=None, text_encoder=None, tokenizer=None), {
+        **call,
+        "output_type": "latent",
     }
-    call = {"num_inference_steps": STEPS, "height": 64, "width": 64, **text}
-    negative = {"negative_prompt_embeds": 0 * text["prompt_embeds"]}
-    if name == "pixart":
-        mask = other["encoder_attention_mask"]
-        masks = {"prompt_attention_mask": mask, "negative_prompt_attention_mask": mask}
-        return diffusers.PixArtAlphaPipeline(**parts), {
-            **call,
-            **negative,
-            **masks,
-            "negative_prompt": None,
-            "use_resolution_binning": False,
-        }
-    if name == "wan":
-        return diffusers.WanPipeline(**parts), {**call, **negative, "num_frames": 5}
-    pooled = {"pooled_prompt_embeds": other["pooled_projections"]}
-    parts |= {"text_encoder_2": None, "tokenizer_2": None}
-    if name == "flux":
-        return diffusers.FluxPipeline(**parts), {**call, **pooled}
-    parts |= {"text_encoder_3": None, "tokenizer_3": None}
-    negative["negative_pooled_prompt_embeds"] = 0 * pooled["pooled_prompt_embeds"]
-    return diffusers.StableDiffusion3Pipeline(**parts), {**call, **pooled, **negative}
 
 
 def draw(pipe, call, seed=0, **more):
     pipe.set_progress_bar_config(disable=True)
-    out = pipe(**call, **more, generator=torch.Generator().manual_seed(seed), return_dict=False)[0]
+    call = {**call, **more, "num_inference_steps": STEPS, "generator": torch.Generator().manual_seed(seed)}
+    out = pipe(**call, return_dict=False)[0]
     return torch.as_tensor(out)
 
 
 @pytest.mark.parametrize("name", ["pixart", "sd3", "flux", "wan"])
 def test_pipelines(name):
-    pipe, call = text_pipeline(name)
+    pipe, call = whole_pipeline(name)
     kind, plain = type(pipe), draw(pipe, call)
     with enable(pipe, CacheConfig(adacorr="gamma=1e6")) as cache:
         assert torch.equal(draw(pipe, call), plain)
@@ -191,10 +168,25 @@ def stop_at(name, step):
     return {"callback_on_step_end": lambda pipe, i, t, kept: stop(i) or kept}
 
 
+def test_two_transformers_have_caches_of_their_own():
+    pipe, call = whole_pipeline("wan")
+    other = tiny("wan", seed=1)
+    pipe = type(pipe)(**{**pipe.components, "transformer_2": other}, boundary_ratio=0.6)
+    plain = draw(pipe, call)
+    with enable(pipe, INTERVAL) as high, enable(pipe, INTERVAL, component="transformer_2") as low:
+        first = draw(pipe, call)
+        assert torch.equal(draw(pipe, call), first)
+        counts = [cache.stats()["streams"]["cond"]["computed_steps"] for cache in (high, low)]
+        assert counts == [[[[0, 2]], [[0, 2]]]] * 2  # three steps each, for two images
+        high.disable()
+        assert not torch.equal(draw(pipe, call), plain)
+    assert torch.equal(draw(pipe, call), plain)
+
+
 def test_a_scheduler_of_second_order_is_refused_at_the_call_too():
     import diffusers
 
-    pipe, call = text_pipeline("sd3")
+    pipe, call = whole_pipeline("sd3")
     with enable(pipe, INTERVAL):
         pipe.scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
         with pytest.raises(ValueError, match="FlowMatchHeunDiscreteScheduler must fall from step to step"):
@@ -243,6 +235,61 @@ def test_the_published_call(arguments, cache, adacorr):
 def test_the_published_call_refuses(name, arguments, message):
     with pytest.raises(ValueError, match=message):
         apply_cache_on_transformer(tiny(name), num_steps=STEPS, **arguments)
+
+
+# ---------------------------------------------------------------------------------------------- the benchmarks
+
+
+@pytest.mark.parametrize("kind", ["flux", "dit"])
+def test_the_benchmark_command(kind, capsys, tmp_path):
+    methods = ["None", "Fast", "Fb+AdaCorrection", "AdaCorrection"]
+    arguments = ["--tiny", "--num_inference_steps", "12", "--adacorr_gamma", "0.3", "--rel_l1_thresh", "0.5"]
+    out = tmp_path / "bench.json"
+    assert bench.main(["--model_type", kind, "--cache_methods", *methods, *arguments, "--out", str(out)]) == 0
+    table = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()]
+    assert [row[0].strip() for row in table[2:]] == methods
+    rows = json.loads(out.read_text())["rows"]
+    assert rows[0]["psnr"] == "inf"
+    assert rows[0]["compute"] == 1
+    for row in rows[1:]:
+        assert row["compute"] < 1
+        assert 5 < row["psnr"] < 120
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cache_methods", "Fast+Tea"], "--cache_methods Fast+Tea: give None, AdaCorrection, one of Fast, Tea"),
+        (["--cache_methods", "Slow"], "--cache_methods Slow"),
+        (["--num_inference_steps", "0"], "--num_inference_steps 0 is outside 1..1000"),
+        (["--model", "somewhere"], "--tiny has random weights"),
+    ],
+)
+def test_the_benchmark_command_refuses(arguments, message, capsys):
+    assert bench.main(["--model_type", "flux", "--tiny", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_comparison_attaches_diffusers_own_caches(tmp_path):
+    """Each skips something; with TaylorSeer's own defaults, which the comparison does not take, nothing is skipped."""
+    from diffusers.hooks import TaylorSeerCacheConfig, apply_taylorseer_cache
+
+    path = save_tiny(tmp_path / "tiny.safetensors", depth=3)
+    own = peers.Peers(
+        pipeline.load(pipeline.ModelOptions(ckpt=str(path), num_sampling_steps=12)),
+        SimpleNamespace(num_images=1, seed=5, repeats=1),
+    )
+    assert own.in_diffusers(lambda transformer: None)[1] == 1
+    found = {}
+    for name, _, attach in peers.diffusers_caches(own):
+        found.setdefault(name, []).append(own.in_diffusers(attach)[1])
+    assert found.keys() == {"first block", "TaylorSeer", "MagCache"}
+    assert max(found["first block"]) <= 1  # random blocks change too much to be skipped by it
+    assert max(min(found["TaylorSeer"]), min(found["MagCache"])) < 1
+    config = TaylorSeerCacheConfig(cache_interval=3, taylor_factors_dtype=torch.float32)
+    assert own.in_diffusers(lambda transformer: apply_taylorseer_cache(transformer, config))[1] == 1
+    share = own.in_diffusers(own.enabled(CacheConfig(adacorr="budget=6")))[1]
+    assert share == pytest.approx(6 / 12, abs=0.05)
 
 
 def test_every_family_is_tried():

@@ -96,6 +96,7 @@ class Attachment:
         self._result: Any = None
         self._time: float | None = None
         self._nth = 0  # call at the same timestep
+        self._doubled: tuple[int, bool] | None = None  # rows of the run's calls, and whether they are both halves
         self._undo: list[Any] = []
 
     # ------------------------------------------------------------------ hooks
@@ -123,26 +124,26 @@ class Attachment:
         self.reset()
 
     def _hook(self, index: int, module: nn.Module) -> BlockHook:
-        own_forward, found = "forward" in vars(module), hasattr(module, "_diffusers_hook")
+        own_forward, own_registry = "forward" in vars(module), hasattr(module, "_diffusers_hook")
+        own_call = module._compiled_call_impl
         registry, hook = HookRegistry.check_if_exists_or_initialize(module), BlockHook(self, index)
-        found_compiled = module._compiled_call_impl
-        registry.register_hook(hook, HOOK)
-        if found_compiled is not None:
-            # A compiled block would trace its way into the cache: the graph is made of what lies behind the hook.
-            module._compiled_call_impl = None
-        if self.config.compile or found_compiled is not None:
-            hook.compiled = torch.compile(hook.fn_ref.original_forward, backend=compiled.BACKEND)
 
         def undo() -> None:
-            registry.remove_hook(HOOK, recurse=False)
-            if found_compiled is not None:
-                module._compiled_call_impl = found_compiled
+            registry.remove_hook(HOOK, recurse=False)  # nothing, if it is not there
+            if own_call is not None:
+                module._compiled_call_impl = own_call
             if not registry.hooks and not own_forward:
-                del module.forward
-            if not registry.hooks and not found:
+                vars(module).pop("forward", None)
+            if not registry.hooks and not own_registry:
                 del module._diffusers_hook
 
         self._undo.append(undo)
+        registry.register_hook(hook, HOOK)
+        if own_call is not None:
+            # A compiled block would trace its way into the cache: the graph is made of what lies behind the hook.
+            module._compiled_call_impl = None
+        if self.config.compile or own_call is not None:
+            hook.compiled = torch.compile(hook.fn_ref.original_forward, backend=compiled.BACKEND)
         return hook
 
     def _renew_registries(self) -> None:
@@ -206,7 +207,7 @@ class Attachment:
     def reset(self) -> None:
         """Forget the run under way; its statistics stay."""
         self._close()
-        self._time = None
+        self._time = self._doubled = None
 
     def _close(self) -> None:
         if self.streams:
@@ -248,15 +249,26 @@ class Attachment:
         return self.config.guidance or self.family.layout
 
     def _halves(self, rows: int) -> int:
-        """2 where the call's rows are both guidance halves of each image."""
+        """2 where the call's rows are both guidance halves of each image; looked at once in a run."""
         scale = self._scale()
         if self._layout() == "separate" or scale is None or scale <= 1.0 or rows % 2:
             return 1
-        if self.stack.num_classes:  # an unconditional half has the null label throughout
-            first, second = self._given["class_labels"].chunk(2)
-            null = second if self._layout() == "cond_first" else first
-            return 2 if bool((null == self.stack.num_classes).all()) else 1
-        return 2
+        if self._doubled is None or self._doubled[0] != rows:
+            self._doubled = rows, self._is_doubled()
+        return 2 if self._doubled[1] else 1
+
+    def _is_doubled(self) -> bool:
+        """Whether both halves of the batch are the same images, and one of them has the null label, where there is one.
+
+        Other kinds of guidance stack other things.
+        """
+        if not torch.equal(*self._given["hidden_states"].chunk(2)):
+            return False
+        if not self.stack.num_classes:
+            return True
+        first, second = self._given["class_labels"].chunk(2)
+        null = second if self._layout() == "cond_first" else first
+        return bool((null == self.stack.num_classes).all())
 
     def _scale(self) -> float | None:
         return self.guidance_scale if self.config.guidance_scale is None else self.config.guidance_scale
