@@ -57,14 +57,14 @@ def test_variation_is_that_of_a_layer_at_its_tokens(pipe):
 def test_drift_of_a_cached_run_by_hand(pipe, spec):
     cache, again = (CacheManager.of(spec, None if spec else "") for _ in range(2))
     maps = figures.drift_maps(pipe, 3, 2, cache, Progress(4 * STEPS, "step"))
-    here, there = states_by_hand(pipe, again), states_by_hand(pipe)
+    here, there = states_by_hand(pipe, again), states_by_hand(pipe)  # equal to rounding, as no hook is on the model
     depth = len(pipe.model.blocks)
     for step in range(STEPS):
         for layer in range(depth):
             moved = torch.stack([here[step, layer + 1, i::2] - there[step, layer + 1, i::2] for i in range(2)])
             size = torch.stack([there[step, layer + 1, i::2] for i in range(2)])
             drift = (moved.flatten(1).norm(dim=1) / size.flatten(1).norm(dim=1)).mean()
-            assert maps["drift"][step, layer] == pytest.approx(drift.item(), rel=0.02, abs=1e-7)
+            assert maps["drift"][step, layer] == pytest.approx(drift.item(), rel=0.02, abs=1e-6)
             if step:
                 change = (here[step, layer] - here[step - 1, layer]).norm(dim=-1).mean()
                 score = change + torch.std(here[step, layer], dim=-1, correction=0).mean()
