@@ -59,9 +59,11 @@ def spend_tokens(view: View, at: Places) -> None:
     """Account for tokens that went through the unit's block, as shares of its FLOPs for all tokens of a row."""
     images = at[1][:, 0].cpu().numpy()
     count, every = at[2].shape[1], view.info.branch_flops
-    some = every if count == view.info.tokens else flops_of_tokens(view.info, count)
-    for branch, own, whole in zip(BRANCHES, some, every, strict=True):
-        view.spend(view.unit.start, branch, images, own / whole)
+    shares = (1.0, 1.0)
+    if count < view.info.tokens:
+        shares = [some / whole for some, whole in zip(flops_of_tokens(view.info, count), every, strict=True)]
+    for branch, share in zip(BRANCHES, shares, strict=True):
+        view.spend(view.unit.start, branch, images, share)
 
 
 def low_modes(tokens: int, cutoff: float) -> Tensor:
