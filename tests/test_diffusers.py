@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_diffusers import TINY, call, inputs, sample, tiny
 
-from adacorr import compiled
+from adacorr import available, compiled
 from adacorr.integrations.diffusers import CacheConfig, enable
 from adacorr.integrations.diffusers import handle as handles
 
@@ -105,6 +105,23 @@ def test_a_skipped_step_adds_old_branches_under_new_gates_where_there_are_gates(
     off = [float((ends[1] - starts[1] - one).norm() / one.norm()) for one in expected]
     assert off[1] < 0.03
     assert off[1] < off[0] / 3
+
+
+@pytest.mark.parametrize("name", ["pixart", "flux", "hunyuan"])
+@pytest.mark.parametrize("adacorr", [None, "gamma=0.3"])
+@pytest.mark.parametrize("policy", available())
+def test_every_method_runs_or_says_why_not(name, policy, adacorr):
+    model, (latents, other) = tiny(name), inputs(name, 2)
+    refused = None
+    try:
+        images, stats = run(model, name, latents, other, adacorr=adacorr, cache=policy)
+    except ValueError as error:
+        refused = str(error)
+    if refused is None:
+        assert images.isfinite().all()
+        assert stats["bypassed"] == {}
+    else:
+        assert policy in refused or "square grid" in refused
 
 
 # --------------------------------------------------------------------------------------------------- guidance

@@ -48,7 +48,8 @@ class Family:
 
 
 def _adaln(block: nn.Module, image: Tensor, text: Tensor | None, given: Mapping[str, Any]) -> Tensor:
-    return block.norm1(image, emb=given["temb"])[0]
+    norm = block.norm1 if hasattr(block, "norm1") else block.norm  # blocks of one stream have one norm
+    return norm(image, emb=given["temb"])[0]
 
 
 def _wan(block: nn.Module, image: Tensor, text: Tensor | None, given: Mapping[str, Any]) -> Tensor:
@@ -73,7 +74,8 @@ def _ltx(block: nn.Module, image: Tensor, text: Tensor | None, given: Mapping[st
 
 def _hunyuan(block: nn.Module, image: Tensor, text: Tensor | None, given: Mapping[str, Any]) -> Tensor:
     if "TokenReplace" in type(block).__name__:
-        return block.norm1(image, given["temb"], given["token_replace_emb"], given["num_tokens"])[0]
+        norm = block.norm1 if hasattr(block, "norm1") else block.norm
+        return norm(image, given["temb"], given["token_replace_emb"], given["num_tokens"])[0]
     return _adaln(block, image, text, given)
 
 

@@ -185,6 +185,8 @@ def check_config(config: CacheConfig, family: Family) -> None:
         return
     if policy.name == "fastcache" and alone and policy.tau and not issubclass(family.block, GatedBlock):
         raise ValueError(f"fastcache:tau={policy.tau:g} runs blocks for some tokens, and these need all: give tau=0")
+    if policy.name == "precisecache" and not issubclass(family.block, GatedBlock):
+        raise ValueError("precisecache runs blocks for averages of tokens, which the blocks of this class cannot place")
     if alone and policy.name in INSIDE and not hasattr(family.block, INSIDE[policy.name]):
         raise ValueError(
             f"{policy.name} looks inside the layers of a DiT block, which the blocks of this class are not"
