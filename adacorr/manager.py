@@ -8,10 +8,11 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adacorr.control import Controller, infers_unconditional
 from adacorr.correct import ALIASES, AdaCorrection, Algorithm1, parse_correction
@@ -98,45 +99,6 @@ class CacheManager:
             parts.append(spell(name, self.correction, ALIASES))
         return "+".join(parts)
 
-    @contextmanager
-    def run(
-        self,
-        model: CachedModel,
-        labels: Tensor | None,
-        timesteps: Tensor,
-        alpha_bar: np.ndarray,
-        *,
-        cfg_scale: float = 1.0,
-        images: int | None = None,
-        rewindable: bool = True,
-        eta: float = 0.0,
-        model_id: str | None = None,
-        sampler: str | None = None,
-    ) -> Iterator[CachedRun]:
-        """Attach to `model` for one sampling run.
-
-        labels (n,) on any device, or None with `images` for an unconditional model; timesteps (S,) in sampling order
-        with their alpha_bar (S,). With cfg_scale other than 1 the model is called on rows [labels; null labels].
-        `rewindable`: the sampler can take a step again; `eta`: how much noise it injects, as in DDIM. model_id (the
-        checkpoint's sha256) and sampler (its spec) are what calibrated profiles are held to. Raises RuntimeError if a
-        cache is attached already, ValueError for what the policy refuses.
-        """
-        if model.cache is not None:
-            raise RuntimeError("a cache run is open on this model: leave its `with` block before the next one")
-        options = {"cfg_scale": cfg_scale, "images": images, "rewindable": rewindable, "eta": eta}
-        options |= {"model_id": model_id, "sampler": sampler}
-        with torch.no_grad():
-            run = self.open(model, labels, timesteps, alpha_bar, **options)
-            model.cache = run
-            hooks = [model.register_forward_hook(run.change_output)] if isinstance(run, PolicyRun) else []
-            try:
-                yield run
-            finally:
-                model.cache = None
-                for hook in hooks:
-                    hook.remove()
-                self.bytes = run.bytes
-
     def open(
         self,
         model: CachedModel,
@@ -151,13 +113,39 @@ class CacheManager:
         model_id: str | None = None,
         sampler: str | None = None,
     ) -> CachedRun:
-        """A run that nothing is attached to, for a loop that is not ours; arguments and errors as in `run`."""
+        """The state of one sampling run, attached to nothing: for a loop that calls `run_blocks` itself.
+
+        labels (n,) on any device, or None with `images` for an unconditional model; timesteps (S,) in sampling order
+        with their alpha_bar (S,). With cfg_scale other than 1 the model is called on rows [labels; null labels].
+        `rewindable`: the sampler can take a step again; `eta`: how much noise it injects, as in DDIM. model_id (the
+        checkpoint's sha256) and sampler (its spec) are what calibrated profiles are held to. Raises ValueError for what
+        the policy refuses.
+        """
         n = images if labels is None else len(labels)
         halves = 1 if cfg_scale == 1.0 else 2
         self.trace = Trace(len(timesteps), len(model.blocks), n, halves, model.branch_flops())
         info = self._describe(model, n, halves, timesteps, cfg_scale, model_id, sampler)
         with torch.no_grad():
             return self._open(model, labels, timesteps, np.asarray(alpha_bar), info, rewindable, eta)
+
+    @contextmanager
+    def run(self, model: nn.Module, *where: Any, **options: Any) -> Iterator[CachedRun]:
+        """Attach to `model`, a models.DiT, for one sampling run; arguments and errors are those of `open`.
+
+        Raises RuntimeError if a cache is attached already.
+        """
+        if model.cache is not None:
+            raise RuntimeError("a cache run is open on this model: leave its `with` block before the next one")
+        with torch.no_grad():
+            run = model.cache = self.open(model, *where, **options)
+            hooks = [model.register_forward_hook(run.change_output)] if isinstance(run, PolicyRun) else []
+            try:
+                yield run
+            finally:
+                model.cache = None
+                for hook in hooks:
+                    hook.remove()
+                self.bytes = run.bytes
 
     def _describe(self, model, images, halves, timesteps, cfg_scale, model_id, sampler) -> RunInfo:
         corrected = isinstance(self.correction, AdaCorrection)

@@ -44,16 +44,6 @@ LATE = {"adacache", "speca"}  # the decision rests on what was measured in an ea
 LABELS, BAD, MATES, STEPS, FROM = (3, 0, 1), 1, [0, 2], 20, 9
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny_dit()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("profiles")
-
-
 def make(name, model, folder, options=""):
     return fitted(name, model, folder, STEPS, options=",".join(filter(None, [OPTIONS.get(name), options])))
 
