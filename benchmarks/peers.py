@@ -19,7 +19,6 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from torch import Tensor, nn
 
 from adacorr import CacheManager
-from adacorr.command import Parser, run_command
+from adacorr.command import Parser, number, run_command, writable
 from adacorr.integrations.diffusers import CacheConfig, enable
 from adacorr.profile import FOLDER
 from benchmarks.tables import show
@@ -36,7 +35,7 @@ from checkpoint import diffusers_pipeline
 from evaluate.fidelity import fidelity
 from pipeline import ModelOptions, Pipeline, gaussian, load
 from profiles import with_profile
-from runtime import check_range, timed
+from runtime import timed
 
 BUDGETS = (25.0, 19.0, 12.5, 8.5)  # full evaluations of 50 steps
 WARM_UP = 4  # steps
@@ -198,15 +197,13 @@ def lines(peers: Peers) -> Lines:
 def main(argv: Sequence[str] | None = None) -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser("benchmarks.peers", description=__doc__, formatter_class=raw)
-    parser.add_argument("--num-images", type=int, default=8)
+    parser.add_argument("--num-images", type=number(1, 10_000), default=8)
     parser.add_argument("--seed", type=int, default=5)
-    parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--repeats", type=number(1, 1000), default=1)
+    parser.add_argument("--out", type=writable, help="JSON file")
     args = parser.parse_args(argv)
 
     def run() -> None:
-        check_range("--num-images", args.num_images, 1, 10_000)
-        check_range("--repeats", args.repeats, 1, 1000)
         show(lines(Peers(load(ModelOptions()), args)), args)
 
     return run_command("benchmarks.peers", run)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from adacorr import CacheManager
-from adacorr.command import Parser, run_command
+from adacorr.command import Parser, number, run_command
 from adacorr.corrected_run import CorrectedRun
 from adacorr.outside import Outside
 from adacorr.short_run import ShortRun
@@ -26,7 +26,6 @@ from adacorr.store import FreshSums, GateSumStore
 from models import DiTBlock
 from pipeline import ModelOptions, Pipeline, add_cache_flags, add_model_flags, load, make_cache
 from profiles import with_profile
-from runtime import check_range
 
 PARTS = {
     "blocks": (DiTBlock, "forward"),
@@ -99,13 +98,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("benchmarks.phases", description=__doc__, formatter_class=raw)
     add_model_flags(parser)
     add_cache_flags(parser)
-    parser.add_argument("--batch-size", type=int, default=16, help="default %(default)s")
-    parser.add_argument("--repeats", type=int, default=3, help="default %(default)s")
+    parser.add_argument("--batch-size", type=number(1, 10_000), default=16, help="default %(default)s")
+    parser.add_argument("--repeats", type=number(1, 1000), default=3, help="default %(default)s")
     args = parser.parse_args(argv)
 
     def run() -> None:
-        check_range("--batch-size", args.batch_size, 1, 10_000)
-        check_range("--repeats", args.repeats, 1, 1000)
         cache = make_cache(args)
         if cache is None or cache.name != "adacorr":
             raise ValueError("the parts are those of AdaCorrection alone: give --adacorr, and no --cache")

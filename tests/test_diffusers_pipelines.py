@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from commands import code
 from tiny_diffusers import TINY, inputs, tiny
 from toy import save_tiny
 
@@ -261,12 +262,12 @@ def test_the_benchmark_command(kind, capsys, tmp_path):
     [
         (["--cache_methods", "Fast+Tea"], "--cache_methods Fast+Tea: give None, AdaCorrection, one of Fast, Tea"),
         (["--cache_methods", "Slow"], "--cache_methods Slow"),
-        (["--num_inference_steps", "0"], "--num_inference_steps 0 is outside 1..1000"),
+        (["--num_inference_steps", "0"], "--num_inference_steps: 0 is outside 1..1000"),
         (["--model", "somewhere"], "--tiny has random weights"),
     ],
 )
 def test_the_benchmark_command_refuses(arguments, message, capsys):
-    assert bench.main(["--model_type", "flux", "--tiny", *arguments]) == 2
+    assert code(bench.main, "--model_type flux --tiny", *arguments) == 2
     assert message in capsys.readouterr().err
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from adacorr.command import Parser, run_command
-from adacorr.files import check_writable, write_json
+from adacorr.command import Parser, number, run_command, writable
+from adacorr.files import write_json
 from adacorr.integrations.diffusers.config import DTYPES
 from adacorr.integrations.diffusers.published import METHODS, apply_cache_on_transformer
 from adacorr.integrations.diffusers.tiny import tiny_pipeline
@@ -42,18 +42,18 @@ def make_parser() -> argparse.ArgumentParser:
     names = ", ".join(METHODS)
     default = ["None", "Fast", "Tea", "Fast+AdaCorrection"]
     add("--cache_methods", nargs="+", default=default, metavar="METHOD", help=f"None, {names}, AdaCorrection, or a +")
-    add("--num_inference_steps", type=int, default=30)
+    add("--num_inference_steps", type=number(1, 1000), default=30)
     add("--adacorr_gamma", type=float, default=1.0)
     add("--adacorr_lambda", type=float, default=1.0)
     add("--rel_l1_thresh", type=float, help="threshold of the methods that have one (default: their own)")
     add("--motion_threshold", type=float, help="of Fast (default: its own)")
     add("--prompt", default="a photo of an astronaut riding a horse on mars")
-    add("--num_images", type=int, default=1)
+    add("--num_images", type=number(1, 1000), default=1)
     add("--seed", type=int, default=0)
-    add("--repeats", type=int, default=1, help="timed runs of each method; the median counts (default 1)")
+    add("--repeats", type=number(1, 100), default=1, help="timed runs of each method; the median counts (default 1)")
     add("--dtype", choices=sorted(DTYPES), help="of the model (default: bf16 on a GPU, else fp32)")
     add("--device", help="default: cuda where there is one, else cpu")
-    add("--out", type=Path, help="JSON file")
+    add("--out", type=writable, help="JSON file")
     return parser
 
 
@@ -157,12 +157,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
 
     def run() -> None:
-        limits = {"num_inference_steps": 1000, "num_images": 1000, "repeats": 100}
-        for name, most in limits.items():
-            if not 1 <= getattr(args, name) <= most:
-                raise ValueError(f"--{name} {getattr(args, name)} is outside 1..{most}")
-        if args.out is not None:
-            check_writable("--out", args.out)
         if args.tiny and args.model is not None:
             raise ValueError("--tiny has random weights, so --model has no meaning: give one of the two")
         rows = compare(args, sys.stdout.write)

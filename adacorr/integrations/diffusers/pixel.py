@@ -11,6 +11,8 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from adacorr.integrations.diffusers.schedule import linear_alphas
+
 
 def ddim_step(scheduler: DDIMScheduler, out: Tensor, t: Tensor, x: Tensor) -> Tensor:
     """The state after timestep t along the scheduler's own timesteps (Song et al. 2021, Eq. 12, deterministic).
@@ -20,7 +22,7 @@ def ddim_step(scheduler: DDIMScheduler, out: Tensor, t: Tensor, x: Tensor) -> Te
     sampler `ddim` of this repository.
     """
     config = scheduler.config
-    known = np.cumprod(1.0 - np.linspace(config.beta_start, config.beta_end, config.num_train_timesteps))
+    known = linear_alphas(config.beta_start, config.beta_end, config.num_train_timesteps)
     later = scheduler.timesteps[scheduler.timesteps < t]
     here, after = known[int(t)], known[int(later[0])] if len(later) else 1.0
     x0 = float(np.sqrt(1.0 / here)) * x - float(np.sqrt(1.0 / here - 1.0)) * out

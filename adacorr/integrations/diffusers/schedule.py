@@ -52,13 +52,13 @@ class Grid:
             noise = np.clip(self.timesteps / 1000.0, 1e-4, 1.0 - 1e-4)
             return (1.0 - noise) ** 2 / ((1.0 - noise) ** 2 + noise**2)
         known = getattr(scheduler, "alphas_cumprod", None)
-        known = _linear() if known is None else np.asarray(torch.as_tensor(known).double().cpu())
+        known = linear_alphas() if known is None else np.asarray(torch.as_tensor(known).double().cpu())
         return np.interp(self.timesteps, np.arange(len(known)), np.clip(known, 1e-6, 1.0 - 1e-6))
 
 
-def _linear() -> np.ndarray:
-    """Cumulative signal power of the schedule that DiT and PixArt were trained with: (1000,)."""
-    return np.cumprod(1.0 - np.linspace(1e-4, 0.02, 1000))
+def linear_alphas(first: float = 1e-4, last: float = 0.02, steps: int = 1000) -> np.ndarray:
+    """Cumulative signal power (steps,) float64 of a linear schedule of betas; that of DiT and PixArt by default."""
+    return np.cumprod(1.0 - np.linspace(first, last, steps))
 
 
 def sampler_of(scheduler: Any) -> str | None:
