@@ -4,6 +4,7 @@ from functools import wraps
 from types import MethodType
 
 import torch
+import torch._dynamo.config
 from torch import Tensor, nn
 
 from adacorr.captured import Captured
@@ -17,12 +18,15 @@ def compile_blocks(model: nn.Module) -> None:
 
     All blocks share the graphs, and these leave the number of rows open, which changes from step to step under a cache:
     there are at most four for each branch, for one row or more and for modulations of all rows or copies of some. The
-    first are made here, so that a missing compiler shows now: ValueError.
+    first are made here, so that a missing compiler shows now: ValueError. With TORCHINDUCTOR_FREEZING=1 in the
+    environment the weights become part of the graphs, and each block has its own: slower to start, faster on a CPU.
 
     On a GPU, steps in which no block runs become CUDA graphs, one for each number of steps that are taken in one call,
     captured when it first occurs.
     """
     model.walk = Captured(walk)
+    dynamo = torch._dynamo.config  # its limit for graphs of one piece of code, which all blocks share
+    dynamo.cache_size_limit = max(dynamo.cache_size_limit, 4 * len(model.blocks))
     for block in model.blocks:
         for name in ("attn_branch", "mlp_branch"):
             setattr(block, name, MethodType(_compiled(getattr(type(block), name)), block))
