@@ -88,11 +88,6 @@ class Row:
         """Mean PSNR in dB."""
         return float(self.psnr["mean"])
 
-    @property
-    def gamma(self) -> float:
-        """Of a setting --adacorr gamma=..."""
-        return float(self.setting.adacorr.removeprefix("gamma="))
-
     def plain(self) -> dict[str, Any]:
         """The row for JSON."""
         return {**vars(self), "setting": {k: v for k, v in vars(self.setting).items() if v is not None}}
@@ -111,6 +106,7 @@ class Bench:
     few             images that settings are searched on, the first of all
     cache_dtype     of the stored tensors
     calibrate       what AdaCorrection is to know of the model: see `profiles.with_profile`
+    timed           rows on all images get their speed-up, from one run and WARM_UP uncached steps right before it
     """
 
     pipe: Pipeline
@@ -120,6 +116,7 @@ class Bench:
     few: int = 1
     cache_dtype: torch.dtype = torch.float32
     calibrate: str = "auto"
+    timed: bool = False
     rows: dict[tuple[Setting, int], Row] = field(default_factory=dict)  # by setting and number of images
 
     @cached_property
@@ -153,14 +150,16 @@ class Bench:
         count = self.few if few else self.count
         if (setting, count) in self.rows:
             return self.rows[setting, count]
-        x, cache, _ = self.sample(setting, count)
-        images, own = self.pipe.decode(x), self.pipe.sampler.num_steps
+        own, timed = self.pipe.sampler.num_steps, self.timed and not few
+        uncached = self.sample(Setting(), stop=WARM_UP)[2] / WARM_UP * own if timed else 0.0
+        x, cache, seconds = self.sample(setting, count)
+        images = self.pipe.decode(x)
         near = fidelity(self.reference[:count], images)
         compute, hit_rate, held = (setting.steps or own) / own, 0.0, 0
         if cache is not None:
             compute, hit_rate, held = cache.trace.compute, cache.trace.hit_rate, cache.bytes // count
         row = Row(method, form, None, setting, count, compute, hit_rate, _summary(near["psnr"]), _summary(near["ssim"]))
-        row.bytes_per_image = held
+        row.bytes_per_image, row.speedup = held, uncached / seconds if timed else None
         if self.solution_steps:
             row.solution_psnr = _summary(fidelity(self.solution[:count], images)["psnr"])
         if cache is not None and isinstance(cache.correction, Algorithm1):

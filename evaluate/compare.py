@@ -6,17 +6,15 @@
 
 All runs share the model, the noise and the labels. A method's own knob (`Policy.knob`) is moved until the method spends
 each compute level; of its variants the best at that level is kept, and the page reads its curve at the level itself
-(evaluate/leaderboard.py). The corrected form keeps that setting, and gamma is
-moved until it spends at most 3 % more than the method ("more" marks where it cannot). Settings are searched on the
-first few images and then run on all. PSNR and SSIM are per image against the uncached run; `to solution` is PSNR
-against DDIM of 1000 steps from the same noise. Fewer steps of DDIM, DPM-Solver++ and UniPC are compared, too, of the
-solvers also on optimised time steps (timesteps.py). Seconds are medians of --repeats runs after a warm-up, with the
-uncached run taken anew beside each method.
+(evaluate/leaderboard.py). The corrected form keeps that setting, with the largest budget that spends at most 3 % more
+than the method. Settings are searched on the first few images and then run on all. PSNR and SSIM are per image against
+the uncached run; `to solution` is PSNR against DDIM of 1000 steps from the same noise. Fewer steps of DDIM,
+DPM-Solver++ and UniPC are compared, too, of the solvers also on optimised time steps (timesteps.py). The run on all
+images is timed, against the first steps of an uncached run right before it.
 STEM.json is written after each row: a run that was stopped goes on with --known STEM.json.
 """
 
 import argparse
-import bisect
 import math
 import re
 import time
@@ -56,9 +54,8 @@ SAME += ("solution_steps", "calibrate")
 TRIES = 8  # runs of one search
 NARROW = 0.03  # a knob known this closely, in natural logarithms, is not searched further: compute comes in steps
 ENDS = 1.0, 0.03  # compute at the two ends of a knob, as a guess
-LOWER = 4  # times that gamma is lowered where all images spend more than the few that it was searched on
+CLEAR = 2.0  # dB: a variant that is this far behind the best one although it spends as much is not searched further
 LEAST = 2.5  # evaluations that --adacorr needs in any case
-GAMMA = Knob("gamma", 1e4, 1e-3)  # more gamma is more compute
 say = partial(print, flush=True)
 
 # ------------------------------------------------------------------------------------------------- search
@@ -68,32 +65,32 @@ def search(
     run: Callable[[float], Row],
     knob: Knob,
     target: float,
-    most: float = math.inf,
     tried: dict[float, Row] | None = None,
+    hopeless: Callable[[Row], bool] = lambda row: False,
 ) -> Row:
-    """The row whose compute is nearest to `target`, and not above `most` if there is one; compute falls along the knob.
+    """The row whose compute is nearest to `target`; compute falls along the knob.
 
     Bisection over whole numbers, Brent's method on logarithmic scales otherwise, until a row is within NEAR of the
-    target. `tried` holds rows along the same knob by its value: they narrow the search, and it adds to them.
+    target, or `hopeless`. `tried` holds rows along the same knob by its value: they narrow the search, and it adds to
+    them.
     """
     tried = {} if tried is None else tried
-    goal = min(target, most)
 
     def excess(value: float) -> float:
-        """Logarithm of compute over the goal, 0 where it is near enough."""
+        """Logarithm of compute over the target, 0 where the search ends."""
         if value not in tried:
             tried[value] = run(value)
-        compute = tried[value].compute
-        near = target * (1 - NEAR) <= compute <= min(target * (1 + NEAR), most)
-        return 0.0 if near else math.log(compute / goal)
+        row = tried[value]
+        near = abs(row.compute / target - 1) <= NEAR
+        return 0.0 if near or hopeless(row) else math.log(row.compute / target)
 
     known = {value: excess(value) for value in tried}
     if 0.0 not in known.values():
-        guess = max(math.log(ENDS[0] / goal), 0.1), min(math.log(ENDS[1] / goal), -0.1)
+        guess = max(math.log(ENDS[0] / target), 0.1), min(math.log(ENDS[1] / target), -0.1)
         known = {knob.low: guess[0], knob.high: guess[1], **known}
         values = sorted(known, reverse=knob.low > knob.high)
         last = max((i for i, value in enumerate(values[:-1]) if known[value] > 0), default=0)
-        low, high = values[last], values[: last + 2][-1]  # the goal lies between them
+        low, high = values[last], values[: last + 2][-1]  # the target lies between them
 
         def at(logarithm: float) -> float:
             value = float(f"{math.exp(logarithm):.4g}")
@@ -102,24 +99,30 @@ def search(
         if isinstance(knob.low, int):
             step = 1 if low <= high else -1
             whole = range(int(low), int(high) + step, step)
-            bisect.bisect_left(whole, 0.0, key=lambda value: -excess(value))  # runs both neighbours of the goal
+            while whole and (
+                over := excess(whole[middle := len(whole) // 2])
+            ):  # ends with both neighbours of the target
+                whole = whole[middle + 1 :] if over > 0 else whole[:middle]
         elif known[low] > 0 > known[high]:
             brentq(at, math.log(low), math.log(high), xtol=NARROW, maxiter=TRIES, disp=False)
-    allowed = [row for row in tried.values() if row.compute <= most] or list(tried.values())
-    return min(allowed, key=lambda row: abs(math.log(row.compute / target)))
+    return min(tried.values(), key=lambda row: abs(math.log(row.compute / target)))
 
 
-def tune(
-    bench: Bench, method: str, form: str, template: Setting, knob: Knob, target: float, most: float = math.inf
-) -> Row:
-    """`search` on a few images, with the knob's value in the place of {} in the template's specs.
+def tune(bench: Bench, method: str, spec: str, knob: Knob, target: float, best: Row | None) -> Row:
+    """`search` on a few images, with the knob's value in the place of {} in the spec of the method.
 
-    Rows of the same knob narrow it, whether another search ran them or they are --known.
+    Rows of the same knob narrow it, whether another search ran them or they are --known. The search ends where the
+    spec is clearly behind the `best` row of another one, though it spends as much.
     """
+    template = Setting(spec)
     pattern = re.compile(re.escape(str(template)).replace(r"\{\}", r"([-+.\de]+)"))
     found = [(pattern.fullmatch(str(setting)), row) for (setting, n), row in bench.rows.items() if n == bench.few]
     tried = {float(match[1]): row for match, row in found if match}
-    return search(lambda value: bench.run(method, form, template.at(value), few=True), knob, target, most, tried)
+
+    def hopeless(row: Row) -> bool:
+        return best is not None and row.compute >= best.compute and row.score < best.score - CLEAR
+
+    return search(lambda value: bench.run(method, "alone", template.at(value), few=True), knob, target, tried, hopeless)
 
 
 def reached(row: Row, level: float) -> bool:
@@ -130,25 +133,32 @@ def reached(row: Row, level: float) -> bool:
 def sweep(bench: Bench, method: str, level: float) -> tuple[Row, Row] | None:
     """(alone, corrected) at a compute level, or None where the method cannot spend that little or that much.
 
-    Settings are searched on a few images, then run on all; gamma, searched from 1, is lowered there until no more is
-    spent.
+    Settings are searched on a few images, then run on all.
     """
-    knob = make_policy(method).knob
-    specs = [",".join(filter(None, (f"{method}:{knob.option}={{}}", variant))) for variant in knob.variants]
-    rows = [tune(bench, method, "alone", Setting(spec), knob, level) for spec in specs]
-    best = max((row for row in rows if reached(row, level)), key=lambda row: row.score, default=None)
+    knob, best = make_policy(method).knob, None
+    for variant in knob.variants:
+        spec = ",".join(filter(None, (f"{method}:{knob.option}={{}}", variant)))
+        row = tune(bench, method, spec, knob, level, best)
+        if reached(row, level) and (best is None or row.score > best.score):
+            best = row
     if best is None:
         return None
-    template, compute = Setting(best.setting.cache, "gamma={}"), best.compute
-    bench.run(method, "adacorr", template.at(1.0), few=True)  # where the search begins
-    gamma = tune(bench, method, "adacorr", template, GAMMA, compute, most=compute * (1 + NEAR)).gamma
-    best = bench.run(method, "alone", best.setting)
-    for _ in range(LOWER + 1):
-        after = bench.run(method, "adacorr", template.at(gamma))
-        if after.compute <= best.compute * (1 + NEAR):
-            break
-        gamma = float(f"{gamma * 0.75:.4g}")
-    return best, after
+    alone = bench.run(method, "alone", best.setting)
+    return alone, correct(bench, method, alone)
+
+
+def correct(bench: Bench, method: str, alone: Row) -> Row:
+    """The method under AdaCorrection, with the largest budget at which it spends at most NEAR more than alone."""
+    most, template = alone.compute * (1 + NEAR), Setting(alone.setting.cache, "budget={}")
+
+    def run(evaluations: float, few: bool = True) -> Row:
+        return bench.run(method, "adacorr", template.at(evaluations), few)
+
+    # In halves of an evaluation, of which the gates may leave one unused.
+    budget = max(math.floor(2 * most * bench.pipe.sampler.num_steps) / 2 + 0.5, LEAST)
+    while run(budget).compute > most and budget > LEAST:
+        budget -= 0.5
+    return run(budget, few=False)
 
 
 # --------------------------------------------------------------------------------------------- comparison
@@ -186,16 +196,6 @@ def compare(bench: Bench, methods: list[str], levels: list[float]) -> Iterator[R
     say("fewer steps: done")
 
 
-def time_rows(bench: Bench, rows: list[Row], repeats: int, count: int) -> None:
-    """Fill in the speed-up of each row on `count` images, method by method with the uncached run beside it."""
-    for method in dict.fromkeys(row.method for row in rows):
-        own = [row for row in rows if row.method == method]
-        uncached, *spent = bench.seconds([Setting(), *(row.setting for row in own)], repeats, count)
-        for row, seconds in zip(own, spent, strict=True):
-            row.speedup = uncached / seconds
-        say(f"timed {method}")
-
-
 # ------------------------------------------------------------------------------------------- command line
 
 
@@ -207,10 +207,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--methods", default="all", metavar="NAME,...", help="default: all that have a knob to sweep")
     add("--levels", default=",".join(f"{x:g}" for x in LEVELS), help="compute levels in 0..1 (default %(default)s)")
     add("--num-images", type=number(1, 10_000), default=20, help="labels in turn (default %(default)s)")
-    add("--search-images", type=int, default=5, help="settings are searched on so many of them (default %(default)s)")
+    add("--search-images", type=int, default=2, help="settings are searched on so many of them (default %(default)s)")
     add("--solution-steps", type=number(0, 1000), default=1000, help="of DDIM, for the solution, or 0 (default 1000)")
-    add("--repeats", type=number(0, 1000), default=3, help="timed runs of each row, or 0 (default %(default)s)")
-    add("--timed-images", type=int, metavar="N", help="the first N are timed, in one batch (default all)")
     add("--out", type=Path, required=True, metavar="STEM", help="writes STEM.json and STEM.md, STEM.png with --plot")
     known = "JSON of earlier runs, whose rows are taken over"
     add("--known", type=Path, nargs="+", default=[], metavar="FILE", help=known)
@@ -250,9 +248,6 @@ def run(args: argparse.Namespace) -> None:
     check_range("--num-sampling-steps", args.num_sampling_steps, 2, 1000)  # one step leaves nothing to reuse
     check_range("--search-images", args.search_images, 1, args.num_images)
     check_calibrate(args.calibrate)
-    if args.timed_images is None:
-        args.timed_images = args.num_images
-    check_range("--timed-images", args.timed_images, 1, args.num_images)
     files = {kind: args.out.with_name(f"{args.out.name}.{kind}") for kind in ("json", "md", "png")}
     for file in files.values():
         check_writable("--out", file)
@@ -260,6 +255,7 @@ def run(args: argparse.Namespace) -> None:
         check_matplotlib("--plot")
     pipe = pipeline.load(pipeline.ModelOptions.of(args))
     bench = Bench(pipe, args.seed, args.num_images, args.solution_steps, args.search_images, calibrate=args.calibrate)
+    bench.timed = True
     for method in methods:  # one that refuses the model or has no profile for it says so now, not after hours
         bench.sample(Setting(method), count=1, stop=1)
     identity = {key: str(getattr(args, key)) for key in SAME} | {"checkpoint_sha256": pipe.checkpoint.sha256}
@@ -273,12 +269,11 @@ def run(args: argparse.Namespace) -> None:
         "environment": environment(),
     }
 
-    timed = f"; each row was timed {args.repeats} time(s) on the first {args.timed_images}" if args.repeats else ""
     intro = (
         f"`{' '.join(args.made_with)}`: {protocol_line(pipe, f'{args.num_images} images of seed {args.seed}')}, "
         f"{args.dtype} on {record['environment']['device']}, {time.strftime('%Y-%m-%d')}. Alone → under "
         f"AdaCorrection, at most {NEAR:.0%} more compute. Settings were searched on the first {args.search_images} "
-        f"images{timed}."
+        f"images; seconds are of one run, against uncached steps right before it."
     )
     record["intro"] = intro
 
@@ -289,9 +284,6 @@ def run(args: argparse.Namespace) -> None:
     for row in compare(bench, methods, levels):
         rows.append(row)
         save()  # what a run that is stopped has found is not lost: --known takes it over
-    if args.repeats:
-        time_rows(bench, rows, args.repeats, args.timed_images)
-        save()
     with written_whole(files["md"]) as temporary:
         temporary.write_text(markdown(rows, levels, intro))
     if args.plot:
