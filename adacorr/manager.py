@@ -7,7 +7,6 @@ calls, and `pipeline.sample_latents` is the whole loop.
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -181,7 +180,10 @@ class CacheManager:
             predictor = Predictor("branches", self.correction.order, self.correction.gate_error)
             store = stores.make(whole, predictor, difference)
         else:
-            self._check_profile(info, eta)
+            # Under noise it is that of deterministic DDIM.
+            made_for = info.model_id, "ddim" if eta else info.sampler, info.cfg_scale
+            if why := mismatch(self.profile, "adacorr", *made_for):
+                raise ValueError(f"adacorr: the profile of the model does not fit this run ({why}); make one for it")
             injected = renewed(alpha_bar, eta)
             store = stores.known(whole, self._known, injected)
             if eta:
@@ -200,12 +202,6 @@ class CacheManager:
             injected if eta else None,
         )
         return CorrectedRun(policy, self.correction, controller, info, trace, store, rewindable, noise)
-
-    def _check_profile(self, info: RunInfo, eta: float) -> None:
-        """ValueError for a run that the profile was not made for. Under noise it is that of deterministic DDIM."""
-        why = mismatch(self.profile, "adacorr", replace(info, sampler="ddim") if eta else info, any_steps=True)
-        if why:
-            raise ValueError(f"adacorr: the profile of the model does not fit this run ({why}); make one for it")
 
 
 class _Stores:
