@@ -59,8 +59,8 @@ class Predictor:
 class Knob:
     """The option that trades a method's compute for fidelity, for sweeps: compute falls from `low` to `high`.
 
-    Whole numbers make it an option of whole numbers. `variants` are settings of other options (key=value,...) worth
-    trying beside the defaults: a comparison keeps the best of them at each compute.
+    With whole limits the option takes whole numbers only. `variants` are settings of other options (key=value,...)
+    worth trying beside the defaults: a comparison keeps the best of them at each compute.
     """
 
     option: str
@@ -177,11 +177,6 @@ class View:
         self.failed |= ~np.isfinite(score).reshape(-1, self.images).all(axis=0)
         return score
 
-    def measured_in_reuse(self, score: np.ndarray) -> np.ndarray:
-        """The same for a measure that `reuse` takes itself and acts on: it is counted, no more."""
-        self.account.fallbacks += int((~np.isfinite(score)).sum())
-        return score
-
     def spend(self, layer: int, branch: str, images: np.ndarray, share: float | np.ndarray) -> None:
         """Account for a branch of block `layer` that `reuse` ran itself, for images (m,) and all halves that it sees.
 
@@ -259,6 +254,7 @@ class Policy:
     name: str
     granularity: str = "step"  # what one decision covers, in words: step, branch, token, ...
     split: str = "stack"  # what it decides about: the whole stack, each "block" or each "branch"; see `units`
+    inside: bool = False  # whether it looks inside the layers of a DiT block, which blocks of other models lack
     knob: Knob | None = None  # None for a method without one
     calibration: type[Policy] | None = None  # see adacorr.calibration.Calibration
 

@@ -87,6 +87,7 @@ class TopTokens(Policy):
 
     granularity = "step, token"
     split = "branch"
+    inside = True
     predictor = Predictor("branches", order=0)
     bonus: float
     aging: float

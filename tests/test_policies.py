@@ -45,10 +45,12 @@ BUILT_IN = {
 NAMES = list(policies())  # a new file in the folder comes under the contract by itself
 # Settings that skip on a model whose features turn as fast as the toy's; the other methods skip by default.
 SKIPPING = {
-    "adacache": "scale=10", "dicache": "threshold=2", "ertacache": "threshold=1", "fastcache": "threshold=1",
-    "first_block": "threshold=1", "lazydit": "threshold=1", "rfc": "threshold=0.7", "teacache": "threshold=0.7",
+    "adacache": "scale=10", "dicache": "threshold=2", "easycache": "threshold=1.375,warmup=1",
+    "ertacache": "threshold=1", "fastcache": "threshold=1", "first_block": "threshold=1", "lazydit": "threshold=1",
+    "rfc": "threshold=0.7", "speca": "base_threshold=30,order=1,max_taylor=20", "teacache": "threshold=0.7",
 }  # fmt: skip
-BY_IMAGE = {"adacache", "dicache", "first_block", "lazydit", "rfc", "teacache"}  # those that skip at steps of their own
+# Those that skip at steps of their own.
+BY_IMAGE = {"adacache", "dicache", "easycache", "first_block", "lazydit", "rfc", "speca", "teacache"}
 # More settings that the contract is asked of: name, options.
 VARIANTS = [
     ("adacache", "scale=10,gates=frozen"),
@@ -177,9 +179,11 @@ def test_profiles_are_refused_elsewhere(name, folder, model):
 
 
 NO_REUSE = {
-    "adacache": "scale=0", "dicache": "threshold=0", "ertacache": "threshold=0", "first_block": "threshold=0",
-    "freqca": "every=1", "hicache": "every=1", "icc": "every=1", "interval": "every=1", "magcache": "threshold=0",
-    "never": "", "rfc": "threshold=0", "schedule": "share=1", "smoothcache": "threshold=0", "taylorseer": "every=1",
+    "adacache": "scale=0", "block_cache": "threshold=0", "delta_dit": "every=1", "dicache": "threshold=0",
+    "easycache": "threshold=0", "ertacache": "threshold=0", "feb_cache": "table=f", "first_block": "threshold=0",
+    "freqca": "every=1", "h2_cache": "threshold=0,detail=0", "hicache": "every=1", "icc": "every=1",
+    "interval": "every=1", "magcache": "threshold=0", "never": "", "pab": "every=1", "rfc": "threshold=0",
+    "schedule": "share=1", "sencache": "threshold=0,start=0", "smoothcache": "threshold=0", "taylorseer": "every=1",
     "teacache": "threshold=0",
 }  # fmt: skip
 
@@ -249,10 +253,11 @@ def test_images_are_measured_by_themselves(spec, one, other, decided):
     ("spec", "states", "granted", "decided"),
     [
         ("dicache:threshold=0.1,retention=0", [1.0, 1.2, 1.2, 1.2], 1, "xxxx"),
+        ("easycache:threshold=0.2,warmup=1", [2.0, 1.0, 1.3, 1.3, 1.3], 2, "xxxxx"),
         ("first_block:threshold=0.5", [1.0, 2.0, 2.0], 1, "xxx"),
         ("rfc:threshold=0.1", RFC_INPUTS, 2, "xx.xxxx"),
     ],
-    ids=["dicache", "first_block", "rfc"],
+    ids=["dicache", "easycache", "first_block", "rfc"],
 )
 def test_a_wish_that_is_not_granted_stays(spec, states, granted, decided):
     assert column(walk(spec, [[x] for x in states], granted=granted)) == decided

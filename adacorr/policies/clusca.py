@@ -46,6 +46,7 @@ class ClusCa(Policy):
 
     granularity = "step, token"
     split = "branch"
+    inside = True
     knob = Knob("every", 2, 25, ("order=1", "order=2", "order=3", "order=4", "order=2,spread=0"))
 
     @property

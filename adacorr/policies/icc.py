@@ -37,6 +37,7 @@ class ICC(Policy):
     every: int = option(2, low=1)
     rank: float = option(0.111, above=0, high=1)
     split = "branch"
+    inside = True
     knob = Knob("every", 2, 25, ("", "rank=0.05", "rank=0.02"))
     predictor = None
 
