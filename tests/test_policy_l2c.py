@@ -10,8 +10,9 @@ from toy import TINY, HeldBranches, make_run, make_view, sample, sample_with
 
 from adacorr import CacheManager, make_policy
 from adacorr.calibration.l2c import L2CCalibration, fit_routers, load_routers
-from adacorr.policy import Ran, by_branch
+from adacorr.policy import Ran
 from adacorr.profile import Profile, save_profile
+from adacorr.unit import by_branch
 
 WIDTH = TINY["hidden_size"]
 
