@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-import operator
 import typing
 from collections.abc import Iterable, Mapping
 
@@ -99,11 +98,10 @@ class Sampler:
         """What the network is given for the state `x` at step `i`; same shape and dtype."""
         return x
 
-    def step(self, i: int | Tensor, x: Tensor, out: Tensor, noise: Tensor | None = None) -> Tensor:
+    def step(self, i: int, x: Tensor, out: Tensor, noise: Tensor | None = None) -> Tensor:
         """The state after step `i`, in the shape and dtype of `x`.
 
-        i      0..S-1 in sampling order. A rewindable sampler also takes (N,) integers, the step of each row; keep them
-               on the CPU, because the range check reads them
+        i      0..S-1 in sampling order
         x      (N, C, H, W) state
         out    (N, C, H, W) or (N, 2C, H, W) network output, already guided: the predicted noise, then the learned
                variance, which only ddpm uses
@@ -136,14 +134,13 @@ def split_output(x: Tensor, out: Tensor, noise: Tensor | None = None) -> tuple[T
 class _ClosedForm(Sampler):
     """DDIM and DDPM: float64 tables of coefficients by step, in sampling order.
 
-    A step is computed in float32, or float64 for such a state. One step index and one for each row go through the same
-    operations on broadcast coefficients, so that both give the same bits. A subclass says what its coefficients are and
-    how they make the next state, from the state `x`, its predicted `x0` and `eps`, the learned variance `v`, and noise.
+    A step is computed in float32, or float64 for such a state. A subclass says what its coefficients are and how they
+    make the next state, from the state `x`, its predicted `x0` and `eps`, the learned variance `v`, and noise.
     """
 
     rewindable = True
 
-    def __init__(self, num_steps: int, clip: bool) -> None:
+    def __init__(self, num_steps: int, clip: bool = False) -> None:
         self.clip = clip
         self._lay_out(respace(num_steps))
 
@@ -162,26 +159,20 @@ class _ClosedForm(Sampler):
         moved._lay_out(kept)
         return moved
 
-    def _at(self, i: int | Tensor, x: Tensor) -> tuple[Tensor, ...]:
-        """The tables at step `i`, each (1, 1, 1, 1) or (N, 1, 1, 1), in the dtype to compute in."""
-        if isinstance(i, Tensor) and i.ndim:
-            if i.shape != x.shape[:1] or i.is_floating_point() or i.dtype == torch.bool:
-                raise ValueError(f"steps {i.dtype} {tuple(i.shape)} must be integers ({len(x)},), one a row")
-            low, high, where = int(i.min()), int(i.max()), i.to(x.device)
-        else:
-            low = high = where = operator.index(i)
-        if low < 0 or high >= self.num_steps:
-            raise ValueError(f"step {low if low < 0 else high} is outside 0..{self.num_steps - 1}")
+    def _at(self, i: int, x: Tensor) -> tuple[Tensor, ...]:
+        """The tables at step `i`, a number each, in the dtype to compute in."""
+        if not 0 <= i < self.num_steps:
+            raise ValueError(f"step {i} is outside 0..{self.num_steps - 1}")
         # Kept per device, because a copy to the device in every step would make the host wait for it.
         key = x.device, torch.promote_types(x.dtype, torch.float32)
         if key not in self._copies:
             self._copies[key] = self._tables.to(*key)
-        return self._copies[key][:, where].reshape(len(self._tables), -1, 1, 1, 1).unbind()
+        return self._copies[key][:, i].view(-1, 1, 1, 1, 1).unbind()
 
-    def step(self, i: int | Tensor, x: Tensor, out: Tensor, noise: Tensor | None = None) -> Tensor:
+    def step(self, i: int, x: Tensor, out: Tensor, noise: Tensor | None = None) -> Tensor:
         """See `Sampler.step`."""
         at, (eps, v) = self._at(i, x), split_output(x, out, noise)
-        if self.stochastic and noise is None and bool((torch.as_tensor(i) < self.num_steps - 1).any()):
+        if self.stochastic and noise is None and i < self.num_steps - 1:
             raise ValueError(f"{self.name} adds noise in all steps but the last; pass noise {tuple(x.shape)}")
         wide, eps = x.to(at[0].dtype), eps.to(at[0].dtype)
         noise = torch.zeros_like(wide) if noise is None else noise.to(wide.dtype)
@@ -236,9 +227,6 @@ class DDPM(_ClosedForm):
     name = "ddpm"
     stochastic = True
     eta = 1.0
-
-    def __init__(self, num_steps: int, clip: bool = False) -> None:
-        super().__init__(num_steps, clip)
 
     def _coefficients(self, beta: np.ndarray, abar: np.ndarray, before: np.ndarray) -> list[np.ndarray]:
         # Mean and variance of q(x_s | x_t, x_0), s the step before t: Ho et al. 2020, Eq. 7.

@@ -156,7 +156,7 @@ class DiT(nn.Module):
         self.pos_embed = nn.Parameter(positions, requires_grad=False)
         self.blocks = nn.ModuleList([DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
-        self.cache = None  # the per-layer manager, while one is attached
+        self.cache = None  # an adacorr.run.CachedRun, while one is open
         self.walk = None  # in place of adacorr.outside.walk, once that is captured
         self.reset_parameters()
 

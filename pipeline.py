@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adacorr import Algorithm1, CacheManager
+from adacorr import Algorithm1, CacheManager, available
+from adacorr.command import DTYPES
 from adacorr.outside import Outside, Update
-from adacorr.policies import names as policy_names
 from adacorr.run import take_rows
 from checkpoint import BUNDLED, VAES, Checkpoint, build_model, load_checkpoint, load_vae, released_name
 from diffusion import Sampler, cumulative_alphas, make_sampler, names, split_output
 from models import DiT, DiT_models, guide, guided_channels
-from runtime import DTYPES, check_range, find_device, random_stream
+from runtime import check_range, find_device, random_stream
 
 VAE_SCALE = 0.18215  # latents of the stable-diffusion VAE that DiT was trained on have unit variance after this factor
 StepNoise = Callable[[int, np.ndarray], Tensor]
@@ -100,7 +100,7 @@ def add_cache_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--cache",
         metavar="METHOD[:key=value,...]",
-        help=f"{', '.join(policy_names())}; their options: python -m adacorr methods",
+        help=f"{', '.join(available())}; their options: python -m adacorr methods",
     )
     group.add_argument(
         "--adacorr",

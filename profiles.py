@@ -16,7 +16,7 @@ import torch
 
 from adacorr import AdaCorrection, CacheManager
 from adacorr.calibration.trajectory import TrajectoryCalibration
-from adacorr.profile import FOLDER, Profile, fit_of, load_profile, save_profile
+from adacorr.profile import FOLDER, Profile, load_profile, mismatch, save_profile
 from diffusion import make_sampler
 from download import cache_folder
 from models import guided_channels
@@ -59,7 +59,7 @@ def with_profile(
     serves = not cache.correction.polynomial_options and re.match(r"ddim(:|$)", measured_under(pipe))
     if calibrate.endswith(".safetensors"):
         profile = load_profile(calibrate)
-        if why := fit_of(profile, METHOD, pipe.checkpoint.sha256, measured_under(pipe), None, pipe.cfg_scale):
+        if why := misfit(profile, pipe):
             raise ValueError(f"--calibrate {calibrate} does not fit this run ({why}): give auto")
     elif not serves:
         return cache
@@ -79,12 +79,17 @@ def measured_under(pipe: Pipeline) -> str:
     return "ddim" if pipe.sampler.stochastic else pipe.sampler.spec
 
 
+def misfit(profile: Profile, pipe: Pipeline) -> str:
+    """What keeps a profile from serving the pipeline; empty if nothing does."""
+    return mismatch(profile, METHOD, pipe.checkpoint.sha256, measured_under(pipe), pipe.cfg_scale)
+
+
 def find_profile(pipe: Pipeline) -> Profile | None:
     """The shipped or kept profile of the pipeline's model, sampler and guidance, or None."""
     for path in [*sorted(FOLDER.glob(f"{METHOD}-*.safetensors")), kept_at(pipe)]:
         if path.is_file():
             profile = load_profile(path)
-            if not fit_of(profile, METHOD, pipe.checkpoint.sha256, measured_under(pipe), None, pipe.cfg_scale):
+            if not misfit(profile, pipe):
                 return profile
     return None
 

@@ -1,4 +1,4 @@
-"""What every script shares: device, random streams, clock, progress, signals, and the record of its environment."""
+"""What every script shares: device, random streams, progress, signals, and the record of its environment."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-T = TypeVar("T")
+from adacorr.command import timed as timed
+
 Line = Callable[[str], None]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QUIET = 30  # seconds between two lines of progress where there is no terminal to draw a bar on
 REQUEUE = 75  # exit code EX_TEMPFAIL of sysexits.h: try again later
 CTRL_C = 130
@@ -61,16 +61,6 @@ def random_stream(seed: int, *counters: int) -> np.random.Generator:
     """One random stream of a seed, at its beginning."""
     # Philox takes all of its key; torch's generator keeps 32 bits of a seed.
     return np.random.Generator(np.random.Philox(seed_words(seed, *counters)))
-
-
-def timed(job: Callable[[], T], device: torch.device) -> tuple[T, float]:
-    """What `job` returns and the seconds it took, with the device's queue empty before and after."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    start = time.perf_counter()
-    result = job()
-    wait()
-    return result, time.perf_counter() - start
 
 
 def say(text: str) -> None:

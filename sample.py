@@ -24,7 +24,7 @@ import pipeline
 import profiles
 import runtime
 from adacorr import CacheManager
-from adacorr.command import Parser, number, run_command, writable
+from adacorr.command import Parser, number, run_command, timed, writable
 from adacorr.files import write_json
 from checkpoint import BUNDLED
 from evaluate.fidelity import fidelity
@@ -67,13 +67,13 @@ def run(args: argparse.Namespace) -> None:
 
     if args.compare:
         for title, manager in (("uncached", None), (method, cache)):
-            timed(pipe, args.seed, labels, count, manager, f"warm-up, {title}", stop=WARM_UP)
+            draw(pipe, args.seed, labels, count, manager, f"warm-up, {title}", stop=WARM_UP)
     seconds, seconds_uncached = [], []
     for _ in range(args.repeats if args.compare else 1):  # in turn, so that a slow minute hits both
         if args.compare:
-            reference, spent = timed(pipe, args.seed, labels, count, None, "uncached")
+            reference, spent = draw(pipe, args.seed, labels, count, None, "uncached")
             seconds_uncached.append(spent)
-        x, spent = timed(pipe, args.seed, labels, count, cache, method)
+        x, spent = draw(pipe, args.seed, labels, count, cache, method)
         seconds.append(spent)
 
     images = decode(pipe, x)
@@ -172,7 +172,7 @@ def describe(
 # ------------------------------------------------------------------------------------------------- the work
 
 
-def timed(
+def draw(
     pipe: pipeline.Pipeline,
     seed: int,
     labels: Tensor | None,
@@ -188,7 +188,7 @@ def timed(
             progress.update(1, "" if manager is None else lambda: f"hit rate {manager.trace.hit_rate:.0%}")
 
         job = partial(pipe.sample, seed, np.arange(count), labels, cache, observe, stop)
-        return runtime.timed(job, pipe.device)
+        return timed(job, pipe.device)
 
 
 def decode(pipe: pipeline.Pipeline, x: Tensor) -> Tensor:

@@ -121,8 +121,6 @@ class SchedulerSampler(Sampler):
         return self._scheduler.step(eps.float(), timestep, x.float(), **given).prev_sample
 
     def _expect(self, i: int) -> None:
-        if isinstance(i, Tensor) and i.ndim:
-            raise ValueError(f"{self.name} keeps a history: give one step for all rows, not {tuple(i.shape)}")
         if i != self._due or i >= self.num_steps:
             due = f"step {self._due} is due" if self._due < self.num_steps else "the run is over"
             raise ValueError(f"{self.name} keeps a history: {due}, not step {i}; fresh() begins a new run")

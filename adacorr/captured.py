@@ -15,11 +15,11 @@ Capture = Callable[[Function, Sequence[Tensor]], tuple[Replay, Tensor]]
 
 
 class Captured:
-    """function(model, *inputs) with one launch a call on a GPU, and as it is on a CPU; for one model.
+    """function(model, *inputs) for one model: a CUDA graph on a GPU, a plain call on a CPU.
 
-    For each combination of shapes the function is captured once, on copies of the inputs that it is replayed on from
-    then on; these and its memory are kept as long as this object. It must give one tensor, by operations that follow
-    from the shapes of its inputs alone. RuntimeError where it cannot be captured.
+    The function is captured once for each combination of input shapes. The captured graph reads copies of the inputs;
+    the copies and the graph's memory are kept as long as this object. The function must give one tensor, by operations
+    that follow from the shapes of its inputs alone. RuntimeError where it cannot be captured.
     """
 
     def __init__(self, function: Function, capture: Capture | None = None):

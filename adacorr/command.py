@@ -1,13 +1,18 @@
-"""What every command does alike: errors of one line, exit codes, Ctrl-C."""
+"""What every command does alike: errors of one line, exit codes, Ctrl-C, names of dtypes, the clock."""
 
 import argparse
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
 from adacorr.files import check_writable
 
+T = TypeVar("T")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Number = TypeVar("Number", int, float)
 
 
@@ -49,6 +54,16 @@ def writable(text: str) -> Path:
     except OSError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return Path(text)
+
+
+def timed(job: Callable[[], T], device: torch.device) -> tuple[T, float]:
+    """What `job` returns and the seconds it took, with the device's queue empty before and after."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    result = job()
+    wait()
+    return result, time.perf_counter() - start
 
 
 class Failure(Exception):

@@ -71,6 +71,12 @@ def lay_out(interval: Interval, start: float, end: float, scale: float) -> np.nd
     return np.array(positions)
 
 
+def count_intervals(timesteps: np.ndarray, interval: Interval, scale: float) -> np.ndarray:
+    """(S,) intervals, each interval(t) * scale, between the first of the timesteps (S,) and each of them."""
+    positions = lay_out(interval, timesteps[0], timesteps[-1] - 1e-6, scale)
+    return np.interp(-timesteps, -positions, np.arange(len(positions)))
+
+
 def scale_to_count(interval: Interval, start: float, end: float, strides: float) -> float:
     """The scale at which `strides` intervals (the last one in part) lead from start to end."""
     low, high = 1e-4, 1e4
@@ -96,20 +102,14 @@ class RefreshRule:
 class RefreshClock:
     """Per image: the newest computed step, and the step at which the next one is due, as indices in sampling order.
 
-    Positions on the clock count typical intervals since the start, interval(t) * scale timesteps after a computed step
-    at t; timesteps (S,). A `closing` clock ends with a computed step at the closing step; another one runs out.
+    clock (S,) counts typical intervals since the start, at the timesteps (S,). A `closing` clock ends with a computed
+    step at the closing step; another one runs out.
     """
 
-    def __init__(self, rule: RefreshRule, timesteps, interval: Interval, images: int, scale: float, closing=True):
-        self.rule, self.timesteps, self.closing = rule, timesteps, closing
+    def __init__(self, rule: RefreshRule, timesteps: np.ndarray, clock: np.ndarray, images: int, closing: bool):
+        self.rule, self.timesteps, self.clock, self.closing = rule, timesteps, clock, closing
         # A computation in the very last step corrects nothing after it; the one before it closes the forecast.
         self.last = closing_step(timesteps)
-        positions = lay_out(interval, timesteps[0], timesteps[-1] - 1e-6, scale)
-        self.start(np.interp(-timesteps, -positions, np.arange(len(positions))), images)
-
-    def start(self, clock: np.ndarray, images: int) -> None:
-        """Begin a run of n images under a clock (S,)."""
-        self.clock = clock
         self.interval_scale = np.ones(images)
         self.count = np.zeros(images, dtype=np.int64)  # computed steps so far
         self.newest = np.full(images, -1)
@@ -174,9 +174,10 @@ class AdaptiveClock(RefreshClock):
     Offsets above the tolerance shrink the intervals to come, offsets below it let them grow back, image by image.
     """
 
-    def __init__(self, rule: RefreshRule, *where, gamma: float, closing: bool = True):
+    def __init__(self, rule: RefreshRule, timesteps, interval: Interval, images: int, *, gamma: float, closing=True):
         gamma = max(gamma, 1e-6)
-        super().__init__(rule, *where, scale=gamma ** (-1.0 / POWER), closing=closing)
+        clock = count_intervals(timesteps, interval, scale=gamma ** (-1.0 / POWER))
+        super().__init__(rule, timesteps, clock, images, closing)
         self.tolerance = rule.tolerance / gamma
 
     def _learn(self, images: np.ndarray, score: np.ndarray) -> None:
@@ -194,7 +195,7 @@ class BudgetClock(RefreshClock):
         # A clock that need not close leaves half an interval behind its last computed step.
         strides = max(count - (1.0 if closing else 0.5), 0.5)
         scale = scale_to_count(interval, timesteps[0], end, strides)
-        super().__init__(rule, timesteps, interval, images, scale, closing)
+        super().__init__(rule, timesteps, count_intervals(timesteps, interval, scale), images, closing)
         self.left = np.full(images, min(count, len(timesteps)))
 
     def _learn(self, images: np.ndarray, score: np.ndarray) -> None:
@@ -214,8 +215,9 @@ class ScheduleClock(RefreshClock):
     """The steps of a schedule (adacorr.placement), the same for every image; offsets change nothing."""
 
     def __init__(self, rule: RefreshRule, timesteps, images: int, schedule: list[int]):
-        self.rule, self.timesteps, self.schedule = rule, timesteps, np.array([*schedule, len(timesteps)])
-        self.start(np.interp(np.arange(len(timesteps)), self.schedule, np.arange(len(self.schedule))), images)
+        self.schedule = np.array([*schedule, len(timesteps)])
+        clock = np.interp(np.arange(len(timesteps)), self.schedule, np.arange(len(self.schedule)))
+        super().__init__(rule, timesteps, clock, images, closing=False)
 
     def _due(self, images: np.ndarray, step: int) -> np.ndarray:
         # A step that a policy asked for stands for the one that was due next, so that a schedule costs no more.

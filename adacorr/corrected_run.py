@@ -4,7 +4,7 @@ All branches of an image are forecast from the same computed steps with the same
 makes the parts of a step disagree. A policy, if there is one, proposes steps; the offset decides.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -139,7 +139,7 @@ class CorrectedRun(CachedRun):
         """Ask the policy, which looks at x and c, and the controller what is computed, and forecast the rest."""
         probe = self._run_probe(x, c)
         view, wanted = self._ask_policy(x, c, probe)
-        # Nothing to forecast from yet, or no telling how good the forecast is: a measure was not finite.
+        # An image is computed that has no past to forecast from, or a measure that was not finite.
         empty, nonfinite = self.store.empty, self.controller.nonfinite
         failed = np.zeros_like(empty) if view is None else view.failed
         self.trace.fallbacks += int((nonfinite & ~failed).sum())  # `checked_decision` counts the others
@@ -323,36 +323,51 @@ class CorrectedRun(CachedRun):
         return torch.cat([out[:, : answer.shape[1]] + answer, out[:, answer.shape[1] :]], dim=1)
 
     def _rewind(self, x: Tensor, out: Tensor, evaluate: Evaluate, advance: Advance) -> tuple[Tensor, Tensor]:
-        """Take the steps since an image's last computed one again, with interpolated activations; no block runs.
-
-        With a profile an image whose guidance difference was refreshed goes back to its refresh before, if the computed
-        steps since then are still kept. x (n, ...) the state at this step and out the network's output for it -> both,
-        for the corrected state.
-        """
-        origin, anchor = self.rewind_from(x)
-        again = np.flatnonzero((origin >= 0) & (self.step - origin > 1))
-        if not len(again):
-            return x, out
-        start, state = origin[again] + 1, take_rows(anchor, again)
-        added = torch.stack([take_rows(half, again) for half in self._added.unflatten(0, (self.halves, -1))])
-        amount = take_rows(self._anchor_noise, again)
-        for past in range(start.min(), self.step):
-            if (past - start.min()) % LOOK_AHEAD == 0:  # some steps in one pass over the stored tensors
-                between = self.store.predict(again, np.arange(past, min(past + LOOK_AHEAD, self.step)))
-            rows = np.flatnonzero(start <= past)
-            known = torch.cat([take_rows(half[:, (past - start.min()) % LOOK_AHEAD], rows) for half in between])
-            now = take_rows(state, rows)
-            replayed = self._replay(past, now, again[rows], known, evaluate, take_rows(amount, rows))
-            after = advance(past, now, replayed, again[rows])
+        """State x and output `out` of this step, (n, ...) both, after past steps were taken again; no block runs."""
+        for first, again, state in self.rewinds_of(x):
+            amount = take_rows(self._anchor_noise, again)
+            for past, between in self.between(first, again):
+                for step in range(past, past + between.shape[2]):
+                    known = between[:, :, step - past].flatten(0, 1)
+                    replayed = self._replay(step, state, again, known, evaluate, amount)
+                    after = advance(step, state, replayed, again)
+                    if self.noise is not None:
+                        amount = self.noise.follow(amount, step, state, replayed, after)
+                    state = after
             if self.noise is not None:
-                followed = self.noise.follow(take_rows(amount, rows), past, now, replayed, after)
-                amount = put_rows(amount, rows, followed)
-            state = put_rows(state, rows, after)
-            self.trace.rewound += len(rows)
-        if self.noise is not None:
-            self.noise.moved(again, amount, self.step, state - take_rows(x, again))
-        replayed = self._replay(self.step, state, again, added.flatten(0, 1), evaluate, amount)
-        return put_rows(x, again, state), put_rows(out, again, replayed)
+                self.noise.moved(again, amount, self.step, state - take_rows(x, again))
+            added = torch.cat([take_rows(half, again) for half in self._added.unflatten(0, (self.halves, -1))])
+            replayed = self._replay(self.step, state, again, added, evaluate, amount)
+            x, out = put_rows(x, again, state), put_rows(out, again, replayed)
+        return x, out
+
+    def rewinds_of(self, x: Tensor) -> Iterator[tuple[int, np.ndarray, Tensor]]:
+        """(first step to take again, images (m,), their state (m, ...) before it), for images that computed this step.
+
+        An image goes back to its computed step before. With a profile, one whose guidance difference was refreshed goes
+        back to its refresh before, if the computed steps since then are still kept. x (n, ...) is the state that this
+        step begins with, and that the one before it ended with.
+        """
+        self._set_anchors(x)
+        origin, (anchor, far_anchor) = np.where(self.last == self.step, self.previous, -1), self._anchors
+        if self.rewinds_far:
+            far = np.flatnonzero((self.refreshed == self.step) & (self.refreshed_before >= self.store.oldest()))
+            if len(far):
+                origin[far] = self.refreshed_before[far]
+                anchor = put_rows(anchor, far, take_rows(far_anchor, far))
+        first = np.where(origin < 0, self.step, origin + 1)
+        for start in np.unique(first[first < self.step]).tolist():
+            again = np.flatnonzero(first == start)
+            self.trace.rewound += len(again) * (self.step - start)
+            yield start, again, take_rows(anchor, again)
+
+    def between(self, first: int, images: np.ndarray) -> Iterator[tuple[int, Tensor]]:
+        """(a step, what the stack is to add in the s steps from it on, (halves, m, s, T, D)), up to the current one.
+
+        Some steps in one pass over the stored tensors.
+        """
+        for past in range(first, self.step, LOOK_AHEAD):
+            yield past, self.store.predict(images, np.arange(past, min(past + LOOK_AHEAD, self.step)))
 
     def _set_anchors(self, x: Tensor) -> None:
         """Keep the state x that the current step begins with where the step before was computed."""
@@ -362,20 +377,6 @@ class CorrectedRun(CachedRun):
         if self.noise is not None:
             new = np.flatnonzero(self.previous == self.step - 1)
             self._anchor_noise = renew_rows(self._anchor_noise, new, self.noise.amount)
-
-    def rewind_from(self, x: Tensor) -> tuple[np.ndarray, Tensor]:
-        """(n,) the computed step after which each image is taken again, -1 for none, and (n, ...) its state after it.
-
-        x is the state that the current step begins with, and that the one before it ended with.
-        """
-        self._set_anchors(x)
-        origin, (anchor, far_anchor) = np.where(self.last == self.step, self.previous, -1), self._anchors
-        if not self.rewinds_far:
-            return origin, anchor
-        far = (self.refreshed == self.step) & (self.refreshed_before >= self.store.oldest())
-        far = np.flatnonzero(far)
-        origin[far] = self.refreshed_before[far]
-        return origin, put_rows(anchor, far, take_rows(far_anchor, far)) if len(far) else anchor
 
     def _replay(
         self, step: int, x: Tensor, images: np.ndarray, added: Tensor, evaluate: Evaluate, amount: Tensor | None

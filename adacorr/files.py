@@ -12,7 +12,7 @@ from typing import Any
 
 @contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
-    """A temporary file in the folder of `path`, which takes its name at the end: a reader never sees half of it."""
+    """A temporary file beside `path` that is renamed to it at the end, so that no reader sees half of a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # With the host: two nodes on one shared folder may have processes of the same number.

@@ -3,8 +3,8 @@
 For each image the history holds the tensors of its newest computed steps; the value at any other step is a weighted sum
 of them. A `Rule` says with which weights. That of `Polynomial` are exact for polynomials over the timesteps up to the
 order asked for, whatever the gaps (arXiv 2503.06923 uses difference quotients that are exact for equal gaps only);
-those of `adacorr.kriging` follow from what was measured on the model. Between two computed steps the same rules
-interpolate.
+those of `adacorr.kriging` follow from what was measured on the model. Both rules also interpolate between two computed
+steps.
 """
 
 import math

@@ -7,7 +7,6 @@ calls, and `pipeline.sample_latents` is the whole loop.
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -124,7 +123,22 @@ class CacheManager:
         n = images if labels is None else len(labels)
         halves = 1 if cfg_scale == 1.0 else 2
         self.trace = Trace(len(timesteps), len(model.blocks), n, halves, model.branch_flops())
-        info = self._describe(model, n, halves, timesteps, cfg_scale, model_id, sampler)
+        corrected = isinstance(self.correction, AdaCorrection)
+        tokens, width, device = model.stream
+        info = RunInfo(
+            images=n,
+            visible_halves=1 if corrected and infers_unconditional(self.correction, halves) else halves,
+            timesteps=timesteps.double().cpu().numpy(),
+            blocks=model.blocks,
+            tokens=tokens,
+            width=width,
+            device=device,
+            branch_flops=model.branch_flops(),
+            cfg_scale=cfg_scale,
+            corrected=corrected,
+            model_id=model_id,
+            sampler=sampler,
+        )
         with torch.no_grad():
             return self._open(model, labels, timesteps, np.asarray(alpha_bar), info, rewindable, eta)
 
@@ -147,24 +161,6 @@ class CacheManager:
                     hook.remove()
                 self.bytes = run.bytes
 
-    def _describe(self, model, images, halves, timesteps, cfg_scale, model_id, sampler) -> RunInfo:
-        corrected = isinstance(self.correction, AdaCorrection)
-        tokens, width, device = model.stream
-        return RunInfo(
-            images=images,
-            visible_halves=1 if corrected and infers_unconditional(self.correction, halves) else halves,
-            timesteps=timesteps.double().cpu().numpy(),
-            blocks=model.blocks,
-            tokens=tokens,
-            width=width,
-            device=device,
-            branch_flops=model.branch_flops(),
-            cfg_scale=cfg_scale,
-            corrected=corrected,
-            model_id=model_id,
-            sampler=sampler,
-        )
-
     def _open(self, model, labels, timesteps, alpha_bar, info: RunInfo, rewindable: bool, eta: float) -> CachedRun:
         """The run's state, by what this manager was given."""
         if isinstance(self.correction, Algorithm1):
@@ -181,7 +177,10 @@ class CacheManager:
             predictor = Predictor("branches", self.correction.order, self.correction.gate_error)
             store = stores.make(whole, predictor, difference)
         else:
-            self._check_profile(info, eta)
+            # Under noise it is that of deterministic DDIM.
+            made_for = info.model_id, "ddim" if eta else info.sampler, info.cfg_scale
+            if why := mismatch(self.profile, "adacorr", *made_for):
+                raise ValueError(f"adacorr: the profile of the model does not fit this run ({why}); make one for it")
             injected = renewed(alpha_bar, eta)
             store = stores.known(whole, self._known, injected)
             if eta:
@@ -200,12 +199,6 @@ class CacheManager:
             injected if eta else None,
         )
         return CorrectedRun(policy, self.correction, controller, info, trace, store, rewindable, noise)
-
-    def _check_profile(self, info: RunInfo, eta: float) -> None:
-        """ValueError for a run that the profile was not made for. Under noise it is that of deterministic DDIM."""
-        why = mismatch(self.profile, "adacorr", replace(info, sampler="ddim") if eta else info, any_steps=True)
-        if why:
-            raise ValueError(f"adacorr: the profile of the model does not fit this run ({why}); make one for it")
 
 
 class _Stores:
@@ -236,7 +229,9 @@ class _Stores:
         if predictor.kind == "residual" or predictor.stands_before_gate(unit) or not gated:
             return ValueStore(unit, predictor, self.shape, difference)
         if self.basis is None:
-            self.basis = self._fit_gates(predictor.gate_error)
+            self._count_gates(len(self.timesteps) * self.trace.halves)
+            reference, conditions = null_condition(self.model, self.timesteps), self._conditions(self.timesteps)
+            self.basis = fit_gate_basis(self.model.blocks, reference, conditions, predictor.gate_error)
         tracks = [self.shape.polynomial(self.basis.rank, predictor) for _ in range(self.trace.halves)]
         return GateSumStore(unit, self.basis, self.index.to(self.shape.device), tracks, difference)
 
@@ -261,11 +256,6 @@ class _Stores:
             trend = profile.trend(kind, steps, basis.basis)
             tracks.append(self.shape.track(basis.rank, KEPT[kind], profile.rule(kind, steps, renewed), trend))
         return GateSumStore(unit, basis, self.index.to(self.shape.device), tracks, self.trace.halves == 2)
-
-    def _fit_gates(self, gate_error: float) -> GateBasis:
-        self._count_gates(len(self.timesteps) * self.trace.halves)
-        reference, conditions = null_condition(self.model, self.timesteps), self._conditions(self.timesteps)
-        return fit_gate_basis(self.model.blocks, reference, conditions, gate_error)
 
     def _count_gates(self, rows: int) -> None:
         """Account for the gates of so many rows for each image, though images share them."""

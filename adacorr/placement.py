@@ -206,7 +206,7 @@ def best_schedules(model: ErrorModel, enough: float) -> list[tuple[Schedule, flo
         for better in sorted(_larger(model, schedule), key=model.error)[: max(1, round(GROWTH * model.steps))]:
             schedule = tuple(tuple(sorted({*a, *b})) for a, b in zip(schedule, better, strict=True))
         found[model.evaluations(schedule)] = schedule, model.error(schedule)
-    # A larger schedule that leaves more serves nobody.
+    # A schedule goes that costs more than another one and leaves no smaller error.
     rows, least = [], np.inf
     for cost in sorted(found):
         if found[cost][1] < least:

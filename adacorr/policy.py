@@ -16,30 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from adacorr.history import WEIGHTS
+from adacorr.profile import Profile, find_profile
 from adacorr.spec import check_options, option
 from adacorr.trace import Trace
-from adacorr.unit import BRANCHES, Conditioning, Unit, by_branch
+from adacorr.unit import BRANCHES, SPLITS, Conditioning, Unit
 
 if TYPE_CHECKING:
     from adacorr.store import UnitStore
-
-__all__ = [
-    "BRANCHES",
-    "Cached",
-    "Conditioning",
-    "Knob",
-    "Policy",
-    "Predictor",
-    "Ran",
-    "RunInfo",
-    "SCOPES",
-    "Unit",
-    "View",
-    "by_branch",
-    "option",
-    "relative_change",
-    "scatter",
-]
 
 SCOPES = ("image", "batch")
 
@@ -76,8 +59,8 @@ class Predictor:
 class Knob:
     """The option that trades a method's compute for fidelity, for sweeps: compute falls from `low` to `high`.
 
-    Whole numbers make it an option of whole numbers. `variants` are settings of other options (key=value,...) worth
-    trying beside the defaults: a comparison keeps the best of them at each compute.
+    With whole limits the option takes whole numbers only. `variants` are settings of other options (key=value,...)
+    worth trying beside the defaults: a comparison keeps the best of them at each compute.
     """
 
     option: str
@@ -194,11 +177,6 @@ class View:
         self.failed |= ~np.isfinite(score).reshape(-1, self.images).all(axis=0)
         return score
 
-    def measured_in_reuse(self, score: np.ndarray) -> np.ndarray:
-        """The same for a measure that `reuse` takes itself and acts on: it is counted, no more."""
-        self.account.fallbacks += int((~np.isfinite(score)).sum())
-        return score
-
     def spend(self, layer: int, branch: str, images: np.ndarray, share: float | np.ndarray) -> None:
         """Account for a branch of block `layer` that `reuse` ran itself, for images (m,) and all halves that it sees.
 
@@ -274,7 +252,9 @@ class Policy:
     """
 
     name: str
-    granularity: str = "step"  # what one decision covers: step, branch, token, ...
+    granularity: str = "step"  # what one decision covers, in words: step, branch, token, ...
+    split: str = "stack"  # what it decides about: the whole stack, each "block" or each "branch"; see `units`
+    inside: bool = False  # whether it looks inside the layers of a DiT block, which blocks of other models lack
     knob: Knob | None = None  # None for a method without one
     calibration: type[Policy] | None = None  # see adacorr.calibration.Calibration
 
@@ -294,7 +274,7 @@ class Policy:
 
     def units(self, depth: int) -> list[Unit]:
         """What is decided about, in the order of the stack and without gaps."""
-        return [Unit(0, depth)]
+        return SPLITS[self.split](depth)
 
     def probe(self, depth: int) -> int:
         """Leading blocks that run in every step, because the rule looks at what they give; `units` starts with them."""
@@ -302,6 +282,10 @@ class Policy:
 
     def begin(self, info: RunInfo) -> None:
         """Make the state of one run. ValueError for a run that the options or the profile do not fit."""
+
+    def profile_for(self, info: RunInfo) -> Profile:
+        """What option `profile` means for a run. ValueError if there is none that fits it (adacorr.profile)."""
+        return find_profile(self.name, self.profile, info)
 
     def predictor_of(self, unit: Unit, depth: int) -> Predictor | None:
         """What is stored for one of the units: nothing for the probe, which always runs."""
@@ -352,19 +336,19 @@ def _tensor_bytes(value) -> int:
     return sum(map(_tensor_bytes, items))
 
 
-def relative_change(now: Tensor, before: Tensor, scope: str = "image") -> np.ndarray:
-    """mean |now - before| / mean |before| for each image over halves, tokens and channels (or over the whole batch).
+def mean_change(now: Tensor, before: Tensor | None = None, scope: str = "image") -> Tensor:
+    """mean |now - before|, or mean |now|, of each image over halves, tokens and channels: (halves, n, T, D) -> (n,).
 
-    (halves, n, T, D) twice -> (n,) float64 on the host; nan where the second mean is not finite. Raises ValueError for
-    a scope other than image and batch.
+    One of SCOPES: with "batch" every image gets the mean of all.
     """
-    if scope not in SCOPES:
-        raise ValueError(f"scope={scope!r} is unknown; choose one of {', '.join(SCOPES)}")
-    change = (now.float() - before.float()).abs().mean(dim=(0, 2, 3))
-    size = before.float().abs().mean(dim=(0, 2, 3))
-    if scope == "batch":
-        change, size = (v.mean().expand_as(v) for v in (change, size))
-    ratio = change / size.clamp_min(torch.finfo(torch.float32).tiny)
+    change = (now.float() if before is None else now.float() - before.float()).abs().mean(dim=(0, 2, 3))
+    return change.mean().expand_as(change) if scope == "batch" else change
+
+
+def relative_change(now: Tensor, before: Tensor, scope: str = "image") -> np.ndarray:
+    """`mean_change` of now to before over that of before: (n,) float64 on the host; nan where that is not finite."""
+    size = mean_change(before, scope=scope)
+    ratio = mean_change(now, before, scope) / size.clamp_min(torch.finfo(torch.float32).tiny)
     # A finite change over a size that overflowed would be 0: no change at all.
     return ratio.where(size.isfinite(), torch.nan).double().cpu().numpy()
 

@@ -7,13 +7,16 @@ made with, and is refused elsewhere. Those in adacorr/profiles/ are what `profil
 import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from adacorr.files import written_whole
-from adacorr.policy import RunInfo
+
+if TYPE_CHECKING:
+    from adacorr.policy import RunInfo
 
 FOLDER = Path(__file__).parent / "profiles"
 SUFFIXES = (".json", ".safetensors")
@@ -98,7 +101,7 @@ def command(method: str) -> str:
     return f"python calibrate.py --cache {method} --out FILE"
 
 
-def find_profile(method: str, name: str, info: RunInfo) -> Profile:
+def find_profile(method: str, name: str, info: "RunInfo") -> Profile:
     """The profile that profile=`name` of a method means for a run: a file, or `auto` for the shipped one.
 
     ValueError if there is none, or if it was made for another method, model, sampler, number of steps or guidance.
@@ -111,7 +114,7 @@ def find_profile(method: str, name: str, info: RunInfo) -> Profile:
     wrong = {}
     for path in paths:
         profile = load_profile(path)
-        wrong[path.name] = mismatch(profile, method, info)
+        wrong[path.name] = mismatch(profile, method, info.model_id, info.sampler, info.cfg_scale, info.num_steps)
         if not wrong[path.name]:
             return profile
     if name != "auto":
@@ -120,16 +123,14 @@ def find_profile(method: str, name: str, info: RunInfo) -> Profile:
     raise ValueError(f"{method} has no profile for this run ({found}); {make} and give profile=FILE")
 
 
-def mismatch(profile: Profile, method: str, info: RunInfo, any_steps: bool = False) -> str:
-    """What keeps a profile from serving a run, field by field; empty if nothing does."""
-    steps = None if any_steps else info.num_steps
-    return fit_of(profile, method, info.model_id, info.sampler, steps, info.cfg_scale)
-
-
-def fit_of(
-    profile: Profile, method: str, model_id: str | None, sampler: str | None, steps: int | None, cfg_scale: float
+def mismatch(
+    profile: Profile, method: str, model_id: str | None, sampler: str | None, cfg_scale: float, steps: int | None = None
 ) -> str:
-    """The same for a checkpoint's sha256, a sampler's spec, steps (None for any number of them) and guidance."""
+    """What keeps a profile from serving a run, field by field; empty if nothing does.
+
+    The run is that of a checkpoint (its sha256), a sampler (its spec), a guidance and, unless any number of them will
+    do, of so many steps.
+    """
     pairs = {
         "method": (profile.method, method),
         "checkpoint": (profile.model_id[:12], (model_id or "unknown")[:12]),

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # evaluate(step, x (m, C, H, W), images (m,)) -> the guided network output at an earlier step or at this one
 Evaluate = Callable[[int, Tensor, np.ndarray], Tensor]
-# advance(step, x, out, images) -> the state after the step
+# advance(step, x, out, images) -> the state after the step, for the state x before it and the network's output
 Advance = Callable[[int, Tensor, Tensor, np.ndarray], Tensor]
 
 

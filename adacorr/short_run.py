@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from adacorr.outside import Outside
-from adacorr.run import put_rows, take_rows
+from adacorr.run import put_rows
 
 if TYPE_CHECKING:
     from adacorr.corrected_run import Computed, CorrectedRun, Plan
@@ -51,7 +50,10 @@ class ShortRun:
         added = self._added(plan, computed)
         run.finish(plan, computed, None)
         if run.rewinds:
-            x = self._rewind(x)
+            for first, again, state in run.rewinds_of(x):
+                for past, between in run.between(first, again):
+                    state = self.outside.walk(state, past, between, again)[-1]
+                x = put_rows(x, again, state)
         return self.outside.walk(x, run.step, added.unsqueeze(2), run.everyone)[0]
 
     def _added(self, plan: Plan, computed: Computed) -> Tensor:
@@ -67,21 +69,3 @@ class ShortRun:
             added[1, torch.from_numpy(cond).to(device)] = computed.inferred
         added.flatten(0, 1)[plan.rows] = computed.added.to(added.dtype)
         return added
-
-    def _rewind(self, x: Tensor) -> Tensor:
-        """The state at this step where images that computed it take the steps since an earlier one again.
-
-        See `CorrectedRun.rewind_from`; x (n, ...) is the state that they had.
-        """
-        run = self.run
-        origin, anchor = run.rewind_from(x)
-        start = np.where(origin < 0, run.step, origin + 1)
-        for first in np.unique(start[start < run.step]).tolist():
-            again = np.flatnonzero(start == first)
-            now = take_rows(anchor, again)
-            for past in range(first, run.step, LOOK_AHEAD):  # some steps in one pass over the stored tensors
-                between = run.store.predict(again, np.arange(past, min(past + LOOK_AHEAD, run.step)))
-                now = self.outside.walk(now, past, between, again)[-1]
-            x = put_rows(x, again, now)
-            run.trace.rewound += len(again) * (run.step - first)
-        return x

@@ -95,8 +95,8 @@ class UnitStore(ABC):
     basis (S, E) sums up the entries of a step; None where there is one.
 
     With `difference` the second track is that of the guidance difference, with a step only where both halves were
-    computed: the unconditional half is the conditional one minus it. Inferred halves are never stored: what follows
-    from them would feed on itself, which is unstable.
+    computed: the unconditional half is the conditional one minus it. Inferred halves are never stored, because a
+    forecast that rests on other forecasts is unstable.
     """
 
     def __init__(self, tracks: list[Track], basis: np.ndarray | None = None, difference: bool = False):

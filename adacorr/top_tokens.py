@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adacorr.policy import Policy, Predictor, Ran, RunInfo, Unit, View, by_branch
+from adacorr.policy import Policy, Predictor, Ran, RunInfo, Unit, View
 
 CELL = 2  # the grid is cut into cells of 2 x 2 tokens; the best token of each gets a bonus
 
@@ -86,12 +86,11 @@ class TopTokens(Policy):
     """
 
     granularity = "step, token"
+    split = "branch"
+    inside = True
     predictor = Predictor("branches", order=0)
     bonus: float
     aging: float
-
-    def units(self, depth: int) -> list[Unit]:
-        return by_branch(depth)
 
     def predictor_of(self, unit: Unit, depth: int) -> Predictor | None:
         return self.predictor if unit.branch == "attn" else None  # MLP outputs change token by token: kept here

@@ -38,14 +38,9 @@ class Trace:
         self.executed = np.zeros((self.steps, self.layers, 2, self.images, self.halves), dtype=np.float32)
 
     @property
-    def block_flops(self) -> int:
-        """FLOPs of one block for one row."""
-        return sum(self.branch_flops)
-
-    @property
     def evaluation_flops(self) -> int:
         """FLOPs of the stack for all images and halves: one full evaluation of the network's blocks."""
-        return self.block_flops * self.layers * self.images * self.halves
+        return sum(self.branch_flops) * self.layers * self.images * self.halves
 
     @property
     def hit_rate(self) -> float:

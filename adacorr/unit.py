@@ -30,6 +30,14 @@ def by_branch(depth: int) -> list[Unit]:
     return [Unit(layer, layer + 1, branch) for layer in range(depth) for branch in BRANCHES]
 
 
+# How the stack of `depth` blocks is split into units.
+SPLITS: dict[str, Callable[[int], list[Unit]]] = {
+    "stack": lambda depth: [Unit(0, depth)],
+    "block": lambda depth: [Unit(layer, layer + 1) for layer in range(depth)],
+    "branch": by_branch,
+}
+
+
 def check_units(name: str, units: Sequence[Unit], depth: int) -> None:
     """ValueError unless the units cover the stack once, in order."""
     found = [(layer, branch) for u in units for layer in range(u.start, u.stop) for branch in BRANCHES[u.branches]]
@@ -42,7 +50,7 @@ def check_units(name: str, units: Sequence[Unit], depth: int) -> None:
 
 
 class Conditioning:
-    """The conditioning of one model call, c (rows, D), and the modulations made from it, each block's once.
+    """The conditioning of one model call, c (rows, D). The modulation of each block is made from it once.
 
     c may be anything that is indexed by rows (adacorr.model).
     """

@@ -10,7 +10,7 @@ import torch
 from toy import save_tiny, tiny_dit
 
 import profiles
-from adacorr import policies
+from adacorr import make_policy, policies
 from adacorr.profile import Profile
 
 RUNS = {  # of the fixture `sampled`: flags by name
@@ -100,6 +100,6 @@ def measured(monkeypatch):
 
     def use(name, **arrays):
         found = Profile(name, {key: np.asarray(value, dtype=float) for key, value in arrays.items()}, "m", "ddim", 1, 1)
-        monkeypatch.setattr(f"adacorr.policies.{name}.find_profile", lambda *_: found)
+        monkeypatch.setattr(type(make_policy(name)), "profile_for", lambda *_: found)
 
     return use

@@ -81,6 +81,7 @@ def test_a_compiler_that_fails_raises_at_once_in_one_line(monkeypatch):
 
 @pytest.mark.slow
 def test_a_missing_compiler_is_named(tmp_path):
+    """In a process of its own, since torch remembers what it found out about compilers."""
     code = "from toy import tiny_dit; from adacorr.compiled import compile_blocks; compile_blocks(tiny_dit(depth=1))"
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
     missing = {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": paths}
@@ -91,9 +92,13 @@ def test_a_missing_compiler_is_named(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_compiled_runs_are_the_eager_ones_up_to_rounding(device, monkeypatch, tmp_path):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+def test_compiled_runs_are_the_eager_ones_up_to_rounding(device):
+    """By the real compiler, which is slow at first; torch keeps its graphs for the next run of this test.
+
+    On a CPU those of the one layout that an uncached run has.
+    """
     model = tiny_dit().to(device)
-    expected = samples(model)
+    draw = samples if device == "cuda" else sample
+    expected = draw(model)
     compile_blocks(model)
-    assert_close(samples(model), expected, rtol=1e-3, atol=1e-3)
+    assert_close(draw(model), expected, rtol=1e-3, atol=1e-3)

@@ -160,18 +160,10 @@ def test_last_step_adds_no_noise(sampler, channels):
 
 
 @pytest.mark.parametrize("spec", ["ddim", "ddim:eta=0.7", "ddpm", "ddpm:clip=true"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_a_step_per_row_is_the_step_of_each_row(spec, dtype):
-    sampler, rows = make_sampler(spec, 10), torch.tensor([0, 9, 4, 4])
-    assert sampler.rewindable
-    x, out, z = (gauss(4, c, 2, 2, seed=seed, dtype=dtype) for seed, c in enumerate((4, 8, 4)))
-    together = sampler.step(rows, x, out, z)
-    wide = torch.promote_types(dtype, torch.float32)  # to compute in
-    assert torch.equal(together, sampler.step(rows, x.to(wide), out.to(wide), z.to(wide)).to(dtype))
-    for n, i in enumerate(rows.tolist()):
-        one = slice(n, n + 1)
-        assert torch.equal(together[one], sampler.step(i, x[one], out[one], z[one]))
-    assert torch.equal(sampler.step(torch.tensor(3), x, out, z), sampler.step(3, x, out, z))
+def test_a_state_of_16_bits_is_stepped_in_float32(spec):
+    sampler = make_sampler(spec, 10)
+    given = [gauss(4, c, 2, 2, seed=seed, dtype=torch.bfloat16) for seed, c in enumerate((4, 8, 4))]
+    assert torch.equal(sampler.step(4, *given), sampler.step(4, *(v.float() for v in given)).bfloat16())
 
 
 @pytest.mark.parametrize("sampler", [DDIM(5, eta=1.0), DDPM(5)])
@@ -196,10 +188,6 @@ def test_cuda_agrees_with_cpu():
             assert torch.allclose(here.model_input(i, x), there.model_input(i, y).cpu(), atol=1e-4)
             x, y = here.step(i, x, out, z), there.step(i, y, out.cuda(), z.cuda())
         assert torch.allclose(x, y.cpu(), atol=1e-3, rtol=1e-4)
-    rows = torch.tensor([0, 3, 1])
-    x = gauss(*SHAPE, dtype=torch.float32)
-    per_row = DDIM(4).step(rows.cuda(), x.cuda(), x.cuda()).cpu()
-    assert torch.allclose(per_row, DDIM(4).step(rows, x, x), atol=1e-5)
 
 
 @pytest.mark.parametrize("spec", ["ddim:eta=0.5", "ddpm", "sde-dpmsolver++"])
@@ -208,10 +196,6 @@ def test_missing_noise(spec):
     assert sampler.stochastic
     with pytest.raises(ValueError, match=r"pass noise \(3, 4, 2, 2\)"):
         sampler.step(0, x, x)
-    if sampler.rewindable:
-        sampler.step(torch.tensor([3, 3, 3]), x, x)
-        with pytest.raises(ValueError, match="all steps but the last"):
-            sampler.step(torch.tensor([3, 2, 3]), x, x)
 
 
 @pytest.mark.parametrize("spec", ["ddim", "ddpm", "euler"])
@@ -225,20 +209,10 @@ def test_shapes_that_do_not_fit(spec):
         sampler.step(0, x, x, gauss(1, 4, 2, 2))
 
 
-@pytest.mark.parametrize(
-    ("i", "message"),
-    [
-        (4, r"step 4 is outside 0\.\.3"),
-        (torch.tensor([0, 1, 4]), r"step 4 is outside 0\.\.3"),
-        (torch.tensor([0, -1, 2]), r"step -1 is outside 0\.\.3"),
-        (torch.tensor([0, 1]), r"must be integers \(3,\)"),
-        (torch.tensor([0.0, 1.0, 2.0]), r"must be integers \(3,\)"),
-        (torch.tensor([True, False, True]), r"must be integers \(3,\)"),
-    ],
-)
-def test_step_indices_outside_the_run(i, message):
+@pytest.mark.parametrize("i", [4, -1])
+def test_step_indices_outside_the_run(i):
     x = gauss(*SHAPE)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"step {i} is outside 0\.\.3"):
         DDIM(4).step(i, x, x)
 
 
@@ -361,8 +335,6 @@ def test_a_history_is_taken_in_order():
     sampler.step(0, x, x)
     with pytest.raises(ValueError, match="step 1 is due, not step 0; fresh"):
         sampler.model_input(0, x)
-    with pytest.raises(ValueError, match="one step for all rows"):
-        sampler.step(torch.tensor([1, 1, 1]), x, x)
     sampler.step(1, x, x)
     with pytest.raises(ValueError, match="the run is over"):
         sampler.step(2, x, x)

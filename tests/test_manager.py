@@ -219,9 +219,8 @@ def practical_reference(model, noise, label, cfg_scale, sampler, computed, both,
     return x
 
 
-@pytest.mark.parametrize("rewind", [True, False])
-@pytest.mark.parametrize("order", [0, 1, 2])
-@pytest.mark.parametrize(("cfg_scale", "difference"), [(1.0, True), (1.5, True), (4.0, True), (1.5, False)])
+@pytest.mark.parametrize(("rewind", "order"), [(True, 0), (True, 1), (True, 2), (False, 2)])
+@pytest.mark.parametrize(("cfg_scale", "difference"), [(1.0, True), (4.0, True), (1.5, False)])
 def test_the_practical_form_equals_its_reference(model, cfg_scale, difference, order, rewind):
     """Decisions are taken from the trace; everything else is done again branch by branch, image by image."""
     manager = corrected(gamma=0.3, difference=difference, order=order, rewind=rewind, gate_error=0)

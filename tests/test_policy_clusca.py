@@ -52,8 +52,6 @@ class Release:
 
     newest = None
 
-    newest = None
-
     def __init__(self, computed, order, clusters, spread):
         self.computed, self.order, self.clusters, self.spread = computed, order, clusters, spread
         self.random, self.step, self.terms, self.groups, self.first = torch.Generator().manual_seed(0), -1, {}, {}, None

@@ -79,9 +79,3 @@ def test_under_correction_full_steps_are_proposed():
     assert np.flatnonzero([policy.propose(view)[0] for view in views]).tolist() == [0, 3, 6, 9]
     manager = CacheManager(policy, AdaCorrection())
     assert bool(torch.isfinite(sample(tiny_dit(depth=4), cache=manager)).all())
-
-
-def test_no_reuse_is_the_plain_model():
-    model = tiny_dit(depth=4)
-    for spec in ("delta_dit:every=1", "delta_dit:share=0"):
-        assert torch.equal(executed(model, spec)[1], sample(model, labels=(1,)))

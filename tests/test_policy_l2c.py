@@ -10,8 +10,9 @@ from toy import TINY, HeldBranches, make_run, make_view, sample, sample_with
 
 from adacorr import CacheManager, make_policy
 from adacorr.calibration.l2c import L2CCalibration, fit_routers, load_routers
-from adacorr.policy import Ran, by_branch
+from adacorr.policy import Ran
 from adacorr.profile import Profile, save_profile
+from adacorr.unit import by_branch
 
 WIDTH = TINY["hidden_size"]
 
@@ -58,10 +59,8 @@ def test_files_of_other_runs_are_refused(model, tmp_path, steps):
     with pytest.raises(ValueError, match=rf"router={path} must have .* an even number of steps, {steps} in this run"):
         load_routers(path, make_run(model, steps=steps))
     torch.save({"model": {}}, path)
-    with pytest.raises(ValueError, match="the key 'routers'"):
+    with pytest.raises(ValueError, match="must be stand-in, or a torch file with the key 'routers'"):
         load_routers(path, make_run(model, steps=steps))
-    with pytest.raises(ValueError, match="must be stand-in, or a torch file"):
-        load_routers(str(tmp_path / "none.pt"), make_run(model, steps=steps))
 
 
 def test_one_branch_is_skipped_where_its_error_costs_less_than_it():

@@ -12,8 +12,9 @@ from toy import Twin, make_run, make_view, sample, sample_with, tiny_dit
 
 from adacorr import CacheManager, make_policy
 from adacorr.calibration.lazydit import LazyDiTCalibration
-from adacorr.policy import Ran, by_branch
+from adacorr.policy import Ran
 from adacorr.profile import Profile, save_profile
+from adacorr.unit import by_branch
 from diffusion import make_sampler
 from evaluate.bench import Setting
 

@@ -9,15 +9,19 @@ from torch.testing import assert_close
 from toy import begun, sample, sample_with
 
 from adacorr import CacheManager, make_policy
-from adacorr.policies.procache import FULL, REUSED, SELECTIVE, intervals, spread
+from adacorr.policies.procache import FULL, RELEASED, REUSED, SELECTIVE, intervals, spread
+
+
+def computed(model, spec, steps):
+    policy, views = begun(model, spec, steps)
+    return [view.step for view in views if policy.decide(view)[0]]
 
 
 def test_the_released_pattern(model):
-    policy, views = begun(model, "procache", 50)
-    assert "".join(map(str, policy._kinds)) == "1020" * 6 + "102" * 4 + "10" * 7
-    decided = [view.step for view in views if policy.decide(view)[0]]
-    assert decided == [*range(0, 27, 4), 27, 30, 33, *range(36, 50, 2)]
-    assert begun(model, "procache:candidate=4", 250)[0]._kinds.tolist().count(FULL) == 85
+    assert "".join(map(str, spread(RELEASED))) == "1020" * 6 + "102" * 4 + "10" * 7
+    assert computed(model, "procache", 50) == [*range(0, 27, 4), 27, 30, 33, *range(36, 50, 2)]
+    assert len(computed(model, "procache:candidate=4", 250)) == 85
+    assert computed(model, "procache:budget=30", 10) == list(range(10))  # a budget above the steps
 
 
 def test_selection_is_every_second_step_between():
@@ -63,7 +67,3 @@ def test_whole_runs_are_the_releases(model, cfg_scale):
     assert not partial[:, :2].any()
     assert set(np.flatnonzero(partial[:, 2, 1])) <= set(np.flatnonzero(np.array(pattern) == SELECTIVE))
     assert partial.any()
-
-
-def test_a_budget_above_the_steps_computes_them_all(model):
-    assert begun(model, "procache:budget=30", 10)[0]._kinds.tolist() == [FULL] * 10

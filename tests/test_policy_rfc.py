@@ -9,7 +9,7 @@ from by_hand import Held, column, compute, reused, show, start, told, walk
 from toy import sample, sample_with, tiny_dit
 
 from adacorr import CacheManager, Predictor, make_policy
-from adacorr.policy import Unit, by_branch
+from adacorr.unit import Unit, by_branch
 
 FIRST = Unit(0, 1, "attn")
 

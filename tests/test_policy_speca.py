@@ -130,17 +130,6 @@ def test_a_batch_is_decided_and_forecast_as_released(model, base, order):
     assert [manager.trace.computed_steps(i) for i in range(3)] == [twin.full] * 3
 
 
-def test_images_decide_for_themselves(model):
-    labels, options = (3, 0, 1, 4), dict(base_threshold=30.0, order=1, max_taylor=20)
-    sample(model, 24, labels, cache=(manager := CacheManager(Exact(**options))))
-    found = [manager.trace.computed_steps(i) for i in range(4)]
-    assert len({tuple(steps) for steps in found}) > 1
-    for i, label in enumerate(labels):
-        twin = Released(24, 1, 30.0, 0.05, 3, 20)
-        sample_with(twin, model, steps=24, labels=(label,), first=i)
-        assert found[i] == twin.full
-
-
 def test_under_adacorr_only_the_count_proposes(model):
     policy, run = make_policy("speca"), make_run(model, 2, 2, 20, corrected=True)
     policy.begin(run)

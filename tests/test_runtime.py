@@ -9,6 +9,7 @@ import torch
 from toy import Clock
 
 import runtime
+from adacorr import command
 from adacorr.files import check_writable, write_json
 from runtime import Progress, find_device, random_stream, seed_words
 
@@ -33,13 +34,13 @@ def test_streams_of_seeds_and_counters_are_apart():
 
 def test_timed(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(runtime, "time", clock)
+    monkeypatch.setattr(command, "time", clock)
 
     def job():
         clock.now += 2.5
         return "done"
 
-    assert runtime.timed(job, torch.device("cpu")) == ("done", 2.5)
+    assert command.timed(job, torch.device("cpu")) == ("done", 2.5)
 
 
 class Terminal(io.StringIO):

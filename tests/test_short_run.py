@@ -50,11 +50,8 @@ def check(short, loop, tolerance=1e-5):
         np.testing.assert_allclose(getattr(trace, name), getattr(expected_trace, name), rtol=2e-3)
 
 
-@pytest.mark.parametrize("labels", [(3,), (3, 0, 3)], ids=["one image", "three"])
-@pytest.mark.parametrize("cfg_scale", [1.0, 1.5, 4.0])
-@pytest.mark.parametrize(
-    "options", [{"order": k} for k in range(5)] + [{"difference": False}, {"rewind": False}], ids=str
-)
+@pytest.mark.parametrize(("cfg_scale", "labels"), [(1.0, (3, 0, 3)), (1.5, (3,)), (4.0, (3, 0, 3))])
+@pytest.mark.parametrize("options", [{}, {"order": 0}, {"order": 4}, {"difference": False}, {"rewind": False}], ids=str)
 def test_polynomials_in_images_of_their_own_steps(monkeypatch, model, options, cfg_scale, labels):
     manager = CacheManager(correction=AdaCorrection(gamma=0.3, **options))
     short, loop = both_ways(monkeypatch, model, manager, cfg_scale=cfg_scale, labels=labels)

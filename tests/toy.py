@@ -359,6 +359,7 @@ def obeyed(policy, views):
     """The steps that each image computes when the policy is always obeyed."""
     computed = [[] for _ in range(views[0].images)]
     for view in views:
+        view.age = np.array([view.step - steps[-1] if steps else 0 for steps in computed])
         wanted = np.flatnonzero(policy.decide(view))
         for image in wanted:
             computed[image].append(view.step)

@@ -4,7 +4,7 @@ import numpy as np
 from torch import Tensor
 
 from adacorr.calibration import Calibration
-from adacorr.policy import Ran, RunInfo, Unit, View, relative_change
+from adacorr.policy import Ran, RunInfo, View, relative_change
 
 
 class BlockCacheCalibration(Calibration):
@@ -13,8 +13,7 @@ class BlockCacheCalibration(Calibration):
     Both guidance halves count. Step 0 has no change and holds 0.
     """
 
-    def units(self, depth: int) -> list[Unit]:
-        return [Unit(layer, layer + 1) for layer in range(depth)]
+    split = "block"
 
     def start(self, info: RunInfo) -> None:
         self._sum = np.zeros((info.depth, info.num_steps))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from adacorr.calibration import Calibration
 from adacorr.calibration.ridge import Moments
-from adacorr.policy import Ran, RunInfo, Unit, View
+from adacorr.policy import Ran, RunInfo, View
 from adacorr.profile import find_profile
 
 LAGS = (1, 2, 4)  # steps between the pairs that increments are fitted on
@@ -25,8 +25,7 @@ class FastCacheCalibration(Calibration):
     share of the error of plain reuse (increment) or of the mean (residual) that a map takes away.
     """
 
-    def units(self, depth: int) -> list[Unit]:
-        return [Unit(layer, layer + 1) for layer in range(depth)]
+    split = "block"
 
     def start(self, info: RunInfo) -> None:
         groups = info.num_steps, info.num_steps * len(LAGS)

@@ -4,7 +4,8 @@ import numpy as np
 import torch
 
 from adacorr.calibration import Calibration, read_trained
-from adacorr.policy import Ran, RunInfo, Unit, View, by_branch
+from adacorr.policy import Ran, RunInfo, View
+from adacorr.unit import by_branch
 
 STAND_IN = "stand-in"
 SWEEPS = 200  # of coordinate descent, at most
@@ -17,8 +18,7 @@ class L2CCalibration(Calibration):
     The products are means over images and guidance halves.
     """
 
-    def units(self, depth: int) -> list[Unit]:
-        return by_branch(depth)
+    split = "branch"
 
     def start(self, info: RunInfo) -> None:
         self._sum = np.zeros((info.num_steps // 2, 2 * info.depth, 2 * info.depth))

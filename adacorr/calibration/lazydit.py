@@ -8,7 +8,8 @@ from torch import Tensor
 
 from adacorr.calibration import Calibration, read_trained
 from adacorr.calibration.ridge import Moments
-from adacorr.policy import Ran, RunInfo, Unit, View, by_branch
+from adacorr.policy import Ran, RunInfo, Unit, View
+from adacorr.unit import by_branch
 
 STAND_IN = "stand-in"
 ENTRY = re.compile(r"block_(\d+)_(attn|mlp)_lazy_learning_weight_(\d+)")
@@ -24,12 +25,11 @@ class LazyDiTCalibration(Calibration):
     left out. Notes give the share of the variance within a step that the gates explain there; 0 or less: nothing.
     """
 
+    split = "branch"
+
     def start(self, info: RunInfo) -> None:
         # For each batch the z (branches, S - 1, n, halves, D) and the log changes (branches, S - 1, n, halves).
         self._batches: list[tuple[Tensor, Tensor]] = []
-
-    def units(self, depth: int) -> list[Unit]:
-        return by_branch(depth)
 
     def begin(self, info: RunInfo) -> None:
         super().begin(info)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from adacorr.calibration import Calibration
-from adacorr.policy import Ran, RunInfo, Unit, View, by_branch
+from adacorr.policy import Ran, RunInfo, Unit, View
 
 TOKENS = 16  # of each image: the outputs of all branches and steps are held until an image is finished
 MAX_LAG = 15  # steps that an affine correction spans at most
@@ -22,8 +22,7 @@ class ScheduleCalibration(Calibration):
     Both are taken over a fixed random choice of 16 tokens.
     """
 
-    def units(self, depth: int) -> list[Unit]:
-        return by_branch(depth)
+    split = "branch"
 
     def start(self, info: RunInfo) -> None:
         self._products = np.zeros((info.num_steps,) * 3)  # sums over images

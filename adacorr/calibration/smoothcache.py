@@ -4,7 +4,8 @@ import numpy as np
 from torch import Tensor
 
 from adacorr.calibration import Calibration
-from adacorr.policy import BRANCHES, Ran, RunInfo, Unit, View, by_branch, relative_change
+from adacorr.policy import BRANCHES, Ran, RunInfo, Unit, View, relative_change
+from adacorr.unit import by_branch
 
 MAX_LAG = 8  # so many outputs of every branch are held
 
@@ -16,8 +17,7 @@ class SmoothCacheCalibration(Calibration):
     here each image has its own, so that the mean does not depend on the batch.
     """
 
-    def units(self, depth: int) -> list[Unit]:
-        return by_branch(depth)
+    split = "branch"
 
     def start(self, info: RunInfo) -> None:
         self._sum = np.zeros((len(BRANCHES), info.num_steps, MAX_LAG))

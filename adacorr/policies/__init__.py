@@ -5,10 +5,8 @@ contract tests, and it runs under AdaCorrection.
 """
 
 import importlib
-import importlib.util
 import pkgutil
-import sys
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from pathlib import Path
 
 from adacorr.policy import Policy
@@ -37,31 +35,17 @@ def policies() -> dict[str, type[Policy]]:
     return dict(sorted(_POLICIES.items()))
 
 
-def names() -> list[str]:
-    """All methods by name."""
+def available() -> list[str]:
+    """The names of all methods."""
     return list(policies())
+
+
+names = available
 
 
 def calibrated() -> dict[str, type[Policy]]:
     """The methods that are measured on a model before they run, by name: see `python calibrate.py`."""
     return {name: kind for name, kind in policies().items() if kind.calibration is not None}
-
-
-def available() -> dict[str, str]:
-    """Name -> the first line of the docstring, then the options with their defaults."""
-
-    def described(kind: type[Policy]) -> str:
-        options = (f"[{f.name}={f.default}]" for f in fields(kind) if f.init)
-        return " ".join([(kind.__doc__ or "").strip().partition("\n")[0], *options])
-
-    return {name: described(kind) for name, kind in policies().items()}
-
-
-def load_file(path: str | Path) -> None:
-    """Import one policy file from elsewhere and so register it."""
-    spec = importlib.util.spec_from_file_location(f"adacorr.policies.{Path(path).stem}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
-    spec.loader.exec_module(module)
 
 
 def make_policy(spec: str) -> Policy:

@@ -6,8 +6,7 @@ import numpy as np
 
 from adacorr.calibration.block_cache import BlockCacheCalibration
 from adacorr.policies import register
-from adacorr.policy import Knob, Policy, Predictor, RunInfo, Unit, View, option
-from adacorr.profile import find_profile
+from adacorr.policy import Knob, Policy, Predictor, RunInfo, View, option
 
 
 @register
@@ -28,15 +27,13 @@ class BlockCache(Policy):
     threshold: float = option(0.3, low=0)
     profile: str = "auto"
     granularity = "block"
+    split = "block"
     calibration = BlockCacheCalibration
     knob = Knob("threshold", 0.01, 3.0)
     predictor = Predictor("residual", order=0)
 
-    def units(self, depth: int) -> list[Unit]:
-        return [Unit(layer, layer + 1) for layer in range(depth)]
-
     def begin(self, info: RunInfo) -> None:
-        profile = find_profile("block_cache", self.profile, info)
+        profile = self.profile_for(info)
         change = profile.require(change=(info.depth, info.num_steps))["change"]
         self._table = np.stack([schedule(own, self.threshold) for own in change])  # (L, S)
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adacorr.policies import register
-from adacorr.policy import Cached, Knob, Policy, Predictor, Ran, RunInfo, Unit, View, by_branch, option
+from adacorr.policy import Cached, Knob, Policy, Predictor, Ran, RunInfo, Unit, View, option
 from adacorr.top_tokens import run_mlp
 
 LEAD = 2  # leading steps that are all computed, as in the release
@@ -45,14 +45,13 @@ class ClusCa(Policy):
     spread: float = option(0.005, low=0, high=1)
 
     granularity = "step, token"
+    split = "branch"
+    inside = True
     knob = Knob("every", 2, 25, ("order=1", "order=2", "order=3", "order=4", "order=2,spread=0"))
 
     @property
     def predictor(self) -> Predictor:
         return Predictor("branches", order=self.order, weights="taylor")
-
-    def units(self, depth: int) -> list[Unit]:
-        return by_branch(depth)
 
     def predictor_of(self, unit: Unit, depth: int) -> Predictor | None:
         return (

@@ -7,7 +7,20 @@ import torch
 from torch import Tensor
 
 from adacorr.policies import register
-from adacorr.policy import SCOPES, Cached, Knob, Policy, Predictor, Ran, RunInfo, View, option, relative_change, scatter
+from adacorr.policy import (
+    SCOPES,
+    Cached,
+    Knob,
+    Policy,
+    Predictor,
+    Ran,
+    RunInfo,
+    View,
+    mean_change,
+    option,
+    relative_change,
+    scatter,
+)
 from adacorr.unit import Unit
 
 
@@ -81,9 +94,7 @@ class DiCache(Policy):
         probe = cached.x - view.x_in[:, cached.images]
         newest, older = (p[:, cached.images] for p in self._probes)
         change = cached.stored(0) + newest - cached.stored(1) - older  # R2 - R1, the two units' residuals together
-        moved, before = ((v.float() - older.float()).abs().mean(dim=(0, 2, 3)) for v in (probe, newest))
-        if self.scope == "batch":
-            moved, before = (v.mean().expand_as(v) for v in (moved, before))
+        moved, before = (mean_change(v, older, self.scope) for v in (probe, newest))
         g = (moved / before.clamp_min(torch.finfo(torch.float32).tiny)).clamp(1.0, self.g_max)
         g = g.where(torch.from_numpy(cached.count >= 2).to(g.device), 1.0)
         # R1 + g (R2 - R1), written from R2, less the probe, which is in the unit's input already.

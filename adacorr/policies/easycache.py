@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from adacorr.policies import register
-from adacorr.policy import SCOPES, Knob, Policy, Ran, RunInfo, View, option, scatter
+from adacorr.policy import SCOPES, Knob, Policy, Ran, RunInfo, View, mean_change, option, scatter
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -60,8 +60,5 @@ class EasyCache(Policy):
         self._size[images] = np.maximum(self._mean(ran.out), TINY)
         self._sum[images] = 0.0
 
-    def _mean(self, now: Tensor, before: Tensor | float = 0.0) -> np.ndarray:
-        """mean |now - before| of each image over halves, tokens and channels, or of the batch: (n,) float64."""
-        size = (now.float() - before).abs().mean(dim=(0, 2, 3))
-        size = size.mean().expand_as(size) if self.scope == "batch" else size
-        return size.double().cpu().numpy()
+    def _mean(self, now: Tensor, before: Tensor | None = None) -> np.ndarray:
+        return mean_change(now, before, self.scope).double().cpu().numpy()

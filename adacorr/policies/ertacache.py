@@ -8,8 +8,7 @@ from torch import Tensor
 
 from adacorr.calibration.ertacache import ERTACacheCalibration, over
 from adacorr.policies import register
-from adacorr.policy import Cached, Knob, Policy, Ran, RunInfo, View, option
-from adacorr.profile import find_profile
+from adacorr.policy import Cached, Knob, Policy, RunInfo, View, option
 
 BY_LAG = ("error", "slope", "offset", "correlation")
 BY_CHANNEL = ("mean", "deviation")
@@ -45,18 +44,14 @@ class ERTACache(Policy):
     knob = Knob("threshold", 0.003, 3.0, ("", "rectify=none"))
 
     def begin(self, info: RunInfo) -> None:
-        profile = find_profile("ertacache", self.profile, info)
+        profile = self.profile_for(info)
         first = profile.require(error=(info.num_steps, None), mean=(info.num_steps, None))
         shapes = dict.fromkeys(BY_LAG, first["error"].shape) | dict.fromkeys(BY_CHANNEL, first["mean"].shape)
         self._tables = profile.require(**shapes)  # (S, lags) and (S, D)
-        self._last = np.full(info.images, -1)  # newest computed step of each image
 
     def decide(self, view: View) -> np.ndarray:
-        error = at(self._tables["error"], view.step, view.step - self._last, otherwise=np.inf)
-        return (self._last < 0) | ~(error < self.threshold)
-
-    def computed(self, view: View, ran: Ran) -> None:
-        self._last[ran.images] = view.step
+        error = at(self._tables["error"], view.step, view.age, otherwise=np.inf)
+        return ~(error < self.threshold)
 
     def reuse(self, view: View, cached: Cached) -> Tensor:
         held = cached.forecast

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from adacorr.calibration.fastcache import FastCacheCalibration, load_maps
 from adacorr.policies import register
-from adacorr.policy import SCOPES, Cached, Knob, Policy, Ran, RunInfo, Unit, View, option
+from adacorr.policy import SCOPES, Cached, Knob, Policy, Ran, RunInfo, View, option
 from adacorr.tokens import Places, moved, relative_norms, spend_tokens, split_tokens
 
 
@@ -40,6 +40,7 @@ class FastCache(Policy):
     scope: str = option("image", choices=SCOPES)
     profile: str | None = "auto"
     granularity = "token, block"
+    split = "block"
     calibration = FastCacheCalibration
     knob = Knob("threshold", 0.003, 3.0, ("", "tau=0", "profile=none,tau=0"))
     predictor = None
@@ -48,9 +49,6 @@ class FastCache(Policy):
         super().__post_init__()
         if self.profile is None and self.form == "residual":
             raise ValueError("fastcache: profile=none must come with form=increment: a residual needs its map")
-
-    def units(self, depth: int) -> list[Unit]:
-        return [Unit(layer, layer + 1) for layer in range(depth)]
 
     def begin(self, info: RunInfo) -> None:
         self._maps = None if self.profile is None else load_maps(self.form, self.profile, info)
@@ -114,7 +112,8 @@ class FastCache(Policy):
         for moving, _ in self._groups:
             now, then = (v[moving].float() for v in (view.x, self._state["computed", view.unit.start]))
             sums.append(torch.stack([v.square().sum(dim=(0, 2, 3)) for v in (now - then, then)]))
-        change = view.measured_in_reuse(relative_norms(*torch.cat(sums, dim=1).double().cpu().numpy(), self.scope))
+        change = relative_norms(*torch.cat(sums, dim=1).double().cpu().numpy(), self.scope)
+        view.account.fallbacks += int((~np.isfinite(change)).sum())
         runs = ~(change < self.threshold)  # strictly below, so that 0 is never still; not a number runs
         return np.split(runs, np.cumsum([len(moving[1]) for moving, _ in self._groups])[:-1])
 

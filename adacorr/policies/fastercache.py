@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from adacorr.policies import register
-from adacorr.policy import Cached, Knob, Policy, Ran, RunInfo, Unit, View, by_branch, option
+from adacorr.policy import Cached, Knob, Policy, Ran, RunInfo, View, option
 
 LOW = (99.0, 901.0)  # training timesteps, without the ends, in which the low band of the difference grows by `alpha`,
 HIGH = (-1.0, 301.0)  # and the high band
@@ -47,11 +47,9 @@ class FasterCache(Policy):
     uncond_below: float = option(641.0, low=0)
     below: float = option(681.0, low=0)
     granularity = "branch type, guidance half"
+    split = "branch"
     knob = Knob("every", 1, 25, ("", "alpha=1", "attention=1", "attention=5,alpha=1", EARLY, f"{EARLY},alpha=1"))
     predictor = None
-
-    def units(self, depth: int) -> list[Unit]:
-        return by_branch(depth)
 
     def begin(self, info: RunInfo) -> None:
         self._outputs: dict[int, list[Tensor]] = {}  # of each block (halves, n, T, D), newest first; both at first

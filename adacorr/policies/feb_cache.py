@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from adacorr.policies import register
-from adacorr.policy import Knob, Policy, Predictor, RunInfo, Unit, View, by_branch, option
+from adacorr.policy import Knob, Policy, Predictor, RunInfo, View, option
 
 RELEASED = "f" * 22 + "sf" * 9 + "sssf" + "ssf" * 2  # the release's table, for DiT-XL/2 and 50 steps
 SCALED = "noisy=0,delta=0.965"  # a variant
@@ -37,6 +37,7 @@ class FEBCache(Policy):
     between: str = option("s", choices=("m", "s"))
     delta: float = option(1.0, low=0.5, high=2)
     granularity = "step, branch type"
+    split = "branch"
     knob = Knob("every", 1, 25, ("", "noisy=0", "noisy=0,between=m", "delta=0.965", SCALED))
     predictor = Predictor("branches", order=0)
 
@@ -44,9 +45,6 @@ class FEBCache(Policy):
         super().__post_init__()
         if self.table != "released" and not (self.table and set(self.table) <= set("fms")):
             raise ValueError(f"feb_cache: table={self.table!r} must be letters f, m and s, one a step, or released")
-
-    def units(self, depth: int) -> list[Unit]:
-        return by_branch(depth)
 
     def begin(self, info: RunInfo) -> None:
         table = RELEASED if self.table == "released" else self.table

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from adacorr.policies import register
-from adacorr.policy import Cached, Knob, Policy, Ran, RunInfo, Unit, View, by_branch, option
+from adacorr.policy import Cached, Knob, Policy, Ran, RunInfo, View, option
 
 Factors = tuple[Tensor, Tensor]  # (out, r) and (r, in), whose product is near a weight
 _FACTORS: WeakKeyDictionary = WeakKeyDictionary()  # linear layer -> (what they were made from, its factors)
@@ -36,11 +36,10 @@ class ICC(Policy):
 
     every: int = option(2, low=1)
     rank: float = option(0.111, above=0, high=1)
+    split = "branch"
+    inside = True
     knob = Knob("every", 2, 25, ("", "rank=0.05", "rank=0.02"))
     predictor = None
-
-    def units(self, depth: int) -> list[Unit]:
-        return by_branch(depth)
 
     def begin(self, info: RunInfo) -> None:
         self._kept: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}  # input and output, (halves, n, T, .) each

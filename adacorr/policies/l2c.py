@@ -6,8 +6,8 @@ import numpy as np
 
 from adacorr.calibration.l2c import STAND_IN, L2CCalibration, fit_routers, load_routers
 from adacorr.policies import register
-from adacorr.policy import Knob, Policy, Predictor, RunInfo, Unit, View, by_branch, option
-from adacorr.profile import find_profile
+from adacorr.policy import Knob, Policy, Predictor, RunInfo, View, option
+from adacorr.unit import by_branch
 
 
 @register
@@ -36,6 +36,7 @@ class L2C(Policy):
     l1: float = option(3e-5, low=0)
     profile: str = "auto"
     granularity = "branch"
+    split = "branch"
     calibration = L2CCalibration
     knob = Knob("l1", 1e-6, 0.1)
     predictor = Predictor("branches", order=0)
@@ -44,13 +45,10 @@ class L2C(Policy):
     def remark(self) -> str:
         return "fitted stand-in" if self.router == STAND_IN else ""
 
-    def units(self, depth: int) -> list[Unit]:
-        return by_branch(depth)
-
     def begin(self, info: RunInfo) -> None:
         if self.router == STAND_IN:
             shape = (info.num_steps // 2, 2 * info.depth, 2 * info.depth)
-            routers = fit_routers(find_profile("l2c", self.profile, info).require(gram=shape)["gram"], self.l1)
+            routers = fit_routers(self.profile_for(info).require(gram=shape)["gram"], self.l1)
         else:
             routers = load_routers(self.router, info)
         self._table = np.ones((info.num_steps, 2 * info.depth), dtype=bool)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from adacorr.calibration.lazydit import STAND_IN, LazyDiTCalibration, gate_input, load_gates, mean_norm
 from adacorr.policies import register
-from adacorr.policy import SCOPES, Knob, Policy, Predictor, Ran, RunInfo, Unit, View, by_branch, option, scatter
-from adacorr.profile import find_profile
+from adacorr.policy import SCOPES, Knob, Policy, Predictor, Ran, RunInfo, Unit, View, option, scatter
+from adacorr.unit import by_branch
 
 
 @register
@@ -45,6 +45,7 @@ class LazyDiT(Policy):
     max_lag: int | None = option(None, low=1)
     scope: str = option("image", choices=SCOPES)
     granularity = "branch"
+    split = "branch"
     calibration = LazyDiTCalibration
     knob = Knob("threshold", 0.01, 10.0, ("", "max_lag=3", "max_lag=8"))
     predictor = Predictor("branches", order=0)
@@ -58,13 +59,10 @@ class LazyDiT(Policy):
     def remark(self) -> str:
         return "untrained stand-in" if self.gates == STAND_IN else ""
 
-    def units(self, depth: int) -> list[Unit]:
-        return by_branch(depth)
-
     def begin(self, info: RunInfo) -> None:
         units, steps = by_branch(info.depth), info.num_steps
         if self.gates == STAND_IN:
-            default, profile = 0.1, find_profile("lazydit", self.profile, info)
+            default, profile = 0.1, self.profile_for(info)
             arrays = profile.require(weight=(len(units), info.width), offset=(len(units), steps))
             weight, offset = arrays["weight"][:, None], arrays["offset"]  # (U, 1, D), (U, S)
         else:

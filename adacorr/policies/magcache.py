@@ -6,8 +6,7 @@ import numpy as np
 
 from adacorr.calibration.magcache import MagCacheCalibration
 from adacorr.policies import register
-from adacorr.policy import Knob, Policy, Ran, RunInfo, View, option
-from adacorr.profile import find_profile
+from adacorr.policy import Knob, Policy, RunInfo, View, option
 
 EARLY = tuple(f"max_skip={most},retention=0.04" for most in (1, 2, 3, 4, 6, 12))
 
@@ -38,15 +37,11 @@ class MagCache(Policy):
     knob = Knob("threshold", 0.001, 3.0, ("", *EARLY))
 
     def begin(self, info: RunInfo) -> None:
-        ratio = find_profile("magcache", self.profile, info).require(ratio=(info.num_steps,))["ratio"]
+        ratio = self.profile_for(info).require(ratio=(info.num_steps,))["ratio"]
         self._skippable = skippable(ratio, self.threshold, self.max_skip, self.retention)
-        self._last = np.full(info.images, -1)  # newest computed step of each image
 
     def decide(self, view: View) -> np.ndarray:
-        return (self._last < 0) | ~self._skippable[self._last, view.step]
-
-    def computed(self, view: View, ran: Ran) -> None:
-        self._last[ran.images] = view.step
+        return (view.age == 0) | ~self._skippable[view.step - view.age, view.step]
 
 
 def skippable(ratio: np.ndarray, threshold: float, max_skip: int, retention: float) -> np.ndarray:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from adacorr.policies import register
-from adacorr.policy import Knob, Policy, Predictor, Unit, View, by_branch, option
+from adacorr.policy import Knob, Policy, Predictor, Unit, View, option
 
 
 @register
@@ -27,6 +27,7 @@ class PAB(Policy):
     low: float = option(100.0, low=0)
     high: float = option(800.0, low=0)
     granularity = "branch type"
+    split = "branch"
     knob = Knob("every", 2, 25, ("", "low=0,high=1000"))
     predictor = Predictor("branches", order=0)
 
@@ -34,9 +35,6 @@ class PAB(Policy):
         super().__post_init__()
         if self.high <= self.low:
             raise ValueError(f"pab: high={self.high} must be above low={self.low}: the window would be empty")
-
-    def units(self, depth: int) -> list[Unit]:
-        return by_branch(depth)
 
     def predictor_of(self, unit: Unit, depth: int) -> Predictor | None:
         return None if unit.branch == "mlp" else self.predictor  # MLPs always run

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from adacorr.policies import register
-from adacorr.policy import SCOPES, Knob, Policy, Predictor, Ran, RunInfo, Unit, View, option, relative_change, scatter
+from adacorr.policy import SCOPES, Knob, Policy, Predictor, Ran, RunInfo, View, option, relative_change, scatter
 from adacorr.tokens import flops_of_tokens, low_modes
 
 
@@ -39,11 +39,9 @@ class PreciseCache(Policy):
     cutoff: float = option(0.5, low=0, high=1)
     scope: str = option("image", choices=SCOPES)
     granularity = "step, block"
+    split = "block"
     knob = Knob("threshold", 0.003, 10.0, ("", "block=0", "block=0.2", "cutoff=0.1,block=0"))
     predictor = Predictor("residual", order=0)
-
-    def units(self, depth: int) -> list[Unit]:
-        return [Unit(layer, layer + 1) for layer in range(depth)]
 
     def begin(self, info: RunInfo) -> None:
         side = math.isqrt(info.tokens)

@@ -9,7 +9,7 @@ from torch import Tensor
 from adacorr.history import WEIGHTS
 from adacorr.policies import register, taylorseer
 from adacorr.policy import SCOPES, Cached, Knob, Policy, Predictor, Ran, RunInfo, View, option, relative_change, scatter
-from adacorr.unit import Unit, by_branch
+from adacorr.unit import Unit
 
 FIRST = Unit(0, 1, "attn")  # the first module
 NORMS = {"row": (2, 3), "token": (3,)}  # the dimensions of (halves, n, T, D) that a size is taken over
@@ -48,14 +48,12 @@ class RFC(Policy):
     norm: str = option("row", choices=tuple(NORMS))
     scope: str = option("image", choices=SCOPES)
 
+    split = "branch"
     knob = Knob("threshold", 0.003, 3.0, ("", "order=2", "order=2,weights=exact", "rfe=false"))
 
     @property
     def predictor(self) -> Predictor:
         return Predictor("branches", order=self.order, weights=taylorseer.WEIGHTS[self.weights])
-
-    def units(self, depth: int) -> list[Unit]:
-        return by_branch(depth)
 
     def begin(self, info: RunInfo) -> None:
         # Where each step lies for the weights of the forecast.

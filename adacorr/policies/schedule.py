@@ -9,7 +9,6 @@ from torch import Tensor
 from adacorr.calibration.schedule import ScheduleCalibration
 from adacorr.policies import register
 from adacorr.policy import Cached, Knob, Policy, Predictor, RunInfo, View, option
-from adacorr.profile import find_profile
 
 VARIANTS = (
     "",
@@ -68,7 +67,7 @@ class Schedule(Policy):
     def begin(self, info: RunInfo) -> None:
         steps = info.num_steps
         shapes = {"products": (steps,) * 3, "slope": (steps, None, info.width), "offset": (steps, None, info.width)}
-        self._arrays = find_profile("schedule", self.profile, info).require(**shapes)
+        self._arrays = self.profile_for(info).require(**shapes)
         errors = forecast_errors(self._arrays["products"], info.timesteps, self.order)
         first = min(self.first, steps)
         path = plan(errors**self.power, max(round(self.share * steps), first), first)

@@ -8,7 +8,6 @@ from torch import Tensor
 from adacorr.calibration.sencache import SenCacheCalibration, rms_of
 from adacorr.policies import register
 from adacorr.policy import SCOPES, Knob, Policy, Ran, RunInfo, View, option, scatter
-from adacorr.profile import find_profile
 
 
 @register
@@ -44,23 +43,21 @@ class SenCache(Policy):
 
     def begin(self, info: RunInfo) -> None:
         shape = (info.num_steps - 1,)
-        tables = find_profile("sencache", self.profile, info).require(input=shape, time=shape)
+        tables = self.profile_for(info).require(input=shape, time=shape)
         self._sensitivity = np.stack([tables["input"], tables["time"]])
         self._input: Tensor | None = None  # (halves, n, T, D): the stack's at the last computed step
-        self._last = np.zeros(info.images, dtype=int)  # that step
 
     def decide(self, view: View) -> np.ndarray:
         if self._input is None or view.step == view.num_steps - 1:
             return view.everyone()
-        moved = rms_of(view.x, self._input)
+        moved, last = rms_of(view.x, self._input), view.step - view.age
         if self.scope == "batch":
             moved = moved.square().mean().sqrt().expand_as(moved)
-        passed = np.abs(view.info.timesteps[view.step] - view.info.timesteps[self._last])
-        by_input, by_time = self._sensitivity[:, self._last]
+        passed = np.abs(view.info.timesteps[view.step] - view.info.timesteps[last])
+        by_input, by_time = self._sensitivity[:, last]
         error = view.measured(by_input * moved.double().cpu().numpy() + by_time * passed)
         limit = self.start if view.step < round(self.share * view.num_steps) else self.threshold
-        return ~(error < limit) | (view.step - self._last > self.max_skip)
+        return ~(error < limit) | (view.age > self.max_skip)
 
     def computed(self, view: View, ran: Ran) -> None:
         self._input = scatter(self._input, ran.images, ran.x, view.images)
-        self._last[ran.images] = view.step

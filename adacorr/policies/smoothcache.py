@@ -6,8 +6,7 @@ import numpy as np
 
 from adacorr.calibration.smoothcache import SmoothCacheCalibration
 from adacorr.policies import register
-from adacorr.policy import BRANCHES, Knob, Policy, Predictor, RunInfo, Unit, View, by_branch, option
-from adacorr.profile import find_profile
+from adacorr.policy import BRANCHES, Knob, Policy, Predictor, RunInfo, View, option
 
 
 @register
@@ -34,15 +33,13 @@ class SmoothCache(Policy):
     lags: str = option("every", choices=("every", "last"))
     profile: str = "auto"
     granularity = "branch type"
+    split = "branch"
     calibration = SmoothCacheCalibration
     knob = Knob("threshold", 0.01, 3.0, ("", "max_lag=8"))
     predictor = Predictor("branches", order=0)
 
-    def units(self, depth: int) -> list[Unit]:
-        return by_branch(depth)
-
     def begin(self, info: RunInfo) -> None:
-        profile = find_profile("smoothcache", self.profile, info)
+        profile = self.profile_for(info)
         error = profile.require(error=(len(BRANCHES), info.num_steps, None))["error"]
         if self.max_lag > error.shape[2]:
             raise ValueError(f"smoothcache: max_lag={self.max_lag} must be at most {error.shape[2]}, as in the profile")

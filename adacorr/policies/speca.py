@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from adacorr.policies import register
-from adacorr.policy import SCOPES, Cached, Knob, Policy, Predictor, Ran, RunInfo, Unit, View, option
+from adacorr.policy import BRANCHES, SCOPES, Cached, Knob, Policy, Predictor, Ran, RunInfo, Unit, View, option
 
 VARIANTS = ("", "order=1", "order=2", "order=1,base_threshold=30", "order=2,base_threshold=30")
 
@@ -48,11 +48,9 @@ class SpeCa(Policy):
         return Predictor("branches", order=self.order, weights="taylor")
 
     def units(self, depth: int) -> list[Unit]:
-        last = depth - 1  # by branch, so that its forecast has exact gates and the error is that of the forecast alone
-        return [Unit(0, last), *self._last(depth)] if last else self._last(depth)
-
-    def _last(self, depth: int) -> list[Unit]:
-        return [Unit(depth - 1, depth, branch) for branch in ("attn", "mlp")]
+        # The last block by branch, so that its forecast has exact gates and the error is that of the forecast alone.
+        last = [Unit(depth - 1, depth, branch) for branch in BRANCHES]
+        return [Unit(0, depth - 1), *last] if depth > 1 else last
 
     def begin(self, info: RunInfo) -> None:
         self._first = self.units(info.depth)[0]
@@ -69,7 +67,7 @@ class SpeCa(Policy):
         return self._due
 
     def computed(self, view: View, ran: Ran) -> None:
-        if view.unit == self._first:  # nothing was checked since: 0, but not a number for an image that is lost
+        if view.unit == self._first:  # no check since: 0, and not a number for an image that is not finite
             self._error[ran.images] = 0.0 * ran.x.float().mean(dim=(0, 2, 3)).double().cpu().numpy()
 
     def reuse(self, view: View, cached: Cached) -> Tensor:
@@ -90,7 +88,7 @@ class SpeCa(Policy):
         condition = view.conditioning.c.unflatten(0, (len(forecast), -1))
         condition = condition[:, torch.from_numpy(images).to(forecast.device)]
         true = view.block(self._input.flatten(0, 1), condition.flatten(0, 1)).view_as(forecast).float()
-        for branch in ("attn", "mlp"):
+        for branch in BRANCHES:
             view.spend(view.unit.start, branch, images, 1.0)
         error = ((forecast.float() - true).abs() / (true.abs() + 1e-10)).mean(dim=(0, 2, 3)).double().cpu().numpy()
         if self.scope == "batch":

@@ -8,7 +8,6 @@ from torch import Tensor
 from adacorr.calibration.teacache import TeaCacheCalibration, rescale
 from adacorr.policies import register
 from adacorr.policy import SCOPES, Knob, Policy, Ran, RunInfo, View, option, relative_change
-from adacorr.profile import find_profile
 
 
 @register
@@ -36,7 +35,7 @@ class TeaCache(Policy):
     def begin(self, info: RunInfo) -> None:
         self._fit: dict[str, np.ndarray] | None = None
         if self.profile is not None:
-            profile = find_profile("teacache", self.profile, info)
+            profile = self.profile_for(info)
             self._fit = profile.require(coefficients=(None,), range=(2,))
         self._previous: Tensor | None = None  # (halves, n, T, D): modulated input of the step before
         self._sum = np.zeros(info.images)

@@ -6,18 +6,17 @@ import argparse
 import math
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from adacorr.command import Parser, number, run_command, writable
+from adacorr.command import DTYPES, Parser, number, run_command, timed, writable
 from adacorr.files import write_json
-from adacorr.integrations.diffusers.config import DTYPES
 from adacorr.integrations.diffusers.published import METHODS, apply_cache_on_transformer
 from adacorr.integrations.diffusers.tiny import tiny_pipeline
 
@@ -112,13 +111,6 @@ def compare(args: argparse.Namespace, say: Callable[[str], object]) -> list[dict
         images = pipe(**call, num_inference_steps=steps, generator=generator).images
         return np.asarray(images.float().cpu() if isinstance(images, torch.Tensor) else images, dtype=np.float64)
 
-    def timed() -> tuple[np.ndarray, float]:
-        _wait(device)
-        start = time.perf_counter()
-        images = draw(args.num_inference_steps)
-        _wait(device)
-        return images, time.perf_counter() - start
-
     rows: list[dict[str, Any]] = []
     columns = ["method", "seconds", "speed-up", "compute", "hit rate", "PSNR (dB)", *_memory(device)]
     say(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|\n")
@@ -128,7 +120,7 @@ def compare(args: argparse.Namespace, say: Callable[[str], object]) -> list[dict
             draw(min(WARM_UP, args.num_inference_steps))
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
-            runs = [timed() for _ in range(args.repeats)]
+            runs = [timed(partial(draw, args.num_inference_steps), device) for _ in range(args.repeats)]
             stats = {"compute": 1.0, "hit_rate": 0.0} if handle is None else handle.stats()
         if method == "None":
             reference = runs[0][0]
@@ -140,11 +132,6 @@ def compare(args: argparse.Namespace, say: Callable[[str], object]) -> list[dict
         cells += [f"{row['compute']:.3f}", f"{row['hit_rate']:.3f}", f"{row['psnr']:.1f}"]
         say(f"| {' | '.join([*cells, *(f'{gb:.1f}' for gb in _memory(device).values())])} |\n")
     return rows
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _memory(device: torch.device) -> dict[str, float]:

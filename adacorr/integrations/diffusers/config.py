@@ -7,15 +7,13 @@ import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import torch
-
+from adacorr.command import DTYPES
 from adacorr.files import written_whole
 from adacorr.integrations.diffusers.families import LAYOUTS
 from adacorr.manager import CacheManager
 from adacorr.profile import load_profile
 
 VERSION = 1  # of the JSON form
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)

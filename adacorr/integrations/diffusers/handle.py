@@ -18,8 +18,6 @@ from adacorr.integrations.diffusers.families import Family, family_of
 from adacorr.policy import Policy
 
 OLDEST = (0, 36)  # diffusers whose blocks have the arguments that families.py knows
-# Methods that look inside blocks, and the part that they need to find under its name in models.py.
-INSIDE = {"clusca": "attn", "duca": "attn", "icc": "attn", "procache": "attn", "toca": "attn"}
 _HANDLES = "_adacorr_handles"
 
 
@@ -187,7 +185,7 @@ def check_config(config: CacheConfig, family: Family) -> None:
         raise ValueError(f"fastcache:tau={policy.tau:g} runs blocks for some tokens, and these need all: give tau=0")
     if policy.name == "precisecache" and not issubclass(family.block, GatedBlock):
         raise ValueError("precisecache runs blocks for averages of tokens, which the blocks of this class cannot place")
-    if alone and policy.name in INSIDE and not hasattr(family.block, INSIDE[policy.name]):
+    if alone and policy.inside and not hasattr(family.block, "attn"):
         raise ValueError(
             f"{policy.name} looks inside the layers of a DiT block, which the blocks of this class are not"
         )

@@ -25,7 +25,6 @@ class Stack:
         self.transformer, self.family = transformer, family
         self.blocks = [family.block(m, family, forward) for m, forward in zip(modules, forwards, strict=True)]
         self._given: Mapping[str, Any] = {}
-        self._x: Tensor | None = None
         self._text = 0
 
     def describe(self, x: Tensor, c: Rows, given: Mapping[str, Any]) -> None:
