@@ -27,3 +27,9 @@ def one_line(capsys, *words):
 def result_file(path, kind="cost", made_with=("x",), **content):
     """A file as a command of `python -m evaluate` writes it."""
     write_result(SimpleNamespace(out=path, command=kind, made_with=made_with), **content)
+
+
+def printed(capsys):
+    """The cells of the Markdown table that was printed, its head first."""
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
