@@ -192,7 +192,7 @@ def run(args: argparse.Namespace) -> None:
     ]
     notes = [
         f"{protocol_line(pipe, f'{args.num_images} image(s) of seed {args.seed}')}; lambda and tau are 1.",
-        f"L is at most {constants.max():.3g}, estimated from below: where the bound holds it holds with the true L, too.",
+        f"L is at most {constants.max():.3g}, estimated from below: a bound that holds also holds with the true L.",
         "A weight of 1 makes the bound 0 <= 0. The timestep and the stored blend are outside of the proposition.",
         "Theorem 1 lets t tend to infinity, which a sampler with a last step does not: only the trend can be seen.",
     ]
