@@ -7,7 +7,7 @@ from commands import code, one_line
 
 import calibrate
 import evaluate.__main__
-import evaluate.features
+import evaluate.train_features
 import pipeline
 import sample
 import sample_ddp
@@ -20,7 +20,7 @@ MAINS = {
     "train.py": train.main,
     "calibrate.py": calibrate.main,
     "evaluate": evaluate.__main__.main,
-    "evaluate.features": evaluate.features.main,
+    "evaluate.train_features": evaluate.train_features.main,
     "benchmarks.tables": tables.main,
 }
 # Script and flags of a valid command, and for each mistake what is added and a part of what is said. Those of the
@@ -172,13 +172,11 @@ CASES = {
         "--random-weights DiT-S/2 --adacorr budget=8 --calibrate 4": "--calibrate 4",
     },
     "evaluate fid": {"x": "--reference", "none --reference x": "none does not exist"},
-    "evaluate.features": {
-        "train": "required: --data",
-        "train --data none.npz --out w.pt": "does not end in .safetensors",
-        "train --data none.npz --out w.safetensors": "none.npz",
-        "train --data x --epochs 0": "--epochs: 0 is outside 1..10000",
-        "check --test x --weights none.safetensors": "the feature weights none.safetensors are missing",
-        "check --test x --device nowhere": "--device nowhere",
+    "evaluate.train_features": {
+        "": "required: --data",
+        "--data none.npz --test x --out w.pt": "does not end in .safetensors",
+        "--data none.npz --test x --out w.safetensors": "none.npz",
+        "--data x --test x --out w.safetensors --device nowhere": "--device nowhere",
     },
     "benchmarks.tables gamma": {"--images 0": "--images: 0 is outside", "--sampler dimm": "dimm"},
 }
