@@ -18,7 +18,7 @@ def code(main, *argv):
 def one_line(capsys, *words):
     """Nothing was printed but progress and a single line of error that holds all of the words."""
     out, err = capsys.readouterr()
-    lines = [line for line in err.splitlines() if not re.match(r"\d+ of \d+ images, ", line)]
+    lines = [line for line in err.splitlines() if not re.match(r"\d+ of \d+ (images|steps), ", line)]
     assert (out, len(lines)) == ("", 1), (out, err)
     assert ": error: " in lines[0]
     assert all(word in lines[0] for word in words), err
