@@ -33,6 +33,7 @@ from adacorr.profile import FOLDER
 from benchmarks.tables import Lines, show
 from checkpoint import diffusers_pipeline
 from evaluate.fidelity import psnr, summarise_psnr
+from evaluate.pages import spread
 from pipeline import ModelOptions, Pipeline, gaussian, load
 from profiles import with_profile
 from runtime import timed
@@ -181,7 +182,7 @@ def rows(peers: Peers) -> Iterator[tuple[str, str, dict]]:
 def lines(peers: Peers) -> Lines:
     for what, setting, row in rows(peers):
         cells = {"cache": what, "setting": setting, "compute": f"{row['compute']:.3f}"}
-        cells["PSNR mean / min (dB)"] = " / ".join(f"{float(row['psnr'][key]):.1f}" for key in ("mean", "min"))
+        cells["PSNR mean / min (dB)"] = spread(row["psnr"], 1, ("mean", "min"))
         cells["seconds"] = f"{row['seconds']:.1f}"
         cells["AdaCorrection at this compute"] = f"{row['gain']:+.1f} dB" if "gain" in row else ""
         yield cells, {"what": what, "setting": setting, **row}

@@ -24,6 +24,7 @@ from torch import Tensor
 from adacorr.command import writable
 from evaluate.fidelity import psnr, ssim, summarise
 from evaluate.imagesets import ImageSet, open_images, unlike
+from evaluate.pages import spread
 from evaluate.perceptual import SMALLEST, Perceptual
 from evaluate.results import conclude
 from runtime import Progress, find_device, say
@@ -80,18 +81,14 @@ def compare_sets(
 
 def cells(result: dict[str, Any]) -> dict[str, str]:
     """The scores of a set as text, by the name of their column."""
-
-    def text(name: str, digits: int, *keys: str) -> str:
-        return " / ".join(f"{float(result[name][key]):.{digits}f}" for key in keys)
-
     row = {
         "images": str(result["images"]),
         "identical": str(result["psnr"]["identical"]),
-        "PSNR mean / p5 / min (dB)": text("psnr", 2, "mean", "p5", "min"),
-        "SSIM mean / p5 / min": text("ssim", 4, "mean", "p5", "min"),
+        "PSNR mean / p5 / min (dB)": spread(result["psnr"], 2),
+        "SSIM mean / p5 / min": spread(result["ssim"], 4),
     }
     if "lpips" in result:
-        row["LPIPS mean / p95 / max"] = text("lpips", 4, "mean", "p95", "max")
+        row["LPIPS mean / p95 / max"] = spread(result["lpips"], 4, ("mean", "p95", "max"))
     return row
 
 

@@ -32,6 +32,7 @@ from evaluate.bench import Setting
 from evaluate.fidelity import fidelity
 from evaluate.frechet import ENOUGH, Moments, frechet_distance
 from evaluate.networks import Network, add_features_flags, network_of
+from evaluate.pages import spread
 from evaluate.results import conclude, protocol_line
 from fid_run.protocol import image_size
 from pipeline import Pipeline, gaussian
@@ -199,8 +200,8 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
     }
     near = dict.fromkeys(("t-FID", "motion ratio", "PSNR mean / p5 / min (dB)"), "")
     if "psnr" in row:
-        psnr = " / ".join(f"{float(row['psnr'][part]):.1f}" for part in ("mean", "p5", "min"))
-        near = dict(zip(near, (f"{row['t_fid']:.4g}", f"{row['motion_ratio']:.4f}", psnr), strict=True))
+        values = f"{row['t_fid']:.4g}", f"{row['motion_ratio']:.4f}", spread(row["psnr"])
+        near = dict(zip(near, values, strict=True))
     return text | near
 
 

@@ -31,7 +31,7 @@ from evaluate.fidelity import psnr, summarise_psnr
 from evaluate.fidelity_command import check_pair, paired
 from evaluate.imagesets import ImageSet, open_images, unlike
 from evaluate.leaderboard import read_comparison, tables
-from evaluate.pages import measures
+from evaluate.pages import measures, spread
 from evaluate.results import read_result
 from fid_run.record import RunFolder
 from pictures import SMALLEST, grid
@@ -222,8 +222,7 @@ def set_section(group: Sequence[ImageSet], count: int) -> Section:
     for other in others:
         scores, first, worst = look(reference, other, count)
         near = summarise_psnr(scores)
-        quality = " / ".join(f"{float(near[key]):.2f}" for key in ("mean", "p5", "min"))
-        rows.append([*spent(other), str(near["identical"]), quality])
+        rows.append([*spent(other), str(near["identical"]), spread(near, 2)])
         legend = f"Left the reference, middle this set, right their absolute error, magnified {MAGNIFIED} times."
         parts += [f"<h3>{text(other.path.name)}</h3>", f"<p>{legend}</p>", strips(first)]
         if len(scores) > len(first):

@@ -10,7 +10,6 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import safetensors.torch
@@ -22,7 +21,7 @@ from adacorr.command import Parser, number, run_command, writable
 from adacorr.files import file_sha256, record_digest, written_whole
 from data import Data, read_data
 from evaluate.features import CLASSES, SIZE, CifarFeatures, extract, scaled
-from runtime import find_device, timed
+from runtime import find_device
 
 PAD = 4  # pixels by which a training image may be shifted
 CUTOUT = 12  # side of the square that is greyed out, in pixels
@@ -94,35 +93,26 @@ def fit(
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.SGD(groups, lr=rate, momentum=MOMENTUM, nesterov=True)
     per_epoch = len(images) // batch_size  # the last images of an epoch that fill no batch wait for another
-
-    def one_epoch(epoch: int) -> list[float]:
-        """Mean loss and accuracy."""
-        total, right = torch.zeros(2, device=device)
-        order = torch.randperm(len(images), device=device, generator=generator)
-        for step in range(per_epoch):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * one_cycle((epoch * per_epoch + step + 0.5) / (epochs * per_epoch))
-            rows = order[step * batch_size : (step + 1) * batch_size]
-            x, y = augmented(images, rows, generator), labels[rows]
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-                logits = network.trunk(x)[1].float()
-                loss = F.cross_entropy(logits, y, label_smoothing=SMOOTHING)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            total += loss.detach()
-            right += (logits.detach().argmax(1) == y).float().mean()
-        return [(value / per_epoch).item() for value in (total, right)]  # the one wait for the device in an epoch
-
     losses = []
     network.train()
     with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=True):
-        for epoch in range(1, epochs + 1):
-            (loss, share), seconds = timed(partial(one_epoch, epoch - 1), device)
-            print(f"epoch {epoch:3}/{epochs}  loss {loss:.4f}  accuracy {share:.2%}  {seconds:.2f} s", flush=True)
-            if not math.isfinite(loss):
-                raise ValueError(f"training diverged in epoch {epoch}: at a rate of {rate:g}")
-            losses.append(loss)
+        for epoch in range(epochs):
+            total = torch.zeros((), device=device)
+            order = torch.randperm(len(images), device=device, generator=generator)
+            for step, rows in enumerate(order[: per_epoch * batch_size].split(batch_size)):
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * one_cycle((epoch * per_epoch + step + 0.5) / (epochs * per_epoch))
+                x, y = augmented(images, rows, generator), labels[rows]
+                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+                    loss = F.cross_entropy(network.trunk(x)[1].float(), y, label_smoothing=SMOOTHING)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                total += loss.detach()
+            losses.append(total.item() / per_epoch)  # the one wait for the device in an epoch
+            print(f"epoch {epoch + 1:3}/{epochs}  loss {losses[-1]:.4f}", flush=True)
+            if not math.isfinite(losses[-1]):
+                raise ValueError(f"training diverged in epoch {epoch + 1} at a rate of {rate:g}")
     network.eval()
     return losses
 
