@@ -30,9 +30,10 @@ from adacorr import CacheManager
 from adacorr.command import Parser, number, run_command, writable
 from adacorr.integrations.diffusers import CacheConfig, enable
 from adacorr.profile import FOLDER
-from benchmarks.tables import show
+from benchmarks.tables import Lines, show
 from checkpoint import diffusers_pipeline
-from evaluate.fidelity import fidelity
+from evaluate.fidelity import psnr, summarise_psnr
+from evaluate.pages import spread
 from pipeline import ModelOptions, Pipeline, gaussian, load
 from profiles import with_profile
 from runtime import timed
@@ -41,7 +42,7 @@ BUDGETS = (25.0, 19.0, 12.5, 8.5)  # full evaluations of 50 steps
 WARM_UP = 4  # steps
 PROFILE = FOLDER / "adacorr-dit-ti-2-cifar10-cfg1.5.safetensors"
 LAYERS = [r"transformer_blocks\.\d+\.attn1", r"transformer_blocks\.\d+\.ff"]
-Lines = Iterator[tuple[dict[str, str], dict]]
+Attach = Callable[[nn.Module], object]  # puts a cache on a transformer
 
 
 class Counted:
@@ -67,7 +68,7 @@ class Counted:
 
 
 class Peers:
-    """Runs of one pipeline on one noise."""
+    """Runs of one pipeline on one noise. The first one in diffusers must be uncached: others are compared with it."""
 
     def __init__(self, ours: Pipeline, args: argparse.Namespace):
         self.ours, self.args = ours, args
@@ -77,7 +78,7 @@ class Peers:
         self.indices = np.arange(args.num_images)
         self.labels = ours.labels_in_turn(self.indices)
         self.reference: Tensor | None = None
-        self.whole = 0
+        self.whole = 0  # FLOPs of the uncached run
 
     def draw(self, transformer: nn.Module, seed: int, steps: int | None = None) -> Tensor:
         """The final states; a stateful hook gets a context, which DiT's pipelines give none."""
@@ -97,18 +98,14 @@ class Peers:
         runs = [timed(lambda: job(None), self.ours.device) for _ in range(self.args.repeats)]
         return self.ours.decode(runs[0][0]), statistics.median(seconds for _, seconds in runs)
 
-    def row(self, what: str, setting: str, images: Tensor, compute: float, seconds: float) -> dict:
-        score = fidelity(self.reference, images)
-        return {"what": what, "setting": setting, "compute": compute, "seconds": seconds, "psnr": score["psnr"]}
-
-    def in_sample(self, cache: CacheManager | None) -> tuple[Tensor, float, float]:
-        """Our own loop -> images, compute and seconds."""
+    def in_sample(self, cache: CacheManager | None) -> dict:
+        """A run of our own loop."""
         job = partial(self.ours.sample, self.args.seed, self.indices, self.labels, cache)
         images, seconds = self.measured(lambda stop: job(stop=stop))
-        return images, 1.0 if cache is None else cache.trace.compute, seconds
+        return self.row(images, 1.0 if cache is None else cache.trace.compute, seconds)
 
-    def in_diffusers(self, attach: Callable[[nn.Module], object]) -> tuple[Tensor, float, float]:
-        """The same of the pipeline with a cache that `attach` puts on a copy of the transformer."""
+    def in_diffusers(self, attach: Attach) -> dict:
+        """A run of the pipeline with a cache on a copy of the transformer."""
         transformer = copy.deepcopy(self.plain)
         self.pipe.register_modules(transformer=transformer)
         handle = attach(transformer)
@@ -121,77 +118,74 @@ class Peers:
         images, seconds = self.measured(job)
         if handle is not None:
             handle.disable()
-        self.whole = self.whole or counted.flops
-        return images, counted.flops / self.whole, seconds
+        if self.reference is None:
+            self.reference, self.whole = images, counted.flops
+        return self.row(images, counted.flops / self.whole, seconds)
 
-    def enabled(self, config: CacheConfig) -> Callable[[nn.Module], object]:
-        return lambda transformer: enable(self.pipe, config)
+    def row(self, images: Tensor, compute: float, seconds: float) -> dict:
+        near = summarise_psnr(psnr(self.reference, images))
+        return {"compute": compute, "seconds": seconds, "psnr": near}
+
+    def ours_in_diffusers(self, **config: str) -> dict:
+        return self.in_diffusers(lambda transformer: enable(self.pipe, CacheConfig(**config)))
 
     def mag_ratios(self) -> list[float]:
         """MagCache's magnitude ratios, which it prints, of an uncached run from other noise."""
         transformer, text = copy.deepcopy(self.plain), io.StringIO()
-        steps = self.ours.sampler.num_steps
-        config = hooks.MagCacheConfig(calibrate=True, num_inference_steps=steps)
+        config = hooks.MagCacheConfig(calibrate=True, num_inference_steps=self.ours.sampler.num_steps)
         hooks.apply_mag_cache(transformer, config)
         with contextlib.redirect_stdout(text):
             self.draw(transformer, self.args.seed + 1)
         return ast.literal_eval(next(line for line in text.getvalue().splitlines() if line.startswith("[1")))
 
 
-def diffusers_caches(peers: Peers) -> Iterator[tuple[str, str, Callable[[nn.Module], None]]]:
+def diffusers_caches(peers: Peers) -> Iterator[tuple[str, str, Attach]]:
     """(name, setting, how it is attached) of diffusers' caches that serve a DiT."""
     for threshold in (0.1, 0.15, 0.25):
         config = hooks.FirstBlockCacheConfig(threshold=threshold)
-        yield "first block", f"threshold={threshold}", lambda t, c=config: hooks.apply_first_block_cache(t, c)
+        yield "first block", f"threshold={threshold}", partial(hooks.apply_first_block_cache, config=config)
     for interval in (2, 3, 4, 8):
         config = hooks.TaylorSeerCacheConfig(
             cache_interval=interval, max_order=2, taylor_factors_dtype=torch.float32, cache_identifiers=LAYERS
         )
-        yield "TaylorSeer", f"cache_interval={interval}", lambda t, c=config: hooks.apply_taylorseer_cache(t, c)
+        yield "TaylorSeer", f"cache_interval={interval}", partial(hooks.apply_taylorseer_cache, config=config)
     ratios = peers.mag_ratios()
     for threshold, most in ((0.06, 3), (0.24, 5), (0.5, 10)):
         config = hooks.MagCacheConfig(
-            threshold=threshold,
-            max_skip_steps=most,
-            num_inference_steps=len(ratios),
-            mag_ratios=ratios,
+            threshold=threshold, max_skip_steps=most, num_inference_steps=len(ratios), mag_ratios=ratios
         )
-        yield "MagCache", f"threshold={threshold}, at most {most}", lambda t, c=config: hooks.apply_mag_cache(t, c)
+        yield "MagCache", f"threshold={threshold}, at most {most}", partial(hooks.apply_mag_cache, config=config)
+
+
+def rows(peers: Peers) -> Iterator[tuple[str, str, dict]]:
+    """(cache, setting, what was measured) of every run; `gain` is the last column, where there is one."""
+    yield "none, in diffusers", "", peers.in_diffusers(lambda transformer: None)
+    yield "none, sample.py", "", peers.in_sample(None)
+    specs = [f"budget={budget:g}" for budget in BUDGETS]
+    for spec in specs:
+        cache = with_profile(CacheManager.of(None, spec), peers.ours, "auto")
+        yield "AdaCorrection, sample.py", spec, peers.in_sample(cache)
+    known = [peers.ours_in_diffusers(adacorr=spec, profile=str(PROFILE)) for spec in specs]
+    yield from (
+        ("AdaCorrection, in diffusers", f"{spec}, profile", row) for spec, row in zip(specs, known, strict=True)
+    )
+    for spec in specs:
+        yield "AdaCorrection, in diffusers", spec, peers.ours_in_diffusers(adacorr=spec)
+    curve = sorted((row["compute"], float(row["psnr"]["mean"])) for row in known)
+    for name, setting, attach in diffusers_caches(peers):
+        row = peers.in_diffusers(attach)
+        if curve[0][0] <= row["compute"] <= curve[-1][0]:
+            row["gain"] = float(np.interp(row["compute"], *zip(*curve, strict=True))) - float(row["psnr"]["mean"])
+        yield f"{name}, of diffusers", setting, row
 
 
 def lines(peers: Peers) -> Lines:
-    def shown(row: dict, known: Sequence[dict] = ()) -> tuple[dict[str, str], dict]:
-        score = {key: float(row["psnr"][key]) for key in ("mean", "min")}
-        row["gain"] = None
-        within = [one["compute"] for one in known]
-        if known and min(within) <= row["compute"] <= max(within):
-            ordered = sorted(known, key=lambda one: one["compute"])
-            own = np.interp(row["compute"], sorted(within), [float(one["psnr"]["mean"]) for one in ordered])
-            row["gain"] = float(own - score["mean"])
-        cells = {"cache": row["what"], "setting": row["setting"], "compute": f"{row['compute']:.3f}"}
-        cells["PSNR mean / min (dB)"] = f"{score['mean']:.1f} / {score['min']:.1f}"
+    for what, setting, row in rows(peers):
+        cells = {"cache": what, "setting": setting, "compute": f"{row['compute']:.3f}"}
+        cells["PSNR mean / min (dB)"] = spread(row["psnr"], 1, ("mean", "min"))
         cells["seconds"] = f"{row['seconds']:.1f}"
-        cells["AdaCorrection at this compute"] = "" if row["gain"] is None else f"{row['gain']:+.1f} dB"
-        return cells, row
-
-    images, compute, seconds = peers.in_diffusers(lambda transformer: None)
-    peers.reference = images
-    yield shown(peers.row("none, in diffusers", "", images, compute, seconds))
-    yield shown(peers.row("none, sample.py", "", *peers.in_sample(None)))
-    for budget in BUDGETS:
-        cache = with_profile(CacheManager.of(None, f"budget={budget:g}"), peers.ours, "auto")
-        yield shown(peers.row("AdaCorrection, sample.py", f"budget={budget:g}", *peers.in_sample(cache)))
-    own = []
-    for budget in BUDGETS:
-        config = CacheConfig(adacorr=f"budget={budget:g}", profile=str(PROFILE))
-        run = peers.in_diffusers(peers.enabled(config))
-        own.append(peers.row("AdaCorrection, in diffusers", f"budget={budget:g}, profile", *run))
-        yield shown(own[-1])
-    for budget in BUDGETS:
-        run = peers.in_diffusers(peers.enabled(CacheConfig(adacorr=f"budget={budget:g}")))
-        yield shown(peers.row("AdaCorrection, in diffusers", f"budget={budget:g}", *run))
-    for name, setting, attach in diffusers_caches(peers):
-        yield shown(peers.row(f"{name}, of diffusers", setting, *peers.in_diffusers(attach)), own)
+        cells["AdaCorrection at this compute"] = f"{row['gain']:+.1f} dB" if "gain" in row else ""
+        yield cells, {"what": what, "setting": setting, **row}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

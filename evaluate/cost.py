@@ -41,7 +41,7 @@ from adacorr.policy_run import PolicyRun
 from adacorr.run import CachedRun
 from checkpoint import VAE_FACTOR, Checkpoint
 from evaluate.bench import WARM_UP, Setting
-from evaluate.pages import columns_of, table
+from evaluate.pages import columns_of, spread, table
 from evaluate.results import write_result
 from models import DiT_models
 from profiles import check_calibrate, with_profile
@@ -49,6 +49,7 @@ from runtime import Progress, say, timed
 
 WARM_UPS = (None, WARM_UP, WARM_UP)  # steps of each: a whole run meets every kernel there is
 KINDS = ("uncached", "cached", "every_step")  # the runs that are timed
+QUANTILES = ("median", "p10", "p90")
 
 
 class EveryStep(CacheManager):
@@ -123,19 +124,17 @@ def measure(
 
 
 def _quantiles(seconds: list[float]) -> dict[str, float]:
-    p10, median, p90 = np.percentile(seconds, (10, 50, 90)).tolist()
-    return {"median": median, "p10": p10, "p90": p90}
+    return dict(zip(QUANTILES, np.percentile(seconds, (50, 10, 90)).tolist(), strict=True))
 
 
 def cells(record: dict[str, Any]) -> dict[str, str]:
     """A record of `measure` as text, by column."""
     seconds, rate, peak = record["seconds"], record["images_per_second"], record["peak_bytes"]
-    spread = {kind: " / ".join(f"{seconds[kind][key]:.3f}" for key in ("median", "p10", "p90")) for kind in KINDS}
     overhead, before = record["overhead_seconds"], seconds["uncached"]["median"]
     row = {
         "batch": f"{record['batch_size']}",
-        "uncached s, median / p10 / p90": spread["uncached"],
-        "cached s, median / p10 / p90": spread["cached"],
+        "uncached s, median / p10 / p90": spread(seconds["uncached"], 3, QUANTILES),
+        "cached s, median / p10 / p90": spread(seconds["cached"], 3, QUANTILES),
         "images/s": f"{rate['uncached']:.2f} / {rate['cached']:.2f}",
         "speed-up": f"{record['speedup']:.2f}x",
         "compute": f"{record['compute']:.3f}",

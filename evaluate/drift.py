@@ -20,36 +20,29 @@ from torch import Tensor
 import pipeline
 from adacorr import CacheManager
 from adacorr.command import number, writable
-from evaluate.pages import table
-from evaluate.results import protocol_line, write_result
+from evaluate.results import conclude, protocol_line
 from pipeline import Pipeline
 from profiles import check_calibrate, with_profile
 from runtime import Progress, say
 
-COLUMNS = ["step", "timestep", "compute", "relative error, mean", "max"]
-
 
 def drift(pipe: Pipeline, cache: CacheManager, seed: int, count: int) -> Tensor:
     """Relative errors (S, n) float64 of images 0..n-1 of a seed after each step, labels in turn."""
-    sampler, images = pipe.sampler, np.arange(count)
+    images, states, errors = np.arange(count), [], []
     labels = pipe.labels_in_turn(images)
-    states: list[Tensor] = []
-    errors = torch.empty(sampler.num_steps, count, dtype=torch.float64)
-    steps = 2 * sampler.num_steps
-    with Progress(steps, "step", "uncached and cached", line=lambda text: say(f"progress: {text}")) as progress:
+    with Progress(2 * pipe.sampler.num_steps, "step", "uncached and cached", line=say) as progress:
 
         def keep(step: int, x: Tensor, _: CacheManager | None) -> None:
-            states.append(x.clone())
+            states.append(x.double().flatten(1))
             progress.update()
 
         def compare(step: int, x: Tensor, _: CacheManager | None) -> None:
-            reference = states[step].double().flatten(1)
-            errors[step] = ((x.double().flatten(1) - reference).norm(dim=1) / reference.norm(dim=1)).cpu()
+            errors.append((x.double().flatten(1) - states[step]).norm(dim=1) / states[step].norm(dim=1))
             progress.update()
 
         pipe.sample(seed, images, labels, None, keep)
         pipe.sample(seed, images, labels, cache, compare)
-    return errors
+    return torch.stack(errors).cpu()
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -69,18 +62,22 @@ def run(args: argparse.Namespace) -> None:
     pipe = pipeline.load(pipeline.ModelOptions.of(args))
     cache = with_profile(cache, pipe, args.calibrate)
     errors = drift(pipe, cache, args.seed, args.num_images)
-    compute = cache.trace.summary()["executed_per_step"]
-    timesteps = pipe.sampler.timesteps.tolist()
-    rows = [
-        [str(step), f"{t:g}", f"{share:.3f}", f"{own.mean():.5f}", f"{own.max():.5f}"]
+    compute, timesteps = cache.trace.summary()["executed_per_step"], pipe.sampler.timesteps.tolist()
+    lines = [
+        {
+            "step": str(step),
+            "timestep": f"{t:g}",
+            "compute": f"{share:.3f}",
+            "relative error, mean": f"{own.mean():.5f}",
+            "max": f"{own.max():.5f}",
+        }
         for step, (t, share, own) in enumerate(zip(timesteps, compute, errors, strict=True))
     ]
-    print(table(COLUMNS, rows))
     protocol = protocol_line(pipe, f"{args.num_images} images of seed {args.seed}")
-    write_result(
+    conclude(
         args,
-        table={"columns": COLUMNS, "rows": rows},
-        notes=[f"{protocol}, {args.dtype}; {cache.spec}"],
+        lines,
+        [f"{protocol}, {args.dtype}; {cache.spec}"],
         checkpoint_sha256=pipe.checkpoint.sha256,
         method=pipeline.describe_cache(cache),
         timesteps=timesteps,

@@ -5,17 +5,10 @@
 The distance is *not* FID, which is of another network at 299 pixels. Distances compare with each other only, for the
 same weights (`network.sha256`) and about the same number of images: few images make every distance larger.
 
-    python -m evaluate.features train --data cifar10-train.npz --test cifar10-test.npz --out FILE --epochs 60
-    python -m evaluate.features check --test cifar10-test.npz      test accuracy of the packaged weights
-    python -m evaluate fid A --reference B --features cifar10      the distance between two sets
-
-`data.py` describes the formats. The exit code is 0, 2 after an error (one line on stderr) and 130 after Ctrl-C.
+`python -m evaluate fid A --reference B --features cifar10` measures it. evaluate/train_features.py made the weights.
 """
 
-import argparse
 import os
-import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -25,10 +18,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 
-from adacorr.command import Parser, number, run_command, writable
-from adacorr.files import file_sha256, record_digest, recorded_digest, written_whole
-from data import Data, read_data
-from runtime import find_device
+from adacorr.files import file_sha256, recorded_digest
 
 WEIGHTS = Path(__file__).resolve().with_name("cifar10-features.safetensors")
 SIZE = 32  # pixels on each side
@@ -74,7 +64,7 @@ class Block(nn.Module):
 class CifarFeatures(nn.Module):
     """Residual network for CIFAR-10: images -> features (N, 128) after the last pooling, logits (N, 10).
 
-    Images are uint8 (N, 32, 32, 3), or float (N, 3, 32, 32) in [0, 1]; TypeError or ValueError for others.
+    Images are uint8 (N, 32, 32, 3); TypeError or ValueError for others.
     """
 
     sha256: str | None = None  # of the file that the weights were read from
@@ -104,25 +94,18 @@ class CifarFeatures(nn.Module):
 
 
 def checked(images: Tensor) -> Tensor:
-    """The same images, if they are of a kind that CifarFeatures takes; TypeError or ValueError if not."""
+    """The same images, if they are uint8 (N, 32, 32, 3); TypeError or ValueError if not."""
     kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
-    if kind != torch.uint8 and not getattr(kind, "is_floating_point", False):
-        raise TypeError(f"images: expected uint8 in 0..255 or floats in [0, 1], not {kind}")
-    expected = (SIZE, SIZE, 3) if kind == torch.uint8 else (3, SIZE, SIZE)
-    if images.shape[1:] != expected or not len(images):
-        raise ValueError(
-            f"images: expected {kind} of shape (N, {', '.join(map(str, expected))}), got {tuple(images.shape)}"
-        )
     if kind != torch.uint8:
-        low, high = images.aminmax()
-        if not (low >= 0 and high <= 1):  # so that nan is refused, too
-            raise ValueError(f"images: floats must lie in [0, 1], these are in [{low:.4g}, {high:.4g}]")
+        raise TypeError(f"images: expected uint8 in 0..255, not {kind}")
+    if images.shape[1:] != (SIZE, SIZE, 3) or not len(images):
+        raise ValueError(f"images: expected shape (N, {SIZE}, {SIZE}, 3), got {tuple(images.shape)}")
     return images
 
 
 def scaled(images: Tensor) -> Tensor:
-    """uint8 (N, H, W, 3) or float (N, 3, H, W) in [0, 1] -> float32 (N, 3, H, W) in [-2, 2], channels last."""
-    x = images.permute(0, 3, 1, 2).float() / 255 if images.dtype == torch.uint8 else images.float()
+    """uint8 (N, H, W, 3) -> float32 (N, 3, H, W) in [-2, 2], channels last."""
+    x = images.permute(0, 3, 1, 2).float() / 255
     return ((x - 0.5) / 0.25).contiguous(memory_format=torch.channels_last)
 
 
@@ -142,11 +125,6 @@ def extract(images: Tensor, network: CifarFeatures | None = None, *, batch_size:
     return features, logits
 
 
-def accuracy(network: CifarFeatures, images: Tensor, labels: Tensor) -> float:
-    """Share of images whose largest logit is that of their label."""
-    return (extract(images, network)[1].argmax(1) == labels).double().mean().item()
-
-
 def load_features(path: str | os.PathLike = WEIGHTS, device: str | torch.device = "cpu") -> CifarFeatures:
     """The network with the weights of a .safetensors file (default: the packaged one), in float32 and eval mode.
 
@@ -154,7 +132,7 @@ def load_features(path: str | os.PathLike = WEIGHTS, device: str | torch.device 
     """
     path, network = Path(path), CifarFeatures()
     if not path.is_file():
-        way = "check the clone is whole, or make them with `python -m evaluate.features train`"
+        way = "check the clone is whole, or make them with `python -m evaluate.train_features`"
         raise FileNotFoundError(f"the feature weights {path} are missing: {way}")
     network.sha256 = file_sha256(path)
     if (recorded := recorded_digest(path)) not in (None, network.sha256):
@@ -166,83 +144,3 @@ def load_features(path: str | os.PathLike = WEIGHTS, device: str | torch.device 
     except RuntimeError as error:
         raise ValueError(f"{path} is for another network: its tensors have other names or shapes") from error
     return network.to(device).eval().requires_grad_(False)
-
-
-def round_weights(network: CifarFeatures) -> dict[str, Tensor]:
-    """What is stored: matrices in float16, norms and biases in float32. The network gets the rounded values, too."""
-    stored = {}
-    for name, tensor in network.state_dict().items():
-        if not name.endswith("num_batches_tracked"):  # a counter of the norms, which matters in training only
-            stored[name] = tensor.to("cpu", torch.float16 if tensor.ndim > 1 else torch.float32).contiguous()
-    network.load_state_dict({name: tensor.float() for name, tensor in stored.items()})
-    return stored
-
-
-def save_features(network: CifarFeatures, path: Path, **metadata: str) -> str:
-    """Write the weights, rounded, and FILE.sha256; each file appears whole or not at all. Returns the digest."""
-    with written_whole(path) as temporary:
-        safetensors.torch.save_file(round_weights(network), temporary, {"format": "pt", **metadata})
-        temporary.chmod(0o644)  # safetensors writes private files
-        digest = file_sha256(temporary)
-        record_digest(path, digest)
-    return digest
-
-
-def load_images(path: Path) -> tuple[Tensor, Data]:
-    """uint8 (N, 32, 32, 3) and the data that it comes from, with labels of ten classes."""
-    data = read_data(path)
-    if data.latent or data.images.shape[1:] != (3, SIZE, SIZE):
-        raise ValueError(f"{path}: expected images of {SIZE} x {SIZE} pixels, got {tuple(data.images.shape)}")
-    if data.num_classes != CLASSES:
-        raise ValueError(f"{path} has {data.num_classes} classes, the network is for {CLASSES}")
-    return data.images.permute(0, 2, 3, 1).contiguous(), data
-
-
-def make_parser() -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser("evaluate.features", description=__doc__, formatter_class=raw, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-
-    def command(name: str, text: str) -> Callable[..., argparse.Action]:
-        child = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        child.add_argument("--device", help="default: cuda where there is one, else cpu")
-        child.add_argument("--debug", action="store_true", help="show where an error was raised")
-        return child.add_argument
-
-    labelled = "packed .npz, or a folder of class folders"
-    add = command("train", "train the classifier and write its weights with their digest")
-    add("--data", type=Path, required=True, help=f"to train on: {labelled}")
-    add("--test", type=Path, help="the same; the accuracy is measured on it once, at the end")
-    add("--out", type=writable, default=str(WEIGHTS), help="the .safetensors to write (default: the packaged one)")
-    add("--epochs", type=number(1, 10_000), default=60, help="default %(default)s")
-    add("--batch-size", type=number(2, 65_536), default=512, help="default %(default)s")
-    add("--lr", type=number(1e-6, 100.0), help="peak rate (default 0.1 for each 128 images of a batch)")
-    add("--seed", type=number(0, 2**63 - 1), default=0, help="default %(default)s")
-    add("--limit", type=number(2, 10**9), metavar="N", help="train on the first N images only, for a trial")
-    add("--compile", action="store_true", help="torch.compile the network; pays for long runs only")
-    add = command("check", "print the accuracy of the weights on a test set")
-    add("--test", type=Path, required=True, help=labelled)
-    add("--weights", type=Path, default=WEIGHTS, help="default: the packaged ones")
-    return parser
-
-
-def check(args: argparse.Namespace, device: torch.device) -> None:
-    network, (images, data) = load_features(args.weights, device), load_images(args.test)
-    share = accuracy(network, images, data.labels)
-    print(f"test accuracy {share:.2%} on {len(images)} images, weights {network.sha256}")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = make_parser().parse_args(argv)
-
-    def job() -> None:
-        from evaluate.train_features import run as train  # here, because it imports this module
-
-        commands = {"train": train, "check": check}
-        commands[args.command](args, find_device(args.device))
-
-    return run_command("evaluate.features", job, args.debug)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -24,7 +24,6 @@ from evaluate.frechet import ENOUGH, frechet_distance
 from evaluate.imagesets import MAY_DIFFER, ImageSet, open_images, unlike
 from evaluate.inception import DIGEST
 from evaluate.networks import Network
-from evaluate.pages import table
 from evaluate.reference import (
     REFERENCES,
     Measured,
@@ -35,9 +34,9 @@ from evaluate.reference import (
     network_for,
     reference,
 )
-from evaluate.results import differing, read_result, write_result
+from evaluate.results import conclude, differing, read_result
 from evaluate.setmetrics import inception_score, kernel_distance, precision_recall
-from runtime import find_device, say
+from runtime import find_device
 
 FEW = {  # images that a set should have at least
     ENOUGH: "with fewer the covariance is singular, and every distance is much too large",
@@ -51,7 +50,7 @@ HEADS = {
     "inception_score": "IS",
     "precision": "precision",
     "recall": "recall",
-    "kernel_distance": "KD x 1000",  # KID with Inception
+    "kernel_distance": "KD x 1000",
     "to_uncached": "to uncached",
     "change": "change",
 }
@@ -124,24 +123,24 @@ def check_alike(images: ImageSet, other: ImageSet | Earlier, flag: str, allowed:
         raise ValueError(f"{flag}: {images.path} and {other.path} differ in {', '.join(fields)}")
 
 
-def tabulate(records: list[dict[str, Any]], name: str, spread: bool) -> dict[str, Any]:
-    """Columns and rows of text; with `spread` a last row of means and deviations."""
-    columns = [key for key in HEADS if key in records[0]["metrics"]]
-    heads = [HEADS[key] for key in columns]
-    if name == "fid":
-        heads = [head.replace("KD", "KID") for head in heads]
-    rows = [[f"`{record['samples']}`", str(record["count"]), *_cells(record["metrics"], columns)] for record in records]
+def tabulate(records: list[dict[str, Any]], network: str, spread: bool) -> list[dict[str, str]]:
+    """A line of text for each set; with `spread` a last one of means and deviations. KID is in thousandths."""
+    heads = {key: head for key, head in HEADS.items() if key in records[0]["metrics"]}
+    if network == "inception" and "kernel_distance" in heads:
+        heads["kernel_distance"] = "KID x 1000"
+
+    def cells(values: dict[str, float]) -> list[str]:
+        return [f"{values[key] * (1000 if key == 'kernel_distance' else 1):.4g}" for key in heads]
+
+    found = [record["metrics"] for record in records]
+    columns = ["", "images", *heads.values()]
+    lines = [[f"`{record['samples']}`", str(record["count"]), *cells(record["metrics"])] for record in records]
     if spread:
-        values = {key: [record["metrics"][key] for record in records] for key in columns}
-        means = _cells({key: statistics.mean(each) for key, each in values.items()}, columns)
-        deviations = _cells({key: statistics.stdev(each) for key, each in values.items()}, columns)
-        rows.append(["mean ± deviation", "", *(f"{a} ± {b}" for a, b in zip(means, deviations, strict=True))])
-    return {"columns": ["", "images", *heads], "rows": rows}
-
-
-def _cells(values: dict[str, float], columns: list[str]) -> list[str]:
-    """Numbers as text: KID in thousandths, as it is published."""
-    return [f"{values[key] * (1000 if key == 'kernel_distance' else 1):.4g}" for key in columns]
+        means, deviations = (
+            cells({key: of([own[key] for own in found]) for key in heads}) for of in (statistics.mean, statistics.stdev)
+        )
+        lines.append(["mean ± deviation", "", *map(" ± ".join, zip(means, deviations, strict=True))])
+    return [dict(zip(columns, line, strict=True)) for line in lines]
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -185,11 +184,10 @@ def run(args: argparse.Namespace) -> None:
         notes += cautions(images, found, network)
         record = {"samples": str(images.path), "count": found.count, "sha256": found.sha256}
         records.append(record | {"protocol": images.protocol, "metrics": values, "notes": notes})
-    shown = tabulate(records, name, args.seeds)
-    notes = list(dict.fromkeys(note for record in records for note in record["notes"]))
-    print(table(**shown))
-    print(f"{network.name}, weights sha256 {network.sha256}; reference {path.name}, sha256 {real.sha256}")
-    for note in notes:
-        say(f"note: {note}")
+    notes = [
+        f"{network.name}, weights sha256 {network.sha256}; reference {path.name}, sha256 {real.sha256}",
+        *dict.fromkeys(note for record in records for note in record["notes"]),
+    ]
     about = {"path": str(path), "sha256": real.sha256, "count": real.count}
-    write_result(args, evaluator=alike, reference=about, sets=records, table=shown, notes=notes)
+    lines = tabulate(records, network.name, args.seeds)
+    conclude(args, lines, notes, evaluator=alike, reference=about, sets=records)

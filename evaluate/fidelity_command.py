@@ -24,12 +24,11 @@ from torch import Tensor
 from adacorr.command import writable
 from evaluate.fidelity import psnr, ssim, summarise
 from evaluate.imagesets import ImageSet, open_images, unlike
-from evaluate.pages import columns_of, table
+from evaluate.pages import spread
 from evaluate.perceptual import SMALLEST, Perceptual
-from evaluate.results import write_result
+from evaluate.results import conclude
 from runtime import Progress, find_device, say
 
-WINDOW = 11  # pixels of SSIM
 BATCH = 16
 
 
@@ -46,10 +45,10 @@ def check_pair(reference: ImageSet, other: ImageSet) -> None:
     if reference.size != other.size:
         pixels = "{1} x {0}".format
         raise ValueError(f"{a} has images of {pixels(*reference.size)} pixels but {b} of {pixels(*other.size)}")
-    labels = reference.labels, other.labels
-    if labels[0] is not None and labels[1] is not None and len(differing := (labels[0] != labels[1]).nonzero()[0]):
-        i = differing[0]
-        raise ValueError(f"image {i} has label {labels[0][i]} in {a} but {labels[1][i]} in {b}")
+    if reference.labels is not None and other.labels is not None:
+        for i, (one, two) in enumerate(zip(reference.labels, other.labels, strict=True)):
+            if one != two:
+                raise ValueError(f"image {i} has label {one} in {a} but {two} in {b}")
     if fields := unlike(reference, other):
         raise ValueError(f"{a} and {b} were sampled with another {', '.join(fields)}: sample both alike but the cache")
 
@@ -57,7 +56,7 @@ def check_pair(reference: ImageSet, other: ImageSet) -> None:
 def paired(reference: ImageSet, other: ImageSet) -> Iterator[tuple[Tensor, Tensor]]:
     """Both sets a batch at a time, uint8 (n, H, W, 3), with the progress."""
     batches = zip(reference.batches(BATCH), other.batches(BATCH), strict=True)
-    with Progress(reference.count, "image", "comparing", line=lambda text: say(f"progress: {text}")) as progress:
+    with Progress(reference.count, "image", "comparing", line=say) as progress:
         for a, b in batches:
             yield torch.from_numpy(a), torch.from_numpy(b)
             progress.update(len(a))
@@ -82,18 +81,14 @@ def compare_sets(
 
 def cells(result: dict[str, Any]) -> dict[str, str]:
     """The scores of a set as text, by the name of their column."""
-
-    def text(name: str, digits: int, *keys: str) -> str:
-        return " / ".join(f"{float(result[name][key]):.{digits}f}" for key in keys)
-
     row = {
         "images": str(result["images"]),
         "identical": str(result["psnr"]["identical"]),
-        "PSNR mean / p5 / min (dB)": text("psnr", 2, "mean", "p5", "min"),
-        "SSIM mean / p5 / min": text("ssim", 4, "mean", "p5", "min"),
+        "PSNR mean / p5 / min (dB)": spread(result["psnr"], 2),
+        "SSIM mean / p5 / min": spread(result["ssim"], 4),
     }
     if "lpips" in result:
-        row["LPIPS mean / p95 / max"] = text("lpips", 4, "mean", "p95", "max")
+        row["LPIPS mean / p95 / max"] = spread(result["lpips"], 4, ("mean", "p95", "max"))
     return row
 
 
@@ -118,23 +113,20 @@ def run(args: argparse.Namespace) -> None:
     others = [open_images(path) for path in args.samples]
     for other in others:
         check_pair(reference, other)
-    smallest = {"SSIM": WINDOW} | ({f"--lpips {args.lpips}": SMALLEST[args.lpips]} if args.lpips else {})
-    for name, least in smallest.items():
-        if min(reference.size) < least:
-            height, width = reference.size
-            raise ValueError(f"{name} needs images of at least {least} x {least} pixels, these have {width} x {height}")
+    if args.lpips is not None and min(reference.size) < SMALLEST[args.lpips]:
+        height, width = reference.size
+        least = "{0} x {0}".format(SMALLEST[args.lpips])
+        raise ValueError(f"--lpips {args.lpips} needs images of at least {least} pixels, these have {width} x {height}")
     perceptual = None if args.lpips is None else Perceptual(args.lpips, args.lpips_weights, device)
     results = [compare_sets(reference, other, device, perceptual) for other in others]
-    pairs, head = [*zip(others, results, strict=True)], f"against {reference.path}"
-    shown = columns_of([{head: f"`{other.path}`", **cells(result)} for other, result in pairs])
-    print(table(**shown))
     notes = ["Image i against image i of the reference; equal images are left out of the PSNR."]
     if perceptual is not None:
         notes.append(f"LPIPS 0.1, {perceptual.name}; sha256 of heads and backbone {perceptual.sha256}.")
-    write_result(
+    pairs, head = [*zip(others, results, strict=True)], f"against {reference.path}"
+    conclude(
         args,
-        table=shown,
-        notes=notes,
+        [{head: f"`{other.path}`", **cells(result)} for other, result in pairs],
+        notes,
         reference={"path": str(reference.path), "protocol": reference.protocol},
         sets=[{"path": str(other.path), "protocol": other.protocol, **result} for other, result in pairs],
         lpips_sha256=None if perceptual is None else perceptual.sha256,

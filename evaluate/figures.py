@@ -2,7 +2,6 @@
 
     python -m evaluate figure2 --out figure2.json
     python -m evaluate figure5 --setting teacache:threshold=0.2+adacorr --out figure5.json
-    python -m evaluate figure5 --from figure5.json     # draws figure5.png again, without a model
 
 figure2  Spatial variation over the image: Eq. 2 before its mean over tokens, which is the standard deviation over
          channels of each token of a layer's input. The run is uncached. With guidance its conditional half is shown.
@@ -15,14 +14,10 @@ figure5  Three maps by layer and step of a run with a cache, means over images. 
 """
 
 import argparse
-import base64
-import io
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 import pipeline
@@ -32,7 +27,7 @@ from adacorr.files import check_writable
 from adacorr.offset import channel_deviation, offset_score, spatial_variation, temporal_deviation
 from evaluate.bench import Setting
 from evaluate.plots import check_matplotlib, save
-from evaluate.results import protocol_line, read_result, write_result
+from evaluate.results import protocol_line, write_result
 from models import DiT
 from pipeline import Pipeline
 from profiles import check_calibrate, with_profile
@@ -124,16 +119,16 @@ def drift_maps(pipe: Pipeline, seed: int, count: int, cache: CacheManager, progr
 # --------------------------------------------------------------------------------------------------- drawing
 
 
-def figure2(content: dict[str, Any]) -> Any:
-    """A row for each image: the image, then its maps. Each step has a colour scale of its own."""
+def figure2(content: dict[str, Any], images: Tensor) -> Any:
+    """A row for each final image (n, H, W, 3): itself, then its maps. Each step has its own colour scale."""
     from matplotlib.figure import Figure
 
     maps = np.array(content["variation"])  # (n, steps, rows, columns)
     n, steps = maps.shape[:2]
     figure = Figure(figsize=(1.5 * (steps + 1) + 0.3, 1.5 * n + 1.5), layout="compressed")
     grid = figure.subplots(n, steps + 1, squeeze=False, subplot_kw={"xticks": [], "yticks": []})
-    for axes, png in zip(grid[:, 0], content["final_png"], strict=True):
-        axes.imshow(Image.open(io.BytesIO(base64.b64decode(png))))
+    for axes, image in zip(grid[:, 0], images.numpy(), strict=True):
+        axes.imshow(image)
     grid[0, 0].set_title("final image", fontsize="small")
     for i, (step, t) in enumerate(zip(content["steps"], content["timesteps"], strict=True)):
         column, values = grid[:, i + 1], maps[:, i]
@@ -148,8 +143,8 @@ def figure2(content: dict[str, Any]) -> Any:
     return figure
 
 
-def figure5(content: dict[str, Any]) -> Any:
-    """Three heat maps: layers up, steps to the right. What is zero or was not measured stays blank on a log scale."""
+def figure5(content: dict[str, Any], maps: dict[str, np.ndarray]) -> Any:
+    """Three heat maps (steps, layers): layers up. What is zero or was not measured stays blank on a log scale."""
     from matplotlib.figure import Figure
 
     titles = {
@@ -159,9 +154,8 @@ def figure5(content: dict[str, Any]) -> Any:
     }
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     for axes, (key, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
-        values = np.array(content[key], dtype=float).T  # None is nan
-        scale = {"vmin": 0, "vmax": 1} if key == "hit_rate" else {"norm": "log" if (values > 0).any() else None}
-        drawn = axes.imshow(values, origin="lower", aspect="auto", interpolation="nearest", **scale)
+        scale = {"vmin": 0, "vmax": 1} if key == "hit_rate" else {"norm": "log" if (maps[key] > 0).any() else None}
+        drawn = axes.imshow(maps[key].T, origin="lower", aspect="auto", interpolation="nearest", **scale)
         axes.set(xlabel="step", ylabel="layer")
         axes.set_title(title, fontsize="small")
         axes.yaxis.get_major_locator().set_params(integer=True)
@@ -169,9 +163,6 @@ def figure5(content: dict[str, Any]) -> Any:
     title = f"{content['setting']}, mean over images; offset and drift as the uncached network sees its states"
     figure.suptitle(f"{title}\n{content['protocol']}", fontsize="small")
     return figure
-
-
-DRAW = {"figure2": figure2, "figure5": figure5}
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -192,13 +183,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         spec = "METHOD[:key=value,...][+adacorr[:key=value,...]], adacorr or literal (default adacorr)"
         add("--setting", default="adacorr", metavar="SPEC", help=spec)
         pipeline.add_calibrate_flag(group)
-    where = group.add_mutually_exclusive_group(required=True)
-    where.add_argument("--out", type=writable, metavar="FILE.json", help="writes FILE.json and FILE.png")
-    where.add_argument("--from", type=Path, dest="source", metavar="FILE.json", help="draws FILE.png from FILE.json")
+    add("--out", type=writable, required=True, metavar="FILE.json", help="writes FILE.json and FILE.png")
 
 
-def measure_figure2(args: argparse.Namespace) -> dict[str, Any]:
-    """Maps and images of some steps; ValueError for a mistake, before anything is sampled."""
+def measure_figure2(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
+    """Numbers and drawing; ValueError for a mistake, before anything is sampled."""
     last = args.num_sampling_steps - 1
     steps = sorted(set(args.steps or np.linspace(0, last, SHOWN).round().astype(int).tolist()))
     for step in steps:
@@ -207,57 +196,37 @@ def measure_figure2(args: argparse.Namespace) -> dict[str, Any]:
     depth = len(pipe.model.blocks)
     layer = depth // 2 if args.layer is None else args.layer
     check_range("--layer", layer, 0, depth - 1)
-    with _progress(args.num_sampling_steps) as progress:
+    with Progress(args.num_sampling_steps, "step", line=say) as progress:
         images, maps = variation_maps(pipe, args.seed, args.num_images, layer, steps, progress)
-    return {
-        "protocol": _protocol(args, pipe),
-        "layer": layer,
-        "steps": steps,
-        "timesteps": pipe.sampler.timesteps[steps].tolist(),
-        "variation": maps.tolist(),
-        "final_png": [_png(image) for image in images],
-    }
+    content = {"protocol": _protocol(args, pipe), "layer": layer, "steps": steps}
+    content |= {"timesteps": pipe.sampler.timesteps[steps].tolist(), "variation": maps.tolist()}
+    return content, figure2(content, images)
 
 
-def measure_figure5(args: argparse.Namespace) -> dict[str, Any]:
-    """The three maps; ValueError for a mistake, before anything is sampled."""
+def measure_figure5(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
+    """Numbers and drawing; ValueError for a mistake, before anything is sampled."""
     setting = Setting.of(args.setting)
     check_calibrate(args.calibrate)
     check_range("--num-sampling-steps", args.num_sampling_steps, 2, 1000)  # one step leaves nothing to reuse
     pipe = pipeline.load(pipeline.ModelOptions.of(args))
     cache = with_profile(CacheManager.of(setting.cache, setting.adacorr), pipe, args.calibrate)
-    with _progress(4 * args.num_sampling_steps) as progress:
+    with Progress(4 * args.num_sampling_steps, "step", line=say) as progress:
         maps = drift_maps(pipe, args.seed, args.num_images, cache, progress)
-    offset = [[None if np.isnan(value) else value for value in row] for row in maps.pop("offset").tolist()]
-    rest = {key: values.tolist() for key, values in maps.items()}
-    return {"protocol": _protocol(args, pipe), "setting": cache.spec, "offset": offset, **rest}
-
-
-def _progress(steps: int) -> Progress:
-    return Progress(steps, "step", line=say)
+    content = {"protocol": _protocol(args, pipe), "setting": cache.spec}
+    content |= {key: np.where(np.isnan(values), None, values).tolist() for key, values in maps.items()}
+    return content, figure5(content, maps)
 
 
 def _protocol(args: argparse.Namespace, pipe: Pipeline) -> str:
     return protocol_line(pipe, f"{args.num_images} image{'s' if args.num_images > 1 else ''} of seed {args.seed}")
 
 
-def _png(image: Tensor) -> str:
-    """uint8 (H, W, 3) as the text of a PNG in base64."""
-    file = io.BytesIO()
-    Image.fromarray(image.numpy()).save(file, format="PNG")
-    return base64.b64encode(file.getvalue()).decode()
-
-
 def run(args: argparse.Namespace) -> None:
-    """Measure unless --from gives the numbers, then draw. ValueError or OSError for a mistake, before the work."""
+    """Measure and draw. ValueError or OSError for a mistake, before the work."""
     check_matplotlib(args.command)
-    path = args.out or args.source
-    picture = path.with_suffix(".png")
-    check_writable("--out" if args.out else "--from", picture)
-    if args.source is not None:
-        content = read_result(args.source, args.command)
-    else:
-        content = (measure_figure2 if args.command == "figure2" else measure_figure5)(args)
-        write_result(args, **content, images=[picture.name])
-    save(DRAW[args.command](content), picture)
+    picture = args.out.with_suffix(".png")
+    check_writable("--out", picture)
+    content, figure = (measure_figure2 if args.command == "figure2" else measure_figure5)(args)
+    write_result(args, **content, images=[picture.name])
+    save(figure, picture)
     print(picture)

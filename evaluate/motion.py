@@ -13,15 +13,11 @@ by itself, so that a cache decides anew in each. Cached clips are compared with 
   flicker       mean of |x_{k+1} - 2 x_k + x_{k-1}| over pixels and frames, in levels of 0..255
   PSNR          of each frame against the uncached one, in dB
 
-With --out, a command that was stopped goes on from the last batch when it is given again.
+Tables take t-FID of still images: `trajectory_frames` makes a clip of what the network predicts along a run.
 """
 
 import argparse
-import hashlib
-import json
-import shutil
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,32 +27,28 @@ from torch import Tensor
 import pipeline
 from adacorr import CacheManager
 from adacorr.command import number, writable
-from adacorr.files import written_whole
 from diffusion import NUM_TRAIN, make_sampler
 from evaluate.bench import Setting
 from evaluate.fidelity import fidelity
 from evaluate.frechet import ENOUGH, Moments, frechet_distance
 from evaluate.networks import Network, add_features_flags, network_of
-from evaluate.pages import table
-from evaluate.results import VERSION, protocol_line, write_result
+from evaluate.pages import spread
+from evaluate.results import conclude, protocol_line
 from fid_run.protocol import image_size
 from pipeline import Pipeline, gaussian
-from profiles import check_calibrate, digest, with_profile
+from profiles import check_calibrate, with_profile
 from runtime import Progress, check_range, say
 
 BATCH = 64  # frames that a network sees at once
 LAST_NOISE = NUM_TRAIN + 1  # the random stream of e1; those before it are of e0 and of sampling steps
-COLUMNS = ("setting", "frames", "compute", "hit rate", "t-FID", "motion ratio", "flicker", "PSNR mean / p5 / min (dB)")
-# Flags on which a frame depends, besides what the pipeline and the cache know.
-FRAME_FLAGS = ("sampler", "num_sampling_steps", "vae", "dtype", "seed")
 
 
 class Sampled(NamedTuple):
     """The frames of some clips and what they took; compute and hit rate are means over frames."""
 
     frames: Tensor  # uint8 (n, F, H, W, 3)
-    compute: float = 1.0
-    hit_rate: float = 0.0
+    compute: float
+    hit_rate: float
 
 
 # ------------------------------------------------------------------------------------------------ measures
@@ -112,44 +104,19 @@ def sample_clips(
     seed: int,
     clips: int,
     frames: int,
-    cache: CacheManager | None = None,
-    *,
+    cache: CacheManager | None,
+    progress: Progress,
     batch_size: int = 16,
-    keep: Path | None = None,
-    update: Callable[[int], object] = lambda count: None,
 ) -> Sampled:
-    """The first `clips` clips of a seed, with the labels in turn. The sampler must inject no noise.
-
-    keep    stem of files that hold what was sampled: batches that are there are read
-    update  is told how many more frames there are
-    """
-    parts: list[dict[str, np.ndarray]] = []
-    for start in range(0, clips * frames, batch_size):
-        numbers = np.arange(start, min(start + batch_size, clips * frames))
-        path = None if keep is None else keep.with_name(f"{keep.name}-{start}-{len(numbers)}.npz")
-        if path is not None and path.is_file():
-            with np.load(path) as kept:
-                parts.append(dict(kept))
-        else:
-            parts.append(_sample_frames(pipe, seed, frames, numbers, cache))
-            if path is not None:
-                with written_whole(path) as temporary, open(temporary, "wb") as file:
-                    np.savez(file, **parts[-1])
-        update(len(numbers))
-    images = torch.from_numpy(np.concatenate([part["images"] for part in parts]))
-    counts = [len(part["images"]) for part in parts]
-    spent = (float(np.average([part[key] for part in parts], weights=counts)) for key in ("compute", "hit_rate"))
-    return Sampled(images.unflatten(0, (clips, frames)), *spent)
-
-
-def _sample_frames(
-    pipe: Pipeline, seed: int, frames: int, numbers: np.ndarray, cache: CacheManager | None
-) -> dict[str, np.ndarray]:
-    """Frames by number: their images and what they took."""
-    labels = pipe.labels_in_turn(numbers // frames)
-    x = pipe.sample_from(clip_noise(seed, frames, numbers, pipe.noise_shape), labels, cache)
-    spent = (1.0, 0.0) if cache is None else (cache.trace.compute, cache.trace.hit_rate)
-    return {"images": pipe.decode(x).numpy(), "compute": np.array(spent[0]), "hit_rate": np.array(spent[1])}
+    """The first `clips` clips of a seed, with the labels in turn. The sampler must inject no noise."""
+    images, spent, counts = [], [], []
+    for numbers in np.split(np.arange(clips * frames), range(batch_size, clips * frames, batch_size)):
+        noise, labels = clip_noise(seed, frames, numbers, pipe.noise_shape), pipe.labels_in_turn(numbers // frames)
+        images.append(pipe.decode(pipe.sample_from(noise, labels, cache)))
+        spent.append((1.0, 0.0) if cache is None else (cache.trace.compute, cache.trace.hit_rate))
+        counts.append(len(numbers))
+        progress.update(len(numbers))
+    return Sampled(torch.cat(images).unflatten(0, (clips, frames)), *np.average(spent, axis=0, weights=counts).tolist())
 
 
 def trajectory_frames(
@@ -202,52 +169,40 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--out", type=writable, metavar="FILE.json", help="writes the table and the plain numbers")
 
 
-def rows(
-    pipe: Pipeline,
-    network: Network,
-    args: argparse.Namespace,
-    caches: dict[str, CacheManager],
-    folder: Path | None,
-    progress: Progress,
+def measure(
+    pipe: Pipeline, network: Network, args: argparse.Namespace, caches: dict[str, CacheManager], progress: Progress
 ) -> Iterator[dict[str, Any]]:
-    """A row for each number of frames and setting, the uncached one first; `folder` keeps what was sampled."""
-    own = [VERSION, pipe.checkpoint.sha256, pipe.cfg_scale, pipe.cfg_channels]
-    own += [str(getattr(args, flag)) for flag in FRAME_FLAGS]
+    """A row of plain numbers for each number of frames and cache, the uncached one first."""
     for frames in args.frames:
-        reference = features = None
         for name, cache in {"uncached": None, **caches}.items():
-            known = None if cache is None else digest(cache.profile)
-            key = hashlib.sha256(json.dumps([*own, frames, name, known]).encode()).hexdigest()[:16]
-            sampled = sample_clips(
-                pipe,
-                args.seed,
-                args.clips,
-                frames,
-                cache,
-                batch_size=args.batch_size,
-                keep=None if folder is None else folder / key,
-                update=progress.update,
-            )
+            sampled = sample_clips(pipe, args.seed, args.clips, frames, cache, progress, args.batch_size)
+            found = frame_features(network, sampled.frames)
             row = {"setting": name, "frames": frames, "compute": sampled.compute, "hit_rate": sampled.hit_rate}
             row["flicker"] = flicker(sampled.frames)
             if cache is None:
-                reference, features = sampled, frame_features(network, sampled.frames)
+                reference, features = sampled.frames, found
             else:
-                cached = frame_features(network, sampled.frames)
-                row["t_fid"] = difference_distance(features, cached)
-                row["motion_ratio"] = motion_ratio(features, cached)
-                near = fidelity(reference.frames.flatten(0, 1), sampled.frames.flatten(0, 1))["psnr"]
-                row["psnr"] = {part: near[part] for part in ("mean", "p5", "min", "identical")}
+                row["t_fid"] = difference_distance(features, found)
+                row["motion_ratio"] = motion_ratio(features, found)
+                row["psnr"] = fidelity(reference.flatten(0, 1), sampled.frames.flatten(0, 1))["psnr"]
+                del row["psnr"]["per_image"]
             yield row
 
 
-def cells(row: dict[str, Any]) -> list[str]:
-    """A row as text, in the order of COLUMNS; the uncached clips are not compared with themselves."""
-    text = [f"`{row['setting']}`", str(row["frames"]), f"{row['compute']:.3f}", f"{row['hit_rate']:.3f}"]
-    if "psnr" not in row:
-        return [*text, "", "", f"{row['flicker']:.3f}", ""]
-    psnr = " / ".join(f"{float(row['psnr'][part]):.1f}" for part in ("mean", "p5", "min"))
-    return [*text, f"{row['t_fid']:.4g}", f"{row['motion_ratio']:.4f}", f"{row['flicker']:.3f}", psnr]
+def cells(row: dict[str, Any]) -> dict[str, str]:
+    """A row as text, by column; the uncached clips are not compared with themselves."""
+    text = {
+        "setting": f"`{row['setting']}`",
+        "frames": f"{row['frames']}",
+        "compute": f"{row['compute']:.3f}",
+        "hit rate": f"{row['hit_rate']:.3f}",
+        "flicker": f"{row['flicker']:.3f}",
+    }
+    near = dict.fromkeys(("t-FID", "motion ratio", "PSNR mean / p5 / min (dB)"), "")
+    if "psnr" in row:
+        values = f"{row['t_fid']:.4g}", f"{row['motion_ratio']:.4f}", spread(row["psnr"])
+        near = dict(zip(near, values, strict=True))
+    return text | near
 
 
 def run(args: argparse.Namespace) -> None:
@@ -259,28 +214,20 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--sampler {args.sampler} injects noise, which makes frames flicker by itself: take ddim")
     pipe = pipeline.load(pipeline.ModelOptions.of(args))
     network = network_of(args, image_size(pipe.model.config, pipe.vae), pipe.device)
-    caches = {}
+    caches, first = {}, np.zeros(1, dtype=int)
     for setting in settings:
         cache = with_profile(CacheManager.of(setting.cache, setting.adacorr), pipe, args.calibrate)
-        label = torch.zeros(1, dtype=torch.long) if pipe.model.num_classes else None
-        pipe.sample(args.seed, np.zeros(1, dtype=int), label, cache, stop=1)  # what refuses the model says so now
+        pipe.sample(args.seed, first, pipe.labels_in_turn(first), cache, stop=1)  # what refuses the model says so now
         caches[cache.spec] = cache
-    folder = None if args.out is None else args.out.with_name(f".{args.out.name}.frames")
-    total = sum(args.frames) * args.clips * (1 + len(caches))
-    with Progress(total, "frame", line=say) as progress:
-        measured = list(rows(pipe, network, args, caches, folder, progress))
+    with Progress(sum(args.frames) * args.clips * (1 + len(caches)), "frame", line=say) as progress:
+        rows = list(measure(pipe, network, args, caches, progress))
     protocol = protocol_line(pipe, f"{args.clips} clips of seed {args.seed}")
     notes = [f"{protocol}; features of {network.name} ({network.sha256[:12]})"]
     if (few := args.clips * (min(args.frames) - 1)) < ENOUGH:
         notes.append(f"t-FID of {few} changes is too large, {ENOUGH} are enough: take more --clips")
-    lines = [cells(row) for row in measured]
-    print(table(COLUMNS, lines), *notes, sep="\n")
-    if args.out is not None:
-        protocol = {
-            "checkpoint_sha256": pipe.checkpoint.sha256,
-            "features": {"network": network.name, "sha256": network.sha256, "convention": network.convention},
-            **{flag: getattr(args, flag) for flag in (*FRAME_FLAGS, "cfg_scale", "clips", "calibrate")},
-        }
-        columns = {"columns": list(COLUMNS), "rows": lines}
-        write_result(args, protocol=protocol, rows=measured, table=columns, notes=notes)
-        shutil.rmtree(folder)
+    protocol = {
+        "checkpoint_sha256": pipe.checkpoint.sha256,
+        "features": {"network": network.name, "sha256": network.sha256, "convention": network.convention},
+        **{flag: getattr(args, flag) for flag in ("vae", "dtype", "calibrate")},
+    }
+    conclude(args, [*map(cells, rows)], notes, protocol=protocol, rows=rows)

@@ -1,8 +1,14 @@
-"""Rows as Markdown tables."""
+"""Numbers as text, and rows as Markdown tables."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from evaluate.bench import Row
+
+
+def spread(scores: Mapping[str, Any], digits: int = 1, keys: Sequence[str] = ("mean", "p5", "min")) -> str:
+    """Some of a summary's numbers, or "inf" in place of one: "40.1 / 36.2 / 34.0"."""
+    return " / ".join(f"{float(scores[key]):.{digits}f}" for key in keys)
 
 
 def line(cells: Iterable[str]) -> str:
@@ -32,7 +38,7 @@ def measures(row: Row) -> dict[str, str]:
     return {
         "compute": f"{row.compute:.3f}",
         "hit rate": f"{row.hit_rate:.3f}",
-        "PSNR mean / p5 / min (dB)": " / ".join(f"{float(row.psnr[key]):.1f}" for key in ("mean", "p5", "min")),
+        "PSNR mean / p5 / min (dB)": spread(row.psnr),
         "to solution (dB)": solution,
         "SSIM": f"{float(row.ssim['mean']):.4f}",
         "speed-up": "" if row.speedup is None else f"{row.speedup:.2f}x",

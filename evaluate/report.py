@@ -17,10 +17,9 @@ import json
 import re
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -32,7 +31,7 @@ from evaluate.fidelity import psnr, summarise_psnr
 from evaluate.fidelity_command import check_pair, paired
 from evaluate.imagesets import ImageSet, open_images, unlike
 from evaluate.leaderboard import read_comparison, tables
-from evaluate.pages import measures
+from evaluate.pages import measures, spread
 from evaluate.results import read_result
 from fid_run.record import RunFolder
 from pictures import SMALLEST, grid
@@ -45,12 +44,11 @@ COLUMNS = ["set", "images", "compute", "images/s of one process", "identical", "
 PAGE = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
 
 
-@dataclass
-class Section:
+class Section(NamedTuple):
     """A part of the page; `parts` are HTML."""
 
     title: str
-    parts: list[str] = field(default_factory=list)
+    parts: list[str]
 
 
 # ------------------------------------------------------------------------------------------------- HTML
@@ -72,11 +70,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def figure(content: bytes, caption: str) -> str:
     """A PNG as a part of the page."""
-    data = base64.b64encode(content).decode()
-    alt = html.escape(caption)
-    return (
-        f'<figure><figcaption>{text(caption)}</figcaption><img alt="{alt}" src="data:image/png;base64,{data}"></figure>'
-    )
+    image = f'<img alt="{html.escape(caption)}" src="data:image/png;base64,{base64.b64encode(content).decode()}">'
+    return f"<figure><figcaption>{text(caption)}</figcaption>{image}</figure>"
 
 
 def picture(images: Tensor, caption: str) -> str:
@@ -102,36 +97,32 @@ def page(title: str, intro: str, sections: Sequence[Section]) -> str:
 def result_section(path: Path) -> Section:
     """A result file; OSError or ValueError for one that is damaged or none, and for a missing image of it."""
     try:
-        content = json.loads(path.read_bytes())
-    except ValueError:
-        content = None
+        comparison = {"identity", "rows", "tried"} <= json.loads(path.read_bytes()).keys()
+    except (ValueError, AttributeError):
+        comparison = False
     try:
-        if isinstance(content, dict) and {"identity", "rows", "tried"} <= content.keys():
-            return compare_section(path, content)
+        if comparison:
+            return compare_section(path)
         content = read_result(path)
-        section = Section(f"{content['kind']}: {path.name}", [made_with(content)])
-        section.parts += [f"<p>{text(note)}</p>" for note in content.get("notes", [])]
+        parts = [made_with(content), *(f"<p>{text(note)}</p>" for note in content.get("notes", []))]
         if "table" in content:
-            section.parts.append(table(**content["table"]))
-        for title, more in content.get("more_tables", {}).items():
-            section.parts += [f"<h3>{text(title)}</h3>", table(**more)]
-        section.parts += [figure(read_png(path, name), name) for name in content.get("images", [])]
+            parts.append(table(**content["table"]))
+        parts += [figure(read_png(path, name), name) for name in content.get("images", [])]
+        return Section(f"{content['kind']}: {path.name}", parts)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not as `python -m evaluate` writes it: {type(error).__name__} {error}") from None
-    return section
 
 
-def compare_section(path: Path, content: dict[str, Any]) -> Section:
+def compare_section(path: Path) -> Section:
     """The rows of `evaluate compare`, and its plot if it lies beside them."""
-    rows, _ = read_comparison(path)
+    rows, content = read_comparison(path)
     levels = sorted({row.level for row in rows if row.level is not None}, reverse=True)
+    parts = [made_with(content), *(table(*each) for each in tables(rows, levels))]
+    if (plot := path.with_suffix(".png")).is_file():
+        parts.append(figure(read_png(path, plot.name), plot.name))
     columns = ["setting", "method", "form", "level", *(measures(rows[0]) if rows else [])]
     lines = [[f"`{row.setting}`", row.method, row.form, f"{row.level or ''}", *measures(row).values()] for row in rows]
-    section = Section(f"compare: {path.name}", [made_with(content), *(table(*each) for each in tables(rows, levels))])
-    if (plot := path.with_suffix(".png")).is_file():
-        section.parts.append(figure(read_png(path, plot.name), plot.name))
-    section.parts += ["<h3>Every row</h3>", table(columns, lines)]
-    return section
+    return Section(f"compare: {path.name}", [*parts, "<h3>Every row</h3>", table(columns, lines)])
 
 
 def made_with(content: dict[str, Any]) -> str:
@@ -157,8 +148,7 @@ def read_png(result: Path, name: str) -> bytes:
 # ------------------------------------------------------------------------------------------- sets of images
 
 
-@dataclass
-class Pair:
+class Pair(NamedTuple):
     """Image `index` of the reference and of another set, uint8 (H, W, 3) each."""
 
     index: int
@@ -181,21 +171,20 @@ def groups(sets: Iterable[ImageSet]) -> list[list[ImageSet]]:
     """
     found: list[list[ImageSet]] = []
     for own in sets:
-        group = next((group for group in found if not unlike(group[0], own)), None)
-        if group is None:
-            found.append([own])
-        else:
-            group.append(own)
-
-    def rank(own: ImageSet) -> int:
-        uncached = own.protocol is not None and own.protocol["cache"] is None
-        return own.protocol["sampler"]["steps"] if uncached else 0
-
-    found = [sorted(group, key=rank, reverse=True) for group in found]
-    for reference, *others in found:
-        for other in others:
-            check_pair(reference, other)
+        group = next((group for group in found if not unlike(group[0], own)), [])
+        if not group:
+            found.append(group)
+        group.append(own)
+    for group in found:
+        group.sort(key=_steps_without_cache, reverse=True)
+        for other in group[1:]:
+            check_pair(group[0], other)
     return found
+
+
+def _steps_without_cache(own: ImageSet) -> int:
+    """Sampling steps of an uncached run, 0 for others."""
+    return own.protocol["sampler"]["steps"] if own.protocol and own.protocol["cache"] is None else 0
 
 
 def look(reference: ImageSet, other: ImageSet, count: int) -> tuple[Tensor, list[Pair], list[Pair]]:
@@ -204,9 +193,8 @@ def look(reference: ImageSet, other: ImageSet, count: int) -> tuple[Tensor, list
     first: list[Pair] = []
     worst: list[Pair] = []
     for a, b in paired(reference, other):
-        own = psnr(a, b).tolist()
-        pairs = [Pair(len(scores) + i, *pair) for i, pair in enumerate(zip(own, a, b, strict=True))]
-        scores += own
+        pairs = [Pair(len(scores) + i, *each) for i, each in enumerate(zip(psnr(a, b).tolist(), a, b, strict=True))]
+        scores += [pair.psnr for pair in pairs]
         first += pairs[: max(count - len(first), 0)]
         worst = sorted([*worst, *pairs], key=lambda pair: pair.psnr)[:WORST]
     return torch.tensor(scores, dtype=torch.float64), first, worst
@@ -224,28 +212,22 @@ def strips(pairs: Sequence[Pair]) -> str:
 def set_section(group: Sequence[ImageSet], count: int) -> Section:
     """Sets of the same noise: what was spent, how close they come, and their images."""
     reference, *others = group
-    section = Section(f"samples: {reference.path.name}")
-    if reference.protocol is not None:
-        p = reference.protocol
-        words = (
-            f"{p['checkpoint']['name']}, {p['sampler']['spec']}, guidance {p['guidance']['scale']:g}, seed {p['seed']}"
-        )
-        section.parts.append(f"<p>{text(words)}</p>")
-    rows, parts = [[*spent(reference), "", "reference" * bool(others)]], []
+    rows, parts, about = [[*spent(reference), "", "reference" * bool(others)]], [], []
+    if (p := reference.protocol) is not None:
+        guidance = f"guidance {p['guidance']['scale']:g}, seed {p['seed']}"
+        about = [f"<p>{text(', '.join([p['checkpoint']['name'], p['sampler']['spec'], guidance]))}</p>"]
     if not others:
         first = torch.from_numpy(next(reference.batches(count)))
         parts.append(picture(first, f"the first {len(first)} images"))
     for other in others:
         scores, first, worst = look(reference, other, count)
         near = summarise_psnr(scores)
-        quality = " / ".join(f"{float(near[key]):.2f}" for key in ("mean", "p5", "min"))
-        rows.append([*spent(other), str(near["identical"]), quality])
+        rows.append([*spent(other), str(near["identical"]), spread(near, 2)])
         legend = f"Left the reference, middle this set, right their absolute error, magnified {MAGNIFIED} times."
         parts += [f"<h3>{text(other.path.name)}</h3>", f"<p>{legend}</p>", strips(first)]
         if len(scores) > len(first):
             parts += [f"<p>The worst {len(worst)} of all {len(scores)}:</p>", strips(worst)]
-    section.parts += [table(COLUMNS, rows), *parts]
-    return section
+    return Section(f"samples: {reference.path.name}", [*about, table(COLUMNS, rows), *parts])
 
 
 def spent(own: ImageSet) -> list[str]:

@@ -3,11 +3,12 @@
 import argparse
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from adacorr.files import write_json
+from evaluate.pages import columns_of, table
 from pipeline import Pipeline
 from runtime import environment
 
@@ -17,14 +18,20 @@ VERSION = 1  # of the numbers: raised when an equal setting gives another value
 def write_result(args: argparse.Namespace, **content: Any) -> None:
     """JSON of the result of a command with these arguments, whole or not at all; nothing without --out.
 
-    content: `table` = {"columns": [...], "rows": [[text, ...], ...]} as it is printed, `more_tables` = {title: the
-    same}, `notes` = [text, ...], `images` = [file name of a PNG beside the JSON, ...], and whatever else the command
-    measured, as plain numbers.
+    content: `table` = {"columns": [...], "rows": [[text, ...], ...]} as it is printed, `notes` = [text, ...], `images`
+    = [file name of a PNG beside the JSON, ...], and whatever else the command measured, as plain numbers.
     """
     if args.out is not None:
         head = {"kind": args.command, "version": VERSION, "date": time.strftime("%Y-%m-%d")}
         head |= {"made_with": list(args.made_with), "environment": environment()}
         write_json(args.out, {**head, **content})
+
+
+def conclude(args: argparse.Namespace, lines: Sequence[dict[str, str]], notes: Sequence[str], **content: Any) -> None:
+    """Write the result of a command, then print its table and notes; `lines` are the table's rows, text by column."""
+    shown = columns_of(lines)
+    write_result(args, table=shown, notes=list(notes), **content)
+    print(table(**shown), "", *notes, sep="\n")
 
 
 def protocol_line(pipe: Pipeline, images: str) -> str:
@@ -41,10 +48,8 @@ def differing(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
 def read_result(path: Path, kind: str | None = None) -> dict[str, Any]:
     """The content of a result file, of that kind if one is given; OSError or ValueError in one line."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no JSON file: {error}") from None
-    except json.JSONDecodeError as error:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:  # of the text or of the JSON
         raise ValueError(f"{path} is no JSON file, or not a whole one: {error}") from None
     if not isinstance(content, dict) or "kind" not in content:
         raise ValueError(f"{path} is no result of `python -m evaluate`: it has no field `kind`")

@@ -5,13 +5,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from adacorr import CacheManager, parse_correction
+from adacorr import parse_correction
 from adacorr.files import written_whole
 from adacorr.spec import parse_spec
 from evaluate.bench import WARM_UP, Bench, Setting
@@ -70,26 +70,15 @@ class Row:
         return cls(**values | {"setting": Setting(**plain["setting"])})
 
 
-@dataclass
-class Cost:
-    """What the batches of one setting spent."""
+class Spent(NamedTuple):
+    """What one batch took."""
 
-    seconds: list[float] = field(default_factory=list)  # of whole batches
-    images: list[int] = field(default_factory=list)
-    shares: list[tuple[float, float]] = field(default_factory=list)  # compute and hit rate of each batch
-    cache_bytes_per_image: int = 0
-    memory: int | None = None
-
-    def add(self, images: int, cache: CacheManager | None, memory: int | None) -> None:
-        self.images.append(images)
-        self.shares.append((1.0, 0.0) if cache is None else (cache.trace.compute, cache.trace.hit_rate))
-        self.cache_bytes_per_image = max(self.cache_bytes_per_image, 0 if cache is None else cache.bytes // images)
-        self.memory = memory if self.memory is None else max(self.memory, memory)
-
-    @property
-    def means(self) -> list[float]:
-        """Compute and hit rate of all images."""
-        return np.average(self.shares, axis=0, weights=self.images).tolist()
+    images: int
+    seconds: float
+    compute: float
+    hit_rate: float
+    cache_bytes_per_image: int
+    memory: int  # bytes, 0 without a GPU
 
 
 @dataclass
@@ -132,25 +121,26 @@ class Study:
         """The row of a setting. The uncached one comes first: it leaves its images in `spool`."""
         if self.repeats:
             self.bench.sample(setting, self.batch, stop=WARM_UP)
-        cost = Cost()
-        batches = self._sample(setting, cost, progress)
+        spent: list[Spent] = []
+        batches = self._sample(setting, spent, progress)
         scores = self._keep(batches) if setting == UNCACHED else self._compare(batches)
+        seconds = [own.seconds for own in spent if own.images == self.batch]
         for _ in range(self.timed_again):
-            cost.seconds.append(self.bench.sample(setting, self.batch)[2])
+            seconds.append(self.bench.sample(setting, self.batch)[2])
             progress.update(self.batch)
         scores["tfid"] = self._tfid(setting, progress) if self.trajectories else None
-        latency = statistics.median(cost.seconds) if self.repeats else None
-        checkpoint, (compute, hit_rate) = self.bench.pipe.checkpoint, cost.means
+        latency = statistics.median(seconds) if self.repeats else None
+        shares, weights = [(own.compute, own.hit_rate) for own in spent], [own.images for own in spent]
+        compute, hit_rate = np.average(shares, axis=0, weights=weights).tolist()
         return Row(
-            checkpoint.path.name,
-            checkpoint.sha256,
-            setting,
+            self.bench.pipe.checkpoint.path.name,
+            *self.key(setting),
             self.bench.count,
             **scores,
             compute=compute,
             hit_rate=hit_rate,
-            cache_bytes_per_image=cost.cache_bytes_per_image,
-            memory=cost.memory,
+            cache_bytes_per_image=max(own.cache_bytes_per_image for own in spent),
+            memory=max(own.memory for own in spent) or None,
             latency=latency,
             images_per_second=latency and self.batch / latency,
         )
@@ -184,19 +174,20 @@ class Study:
             "ssim": similar.mean().item(),
         }
 
-    def _sample(self, setting: Setting, cost: Cost, progress: Progress) -> Iterator[tuple[int, Tensor]]:
-        """(first image, images (n, H, W, 3) uint8) of each batch; adds to `cost`."""
+    def _sample(self, setting: Setting, spent: list[Spent], progress: Progress) -> Iterator[tuple[int, Tensor]]:
+        """(first image, images (n, H, W, 3) uint8) of each batch; adds to `spent`."""
         device = self.bench.pipe.device
         for first, count in self._batches(self.bench.count):
-            memory = None
+            memory = 0
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             x, cache, seconds = self.bench.sample(setting, count, first=first)
             if device.type == "cuda":
                 memory = torch.cuda.max_memory_allocated(device)
-            if count == self.batch:
-                cost.seconds.append(seconds)
-            cost.add(count, cache, memory)
+            shares = (
+                (1.0, 0.0, 0) if cache is None else (cache.trace.compute, cache.trace.hit_rate, cache.bytes // count)
+            )
+            spent.append(Spent(count, seconds, *shares, memory))
             yield first, self.bench.pipe.decode(x)
             progress.update(count, str(setting) or "uncached")
 

@@ -82,8 +82,8 @@ def cells(row: Row, known: dict[str, str], network: str) -> dict[str, str]:
     }
 
 
-def tabulate(command: str, rows: Sequence[Row], known: Sequence[dict[str, str]], network: str) -> dict[str, Any]:
-    """Columns and rows of text, as they are printed."""
+def tabulate(command: str, rows: Sequence[Row], known: Sequence[dict[str, str]], network: str) -> list[dict[str, str]]:
+    """A line of text by column for each row; in Table III one for each method, before → after correction."""
     name, lines = distance_name(network), []
     shown = name, f"{name} to uncached", "images/s", "hit rate (%)"  # of Table III
     for row, values in zip(rows, known, strict=True):
@@ -91,14 +91,14 @@ def tabulate(command: str, rows: Sequence[Row], known: Sequence[dict[str, str]],
         if command == "table3":
             text = {column: text[column] for column in shown if column in text}
             if row.setting.adacorr is not None:
-                text = {name: f"{lines[-1][name]} → {after}" for name, after in text.items()}
-                lines.pop()
+                before = lines.pop()
+                text = {column: f"{before[column]} → {after}" for column, after in text.items()}
             alone = Setting(row.setting.cache).named.replace("--cache ", "") if row.setting.cache else "`uncached`"
             lines.append({"method": alone, **text})
         else:
             model = {"model": row.checkpoint} if command == "table2" else {}
             lines.append({**model, "setting": row.setting.named if row.setting != UNCACHED else "uncached", **text})
-    return columns_of(lines)
+    return lines
 
 
 def unlike(study: Study, size: int) -> list[str]:
@@ -298,34 +298,33 @@ def sweep(
     }
     taken_over = args.out is not None and args.out.exists() and not args.overwrite
     rows = {row.key: row for row in known_rows(args.out, args.command, identity)} if taken_over else {}
+    asked = [study.key(setting) for study in studies for setting in settings]
     missing = [[setting for setting in settings if study.key(setting) not in rows] for study in studies]
     for study, own in zip(studies, missing, strict=True):
         if own and own[0] != UNCACHED and not study.spool.exists():
             own.insert(0, UNCACHED)
     texts = notes(args, studies, refused)
+    size, values = PUBLISHED[args.command]
+    comparable = {study.bench.pipe.checkpoint.sha256 for study in studies if not unlike(study, size)}
 
-    def save() -> dict[str, Any]:
+    def save() -> list[dict[str, str]]:
         """The table as far as it goes; rows of settings that are not asked for now stay in the file."""
-        found, known = [], []
-        for study in studies:
-            size, values = PUBLISHED[args.command]
-            values = {} if unlike(study, size) else values
-            own = [rows[study.key(setting)] for setting in settings if study.key(setting) in rows]
-            found += own
-            known += [values.get(replace(row.setting, cache=row.method), {}) for row in own]
-        current = tabulate(args.command, found, known, network.name)
-        others = [row for row in rows.values() if row not in found]
+        found = [rows[key] for key in asked if key in rows]
+        others = [row for key, row in rows.items() if key not in asked]
+        known = [values.get(replace(row.setting, cache=row.method), {}) for row in found]
+        known = [own if row.checkpoint_sha256 in comparable else {} for row, own in zip(found, known, strict=True)]
+        lines = tabulate(args.command, found, known, network.name)
         plain = [row.plain() for row in [*found, *others]]
-        write_result(args, identity=identity, rows=plain, table=current, notes=texts)
-        return current
+        write_result(args, identity=identity, rows=plain, table=columns_of(lines), notes=texts)
+        return lines
 
-    shown = save()
+    lines = save()
     total, left = (sum(map(Study.units, studies, parts)) for parts in ([settings] * len(studies), missing))
     with Progress(total, "image", args.command, done=total - left, line=say) as progress:
         for study, own in zip(studies, missing, strict=True):
             for setting in own:
                 row = study.measure(setting, progress)
                 rows[row.key] = row
-                shown = save()
+                lines = save()
             study.spool.unlink(missing_ok=True)
-    print(table(**shown), "", *texts, sep="\n")
+    print(table(**columns_of(lines)), "", *texts, sep="\n")

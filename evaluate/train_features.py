@@ -1,23 +1,43 @@
-"""The training of the CIFAR-10 classifier of evaluate/features.py: `python -m evaluate.features train`."""
+"""The training of the CIFAR-10 classifier of evaluate/features.py, whose weights are part of the repository.
+
+    python -m evaluate.train_features --data cifar10-train.npz --test cifar10-test.npz --out FILE.safetensors
+
+Sets are packed .npz, or folders of class folders: `data.py` describes them. Training on a GPU is not deterministic.
+"""
 
 import argparse
 import json
 import math
-import time
-from functools import partial
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evaluate.features import SIZE, CifarFeatures, accuracy, load_images, round_weights, save_features, scaled
-from runtime import timed
+from adacorr.command import Parser, number, run_command, writable
+from adacorr.files import file_sha256, record_digest, written_whole
+from data import Data, read_data
+from evaluate.features import CLASSES, SIZE, CifarFeatures, extract, scaled
+from runtime import find_device
 
 PAD = 4  # pixels by which a training image may be shifted
 CUTOUT = 12  # side of the square that is greyed out, in pixels
 WARM_UP = 0.2  # share of the steps in which the learning rate rises
 MOMENTUM, WEIGHT_DECAY, SMOOTHING = 0.9, 5e-4, 0.1
 RATE = 0.1  # peak learning rate for each 128 images of a batch
+
+
+def load_images(path: Path) -> tuple[Tensor, Data]:
+    """uint8 (N, 32, 32, 3) and the data that it comes from, with labels of ten classes."""
+    data = read_data(path)
+    if data.latent or data.images.shape[1:] != (3, SIZE, SIZE):
+        raise ValueError(f"{path}: expected images of {SIZE} x {SIZE} pixels, got {tuple(data.images.shape)}")
+    if data.num_classes != CLASSES:
+        raise ValueError(f"{path} has {data.num_classes} classes, the network is for {CLASSES}")
+    return data.images.permute(0, 2, 3, 1).contiguous(), data
 
 
 def padded(images: Tensor) -> Tensor:  # (N, H, W, 3) -> (N, H + 2 PAD, W + 2 PAD, 3), reflected at the border
@@ -58,7 +78,6 @@ def fit(
     batch_size: int = 512,
     rate: float | None = None,
     seed: int = 0,
-    compiled: bool = False,
 ) -> list[float]:
     """Train in place on uint8 images (N, 32, 32, 3) and int64 labels (N,), by SGD under a one-cycle rate.
 
@@ -73,64 +92,87 @@ def fit(
     matrices, vectors = ([p for p in network.parameters() if (p.ndim > 1) == wide] for wide in (True, False))
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.SGD(groups, lr=rate, momentum=MOMENTUM, nesterov=True)
-    trunk = torch.compile(network.trunk) if compiled else network.trunk
     per_epoch = len(images) // batch_size  # the last images of an epoch that fill no batch wait for another
-
-    def one_epoch(epoch: int) -> list[float]:
-        """Mean loss and accuracy."""
-        total, right = torch.zeros(2, device=device)
-        order = torch.randperm(len(images), device=device, generator=generator)
-        for step in range(per_epoch):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * one_cycle((epoch * per_epoch + step + 0.5) / (epochs * per_epoch))
-            rows = order[step * batch_size : (step + 1) * batch_size]
-            x, y = augmented(images, rows, generator), labels[rows]
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-                logits = trunk(x)[1].float()
-                loss = F.cross_entropy(logits, y, label_smoothing=SMOOTHING)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            total += loss.detach()
-            right += (logits.detach().argmax(1) == y).float().mean()
-        return [(value / per_epoch).item() for value in (total, right)]  # the one wait for the device in an epoch
-
     losses = []
     network.train()
     with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=True):
-        for epoch in range(1, epochs + 1):
-            (loss, share), seconds = timed(partial(one_epoch, epoch - 1), device)
-            print(f"epoch {epoch:3}/{epochs}  loss {loss:.4f}  accuracy {share:.2%}  {seconds:.2f} s", flush=True)
-            if not math.isfinite(loss):
-                raise ValueError(f"training diverged in epoch {epoch}: give a lower --lr than {rate:g}")
-            losses.append(loss)
+        for epoch in range(epochs):
+            total = torch.zeros((), device=device)
+            order = torch.randperm(len(images), device=device, generator=generator)
+            for step, rows in enumerate(order[: per_epoch * batch_size].split(batch_size)):
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * one_cycle((epoch * per_epoch + step + 0.5) / (epochs * per_epoch))
+                x, y = augmented(images, rows, generator), labels[rows]
+                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+                    loss = F.cross_entropy(network.trunk(x)[1].float(), y, label_smoothing=SMOOTHING)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                total += loss.detach()
+            losses.append(total.item() / per_epoch)  # the one wait for the device in an epoch
+            print(f"epoch {epoch + 1:3}/{epochs}  loss {losses[-1]:.4f}", flush=True)
+            if not math.isfinite(losses[-1]):
+                raise ValueError(f"training diverged in epoch {epoch + 1} at a rate of {rate:g}")
     network.eval()
     return losses
 
 
-def run(args: argparse.Namespace, device: torch.device) -> None:
-    """The command: train, measure on the test set where there is one, and write."""
+def accuracy(network: CifarFeatures, images: Tensor, labels: Tensor) -> float:
+    """Share of images whose largest logit is that of their label."""
+    return (extract(images, network)[1].argmax(1) == labels).double().mean().item()
+
+
+def save_features(network: CifarFeatures, path: Path, **metadata: str) -> str:
+    """Write the weights and FILE.sha256, each whole or not at all; returns the digest.
+
+    Matrices are stored in float16, norms and biases in float32. The network gets the rounded values, too.
+    """
+    stored = {}
+    for name, tensor in network.state_dict().items():
+        if not name.endswith("num_batches_tracked"):  # a counter of the norms, which matters in training only
+            stored[name] = tensor.to("cpu", torch.float16 if tensor.ndim > 1 else torch.float32).contiguous()
+    network.load_state_dict({name: tensor.float() for name, tensor in stored.items()})
+    with written_whole(path) as temporary:
+        safetensors.torch.save_file(stored, temporary, {"format": "pt", **metadata})
+        temporary.chmod(0o644)  # safetensors writes private files
+        digest = file_sha256(temporary)
+        record_digest(path, digest)
+    return digest
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train, write, and measure what was written on the test set."""
     if args.out.suffix != ".safetensors":
         raise ValueError(f"--out {args.out} does not end in .safetensors")
-    start = time.perf_counter()
+    device = find_device(args.device)
     images, data = load_images(args.data)
-    images, labels = images[: args.limit], data.labels[: args.limit]
-    if args.test is not None:
-        test_images, test = load_images(args.test)
-        if test.class_names != data.class_names:
-            raise ValueError(f"{args.test} and {args.data} name different classes")
+    test_images, test = load_images(args.test)
+    if test.class_names != data.class_names:
+        raise ValueError(f"{args.test} and {args.data} name different classes")
     torch.manual_seed(args.seed)
     network = CifarFeatures().to(device)
-    size = sum(p.numel() for p in network.parameters())
-    print(f"{len(images)} images, {size / 1e6:.2f} M parameters, {device}, {time.perf_counter() - start:.1f} s")
     options = {"epochs": args.epochs, "batch_size": args.batch_size, "seed": args.seed}
-    fit(network, images, labels, rate=args.lr, compiled=args.compile, **options)
-    round_weights(network)  # what is measured is what is stored
+    fit(network, images, data.labels, **options)
     metadata = options | {"images": len(images), "class_names": json.dumps(data.class_names), "license": "Apache-2.0"}
-    if args.test is not None:
-        share = accuracy(network, test_images, test.labels)
-        metadata["test_accuracy"] = f"{share:.4f}"
-        print(f"test accuracy {share:.2%} on {len(test_images)} images")
     digest = save_features(network, args.out, **{key: str(value) for key, value in metadata.items()})
-    print(f"wrote {args.out}, {args.out.stat().st_size / 1e6:.2f} MB, in {time.perf_counter() - start:.0f} s")
-    print(f"sha256 {digest}")
+    print(f"test accuracy {accuracy(network, test_images, test.labels):.2%} on {len(test_images)} images")
+    print(f"wrote {args.out}, {args.out.stat().st_size / 1e6:.2f} MB, sha256 {digest}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser("evaluate.train_features", description=__doc__, formatter_class=raw, allow_abbrev=False)
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="to train on")
+    add("--test", type=Path, required=True, help="the accuracy is measured on it once, at the end")
+    add("--out", type=writable, required=True, help="the .safetensors to write, beside its digest")
+    add("--epochs", type=number(1, 10_000), default=60, help="default %(default)s")
+    add("--batch-size", type=number(2, 65_536), default=512, help="default %(default)s")
+    add("--seed", type=number(0, 2**63 - 1), default=0, help="default %(default)s")
+    add("--device", help="default: cuda where there is one, else cpu")
+    args = parser.parse_args(argv)
+    return run_command("evaluate.train_features", lambda: run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -18,7 +18,7 @@ def code(main, *argv):
 def one_line(capsys, *words):
     """Nothing was printed but progress and a single line of error that holds all of the words."""
     out, err = capsys.readouterr()
-    lines = [line for line in err.splitlines() if not re.match(r"\d+ of \d+ images, ", line)]
+    lines = [line for line in err.splitlines() if not re.match(r"\d+ of \d+ (images|steps), ", line)]
     assert (out, len(lines)) == ("", 1), (out, err)
     assert ": error: " in lines[0]
     assert all(word in lines[0] for word in words), err
@@ -27,3 +27,9 @@ def one_line(capsys, *words):
 def result_file(path, kind="cost", made_with=("x",), **content):
     """A file as a command of `python -m evaluate` writes it."""
     write_result(SimpleNamespace(out=path, command=kind, made_with=made_with), **content)
+
+
+def printed(capsys):
+    """The cells of the Markdown table that was printed, its head first."""
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]

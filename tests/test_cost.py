@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from commands import printed
 from torch.testing import assert_close
-from toy import sample, save_tiny, tiny_dit
+from toy import sample, save_tiny
 
 import pipeline
 from adacorr import AdaCorrection, CacheManager, Policy
@@ -21,11 +22,6 @@ from evaluate.__main__ import main
 from evaluate.cost import EveryStep
 
 STEPS = 8
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_dit()
 
 
 @pytest.mark.parametrize(
@@ -110,12 +106,6 @@ def test_a_row_by_hand(model, monkeypatch):
     }
 
 
-def printed(capsys):
-    """The cells of the printed table, head first."""
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-
-
 def test_the_command_writes_what_it_prints(tmp_path, capsys):
     ckpt, out = save_tiny(tmp_path / "tiny.safetensors"), tmp_path / "cost.json"
     common = f"--num-sampling-steps {STEPS} --device cpu --repeats 1 --ckpt {ckpt} --out {out}"
@@ -142,10 +132,8 @@ def test_a_cache_that_does_not_pay_is_named(tmp_path, monkeypatch, capsys):
 @pytest.mark.gpu
 def test_peak_memory(tmp_path):
     ckpt, out = save_tiny(tmp_path / "tiny.safetensors"), tmp_path / "cost.json"
-    assert (
-        main(f"cost --cache interval --device cuda --repeats 1 --batch-size 1 64 --ckpt {ckpt} --out {out}".split())
-        == 0
-    )
+    given = f"cost --cache interval --device cuda --repeats 1 --batch-size 1 64 --ckpt {ckpt} --out {out}"
+    assert main(given.split()) == 0
     few, many = (row["peak_bytes"] for row in json.loads(out.read_text())["rows"])
     assert many["uncached"] > few["uncached"] > ckpt.stat().st_size / 2
     assert many["cached"] > many["uncached"]  # what the cache holds

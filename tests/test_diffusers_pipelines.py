@@ -280,16 +280,16 @@ def test_the_comparison_attaches_diffusers_own_caches(tmp_path):
         pipeline.load(pipeline.ModelOptions(ckpt=str(path), num_sampling_steps=12)),
         SimpleNamespace(num_images=1, seed=5, repeats=1),
     )
-    assert own.in_diffusers(lambda transformer: None)[1] == 1
+    assert own.in_diffusers(lambda transformer: None)["compute"] == 1
     found = {}
     for name, _, attach in peers.diffusers_caches(own):
-        found.setdefault(name, []).append(own.in_diffusers(attach)[1])
+        found.setdefault(name, []).append(own.in_diffusers(attach)["compute"])
     assert found.keys() == {"first block", "TaylorSeer", "MagCache"}
     assert max(found["first block"]) <= 1  # random blocks change too much to be skipped by it
     assert max(min(found["TaylorSeer"]), min(found["MagCache"])) < 1
     config = TaylorSeerCacheConfig(cache_interval=3, taylor_factors_dtype=torch.float32)
-    assert own.in_diffusers(lambda transformer: apply_taylorseer_cache(transformer, config))[1] == 1
-    share = own.in_diffusers(own.enabled(CacheConfig(adacorr="budget=6")))[1]
+    assert own.in_diffusers(lambda transformer: apply_taylorseer_cache(transformer, config))["compute"] == 1
+    share = own.ours_in_diffusers(adacorr="budget=6")["compute"]
     assert share == pytest.approx(6 / 12, abs=0.05)
 
 

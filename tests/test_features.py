@@ -8,7 +8,8 @@ from images import CIFAR10_TEST, make_folder, pack
 from safetensors.torch import save_file
 
 from evaluate import features, train_features
-from evaluate.features import CifarFeatures, extract, load_features, load_images, save_features
+from evaluate.features import CifarFeatures, extract, load_features
+from evaluate.train_features import accuracy, load_images, save_features
 
 
 def noise(n=4, seed=0):
@@ -38,19 +39,13 @@ def network():
 # ---- the network
 
 
-def test_shapes_and_the_two_kinds_of_input(network):
-    images = noise()
-    whole, floats = network(images), network(images.permute(0, 3, 1, 2).float() / 255)
-    for found, same, width in zip(whole, floats, (features.FEATURES, 10), strict=True):
-        assert (found.shape, found.dtype) == ((4, width), torch.float32)
-        assert torch.equal(found, same)
-
-
 def test_an_image_depends_neither_on_its_batch_nor_on_the_mode(network):
     images = coloured(7)[0]
     whole, single = extract(images, network), extract(images, network, batch_size=1)
     mixed = extract(torch.cat([noise(3), images]), network, batch_size=4)
+    assert [tuple(found.shape) for found in whole] == [(7, features.FEATURES), (7, 10)]
     for a, b, c in zip(whole, single, mixed, strict=True):
+        assert a.dtype == torch.float32
         assert a.std(dim=0).mean() > 0.01  # images differ, so that the lines below say something
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(a, c[3:], rtol=1e-4, atol=1e-5)
@@ -65,12 +60,9 @@ def test_an_image_depends_neither_on_its_batch_nor_on_the_mode(network):
     ("images", "error", "message"),
     [
         (noise().numpy(), TypeError, "not ndarray"),
-        (noise().int(), TypeError, "not torch.int32"),
-        (noise().permute(0, 3, 1, 2), ValueError, r"torch.uint8 of shape \(N, 32, 32, 3\), got \(4, 3, 32, 32\)"),
+        (noise().float(), TypeError, "not torch.float32"),
+        (noise().permute(0, 3, 1, 2), ValueError, r"expected shape \(N, 32, 32, 3\), got \(4, 3, 32, 32\)"),
         (noise()[:0], ValueError, r"got \(0, 32, 32, 3\)"),
-        (noise().float(), ValueError, r"torch.float32 of shape \(N, 3, 32, 32\)"),
-        (noise().permute(0, 3, 1, 2).float(), ValueError, r"must lie in \[0, 1\]"),
-        (torch.full((1, 3, 32, 32), torch.nan), ValueError, r"must lie in \[0, 1\], these are in \[nan, nan\]"),
     ],
 )
 def test_other_images_are_refused(network, images, error, message):
@@ -114,19 +106,6 @@ def test_damaged_weights_are_refused(tmp_path):
     save_file({"a": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="for another network"):
         load_features(path)
-
-
-def test_images_of_the_network(tmp_path):
-    images, labels = coloured(12)
-    path = pack(tmp_path / "a.npz", images.numpy(), labels.numpy())
-    found, data = load_images(path)
-    assert torch.equal(found, images)
-    assert torch.equal(data.labels, labels)
-    pack(path, images.numpy(), labels.numpy() % 2, classes=np.array(["a", "b"]))
-    with pytest.raises(ValueError, match="2 classes, the network is for 10"):
-        load_images(path)
-    with pytest.raises(ValueError, match=r"expected images of 32 x 32 pixels, got \(4, 3, 31, 31\)"):
-        load_images(make_folder(tmp_path / "small", images[:4, :31, :31].numpy(), classes=1))
 
 
 # ---- training
@@ -183,22 +162,25 @@ def test_training_lowers_the_loss(monkeypatch):
         train_features.fit(net, images, labels, epochs=1, batch_size=16, rate=1e30)
 
 
-def test_commands(tmp_path, capsys):
+def test_other_data_are_refused(tmp_path):
+    images, labels = coloured(12)
+    path = pack(tmp_path / "a.npz", images.numpy(), labels.numpy() % 2, classes=np.array(["a", "b"]))
+    with pytest.raises(ValueError, match="2 classes, the network is for 10"):
+        load_images(path)
+    with pytest.raises(ValueError, match=r"expected images of 32 x 32 pixels, got \(4, 3, 31, 31\)"):
+        load_images(make_folder(tmp_path / "small", images[:4, :31, :31].numpy(), classes=1))
+
+
+def test_command(tmp_path, capsys):
     images, labels = coloured(8)
     data, out = pack(tmp_path / "a.npz", images.numpy(), labels.numpy()), tmp_path / "w.safetensors"
-    flags = ["--epochs", 1, "--limit", 6, "--device", "cpu"]
-    assert code(features.main, "train", "--data", data, "--test", data, "--out", out, *flags) == 0
-    said = capsys.readouterr().out.splitlines()
-    starts = (
-        "6 images, 1.3",
-        "epoch   1/1  loss ",
-        "test accuracy ",
-        f"wrote {out}",
-        f"sha256 {load_features(out).sha256}",
-    )
-    assert all(line.startswith(start) for line, start in zip(said, starts, strict=True))
-    assert code(features.main, "check", "--test", data, "--weights", out, "--device", "cpu") == 0
-    assert capsys.readouterr().out.startswith(said[2])  # what was measured is what was stored
+    flags = ["--epochs", 1, "--device", "cpu"]
+    assert code(train_features.main, "--data", data, "--test", data, "--out", out, *flags) == 0
+    network = load_features(out)
+    epoch, share, wrote = capsys.readouterr().out.splitlines()
+    assert epoch.startswith("epoch   1/1  loss ")
+    assert share == f"test accuracy {accuracy(network, images, labels):.2%} on 8 images"  # of what was stored
+    assert wrote.endswith(f"sha256 {network.sha256}")
 
 
 @pytest.mark.skipif(not features.WEIGHTS.is_file(), reason="no packaged weights")
@@ -209,5 +191,5 @@ def test_the_packaged_weights_can_tell_the_classes():
     if not CIFAR10_TEST.is_file():
         pytest.skip("no test images: ADACORR_CIFAR10_TEST names the packed file")
     images, test = load_images(CIFAR10_TEST)
-    # 90.35 % of all 10,000 and 87.5 % of these; one standard error of 400 is 1.6 %.
-    assert features.accuracy(network, images[:400], test.labels[:400]) > 0.86
+    # 90.35 % of all 10,000; one standard error of 150 is 2.4 %.
+    assert accuracy(network, images[:150], test.labels[:150]) > 0.82

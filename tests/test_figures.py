@@ -1,7 +1,5 @@
-"""`python -m evaluate figure2 | figure5`: maps by hand, drawn again without a model, mistakes."""
+"""`python -m evaluate figure2 | figure5`: maps by hand, files."""
 
-import base64
-import io
 import json
 from importlib.util import find_spec
 
@@ -84,28 +82,21 @@ def test_an_exact_cache_does_not_drift(pipe):
 
 
 @needs_matplotlib
-@pytest.mark.parametrize("options", ["figure2 --layer 0 --steps 5 1", "figure5 --setting never", "figure5"])
-def test_figures_are_drawn_again_without_a_model(options, tiny32, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("options", ["figure2 --layer 0 --steps 5 1", "figure5 --calibrate off"])
+def test_numbers_and_picture_are_written(options, tiny32, tmp_path, capsys):
     out, png = tmp_path / "x.json", tmp_path / "x.png"
     given = f"--device cpu --num-images 2 --num-sampling-steps {STEPS} --ckpt", tiny32, "--out", out
     assert code(main, options, *given) == 0
-    content, drawn = json.loads(out.read_text()), png.read_bytes()
-    assert content["kind"] == options.split()[0]
-    assert content["images"] == ["x.png"]
+    content = json.loads(out.read_text(), parse_constant=pytest.fail)
+    assert (content["kind"], content["images"]) == (options.split()[0], ["x.png"])
     assert "tiny.safetensors" in content["protocol"]
     if content["kind"] == "figure2":
         assert (content["layer"], content["steps"], np.shape(content["variation"])) == (0, [1, 5], (2, 2, 4, 4))
         assert content["timesteps"] == [799, 0]
-        image = Image.open(io.BytesIO(base64.b64decode(content["final_png"][1])))
-        assert image.size == (32, 32)
     else:
-        assert content["setting"] == ("never" if "never" in options else "adacorr")
+        assert content["setting"] == "adacorr"
         assert content["offset"][0] == [None, None]
-    png.unlink()
-    monkeypatch.setattr(pipeline, "load_checkpoint", lambda *_, **__: pytest.fail("read a checkpoint"))
-    assert code(main, content["kind"], "--from", out) == 0
-    assert png.read_bytes() == drawn
-    assert capsys.readouterr().out == f"{png}\n{png}\n"
-    other = {"figure2": "figure5", "figure5": "figure2"}[content["kind"]]
-    assert code(main, other, "--from", out) == 2
-    assert f"is a result of `evaluate {content['kind']}`" in capsys.readouterr().err
+        assert np.shape(content["drift"]) == np.shape(content["hit_rate"]) == (STEPS, 2)
+    assert capsys.readouterr().out == f"{png}\n"
+    with Image.open(png) as picture:
+        assert min(picture.size) > 300

@@ -3,8 +3,9 @@
 import json
 import os
 import re
+import shlex
 import subprocess
-import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import diffusers
@@ -15,12 +16,40 @@ import torch
 from images import pictures
 from toy import save_tiny
 
+import evaluate.__main__
+import sample_ddp
+
 ROOT = Path(__file__).resolve().parents[1]
+# Bash reads the page, and hands each program that it would start to the test, which is much quicker than new processes:
+# a line with its words goes out, its exit code comes back. tests/test_sample_ddp_processes.py has the real torchrun.
+SHELL = """
+set -euo pipefail
+run() { printf '%q ' "$@"; echo; read -r code; return "$code"; }
+python() { run python "$@"; }
+torchrun() { run torchrun "$@"; }
+"""
+
+
+@timm.models.register_model
+def toy_dinov2(num_classes=0, **_):
+    """In place of DINOv2: features that take a minute less."""
+    return timm.models.VisionTransformer(518, 14, num_classes=num_classes, embed_dim=32, depth=1, num_heads=2)
+
+
+def run(words):
+    """Exit code of a program of the page, run in this process."""
+    match words:
+        case ["python", "-m", "evaluate", *argv]:
+            return evaluate.__main__.main(argv)
+        case ["torchrun", "--nproc-per-node", "1", "sample_ddp.py", *argv]:
+            return sample_ddp.main(argv)
+    pytest.fail(f"no program of this project: {words}")
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_page(tmp_path):
+def test_the_commands_of_the_page(tmp_path, monkeypatch):
     commands = re.search(r"```bash\n(.*?)```", (ROOT / "docs" / "reproduce.md").read_text(), re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     save_tiny(tmp_path / "dit.safetensors", in_channels=4)
     diffusers.AutoencoderKL(
@@ -29,38 +58,34 @@ def test_the_commands_of_the_page(tmp_path):
         up_block_types=("UpDecoderBlock2D",) * 4,
         norm_num_groups=4,
         latent_channels=4,
-    ).save_pretrained(tmp_path / "vae")
-    # A small network in place of Inception, whose distances of 2048 features take a minute on one core.
-    network = "vit_small_patch14_dinov2.lvd142m"
-    torch.save(timm.create_model(network, num_classes=0).state_dict(), tmp_path / "network.pth")
-    np.savez(tmp_path / "images.npz", pictures(4, 64))
-    evaluate = [sys.executable, "-m", "evaluate"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "ADACORR_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    flags = ["--features", f"dinov2:{network}", "--weights", "network.pth"]
-    statistics = [*evaluate, "statistics", "images.npz", *flags, "--out", "reference.npz"]
-    subprocess.run(statistics, cwd=tmp_path, env=environment, check=True)
-    environment |= {
+    ).save_pretrained("vae")
+    torch.save(toy_dinov2().state_dict(), "network.pth")
+    np.savez("images.npz", pictures(4, 64))
+    flags = "--features dinov2:toy_dinov2 --weights network.pth"
+    assert run(f"python -m evaluate statistics images.npz {flags} --out reference.npz".split()) == 0
+    settings = {
         "GPUS": "1",
         "PROTOCOL": "--ckpt dit.safetensors --vae vae --sampler ddpm --num-sampling-steps 6 --num-fid-samples 4",
         "REFERENCE": "reference.npz",
-        "NETWORK": " ".join(flags),
+        "NETWORK": flags,
     }
-    # The page is for the root of a clone; here the results go to a folder of their own.
-    for name in ("sample_ddp.py", "evaluate"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    done = subprocess.run(["bash", "-euo", "pipefail", "-c", commands], cwd=tmp_path, env=environment, text=True,
-                          capture_output=True)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    (before,), (after,) = (
-        json.loads((tmp_path / f"{name}.json").read_text())["sets"] for name in ("uncached", "adacorr")
-    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+    ran = []
+    with subprocess.Popen(["bash", "-c", SHELL + commands], env=os.environ | settings, **pipes) as bash:
+        for line in bash.stdout:
+            ran.append(words := shlex.split(line))
+            with redirect_stdout(None):
+                code = run(words)
+            print(code, file=bash.stdin)
+    assert (bash.returncode, len(ran)) == (0, len(re.findall(r"^(?:python|torchrun) ", commands, re.MULTILINE)))
+
+    (before,), (after,) = (json.loads(Path(f"{name}.json").read_text())["sets"] for name in ("uncached", "adacorr"))
     names = {"fd", "precision", "recall", "kernel_distance"}
     assert names <= before["metrics"].keys()
     assert names | {"to_uncached", "change"} <= after["metrics"].keys()
     assert before["protocol"]["cache"] is None
     assert after["protocol"]["forecast"] is not None  # the model was measured
     assert after["metrics"]["change"] == pytest.approx(after["metrics"]["fd"] - before["metrics"]["fd"])
-    page = (tmp_path / "report.html").read_text()
+    page = Path("report.html").read_text()
     for words in ("precision", "PSNR", "data:image/png;base64", "uncached.json", "adacorr.json"):
         assert words in page

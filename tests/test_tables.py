@@ -3,37 +3,27 @@
 import json
 
 import pytest
-from toy import tiny_dit
+from commands import code, printed
+from toy import save_tiny
 
 from adacorr import available
 from benchmarks import tables
-from checkpoint import save_checkpoint
 
 
 @pytest.fixture
 def ckpt(tmp_path):
-    model = tiny_dit(input_size=16, patch_size=4)  # SSIM needs 11 pixels
-    save_checkpoint(tmp_path / "tiny.safetensors", model.state_dict(), model.config)
-    return tmp_path / "tiny.safetensors"
+    return save_tiny(tmp_path / "tiny.safetensors", input_size=16, patch_size=4, depth=3)  # SSIM needs 11 pixels
 
 
-def run(main, out, *words):
+def run(out, *words):
     """The records of the JSON file that a command writes."""
-    assert main([*" ".join(map(str, words)).split(), "--out", str(out)]) == 0
+    assert code(tables.main, *words, "--out", out) == 0
     return json.loads(out.read_text())["rows"]
 
 
-def printed(capsys):
-    """The cells of the printed table, line by line, without its head."""
-    lines = capsys.readouterr().out.splitlines()
-    assert len({line.count("|") for line in lines}) == 1
-    assert set(lines[1]) == {"|", "-"}
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
-
-
 def test_bytes_of_every_method(ckpt, tmp_path, capsys):
-    records = run(tables.main, tmp_path / "x.json", "memory --num-sampling-steps 6 --device cpu --ckpt", ckpt)
-    cells = printed(capsys)
+    records = run(tmp_path / "x.json", "memory --num-sampling-steps 6 --device cpu --ckpt", ckpt)
+    cells = printed(capsys)[1:]
     assert [name.strip("`") for name, _, _ in cells] == [*available(), "--adacorr", "--adacorr literal"]
     held = {record["method"]: record["bytes"] for record in records}
     assert held["never"] == 0
@@ -47,8 +37,8 @@ def test_bytes_of_every_method(ckpt, tmp_path, capsys):
 
 def test_the_codebook_of_adacache(ckpt, tmp_path, capsys):
     common = "codebook --images 3 --num-sampling-steps 6 --device cpu --ckpt", ckpt
-    (record,) = run(tables.main, tmp_path / "x.json", *common)
-    ((images, changes, codebook),) = printed(capsys)
+    (record,) = run(tmp_path / "x.json", *common)
+    _, (images, changes, codebook) = printed(capsys)
     assert (images, changes) == ("3", "15")  # of every step but the first
     rates = [rate for _, rate in (pair.split(":") for pair in codebook.strip("`").split("/"))]
     assert rates == ["6", "5", "4", "3", "2", "1"]
@@ -61,11 +51,11 @@ def test_compared_tables(ckpt, tmp_path, capsys, monkeypatch):
     changes = {"5 steps": {"steps": 5}, "batch 1": {"images": 1}, "guidance 1": {"cfg_scale": 1.0}}
     monkeypatch.setattr(tables, "PROTOCOLS", changes)
     common = "--images 2 --num-sampling-steps 8 --device cpu --ckpt", ckpt
-    records = run(tables.main, tmp_path / "x.json", "gamma", *common)
-    assert [row[0] for row in printed(capsys)] == ["`--adacorr gamma=1`", "`--adacorr budget=3`"]
+    records = run(tmp_path / "x.json", "gamma", *common)
+    assert [row[0] for row in printed(capsys)[1:]] == ["`--adacorr gamma=1`", "`--adacorr budget=3`"]
     assert records[1]["compute"] <= 3 / 8 + 0.02  # and the gates
-    records += run(tables.main, tmp_path / "x.json", "protocol", *common)
-    assert [row[0] for row in printed(capsys)] == [f"`--adacorr, {what}`" for what in changes]
+    records += run(tmp_path / "x.json", "protocol", *common)
+    assert [row[0] for row in printed(capsys)[1:]] == [f"`--adacorr, {what}`" for what in changes]
     assert [record["images"] for record in records] == [2, 2, 2, 1, 2]
     for record in records:
         assert record["speedup"] == record["seconds_uncached"] / record["seconds"] > 0
@@ -77,9 +67,9 @@ def test_distances_to_the_solution(ckpt, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(tables, "SOLUTION_STEPS", 40)
     monkeypatch.setattr(tables, "DDIM_STEPS", (16,))
     monkeypatch.setattr(tables, "EVALUATIONS", (8, 15))
-    records = run(tables.main, tmp_path / "x.json", "exact --images 1 --num-sampling-steps 6 --device cpu --ckpt", ckpt)
+    records = run(tmp_path / "x.json", "exact --images 1 --num-sampling-steps 6 --device cpu --ckpt", ckpt)
     by_label = {record["what"]: record for record in records}
-    assert [row[0].strip("`") for row in printed(capsys)] == list(by_label)
+    assert [row[0].strip("`") for row in printed(capsys)[1:]] == list(by_label)
     assert by_label["uncached DDIM-50"]["evaluations"] == pytest.approx(50)
     assert by_label["uncached unipc:solver_order=2, 8 steps"]["evaluations"] == pytest.approx(8)
     assert by_label["--adacorr budget=6, DDIM-16"]["evaluations"] == pytest.approx(5, abs=1)

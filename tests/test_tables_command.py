@@ -229,8 +229,8 @@ def test_published_values_stand_beside_the_same_setting_only():
     assert known <= text.keys()  # a title that changes would lose the published value
     pair = [replace(row, setting=Setting("teacache"), distance=5.0), row]
     table = tabulate("table3", pair, [{}, {"FID": "4.49"}], "inception")
-    assert table["columns"] == ["method", "FID", "FID to uncached", "images/s", "hit rate (%)"]
-    assert table["rows"][0][:2] == ["`teacache:threshold=0.2`", "5 → 4.568 (4.49)"]
+    assert [*table[0]] == ["method", "FID", "FID to uncached", "images/s", "hit rate (%)"]
+    assert [*table[0].values()][:2] == ["`teacache:threshold=0.2`", "5 → 4.568 (4.49)"]
 
 
 # ----------------------------------------------------------------------------------------------------- other tables
