@@ -1,4 +1,4 @@
-"""AdaCorrection beside diffusers' own caches on one model, noise and sampler: prints Markdown, writes JSON with --out.
+"""AdaCorrection beside diffusers' caches on one model, noise and sampler: prints Markdown, writes JSON with --out.
 
     python -m benchmarks.peers                     the bundled checkpoint, converted in memory
     python -m benchmarks.peers --num-images 8 --seed 5 --repeats 3
@@ -6,8 +6,9 @@
 PSNR is per image, on uint8, against the uncached run in diffusers. Compute is counted by hooks on the layers of the
 blocks, the same for all rows, in shares of the uncached run; only the rows of sample.py count themselves. TaylorSeer
 gets the identifiers of DiT's layers, without which it attaches to nothing, and float32 factors; MagCache the ratios of
-an uncached run from other noise. Seconds are medians of --repeats runs after a warm-up. The last column is what
-AdaCorrection in diffusers comes to at the same compute, between its own rows, less the row's PSNR.
+an uncached run from other noise. With cache-dit installed (`pip install cache-dit`) there are rows of its DBCache.
+Seconds are medians of --repeats runs after a warm-up. The last column is what AdaCorrection in diffusers comes to at
+the same compute, between its own rows, less the row's PSNR.
 """
 
 import argparse
@@ -19,6 +20,8 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from importlib.util import find_spec
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -108,8 +111,8 @@ class Peers:
         """A run of the pipeline with a cache on a copy of the transformer."""
         transformer = copy.deepcopy(self.plain)
         self.pipe.register_modules(transformer=transformer)
-        handle = attach(transformer)
         counted = Counted(transformer)
+        handle = attach(transformer)
 
         def job(steps: int | None) -> Tensor:
             counted.flops = 0
@@ -157,6 +160,34 @@ def diffusers_caches(peers: Peers) -> Iterator[tuple[str, str, Attach]]:
         yield "MagCache", f"threshold={threshold}, at most {most}", partial(hooks.apply_mag_cache, config=config)
 
 
+def cache_dit_caches(peers: Peers) -> Iterator[tuple[str, str, Attach]]:
+    """The same of cache-dit's DBCache, plain and with its TaylorSeer, where cache-dit is installed."""
+    if find_spec("cache_dit") is None:
+        return
+    import cache_dit
+    from cache_dit.caching.patch_functors import DiTPatchFunctor
+
+    def attach(transformer: nn.Module, threshold: float, order: int) -> SimpleNamespace:
+        adapter = cache_dit.BlockAdapter(
+            pipe=peers.pipe,
+            transformer=transformer,
+            blocks=transformer.transformer_blocks,
+            forward_pattern=cache_dit.ForwardPattern.Pattern_3,
+            patch_functor=DiTPatchFunctor(),
+        )
+        config = cache_dit.DBCacheConfig(
+            Fn_compute_blocks=1, max_warmup_steps=WARM_UP, residual_diff_threshold=threshold
+        )
+        forecast = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=order) if order else None
+        cache_dit.enable_cache(adapter, cache_config=config, calibrator_config=forecast)
+        return SimpleNamespace(disable=partial(cache_dit.disable_cache, peers.pipe))
+
+    for order in (0, 1):
+        for threshold in (0.1, 0.2, 0.4):
+            setting = f"F1B0, threshold={threshold}" + (f", TaylorSeer of order {order}" if order else "")
+            yield "DBCache", setting, partial(attach, threshold=threshold, order=order)
+
+
 def rows(peers: Peers) -> Iterator[tuple[str, str, dict]]:
     """(cache, setting, what was measured) of every run; `gain` is the last column, where there is one."""
     yield "none, in diffusers", "", peers.in_diffusers(lambda transformer: None)
@@ -172,11 +203,13 @@ def rows(peers: Peers) -> Iterator[tuple[str, str, dict]]:
     for spec in specs:
         yield "AdaCorrection, in diffusers", spec, peers.ours_in_diffusers(adacorr=spec)
     curve = sorted((row["compute"], float(row["psnr"]["mean"])) for row in known)
-    for name, setting, attach in diffusers_caches(peers):
+    others = [(f"{name}, of diffusers", *rest) for name, *rest in diffusers_caches(peers)]
+    others += [(f"{name}, of cache-dit", *rest) for name, *rest in cache_dit_caches(peers)]
+    for name, setting, attach in others:
         row = peers.in_diffusers(attach)
         if curve[0][0] <= row["compute"] <= curve[-1][0]:
             row["gain"] = float(np.interp(row["compute"], *zip(*curve, strict=True))) - float(row["psnr"]["mean"])
-        yield f"{name}, of diffusers", setting, row
+        yield name, setting, row
 
 
 def lines(peers: Peers) -> Lines:
