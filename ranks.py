@@ -1,9 +1,10 @@
 """The processes that torchrun starts, on one node or several; or one process alone."""
 
+import ctypes
 import os
-import time
-import uuid
+import signal
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -25,10 +26,6 @@ class LeaderFailed(Exception):
     """Rank 0 has ended and said why; the others leave without a word."""
 
 
-class NoGPU(ValueError):
-    """This rank, unlike others, is left without a GPU."""
-
-
 @dataclass
 class Ranks:
     """This process among those that torchrun started, or alone."""
@@ -36,13 +33,14 @@ class Ranks:
     rank: int = 0
     world: int = 1
     local: int = 0
-    flags: Any = field(default=None, repr=False)  # the group for the stop flag: never on the GPU, which would wait
+    local_world: int = 1
+    flags: Any = field(default=None, repr=False)  # a group for small objects: never on the GPU, which would wait
 
     @classmethod
     def find(cls) -> "Ranks":
         """As the variables of torchrun say, alone without them. ValueError for one that is no number."""
         values = []
-        for name, alone in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        for name, alone in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}.items():
             value = os.environ.get(name, alone)
             if not value.isdecimal():
                 raise ValueError(f"the environment variable {name} is {value!r}, not a number as torchrun sets it")
@@ -52,12 +50,12 @@ class Ranks:
     def device(self, name: str | None) -> torch.device:
         """The device that `name` means for this rank, the current one from now on: a GPU of its own where it is a GPU.
 
-        ValueError for a device that cannot be used, NoGPU if there are fewer GPUs than ranks on this node.
+        ValueError for a device that cannot be used, and on every rank of a node that has fewer GPUs than ranks.
         """
         if self.world > 1 and (name or "cuda").startswith("cuda") and (count := torch.cuda.device_count()):
-            if self.local >= count:
-                raise NoGPU(
-                    f"process {self.local} of this node has no GPU, there are {count}: start torchrun with "
+            if self.local_world > count:
+                raise ValueError(
+                    f"this node has {count} GPUs for {self.local_world} processes: start torchrun with "
                     f"--nproc-per-node {count} at most"
                 )
             name = f"cuda:{self.local}"  # before anything touches GPU 0, where each rank would leave some memory
@@ -72,7 +70,11 @@ class Ranks:
             return
         try:
             store, rank, world = next(dist.rendezvous("env://", timeout=MEETING))
-            store = dist.PrefixStore(agree(store, rank, world, MEETING), store)
+            # After a restart torchrun hands out the store of the start before, with all that the dead ranks wrote into
+            # it (pytorch#135712). Its count of restarts is the same on all ranks of a node.
+            store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+            store.set(f"rank {rank}", "is here")
+            store.wait([f"rank {other}" for other in range(world)], MEETING)
         except (RuntimeError, TimeoutError) as error:
             why = str(error).partition("\n")[0]
             raise Failure(f"the {self.world} processes did not all meet within {MEETING}: {why}") from None
@@ -99,16 +101,14 @@ class Ranks:
             values /= self.world
         return values
 
-    def from_leader(self, job: Callable[[], T] | None) -> T:
-        """What `job` returns on rank 0, the only one that runs it or needs one, on every rank.
+    def from_leader(self, value: T | None) -> T:
+        """The value of rank 0, on every rank; that of the others does not matter.
 
-        What it raises is raised on rank 0 alone. The others get LeaderFailed only when rank 0 has left the group, so it
-        has said by then what went wrong, and nobody ends it before.
+        LeaderFailed if rank 0 ends instead. It has said why by then, and nobody ends it before.
         """
-        if self.world == 1:
-            return job()
-        box: list[Any] = [job() if self.rank == 0 else None]
-        self._together(lambda: dist.broadcast_object_list(box, group=self.flags))
+        box = [value]
+        if self.world > 1:
+            self._together(lambda: dist.broadcast_object_list(box, group=self.flags))
         return box[0]
 
     def barrier(self, limit: timedelta) -> None:
@@ -126,30 +126,12 @@ class Ranks:
             raise Failure(f"another process has ended, and says why, or is late ({why})") from None
 
 
-def agree(store: dist.Store, rank: int, world: int, timeout: timedelta = MEETING, poll: float = 0.05) -> str:
-    """A name for this start that all its ranks know and no start before it had. RuntimeError or TimeoutError if late.
+def end_with_launcher() -> None:
+    """Under torchrun: end this process when torchrun ends, and at Ctrl-C while it waits for the other ranks.
 
-    After a restart torchrun hands out the store of the start before, with all that the dead ranks wrote into it
-    (pytorch#135712), and its count of restarts differs from node to node. So each rank asks under a name of its own,
-    which only a living rank 0 can answer; questions of the dead are answered, too, but nobody confirms them.
+    It waits in C++, where no handler of Python's runs, so the system must end it.
     """
-    if rank > 0:
-        question = uuid.uuid4().hex
-        store.set(f"question/{rank}", question)
-        store.wait([f"answer/{question}"], timeout)
-        name = store.get(f"answer/{question}").decode()
-        store.set(f"confirmed/{name}/{rank}", "yes")
-        return name
-    name, answered, deadline = uuid.uuid4().hex, {}, time.monotonic() + timeout.total_seconds()
-    waiting = list(range(1, world))
-    while waiting := [other for other in waiting if not store.check([f"confirmed/{name}/{other}"])]:
-        for other in waiting:
-            if store.check([f"question/{other}"]):
-                question = store.get(f"question/{other}").decode()
-                if answered.get(other) != question:
-                    store.set(f"answer/{question}", name)
-                    answered[other] = question
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"process {waiting[0]} is missing")
-        time.sleep(poll)
-    return name
+    if "RANK" in os.environ:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        with suppress(OSError, AttributeError):  # Linux alone has it
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: SIGTERM when the parent dies

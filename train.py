@@ -29,22 +29,19 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-import pipeline
 import runtime
 from adacorr.command import Failure, Parser, number, run_command
 from adacorr.files import check_writable, write_json, written_whole
-from checkpoint import Checkpoint, build_model, save_checkpoint
+from checkpoint import save_checkpoint
 from data import Data, order, read_data
-from diffusion import NUM_TRAIN, make_sampler
+from diffusion import NUM_TRAIN
 from models import DiT, DiT_models
 from objective import Objective
-from pictures import grid, save_png
-from ranks import NoGPU, Ranks
+from ranks import Ranks
 from runtime import Interrupted, Progress, Signals, seed_words
 
 STEP = 1  # the random streams of a seed for the draws of a step; data.ORDER numbers those for the order of images
 TIME_IS_UP = 1  # why a run stops early; the other reasons are numbers of signals, which are higher
-SAMPLE_STEPS, SAMPLE_CFG = 25, 1.5
 
 # ------------------------------------------------------------------------------------------------- options
 
@@ -93,12 +90,11 @@ class Options(Recipe):
     """All flags: the recipe, and what may change from call to call."""
 
     data: Path = flag(None, "folder of class folders, or .npz", required=True)
-    out: Path = flag(None, "folder of state.pt, ema.safetensors, log.jsonl, run.json, samples/", required=True)
+    out: Path = flag(None, "folder of state.pt, ema.safetensors, log.jsonl, run.json", required=True)
     overwrite: bool = flag(False, "begin anew where --out holds a run; otherwise it is resumed")
     minutes: float | None = flag(None, "stop this call cleanly after so long, start-up included", 0.0, 1e6)
     save_every: int = flag(5000, "steps from checkpoint to checkpoint", 1, 10**9, metavar="STEPS")
     log_every: int = flag(50, "steps from line to line of log.jsonl", 1, 10**6, metavar="STEPS")
-    sample_every: int = flag(0, "steps from grid to grid of samples; 0 is never", 0, 10**9, metavar="STEPS")
     compile: bool = flag(False, "torch.compile: slow to start, then faster")
     device: str | None = flag(None, "default: cuda where there is one, else cpu; each rank takes its own")
     debug: bool = flag(False, "show where an error was raised")
@@ -241,8 +237,6 @@ def train(options: Options, trainer: Trainer, deadline: float, signals: Signals)
                     log(out / "log.jsonl", trainer, values.double().mean(0).tolist())
             if save and leader:
                 write_state(out, trainer)
-            if options.sample_every and (last or done % options.sample_every == 0) and leader:
-                write_samples(out / "samples" / f"{done:07d}.png", trainer)
             progress.update(1, said)
             if last:
                 break
@@ -304,23 +298,12 @@ def read_state(out: Path, recipe: Recipe) -> dict[str, Any] | None:
     return state
 
 
-def write_samples(path: Path, trainer: Trainer) -> None:
-    """A grid from the averaged weights, always on the same noise: four of each of the first ten classes."""
-    checkpoint = Checkpoint(trainer.ema, trainer.model.config, path, "", "ema", trainer.data.class_names)
-    model = build_model(checkpoint).to(trainer.device)
-    sampler, scale = make_sampler("ddim", SAMPLE_STEPS), SAMPLE_CFG if trainer.recipe.label_dropout > 0 else 1.0
-    pipe = pipeline.Pipeline(model, sampler, None, checkpoint, scale, "all", trainer.device)
-    labels = torch.arange(min(trainer.data.num_classes, 10)).repeat_interleave(4)
-    x = pipe.sample(0, np.arange(len(labels)), labels)
-    save_png(path, grid(pipe.decode(x.nan_to_num())))
-
-
 def prepare_folder(out: Path, start: int, overwrite: bool) -> None:
     """Clear what an overwritten run left, or one that was killed while it wrote or after its last checkpoint."""
     out.mkdir(parents=True, exist_ok=True)
-    leftovers = [*out.glob(".*.tmp"), *out.glob(".*.part")]
+    leftovers = [*out.glob(".*.tmp")]
     if overwrite:
-        leftovers += [out / "state.pt", out / "ema.safetensors", *out.glob("samples/*.png")]
+        leftovers += [out / "state.pt", out / "ema.safetensors"]
     for path in leftovers:
         path.unlink(missing_ok=True)
     path, kept = out / "log.jsonl", []
@@ -349,8 +332,6 @@ def run(options: Options, ranks: Ranks, signals: Signals) -> None:
     data = read_data(options.data, options.image_size)
     if state is not None and state["data"] != data.digest:
         raise ValueError(f"--out {out} was trained on other data than {options.data}: give that, or --overwrite")
-    if options.sample_every and data.latent:
-        raise ValueError("--sample-every is for images: draw from latents by sample.py, which has the VAE")
     torch.manual_seed(int(seed_words(options.seed, STEP, 0xFFFFFFFF).generate_state(1)[0]))  # of the initial weights
     shape = {"input_size": data.images.shape[3], "in_channels": data.images.shape[1], "num_classes": data.num_classes}
     model = DiT_models[options.model](
@@ -399,8 +380,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if ranks.rank == 0:
                 print(f"train.py: {stop}; the same command goes on from the last checkpoint", file=sys.stderr)
             return stop.code
-        except (ValueError, OSError, Failure) as error:  # all ranks meet the same: one of them says so
-            if ranks.rank == 0 or options.debug or isinstance(error, NoGPU):
+        except (ValueError, OSError, Failure) as error:  # all ranks of a node meet the same: one of them says so
+            if ranks.local == 0 or options.debug:
                 raise
             return 1 if isinstance(error, Failure) else 2
 

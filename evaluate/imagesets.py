@@ -1,6 +1,6 @@
 """Sets of images on disk, read in their order a batch at a time.
 
-    what sample_ddp.py leaves    the run's folder, with PNGs or shards, or the .npz
+    what sample_ddp.py leaves    the run's folder, or the .npz
     a folder                     of images, by the names of the files
     ADM's .npz                   arr_0 uint8 (N, H, W, 3), and arr_1 labels (N,) where it has them; streamed
     packed                       .npz of JPEG bytes, as in data.py

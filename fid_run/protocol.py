@@ -47,7 +47,6 @@ def describe(args: argparse.Namespace, pipe: Pipeline, cache: CacheManager | Non
             "deterministic": args.deterministic,
             "threads": args.threads,
         },
-        "format": args.format,
     }
 
 
@@ -83,7 +82,7 @@ def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -
     return lines
 
 
-def folder_name(args: argparse.Namespace, pipe: Pipeline, cache: CacheManager | None, run: str) -> str:
+def folder_name(args: argparse.Namespace, pipe: Pipeline, cache: CacheManager | None) -> str:
     """Model, size, sampler, steps, guidance, cache, seed, and what else is not the default: for people to read.
 
     Two protocols of one name are told apart by their records.
@@ -103,7 +102,7 @@ def folder_name(args: argparse.Namespace, pipe: Pipeline, cache: CacheManager | 
         parts.append(args.labels if isinstance(args.labels, str) else args.labels.path.stem)
     name = re.sub(r"[^A-Za-z0-9._=+-]", "-", "-".join(parts))
     # The temporary name of the .npz has host and process in it, and must not be too long either.
-    return name if len(name) <= 150 else f"{name[:150]}-{run[:8]}"
+    return name if len(name) <= 150 else f"{name[:150]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def image_size(config: dict[str, Any], vae: Any) -> int:

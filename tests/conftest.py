@@ -16,7 +16,6 @@ from adacorr.profile import Profile
 RUNS = {  # of the fixture `sampled`: flags by name
     "uncached": "",
     "cached": "--cache interval:every=2",
-    "shards": "--cache interval:every=2 --format npz-shards",
     "fewer": "--num-sampling-steps 2",
     "seed": "--seed 1",
     "guidance": "--cfg-scale 4",

@@ -35,24 +35,22 @@ def test_a_folder_and_every_npz_give_the_same_images(tmp_path):
 
 def test_runs_carry_their_protocol(sampled):
     folder = sampled("cached")
-    png, shards, uncached = (open_images(path) for path in (folder, sampled("shards"), sampled("uncached")))
+    run, uncached = (open_images(path) for path in (folder, sampled("uncached")))
     packed = open_images(folder.with_name(f"{folder.name}.npz"))
     whole = next(packed.batches(6))
-    for found in (png, shards, open_images(folder / "images")):
+    for found in (run, open_images(folder / "images")):
         assert (next(found.batches(6)) == whole).all()
-    assert packed.protocol == png.protocol
+    assert packed.protocol == run.protocol
     assert packed.protocol["sampler"]["steps"] == 4
-    assert unlike(png, shards, ()) == ["format"]
-    assert unlike(png, uncached, ("cache",)) == []
-    assert "cache" in unlike(png, uncached, ())
-    assert unlike(png, open_images(folder / "images"), ()) == []  # a plain folder: nothing is known
+    assert unlike(run, uncached, ("cache",)) == []
+    assert "cache" in unlike(run, uncached, ())
+    assert unlike(run, open_images(folder / "images"), ()) == []  # a plain folder: nothing is known
 
 
 def test_an_npz_that_another_took_the_place_of_has_no_protocol(sampled, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    for name in ("run.json", "SUCCESS.json"):
-        (folder / name).write_bytes((sampled("cached") / name).read_bytes())
+    (folder / "run.json").write_bytes((sampled("cached") / "run.json").read_bytes())
     assert open_images(adm(tmp_path / "run.npz")).protocol is None
 
 

@@ -56,7 +56,7 @@ def test_balanced_labels_have_each_class_once_in_every_row():
 def test_label_i_is_in_line_i_plus_1(tmp_path, content):
     path = tmp_path / "labels né.txt"
     path.write_bytes(content)
-    labels = make_labels(LabelFile.read(path), 7, 3, 4)
+    labels = make_labels(LabelFile.read(path, 3), 7, 3, 4)
     assert (labels.tolist(), labels.dtype) == ([3, 0, 2], np.int64)
 
 
@@ -66,50 +66,38 @@ def test_label_i_is_in_line_i_plus_1(tmp_path, content):
         ("", "0 labels, but 3 images need one each"),
         ("\n\n\n\n", "0 labels, but 3 images"),
         ("1\n2\n", "2 labels, but 3 images"),
-        ("1\nabc\n2\n", r"line 2: 'abc' is not a whole number in 0\.\.3"),
-        ("1\n2\n-1\n", r"line 3: '-1' is not a whole number in 0\.\.3"),
-        ("4\n2\n1\n", r"line 1: '4' is not a whole number in 0\.\.3"),
+        ("0,1,2\n", "1 labels, but 3 images"),
+        ("1\nabc\n2\n", "line 2: 'abc' is not a whole number from 0 up"),
+        ("1\n2\n-1\n", "line 3: '-1' is not"),
         ("1\n\n2\n", "line 2: '' is not"),
         ("1\r\n2.0\r\n2\r\n", r"line 2: '2\.0' is not"),
-        ("0,1,2\n", "1 labels, but 3 images"),
         ("1 2\n0\n0\n", "line 1: '1 2' is not"),
-        (f"0\n{10**30}\n0\n", f"line 2: '{10**30}' is not"),
         (f"0\n{'9' * 5000}\n0\n", f"line 2: '{'9' * 5000}' is not"),
+        ("0\n4\n7\n", r"line 2: 4 is outside 0\.\.3"),
+        (b"\x89PNG\r\n\x1a\n\xff\xfe\x00", "is neither random nor balanced nor .*not UTF-8"),
     ],
-    ids=range(12),
 )
 def test_files_that_do_not_fit(tmp_path, content, message):
     path = tmp_path / "labels.txt"
-    path.write_bytes(content.encode())
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message) as error:
-        make_labels(LabelFile.read(path), 0, 3, 4)
+        make_labels(LabelFile.read(path, 3), 0, 3, 4)
     assert f"--labels {path}" in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_before_the_model_is_known_any_label_will_do(tmp_path):
-    path = tmp_path / "labels.txt"
-    path.write_text("123456789\n-1\n")
-    assert LabelFile.read(path).labels(1).tolist() == [123456789]
-    with pytest.raises(ValueError, match="line 2: '-1'"):
-        LabelFile.read(path).labels(2)
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match="none is neither random nor balanced nor .*No such file"):
+        LabelFile.read(tmp_path / "none", 3)
 
 
-def test_what_is_no_text_file(tmp_path):
-    binary = tmp_path / "labels.png"
-    binary.write_bytes(b"\x89PNG\r\n\x1a\n\xff\xfe\x00")
-    for path, why in ((binary, "not UTF-8"), (tmp_path, "Is a directory"), (tmp_path / "none", "No such file")):
-        with pytest.raises(ValueError, match=f"--labels {path} is neither random nor balanced nor .*{why}"):
-            LabelFile.read(path)
-
-
-def test_a_pipe_is_read_once(tmp_path):
+def test_a_pipe_is_read_once():
     reader, writer = os.pipe()
     os.write(writer, b"1\n2\n")
     os.close(writer)
-    file = LabelFile.read(f"/dev/fd/{reader}")
+    file = LabelFile.read(f"/dev/fd/{reader}", 2)
     os.close(reader)
-    assert file.labels(2).tolist() == file.labels(2, 3).tolist() == [1, 2]
+    assert make_labels(file, 0, 2, 3).tolist() == [1, 2]
 
 
 def test_unconditional_models_have_no_labels():

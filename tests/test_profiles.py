@@ -107,7 +107,7 @@ def test_a_file_must_fit(checkpoint, tmp_path):
 def test_a_run_takes_its_profile_along(checkpoint, tmp_path, capsys, monkeypatch):
     """Another machine, whose cache folder is empty, goes on with the profile that the run began with."""
     argv = ["--ckpt", str(checkpoint), "--num-sampling-steps", "10", "--adacorr", "--device", "cpu"]
-    argv += ["--sample-dir", str(tmp_path / "runs"), "--format", "png"]
+    argv += ["--sample-dir", str(tmp_path / "runs")]
     assert sample_ddp.main([*argv, "--num-fid-samples", "2", "--no-pack"]) == 0
     assert "measuring the model on 2 uncached images" in capsys.readouterr().out
     (folder,) = (tmp_path / "runs").iterdir()

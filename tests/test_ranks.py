@@ -4,12 +4,10 @@ import multiprocessing
 import os
 import socket
 import time
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import ranks
 from adacorr.command import Failure
@@ -21,19 +19,16 @@ LONG = 60  # seconds after which a test that waits has failed
 
 @pytest.fixture
 def variables(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     return monkeypatch
 
 
-def test_alone_without_torchrun(variables):
-    assert Ranks.find() == Ranks(rank=0, world=1, local=0)
-
-
 def test_the_variables_of_torchrun(variables):
-    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
+    assert Ranks.find() == Ranks(rank=0, world=1, local=0, local_world=1)  # alone without them
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}.items():
         variables.setenv(name, value)
-    assert Ranks.find() == Ranks(rank=5, world=8, local=1)
+    assert Ranks.find() == Ranks(rank=5, world=8, local=1, local_world=4)
     variables.setenv("RANK", "x")
     with pytest.raises(ValueError, match="RANK is 'x', not a number"):
         Ranks.find()
@@ -59,7 +54,7 @@ def gpus(monkeypatch):
     return taken
 
 
-@pytest.mark.parametrize("rank", [Ranks(), Ranks(3, 4, 3)])
+@pytest.mark.parametrize("rank", [Ranks(), Ranks(3, 4, 3, 4)])
 def test_a_cpu_is_shared(gpus, rank):
     assert rank.device("cpu") == torch.device("cpu")
     assert gpus == []
@@ -71,11 +66,11 @@ def test_a_cpu_is_shared(gpus, rank):
         (Ranks(), None, 0),
         (Ranks(), "cuda", 0),
         (Ranks(), "cuda:1", 1),
-        (Ranks(0, 2, 0), None, 0),
-        (Ranks(1, 2, 1), None, 1),
-        (Ranks(1, 2, 1), "cuda", 1),
-        (Ranks(1, 2, 1), "cuda:0", 1),
-        (Ranks(7, 8, 1), "cuda", 1),  # the second process of the fourth node
+        (Ranks(0, 2, 0, 2), None, 0),
+        (Ranks(1, 2, 1, 2), None, 1),
+        (Ranks(1, 2, 1, 2), "cuda", 1),
+        (Ranks(1, 2, 1, 2), "cuda:0", 1),
+        (Ranks(7, 8, 1, 2), "cuda", 1),  # the second process of the fourth node
     ],
 )
 def test_each_rank_has_a_gpu_of_its_own_and_touches_no_other(gpus, rank, asked, found):
@@ -84,9 +79,10 @@ def test_each_rank_has_a_gpu_of_its_own_and_touches_no_other(gpus, rank, asked, 
     assert gpus == [("touched", found), ("current", found)]
 
 
-def test_more_processes_than_gpus(gpus):
-    with pytest.raises(ValueError, match="process 2 of this node has no GPU, there are 2: .*--nproc-per-node 2"):
-        Ranks(2, 3, 2).device("cuda")
+@pytest.mark.parametrize("rank", [0, 2])
+def test_more_processes_than_gpus_is_a_mistake_on_every_rank(gpus, rank):
+    with pytest.raises(ValueError, match="this node has 2 GPUs for 3 processes: .*--nproc-per-node 2"):
+        Ranks(rank, 3, rank, 3).device("cuda")
     assert gpus == []
 
 
@@ -100,13 +96,12 @@ def test_no_gpu_at_all():
 # --------------------------------------------------------------------------------------------------- leader
 
 
-def test_alone_the_job_is_just_done():
+def test_alone_there_is_nobody_to_wait_for():
     alone = Ranks()
     alone.open(torch.device("cpu"))
-    assert alone.from_leader(lambda: 7) == 7
+    assert alone.from_leader(7) == 7
     assert alone.highest(3) == 3
-    with pytest.raises(KeyError):
-        alone.from_leader({}.popitem)
+    alone.barrier(timedelta(seconds=1))
     alone.close()
 
 
@@ -150,11 +145,10 @@ def test_what_rank_0_finds_out_reaches_the_others_who_wait_for_it():
     """Also a value that looks like nothing; and what is taken over all ranks."""
 
     def part(own):
-        def job():
+        if own.rank == 0:
             time.sleep(0.3)
-            return {"rank": own.rank, "pid": os.getpid(), "at": time.monotonic()}
-
-        found, empty = own.from_leader(job), [own.from_leader(value) for value in (lambda: None, int, str)]
+        found = own.from_leader({"rank": own.rank, "pid": os.getpid(), "at": time.monotonic()})
+        empty = [own.from_leader(value if own.rank == 0 else 7) for value in (None, 0, "")]
         mean = own.mean(torch.tensor([1.0 + own.rank, 6.0 * own.rank])).tolist()
         return found, time.monotonic() >= found["at"], empty, own.highest([4, 9][own.rank]), mean
 
@@ -164,17 +158,13 @@ def test_what_rank_0_finds_out_reaches_the_others_who_wait_for_it():
     assert first[1:] == (True, [None, 0, ""], 9, [1.5, 3.0])
 
 
-@pytest.mark.parametrize("error", [ValueError("not so"), KeyboardInterrupt(), SystemExit(3)])
-def test_an_error_of_rank_0_is_its_own_and_the_others_leave(error):
+def test_where_rank_0_ends_instead_the_others_leave():
     def part(own):
-        def job():
-            if own.rank:
-                raise AssertionError("the job is for rank 0 alone")
-            raise error
+        if own.rank == 0:
+            raise ValueError("not so")
+        return own.from_leader(None)
 
-        return own.from_leader(job)
-
-    assert together(part) == [f"{type(error).__name__}: {error}", f"{LeaderFailed.__name__}: "]
+    assert together(part) == ["ValueError: not so", f"{LeaderFailed.__name__}: "]
 
 
 def test_a_process_that_ends_or_is_late_is_noticed_at_the_barrier():
@@ -201,34 +191,3 @@ def test_nobody_waits_for_ever_for_a_start(variables):
     variables.setenv("WORLD_SIZE", "2")
     with pytest.raises(Failure, match="the 2 processes did not all meet within"):
         Ranks.find().open(torch.device("cpu"))
-
-
-# ---------------------------------------------------------------------------------------- starts and restarts
-
-
-def start_all(store, world):
-    """The names that the ranks of one start agree on."""
-    with ThreadPoolExecutor(world) as pool:
-        jobs = [pool.submit(ranks.agree, store, rank, world, timedelta(seconds=LONG), 0.001) for rank in range(world)]
-        return [job.result(LONG) for job in jobs]
-
-
-def test_a_restart_on_the_same_store_finds_nothing_of_the_start_before():
-    store = dist.HashStore()
-    names = [start_all(store, 3) for _ in range(4)]
-    assert [len(set(start)) for start in names] == [1] * 4
-    assert len({start[0] for start in names}) == 4
-
-
-def test_questions_of_the_dead_do_not_count_as_ranks():
-    store = dist.HashStore()
-    for rank in (1, 2):  # killed before they were answered
-        store.set(f"question/{rank}", f"of dead rank {rank}")
-    with ThreadPoolExecutor(3) as pool:
-        leader = pool.submit(ranks.agree, store, 0, 3, timedelta(seconds=LONG), 0.001)
-        store.wait(["answer/of dead rank 1", "answer/of dead rank 2"], timedelta(seconds=LONG))
-        first = pool.submit(ranks.agree, store, 1, 3, timedelta(seconds=LONG))
-        name = first.result(LONG)
-        assert not leader.done()  # rank 2 is yet to come
-        assert ranks.agree(store, 2, 3, timedelta(seconds=LONG)) == name
-        assert leader.result(LONG) == name

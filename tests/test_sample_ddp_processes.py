@@ -22,13 +22,13 @@ from fid_run import images, record, worker
 
 ROOT = Path(__file__).resolve().parents[1]
 FORK = multiprocessing.get_context("fork")
-COUNT, LONG = 11, 600  # LONG: seconds after which a process that should have ended has failed
+COUNT, LONG = 11, 300  # LONG: seconds after which a process that should have ended has failed
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 CHILD = f"""
 import os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import sample_ddp
-sample_ddp.end_on_signals()
+sample_ddp.end_with_launcher()
 rank = int(os.environ.get("RANK", 0))
 if rank == int(os.environ.get("LATE", -1)):
     time.sleep(5)
@@ -115,7 +115,7 @@ class Forked(FORK.Process):
     def run(self):
         os.environ |= {name: str(value) for name, value in self.variables.items()}
         sys.stdout, sys.stderr = (path.open("w") for path in self.outputs)
-        sample_ddp.end_on_signals()
+        sample_ddp.end_with_launcher()
         names = {"os": os, "signal": signal, "time": time, "images": images, "record": record, "worker": worker}
         exec(self.code, names | {"rank": self.variables.get("RANK", 0)})
         sys.exit(sample_ddp.main(self.argv))
@@ -174,8 +174,8 @@ def alive(pid):
         return False
 
 
-def sessions(folder):
-    return [session["state"] for session in json.loads((folder / "run.json").read_text())["sessions"]]
+def outcomes(folder):
+    return [session.get("outcome") for session in json.loads((folder / "run.json").read_text())["sessions"]]
 
 
 def go_on(flags, place):
@@ -198,8 +198,9 @@ job.pack = slow
     folder = folder_in(tmp_path / "out")
     assert same(folder, whole)
     assert out.count("finished") == 1
-    assert [len((folder / "log" / f"rank-00{r}.jsonl").read_text().split()) > 5 for r in (0, 1)] == [True] * 2
-    assert json.loads((folder / "run.json").read_text())["statistics"]["images"] == COUNT
+    record = json.loads((folder / "run.json").read_text())
+    assert record["statistics"]["images"] == COUNT
+    assert record["sessions"][0]["images"] == 6  # of rank 0: the other made the rest
 
 
 def test_kill_9_of_a_rank_in_the_middle_of_a_file(flags, whole, tmp_path):
@@ -219,7 +220,7 @@ os.replace = dying
     assert 2 <= len(images_in(place)) < COUNT
     go_on(flags, place)
     assert same(folder_in(place), whole)
-    assert sessions(folder_in(place))[-1] == "complete"
+    assert outcomes(folder_in(place))[-1] == "complete"
 
 
 def test_sigterm_to_torchrun_and_fewer_processes_after_it(flags, whole, tmp_path):
@@ -229,12 +230,12 @@ def test_sigterm_to_torchrun_and_fewer_processes_after_it(flags, whole, tmp_path
     process.send_signal(signal.SIGTERM)
     assert end(process)[0] != 0
     folder = folder_in(place)
-    assert sessions(folder) == ["interrupted"]
+    assert outcomes(folder) == ["stopped by SIGTERM"]
     assert 2 <= len(images_in(place)) < COUNT
     assert not list(place.rglob("*.tmp"))
     go_on(flags, place)
     assert same(folder, whole)
-    assert sessions(folder) == ["interrupted", "complete"]
+    assert outcomes(folder) == ["stopped by SIGTERM", "complete"]
 
 
 def test_a_restart_by_torchrun_goes_on(flags, whole, tmp_path):
@@ -252,15 +253,15 @@ worker.Sampling.batch = failing
     code, _, err = end(start(*TORCHRUN, 2, "--max-restarts", 1, script(tmp_path, fail_once), *flags, place))
     assert code == 0, err
     assert "a GPU fell off the bus" in err
-    assert len(sessions(folder_in(place))) == 2
-    assert sessions(folder_in(place))[-1] == "complete"
+    assert len(outcomes(folder_in(place))) == 2
+    assert outcomes(folder_in(place))[-1] == "complete"
     assert same(folder_in(place), whole)
 
 
 def test_one_process_to_begin_with_and_three_to_end(flags, whole, tmp_path):
     """Also a second Ctrl-C: it ends the process at once, with whole files only."""
     place = tmp_path / "out"
-    process = Forked(tmp_path, f"LAST = {LONG}{SLOW}", [*flags, place, "--grace", 1000])
+    process = Forked(tmp_path, f"LAST = {LONG}{SLOW}", [*flags, place])
     until(lambda: len(images_in(place)) >= 2, process)
     process.send_signal(signal.SIGINT)
     time.sleep(1.2)  # more than two that one keystroke may bring
@@ -310,13 +311,13 @@ def test_a_rank_that_outlived_its_job_keeps_the_next_one_out_even_with_overwrite
     other = tmp_path, "record.WAIT = 2", [*flags, place, "--cfg-channels", 3, "--overwrite"]
     code, _, err = end(Forked(*other))
     assert code == 2
-    assert re.search(r"is in use by .*rank-001.lock is locked", err)
+    assert re.search(r"is in use by .*lock-001 is locked", err)
     after = {path.name: path.read_bytes() for path in images_in(place)}
     assert before.items() <= after.items()  # the surviving rank may have written one more of its own
     second.kill()
     end(second)
     assert end(Forked(*other))[0] == 0
-    assert sessions(folder) == ["complete"]
+    assert outcomes(folder) == ["complete"]
     assert len(images_in(place)) == COUNT
 
 
@@ -324,11 +325,13 @@ def test_a_rank_that_outlived_its_job_keeps_the_next_one_out_even_with_overwrite
 def test_ranks_end_with_their_launcher(flags, whole, tmp_path, moment):
     """kill -9 of torchrun: neither those that wait in C++ for the others are left behind, nor those at work."""
     place = tmp_path / "out"
-    wait = "if rank == 0: time.sleep(1000)" if moment == "in the rendezvous" else f"LAST = 1.0{SLOW}"
+    wait = f"open({str(tmp_path)!r} + f'/ready{{rank}}', 'w').close()\nif rank == 0: time.sleep(1000)"
+    wait = wait if moment == "in the rendezvous" else f"LAST = 1.0{SLOW}"
     process = start(*TORCHRUN, 2, script(tmp_path, wait), *flags, place)
     ranks = ranks_of(process)
     if moment == "in the rendezvous":
-        time.sleep(8)
+        until(lambda: len(list(tmp_path.glob("ready*"))) == 2, process)
+        time.sleep(1)
     else:
         until(lambda: len(images_in(place)) >= 2, process)
     process.kill()
@@ -338,55 +341,16 @@ def test_ranks_end_with_their_launcher(flags, whole, tmp_path, moment):
     assert same(folder_in(place), whole)
 
 
-def test_sigusr1_to_all_processes_of_a_job_that_has_not_begun(flags, tmp_path):
-    process = start(*TORCHRUN, 2, script(tmp_path, "if rank == 0: time.sleep(1000)"), *flags, tmp_path / "out")
-    ranks = ranks_of(process)
-    time.sleep(6)
-    for pid in (process.pid, *ranks):
-        os.kill(pid, signal.SIGUSR1)
-    until(lambda: not any(map(alive, ranks)))
-    process.communicate()
-
-
-JPG = (["--format", "jpg"], "invalid choice: 'jpg'")
-TWO_THREADS = (["--threads", 2], "precision.threads: 1 in the folder, 2 asked")
-
-
-@pytest.mark.parametrize(("late", "given"), [(0, JPG), (1, TWO_THREADS)])
-def test_a_mistake_is_told_once_whichever_process_is_late(flags, whole, tmp_path, late, given):
+def test_a_mistake_is_told_once_also_by_a_process_that_is_late(flags, tmp_path):
     """torchrun ends all processes with the first: none may end before rank 0 has said why."""
-    mistake, words = given
-    place = str(whole.parent)
-    code, _, err = end(start(*TORCHRUN, 2, script(tmp_path), *flags, place, *mistake, LATE=late))
+    mistake = [*flags, tmp_path, "--cfg-channels", "4"]
+    code, _, err = end(start(*TORCHRUN, 2, script(tmp_path), *mistake, LATE=0))
     assert code == 1
-    assert err.count(words) == 1, err
+    assert err.count("invalid choice: '4'") == 1, err
 
 
-# ------------------------------------------------------------------------------------- the script by itself
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
-def test_a_signal_in_the_first_seconds_has_the_exit_code_of_a_signal(tmp_path, number, code):
-    process = start(sys.executable, ROOT / "sample_ddp.py", "--sample-dir", tmp_path)
-    status = Path(f"/proc/{process.pid}/status")
-    until(lambda: int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16) >> (signal.SIGUSR1 - 1) & 1)
-    process.send_signal(number)  # while torch is being imported
-    assert end(process) == (code, "", "")
-
-
-def test_closed_streams_and_a_full_log_do_not_end_the_job(flags, whole, tmp_path):
-    command = " ".join([sys.executable, str(ROOT / "sample_ddp.py"), *flags])
-    for number, redirection in enumerate((">/dev/full 2>&-", ">&- 2>&-")):
-        place = tmp_path / str(number)
-        assert subprocess.run(f"{command} {place} {redirection}", shell=True, timeout=LONG).returncode in (0, 120)
-        assert same(folder_in(place), whole)
-
-
-def test_a_mistake_in_the_options_is_told_without_the_heavy_imports(tmp_path):
-    code = "import sys, sample_ddp\ntry: sample_ddp.main(['--num-fid-samples', '0'])"
-    code += "\nexcept SystemExit as stop: print(stop, 'timm' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=LONG)
-    assert done.stdout == "2 False\n"
-    code, _, err = end(start(sys.executable, ROOT / "sample_ddp.py", "--num-fid-samples", 1, RANK="x"))
-    assert code == 2
-    assert err.endswith("error: the environment variable RANK is 'x', not a number as torchrun sets it\n")
+@pytest.mark.parametrize("stdout", ["open('/dev/full', 'w')", "None"])
+def test_closed_streams_and_a_full_log_do_not_end_the_job(flags, whole, tmp_path, stdout):
+    streams = f"import sys; sys.stdout, sys.stderr = {stdout}, None"
+    assert end(Forked(tmp_path, streams, [*flags, tmp_path / "out"]))[0] == 0
+    assert same(folder_in(tmp_path / "out"), whole)

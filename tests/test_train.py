@@ -16,7 +16,6 @@ import pytest
 import torch
 from commands import code
 from images import make_folder, pictures
-from PIL import Image
 
 import models
 import pipeline
@@ -128,7 +127,7 @@ def test_resumed_after_kill_is_bit_identical(tmp_path, data, death):
 
 
 def test_two_ranks_equal_one(tmp_path, data):
-    flags = ["--data", data, "--model", "tiny", *FEW, "--sample-every", 10]
+    flags = ["--data", data, "--model", "tiny", *FEW]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     result = child(tmp_path, "", *flags, "--out", tmp_path / "two", launcher=launcher)
     assert result.returncode == 0, result.stderr
@@ -137,8 +136,6 @@ def test_two_ranks_equal_one(tmp_path, data):
     torch.testing.assert_close(two["ema"], one["ema"], rtol=1e-4, atol=1e-5)
     for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
         assert b == pytest.approx(a, rel=1e-4)
-    grids = [np.asarray(Image.open(tmp_path / name / "samples" / "0000010.png")) for name in ("one", "two")]
-    assert np.abs(grids[0].astype(int) - grids[1]).max() <= 2
 
 
 def test_overfits_a_handful(tmp_path):
@@ -163,7 +160,7 @@ def test_overfits_a_handful(tmp_path):
 
 def test_checkpoint_samples(tmp_path, data):
     out = tmp_path / "run"
-    assert code(train.main, "--data", data, "--model", "tiny", *FEW, "--out", out, "--sample-every", 5) == 0
+    assert code(train.main, "--data", data, "--model", "tiny", *FEW, "--out", out) == 0
     for name, key in (("ema.safetensors", "flat"), ("state.pt", "ema")):
         checkpoint = load_checkpoint(out / name)
         assert checkpoint.source_key == key
@@ -176,7 +173,6 @@ def test_checkpoint_samples(tmp_path, data):
     png = tmp_path / "x.png"
     argv = ["--ckpt", out / "ema.safetensors", "--num-sampling-steps", 3, "--device", "cpu", "--out", png]
     assert sample.main([str(a) for a in argv]) == 0
-    assert sorted(p.name for p in (out / "samples").iterdir()) == ["0000005.png", "0000010.png"]
     record = json.loads((out / "run.json").read_text())
     assert record["parameters"] == sum(p.numel() for p in state(out)["model"].values()) - 16 * 32  # all but positions
     assert [line["step"] for line in lines(out)] == [2, 4, 6, 8, 10]
@@ -238,13 +234,10 @@ def test_non_finite_stops(tmp_path, data, monkeypatch, capsys, column, word):
     assert [line["step"] for line in lines(out)] == [4]
 
 
-def test_latents_bf16_and_learnt_variance(tmp_path, capsys):
+def test_latents_bf16_and_learnt_variance(tmp_path):
     latents, path = np.random.default_rng(0).standard_normal((5, 4, 8, 8)).astype(np.float16), tmp_path / "latents.npz"
     np.savez(path, latents=latents, labels=np.array([0, 2, 1, 2, 0]))
     flags = ["--data", path, "--model", "tiny", *FEW, "--precision", "bf16", "--learn-sigma", "--clip", 0]
-    assert code(train.main, *flags, "--out", tmp_path / "run", "--sample-every", 5) == 2
-    assert "--sample-every is for images" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
     assert code(train.main, *flags, "--out", tmp_path / "run") == 0
     config = load_checkpoint(tmp_path / "run" / "ema.safetensors").config
     assert (config["in_channels"], config["num_classes"], config["learn_sigma"]) == (4, 3, True)
@@ -405,8 +398,9 @@ def test_batch_must_divide(tmp_path, data, capsys, monkeypatch):
     assert code(train.main, "--data", data, "--out", tmp_path / "run", "--batch-size", 6) == 2
     assert "--batch-size 6 cannot be divided among 4 ranks" in capsys.readouterr().err
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert code(train.main, "--data", data, "--out", tmp_path / "run", "--batch-size", 6) == 2
-    assert capsys.readouterr().err == ""  # rank 0 has said it
+    assert capsys.readouterr().err == ""  # the first rank of the node has said it
 
 
 def test_resuming_another_run(tmp_path, data, capsys):
