@@ -99,9 +99,8 @@ def search(
         if isinstance(knob.low, int):
             step = 1 if low <= high else -1
             whole = range(int(low), int(high) + step, step)
-            while whole and (
-                over := excess(whole[middle := len(whole) // 2])
-            ):  # ends with both neighbours of the target
+            # Runs both neighbours of the target, or ends before.
+            while whole and (over := excess(whole[middle := len(whole) // 2])):
                 whole = whole[middle + 1 :] if over > 0 else whole[:middle]
         elif known[low] > 0 > known[high]:
             brentq(at, math.log(low), math.log(high), xtol=NARROW, maxiter=TRIES, disp=False)
@@ -254,8 +253,8 @@ def run(args: argparse.Namespace) -> None:
     if args.plot:
         check_matplotlib("--plot")
     pipe = pipeline.load(pipeline.ModelOptions.of(args))
-    bench = Bench(pipe, args.seed, args.num_images, args.solution_steps, args.search_images, calibrate=args.calibrate)
-    bench.timed = True
+    counts = args.num_images, args.solution_steps, args.search_images
+    bench = Bench(pipe, args.seed, *counts, calibrate=args.calibrate, timed=True)
     for method in methods:  # one that refuses the model or has no profile for it says so now, not after hours
         bench.sample(Setting(method), count=1, stop=1)
     identity = {key: str(getattr(args, key)) for key in SAME} | {"checkpoint_sha256": pipe.checkpoint.sha256}

@@ -19,7 +19,7 @@ import numpy as np
 
 from adacorr.command import writable
 from adacorr.files import written_whole
-from adacorr.policies import make_policy, names
+from adacorr.policies import available, make_policy
 from evaluate.bench import NEAR, REACHED, Row
 from evaluate.pages import level_table, table
 from evaluate.plots import check_matplotlib, save
@@ -49,7 +49,7 @@ def speedup(row: Row) -> float | None:
 def family(method: str) -> str:
     """What kind of method it is; its name may carry a remark in brackets."""
     method = method.partition(" (")[0]
-    if method not in names():
+    if method not in available():
         return "AdaCorrection alone" if method in ("adacorr", "literal") else "fewer steps, no cache"
     policy = make_policy(method)
     for word in ("token", "branch"):

@@ -40,9 +40,6 @@ def available() -> list[str]:
     return list(policies())
 
 
-names = available
-
-
 def calibrated() -> dict[str, type[Policy]]:
     """The methods that are measured on a model before they run, by name: see `python calibrate.py`."""
     return {name: kind for name, kind in policies().items() if kind.calibration is not None}
