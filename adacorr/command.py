@@ -13,6 +13,7 @@ from adacorr.files import check_writable
 
 T = TypeVar("T")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CACHE_DTYPES = {**DTYPES, "int8": torch.int8}  # of stored tensors
 Number = TypeVar("Number", int, float)
 
 

@@ -112,37 +112,58 @@ class Polynomial:
 class History:
     """Ring of the newest K computed steps for each image: E entries of a (T, D) tensor at each of them.
 
-    `values` (n, K, E, T * D) lies in one block of memory, so that a read is one batched matrix product.
+    `values` (n, K, E, T * D) lies in one block of memory, so that a read is one batched matrix product. Of dtype int8
+    they count in units of `scale` (n, K, E, 1, D), the largest of a channel over its tokens being 127 units.
     """
 
     def __init__(self, images: int, kept: int, entries: int, tokens: int, width: int, device, dtype):
         self.shape = (tokens, width)
         self.values = torch.zeros(images, kept, entries, tokens * width, device=device, dtype=dtype)
+        self.scale = torch.zeros(images, kept, entries, 1, width, device=device) if dtype == torch.int8 else None
         self.steps = np.full((images, kept), -1)  # of each slot
         self.count = np.zeros(images, dtype=np.int64)  # steps pushed so far
 
     @property
     def bytes(self) -> int:
-        return self.values.numel() * self.values.element_size()
+        return sum(t.numel() * t.element_size() for t in (self.values, self.scale) if t is not None)
 
     def push(self, images: np.ndarray, step: int, values: Tensor) -> None:
         """Store a computed step for `images` (n,) over their oldest. values (n, E, T, D)."""
         if len(images) == 0:
             return
         slots = self.count[images] % self.steps.shape[1]
-        stored = self.values.unflatten(-1, self.shape)
-        if len(images) == len(self.values) and (slots == slots[0]).all():
-            stored[:, slots[0]] = values
-        else:
-            for value, image, slot in zip(values, images.tolist(), slots.tolist(), strict=True):
-                stored[image, slot] = value
+        together = len(images) == len(self.values) and (slots == slots[0]).all()
+        for stored, new in self._parts(values):
+            if together:
+                stored[:, slots[0]] = new
+            else:
+                for value, image, slot in zip(new, images.tolist(), slots.tolist(), strict=True):
+                    stored[image, slot] = value
         self.steps[images, slots] = step
         self.count[images] += 1
 
     def replace_newest(self, images: np.ndarray, values: Tensor) -> None:
         """Put other values (n, E, T, D) in the place of the newest computed step of `images` (n,)."""
         rows, slots = torch.from_numpy(images), torch.from_numpy(self.slot(images, 0)[:, 0])
-        self.values[rows, slots] = values.flatten(2)
+        for stored, new in self._parts(values):
+            stored[rows, slots] = new
+
+    def _parts(self, values: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Pairs of a stored tensor (n, K, ...) and what goes into it (m, ...), for new values (m, E, T, D)."""
+        stored = self.values.unflatten(-1, self.shape)
+        if self.scale is None:
+            return [(stored, values)]
+        values = values.float()
+        scale = values.abs().amax(dim=2, keepdim=True) / 127
+        units = (values / scale.clamp_min(torch.finfo(torch.float32).tiny)).round()
+        # What is not finite makes its scale so, and is read as "not a number".
+        return [(stored, units.nan_to_num()), (self.scale, scale)]
+
+    def entries(self, images: np.ndarray, slots: np.ndarray) -> Tensor:
+        """(m, E, T, D) in the slots (m,) of `images` (m,)."""
+        rows, slots = torch.from_numpy(images), torch.from_numpy(slots)
+        values = self.values[rows, slots].unflatten(-1, self.shape)
+        return values if self.scale is None else values * self.scale[rows, slots]
 
     def slot(self, images: np.ndarray, k: int | np.ndarray) -> np.ndarray:
         """(m,) or (m, K): where the k-th newest step of `images` (m,) lies."""
@@ -160,17 +181,20 @@ class History:
     def read(self, images: np.ndarray, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
         """Weighted sums over kept steps and entries: coefficients (m, s, K, E) for `images` (m,) -> (m, s, T, D).
 
-        out (m, s, T, D): contiguous memory for the result. Sums of 16-bit tensors are formed in the dtype of the
+        out (m, s, T, D): contiguous memory for the result. Sums of shorter tensors are formed in the dtype of the
         coefficients, float32, for a few images at a time.
         """
-        values, coefficients = self.values.flatten(1, 2), coefficients.flatten(2)
+        coefficients = coefficients.flatten(2)
         if out is None:
             out = coefficients.new_empty(*coefficients.shape[:2], *self.shape)
-        whole = len(images) == len(values)
-        # A gather would copy the history of each image, and a conversion makes a copy of twice the size.
-        most = len(images) if values.dtype == coefficients.dtype else -(-len(images) // 8)
+        whole = len(images) == len(self.values)
+        # A gather would copy the history of each image, and a conversion makes a copy of two or four times the size.
+        most = len(images) if self.values.dtype == coefficients.dtype else -(-len(images) // 8)
         for i in range(0, len(images), most if whole else 1):
             part = slice(i, i + most) if whole else slice(i, i + 1)
-            own = values[part] if whole else values[images[i]][None]
-            torch.bmm(coefficients[part], own.to(coefficients.dtype), out=out[part].flatten(2))
+            index = part if whole else slice(images[i], images[i] + 1)
+            own = self.values[index].to(coefficients.dtype)
+            if self.scale is not None:
+                own = (own.unflatten(-1, self.shape) * self.scale[index]).flatten(-2)
+            torch.bmm(coefficients[part], own.flatten(1, 2), out=out[part].flatten(2))
         return out

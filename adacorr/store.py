@@ -219,8 +219,8 @@ class ValueStore(UnitStore):
         kept = histories[0].steps.shape[1]
         if k >= kept:
             raise ValueError(f"computed step {k} is not kept: the predictor stores {kept}")
-        slots, rows = torch.from_numpy(histories[0].slot(images, k)[:, 0]), torch.from_numpy(images)
-        return torch.stack([h.values[rows, slots, 0].unflatten(-1, h.shape) for h in histories])
+        slots = histories[0].slot(images, k)[:, 0]
+        return torch.stack([history.entries(images, slots)[:, 0] for history in histories])
 
     def collect(self, computed: ComputedRows) -> FreshValue:
         return FreshValue(computed, len(self.tracks), self.before_gate)

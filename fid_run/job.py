@@ -144,7 +144,7 @@ def work(job: Job, ranks: Ranks, signals: Signals, pipe: Pipeline, cache: CacheM
         held = "" if cache is None else f" (the cache held {cache.bytes / 2**30:.2f} GiB)"
         raise Failure(
             f"--per-proc-batch-size {args.per_proc_batch_size} does not fit into the memory of {pipe.device}{held}: "
-            "lower it, or give --cache-dtype bf16 or --adacorr order=1; finished images are kept"
+            "lower it, or give --cache-dtype bf16 or int8; finished images are kept"
         ) from error
     except OSError as error:
         raise Failure(f"{error}; finished images are kept, and the same command goes on from there") from error

@@ -56,9 +56,9 @@ def test_two_steps_at_one_timestep_still_give_finite_weights():
 class Pushed:
     """A history of 3 images, 3 steps, 2 entries, and a plain list of what was pushed for each."""
 
-    def __init__(self, pushes):
+    def __init__(self, pushes, dtype=torch.float32):
         generator = torch.Generator().manual_seed(5)
-        self.history = History(3, 3, 2, 4, 6, "cpu", torch.float32)
+        self.history = History(3, 3, 2, 4, 6, "cpu", dtype)
         self.lists = [[], [], []]
         for images, t in pushes:
             values = torch.randn(len(images), 2, 4, 6, generator=generator)
@@ -110,6 +110,33 @@ def test_a_push_for_nobody_changes_nothing():
 
 def test_bytes_are_those_of_the_stored_tensors():
     assert History(3, 2, 5, 4, 6, "cpu", torch.bfloat16).bytes == 3 * 2 * 5 * 4 * 6 * 2
+
+
+@pytest.mark.parametrize("images", [[0, 1, 2], [1]])
+def test_int8_rounds_each_value_to_a_127th_of_its_channels_largest(images):
+    pushed, at = Pushed(MIXED, torch.int8), [600, 655]
+    out = pushed.read(images, at, 0, [1.0, 0.0])
+    stored = pushed.history.entries(np.array(images), pushed.history.slot(np.array(images), 0)[:, 0])
+    for i, image in enumerate(images):
+        _, newest = pushed.lists[image][-1]
+        unit = newest.abs().amax(dim=1, keepdim=True) / 127
+        expected = (newest / unit).round() * unit
+        assert not torch.equal(expected, newest)
+        assert_close(stored[i], expected)
+        for s in range(len(at)):
+            assert_close(out[i, s], expected[0])
+    assert pushed.history.bytes == 3 * 3 * 2 * (4 * 6 + 6 * 4)  # a scale of 4 bytes for each of 6 channels
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_int8_keeps_what_is_not_finite_apart(bad):
+    """In its channel alone, and as "not a number", so that the cache sees it."""
+    history, values = History(1, 1, 1, 4, 6, "cpu", torch.int8), torch.ones(1, 1, 4, 6)
+    values[0, 0, 2, 3] = bad
+    history.push(np.array([0]), 0, values)
+    out = history.read(np.array([0]), torch.ones(1, 1, 1, 1))[0, 0]
+    assert out[:, 3].isnan().all()
+    assert_close(out[:, [0, 1, 2, 4, 5]], torch.ones(4, 5))
 
 
 def test_taylor_weights_are_difference_quotients_over_the_newest_interval():

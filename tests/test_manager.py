@@ -669,3 +669,13 @@ def test_half_precision_halves_the_memory_and_stays_finite(dtype):
             assert distance(out, exact) < 0.3
         size[cache_dtype] = manager.bytes
     assert size[torch.float32] == 2 * size[dtype] > 0
+
+
+@pytest.mark.parametrize("policy", [None, "taylorseer:every=3", "interval:every=3", "toca"])
+def test_int8_stays_near_the_full_store(policy):
+    """Stored branches, blocks and sums of branches, alone and corrected."""
+    full, short = (
+        CacheManager.of(policy, "budget=8" if policy is None else None, dtype) for dtype in (torch.float32, torch.int8)
+    )
+    near(sample(tiny_dit(), steps=20, cache=short), sample(tiny_dit(), steps=20, cache=full), rel=0.02)
+    assert 0 < short.bytes < full.bytes

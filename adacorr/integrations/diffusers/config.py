@@ -7,7 +7,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from adacorr.command import DTYPES
+from adacorr.command import CACHE_DTYPES
 from adacorr.files import written_whole
 from adacorr.integrations.diffusers.families import LAYOUTS
 from adacorr.manager import CacheManager
@@ -23,7 +23,7 @@ class CacheConfig:
     adacorr         AdaCorrection's options as --adacorr takes them ("gamma=2", "budget=8"), "" for its defaults,
                     "literal" for the paper's Algorithm 1, None for `cache` alone
     cache           a caching method as --cache takes it ("teacache:threshold=0.2"), or None for AdaCorrection alone
-    dtype           of the stored tensors: fp32, bf16 or fp16
+    dtype           of the stored tensors: fp32, bf16, fp16 or int8
     profile         file of a profile of the model, for AdaCorrection on DDIM
     model_id        sha256 of the checkpoint that profiles are held to, this one and those of calibrated methods; None
                     takes what the pipeline's own config says of it (PixelDiTPipeline), if anything
@@ -55,7 +55,7 @@ class CacheConfig:
                 raise ValueError("timesteps must fall from noise to image within 0..1000, each once")
             if self.num_steps not in (None, len(self.timesteps)):
                 raise ValueError(f"num_steps={self.num_steps} contradicts {len(self.timesteps)} timesteps; give one")
-        _check("dtype", self.dtype in DTYPES, self.dtype, f"one of {', '.join(DTYPES)}")
+        _check("dtype", self.dtype in CACHE_DTYPES, self.dtype, f"one of {', '.join(CACHE_DTYPES)}")
         _check("guidance", self.guidance in (None, *LAYOUTS), self.guidance, f"one of {', '.join(LAYOUTS)}")
         scale, steps = self.guidance_scale, self.num_steps
         good = scale is None or (math.isfinite(scale) and 0 <= scale <= 100)
@@ -65,7 +65,7 @@ class CacheConfig:
 
     def manager(self, profile: bool = True) -> CacheManager:
         """The core's cache; with `profile` its file is read, too. ValueError for what it refuses."""
-        made = CacheManager.of(self.cache, self.adacorr, DTYPES[self.dtype])
+        made = CacheManager.of(self.cache, self.adacorr, CACHE_DTYPES[self.dtype])
         if made is None:
             raise ValueError("adacorr and cache are both None: give one of them")
         return made if self.profile is None or not profile else made.knowing(load_profile(self.profile))
