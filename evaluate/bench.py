@@ -23,6 +23,7 @@ from runtime import timed
 NEAR = 0.03  # computes that differ by this share count as equal
 REACHED = 0.2  # a compute that is off by more than this share does not stand for a level
 WARM_UP = 4  # steps
+TIMED = 2  # uncached steps that the time of a row is set against
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Bench:
     few             images that settings are searched on, the first of all
     cache_dtype     of the stored tensors
     calibrate       what AdaCorrection is to know of the model: see `profiles.with_profile`
-    timed           rows on all images get their speed-up, from one run and WARM_UP uncached steps right before it
+    timed           rows on all images get their speed-up, from one run and TIMED uncached steps right before it
     """
 
     pipe: Pipeline
@@ -151,7 +152,7 @@ class Bench:
         if (setting, count) in self.rows:
             return self.rows[setting, count]
         own, timed = self.pipe.sampler.num_steps, self.timed and not few
-        uncached = self.sample(Setting(), stop=WARM_UP)[2] / WARM_UP * own if timed else 0.0
+        uncached = self.sample(Setting(), stop=TIMED)[2] / TIMED * own if timed else 0.0
         x, cache, seconds = self.sample(setting, count)
         images = self.pipe.decode(x)
         near = fidelity(self.reference[:count], images)
