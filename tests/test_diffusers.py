@@ -496,7 +496,7 @@ def test_configurations_are_saved_and_copied(tmp_path):
         ({"adacorr": None}, "give a policy|both None|needs a policy"),
         ({"adacorr": "gamma=-1"}, "gamma=-1"),
         ({"cache": "tea"}, "tea"),
-        ({"dtype": "int8"}, "dtype='int8' must be one of fp32, bf16, fp16"),
+        ({"dtype": "int4"}, "dtype='int4' must be one of fp32, bf16, fp16, int8"),
         ({"guidance": "both"}, "guidance='both' must be one of cond_first"),
         ({"guidance_scale": float("nan")}, "guidance_scale=nan must be within 0..100"),
         ({"num_steps": 0}, "num_steps=0 must be within 1..1000"),
