@@ -161,9 +161,12 @@ class History:
 
     def entries(self, images: np.ndarray, slots: np.ndarray) -> Tensor:
         """(m, E, T, D) in the slots (m,) of `images` (m,)."""
-        rows, slots = torch.from_numpy(images), torch.from_numpy(slots)
-        values = self.values[rows, slots].unflatten(-1, self.shape)
-        return values if self.scale is None else values * self.scale[rows, slots]
+        return self._stored((torch.from_numpy(images), torch.from_numpy(slots)))
+
+    def _stored(self, index: slice | tuple[Tensor, Tensor]) -> Tensor:
+        """(..., E, T, D) of what is stored at an index of images, or of images and slots."""
+        values = self.values[index].unflatten(-1, self.shape)
+        return values if self.scale is None else values * self.scale[index]
 
     def slot(self, images: np.ndarray, k: int | np.ndarray) -> np.ndarray:
         """(m,) or (m, K): where the k-th newest step of `images` (m,) lies."""
@@ -193,8 +196,6 @@ class History:
         for i in range(0, len(images), most if whole else 1):
             part = slice(i, i + most) if whole else slice(i, i + 1)
             index = part if whole else slice(images[i], images[i] + 1)
-            own = self.values[index].to(coefficients.dtype)
-            if self.scale is not None:
-                own = (own.unflatten(-1, self.shape) * self.scale[index]).flatten(-2)
-            torch.bmm(coefficients[part], own.flatten(1, 2), out=out[part].flatten(2))
+            own = self._stored(index).to(coefficients.dtype).flatten(3).flatten(1, 2)
+            torch.bmm(coefficients[part], own, out=out[part].flatten(2))
         return out
