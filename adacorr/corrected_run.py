@@ -345,13 +345,17 @@ class CorrectedRun(CachedRun):
         """(first step to take again, images (m,), their state (m, ...) before it), for images that computed this step.
 
         An image goes back to its computed step before. With a profile, one whose guidance difference was refreshed goes
-        back to its refresh before, if the computed steps since then are still kept. x (n, ...) is the state that this
-        step begins with, and that the one before it ended with.
+        back to its refresh before, if the computed steps since then are still kept, and if that pays: taking a step
+        again corrects the difference, which counts |guidance - 1| times, and a computed step that is taken again no
+        longer fits its state. x (n, ...) is the state that this step begins with, and that the one before ended with.
         """
         self._set_anchors(x)
         origin, (anchor, far_anchor) = np.where(self.last == self.step, self.previous, -1), self._anchors
         if self.rewinds_far:
-            far = np.flatnonzero((self.refreshed == self.step) & (self.refreshed_before >= self.store.oldest()))
+            kept, before = self.store.tracks[0].history.steps, self.refreshed_before
+            computed = ((kept > before[:, None]) & (kept < self.step)).sum(axis=1)
+            pays = abs(self.info.cfg_scale - 1) * (self.step - before - 1 - computed) > computed
+            far = np.flatnonzero((self.refreshed == self.step) & (before >= self.store.oldest()) & pays)
             if len(far):
                 origin[far] = self.refreshed_before[far]
                 anchor = put_rows(anchor, far, take_rows(far_anchor, far))
