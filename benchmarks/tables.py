@@ -8,7 +8,7 @@
 
 Caching methods are compared by python -m evaluate compare. PSNR is per image, on uint8, against the uncached run
 (table `exact`: against the solution) from the same noise.
-Seconds are medians of `--repeats` runs, uncached and cached alternating in one process after a warm-up.
+A speed-up is of one run, against uncached steps right before it.
 """
 
 import argparse
@@ -59,30 +59,28 @@ PROTOCOLS = {
 }
 
 
-def compared(bench: Bench, label: str, setting: Setting, repeats: int, changes: dict) -> tuple[dict[str, str], dict]:
+def compared(bench: Bench, label: str, setting: Setting, changes: dict) -> tuple[dict[str, str], dict]:
     """The cached run against the uncached one of the same protocol."""
     row = bench.run("adacorr", "adacorr", setting)
-    before, after = bench.seconds([Setting(), setting], repeats)
-    row.speedup = before / after
     record = {"what": label, "images": bench.count, **changes, "compute": row.compute, "hit_rate": row.hit_rate}
-    record |= {"psnr": row.psnr, "ssim": row.ssim["mean"], "seconds_uncached": before, "seconds": after}
-    record |= {"cache_bytes_per_image": row.bytes_per_image, "speedup": row.speedup}
+    record |= {"psnr": row.psnr, "ssim": row.ssim["mean"], "speedup": row.speedup}
+    record |= {"cache_bytes_per_image": row.bytes_per_image}
     cells = {"": f"`{label}`", **measures(row)}
     return {column: text for column, text in cells.items() if column != "to solution (dB)"}, record
 
 
 def gamma(pipe: Pipeline, args: argparse.Namespace) -> Lines:
-    bench = Bench(pipe, args.seed, args.images)
+    bench = Bench(pipe, args.seed, args.images, timed=True)
     for setting in (Setting(adacorr=text) for text in GAMMA):
-        yield compared(bench, str(setting), setting, args.repeats, {})
+        yield compared(bench, str(setting), setting, {})
 
 
 def protocol(pipe: Pipeline, args: argparse.Namespace) -> Lines:
     for what, changes in PROTOCOLS.items():
         sampler = make_sampler(changes.get("sampler", args.sampler), changes.get("steps", args.num_sampling_steps))
         other = replace(pipe, sampler=sampler, cfg_scale=changes.get("cfg_scale", pipe.cfg_scale))
-        bench = Bench(other, args.seed, changes.get("images", args.images))
-        yield compared(bench, f"--adacorr, {what}", Setting(adacorr=""), args.repeats, changes)
+        bench = Bench(other, args.seed, changes.get("images", args.images), timed=True)
+        yield compared(bench, f"--adacorr, {what}", Setting(adacorr=""), changes)
 
 
 def exact(pipe: Pipeline, args: argparse.Namespace) -> Lines:
@@ -156,7 +154,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_model_flags(parser)
     parser.set_defaults(seed=4242)
     parser.add_argument("--images", type=number(1, 10_000), default=20)
-    parser.add_argument("--repeats", type=number(1, 1000), default=1)
     parser.add_argument("--out", type=writable, help="JSON file")
     args = parser.parse_args(argv)
     table = tables[args.table]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -22,7 +20,7 @@ from runtime import timed
 
 NEAR = 0.03  # computes that differ by this share count as equal
 REACHED = 0.2  # a compute that is off by more than this share does not stand for a level
-WARM_UP = 4  # steps
+WARM_UP = 4  # steps, before something is timed
 TIMED = 2  # uncached steps that the time of a row is set against
 
 
@@ -152,10 +150,11 @@ class Bench:
         if (setting, count) in self.rows:
             return self.rows[setting, count]
         own, timed = self.pipe.sampler.num_steps, self.timed and not few
+        reference = self.reference[:count]  # before anything is timed: its run is the warm-up
         uncached = self.sample(Setting(), stop=TIMED)[2] / TIMED * own if timed else 0.0
         x, cache, seconds = self.sample(setting, count)
         images = self.pipe.decode(x)
-        near = fidelity(self.reference[:count], images)
+        near = fidelity(reference, images)
         compute, hit_rate, held = (setting.steps or own) / own, 0.0, 0
         if cache is not None:
             compute, hit_rate, held = cache.trace.compute, cache.trace.hit_rate, cache.bytes // count
@@ -167,12 +166,6 @@ class Bench:
             row.weights_at_1 = float((cache.trace.weight[1:] == 1).mean())
         self.rows[setting, count] = row
         return row
-
-    def seconds(self, settings: Sequence[Setting], repeats: int, count: int | None = None) -> list[float]:
-        """Median seconds of each setting without decoding. They take turns, so that a slow minute hits all."""
-        self.sample(Setting(), count, stop=WARM_UP)
-        spent = [[self.sample(setting, count)[2] for setting in settings] for _ in range(repeats)]
-        return [statistics.median(own) for own in zip(*spent, strict=True)]
 
 
 def _summary(scores: dict[str, Any]) -> dict[str, Any]:

@@ -283,20 +283,6 @@ def test_literal_reports_the_share_of_its_weights(bench):
     assert everything.score > nothing.score
 
 
-def test_seconds_are_medians_in_turn(bench, monkeypatch):
-    plain, cached = Setting(), Setting("interval:every=3")
-    spent, asked = {plain: iter([4.0, 40.0, 5.0]), cached: iter([1.0, 3.0, 2.0])}, []
-
-    def sample(setting, count=None, stop=None):
-        asked.append((setting, count, stop))
-        return None, None, 99.0 if stop else next(spent[setting])
-
-    monkeypatch.setattr(bench, "sample", sample)
-    assert bench.seconds([plain, cached], 3, count=1) == [5.0, 2.0]
-    assert asked[0][2] > 0  # the warm-up, which is not timed
-    assert asked[1:] == [(plain, 1, None), (cached, 1, None)] * 3
-
-
 def test_sweep_keeps_the_best_variant_and_corrects_it_at_no_more_compute(bench):
     alone, corrected = sweep(bench, "interval", 0.5)
     assert abs(alone.compute / 0.5 - 1) <= REACHED

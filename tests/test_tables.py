@@ -58,7 +58,7 @@ def test_compared_tables(ckpt, tmp_path, capsys, monkeypatch):
     assert [row[0] for row in printed(capsys)[1:]] == [f"`--adacorr, {what}`" for what in changes]
     assert [record["images"] for record in records] == [2, 2, 2, 1, 2]
     for record in records:
-        assert record["speedup"] == record["seconds_uncached"] / record["seconds"] > 0
+        assert record["speedup"] > 0
         assert 0 < record["compute"] < 1.1
         assert float(record["psnr"]["min"]) <= float(record["psnr"]["mean"])
 
