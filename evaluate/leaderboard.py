@@ -147,11 +147,12 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             look = {"color": f"C{i}", "marker": "o"}
             points = draw(axes, own, method, "alone", markerfacecolor="white", linewidth=1, **look)
             draw(axes, own, method, "adacorr", linestyle="", markersize=4, **look)
-            ends += [(points[0], method, f"C{i}")] if points else []
+            ends += [(points[0], method.partition(" (")[0], f"C{i}")] if points else []
         label(axes, ends)
         axes.set_xticks(levels, [f"{level:g}" for level in levels])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
+    panels[0, 0].set_xlim(left=0.55 * min(row.compute for row in own))  # room for the names, in all panels
     for axes in list(panels.flat)[len(families) :]:
         axes.axis("off")
     figure.supxlabel("compute (executed share of block FLOPs)")
@@ -177,8 +178,6 @@ def label(axes: Any, ends: Sequence[tuple[tuple[float, float], str, str]]) -> No
         below = max(y, below + gap)
         place = {"xytext": (left * 0.93, below), "ha": "right", "va": "center"}
         axes.annotate(name, (x, y), **place, color=colour, fontsize="small")
-    if ends:
-        axes.set_xlim(left=0.55 * left)
 
 
 # ------------------------------------------------------------------------------------------- command line
