@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +130,11 @@ def markdown(rows: Sequence[Row], levels: Sequence[float], intro: str) -> str:
 
 def plot(rows: Sequence[Row], path: Path) -> None:
     """PSNR against compute, a panel for each family, with each method's name beside its curve."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
+    palette = colormaps["tab20"].colors
+    palette = palette[::2] + palette[1::2]  # ten strong colours, then their pale ones
     own = [row for row in rows if row.level is not None]
     methods = dict.fromkeys(row.method for row in own if row.form == "alone")
     families = sorted(dict.fromkeys(map(family, methods)))
@@ -143,11 +147,11 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             draw(axes, own, name, "fewer steps", color="0.75")
         draw(axes, own, "adacorr", "adacorr", color="black", marker="*", linewidth=2)
         ends = []
-        for i, method in enumerate(method for method in methods if family(method) == kind):
-            look = {"color": f"C{i}", "marker": "o"}
+        for color, method in zip(cycle(palette), [name for name in methods if family(name) == kind]):
+            look = {"color": color, "marker": "o"}
             points = draw(axes, own, method, "alone", markerfacecolor="white", linewidth=1, **look)
             draw(axes, own, method, "adacorr", linestyle="", markersize=4, **look)
-            ends += [(points[0], method.partition(" (")[0], f"C{i}")] if points else []
+            ends += [(points[0], method.partition(" (")[0], color)] if points else []
         label(axes, ends)
         axes.set_xticks(levels, [f"{level:g}" for level in levels])
         axes.minorticks_off()
