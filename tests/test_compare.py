@@ -441,7 +441,8 @@ def test_the_shipped_comparison_can_be_taken_over():
     assert [row.plain() for row in rows.values()] == shipped["tried"]
     with pytest.raises(ValueError, match="of another comparison: seed '4242' there, '1' here"):
         known_rows(SHIPPED, {**shipped["identity"], "seed": "1"})
-    bench, knob = Bench(None, 4242, 10, few=4, rows=rows), Knob("threshold", 0.01, 10.0)
+    count, few = (int(shipped["arguments"][key]) for key in ("num_images", "search_images"))
+    bench, knob = Bench(None, 4242, count, few=few, rows=rows), Knob("threshold", 0.01, 10.0)
     for level in LEVELS:  # without a model: whatever ran would fail
         row = tune(bench, "lazydit", "lazydit:threshold={}", knob, level, None)
         assert abs(row.compute / level - 1) <= REACHED
