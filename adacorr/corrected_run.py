@@ -352,12 +352,12 @@ class CorrectedRun(CachedRun):
         self._set_anchors(x)
         origin, (anchor, far_anchor) = np.where(self.last == self.step, self.previous, -1), self._anchors
         if self.rewinds_far:
-            kept, before = self.store.tracks[0].history.steps, self.refreshed_before
-            computed = ((kept > before[:, None]) & (kept < self.step)).sum(axis=1)
+            before = self.refreshed_before
+            computed = self.store.kept_after(before) - 1  # the current step is kept, too
             pays = abs(self.info.cfg_scale - 1) * (self.step - before - 1 - computed) > computed
             far = np.flatnonzero((self.refreshed == self.step) & (before >= self.store.oldest()) & pays)
             if len(far):
-                origin[far] = self.refreshed_before[far]
+                origin[far] = before[far]
                 anchor = put_rows(anchor, far, take_rows(far_anchor, far))
         first = np.where(origin < 0, self.step, origin + 1)
         for start in np.unique(first[first < self.step]).tolist():

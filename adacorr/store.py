@@ -154,6 +154,10 @@ class UnitStore(ABC):
         steps = self.tracks[0].history.steps
         return np.where(steps < 0, np.iinfo(steps.dtype).max, steps).min(axis=1)
 
+    def kept_after(self, steps: np.ndarray) -> np.ndarray:
+        """(n,) how many kept steps of the conditional half came after `steps` (n,)."""
+        return (self.tracks[0].history.steps > steps[:, None]).sum(axis=1)
+
     def stored(self, images: np.ndarray, k: int) -> Tensor:
         """(halves, m, T, D) of the k-th newest computed step of `images` (m,), zeros where there is none.
 
