@@ -24,10 +24,10 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: str | Path, content: dict[str, Any]) -> None:
-    """A JSON file, whole or not at all. Raises ValueError for numbers that JSON does not have."""
+def write_json(path: str | Path, content: dict[str, Any], indent: int | None = 1) -> None:
+    """A JSON file, whole or not at all; one line without indent. ValueError for numbers that JSON does not have."""
     with written_whole(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        temporary.write_text(json.dumps(content, indent=indent, allow_nan=False) + "\n")
 
 
 def file_sha256(path: str | Path) -> str:

@@ -278,7 +278,8 @@ def run(args: argparse.Namespace) -> None:
 
     def save() -> None:
         tried = [row.plain() for row in bench.rows.values()]
-        write_json(files["json"], {**record, "rows": [row.plain() for row in rows], "tried": tried})
+        content = {**record, "rows": [row.plain() for row in rows], "tried": tried}
+        write_json(files["json"], content, indent=None)  # thousands of rows: indents are a sixth of the file
 
     for row in compare(bench, methods, levels):
         rows.append(row)
