@@ -24,7 +24,7 @@ from pipeline import Pipeline, alpha_bar, gaussian
 from runtime import check_range, say
 
 METHOD = "adacorr"
-FORMAT = 2  # of the arrays: profiles that earlier versions kept are not looked at
+FORMAT = 3  # of the arrays: profiles that earlier versions kept are not looked at
 SEED_OFFSET = 2**31  # calibrations draw their noise from seeds above it, on which nobody evaluates
 IMAGES = 6
 AT_ONCE = 2

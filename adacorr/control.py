@@ -33,7 +33,7 @@ COARSE_SCALE = 10.0
 INTERVAL_QUANTUM = 0.5
 
 # Error of the final state, in shares of its contrast, that a run with a profile is to leave at gamma 1.
-ERROR = 0.02
+ERROR = 0.0225
 NOISE_ERROR = 0.04  # the same where noise is injected: it looks alike, and half of it would cost twice the steps
 
 # An offset over an interval grows like its length ** POWER: the forecast's order 2 plus one, and the steps that add up.

@@ -16,6 +16,7 @@ from adacorr.correct import AdaCorrection
 from adacorr.injected_noise import InjectedNoise
 from adacorr.offset import innovation
 from adacorr.outside import Outside
+from adacorr.placement import far_rewind_pays
 from adacorr.policy import Policy, Ran, RunInfo, View, scatter
 from adacorr.run import (
     Advance,
@@ -190,7 +191,7 @@ class CorrectedRun(CachedRun):
 
     def compute(self, plan: Plan, head: Tensor, c: Tensor) -> Computed:
         """The stack for the plan's rows, `head` (rows, T, D) with c (rows, D)."""
-        conditioning, fresh = Conditioning(self.info.blocks, c), self.store.collect(plan.computed)
+        conditioning, fresh = Conditioning(self.info.blocks, c), self.store.collect(plan.computed, self.step)
         out = head if plan.probe is None else self._resume(plan, head, conditioning, fresh)
         for unit in self.units:
             unit_in = out
@@ -319,7 +320,7 @@ class CorrectedRun(CachedRun):
         """Output (m, C, ...) of a step for `images` (m,), with the answer to the noise `amount` that they have."""
         if not len(images):
             return out
-        answer = self.noise.answer(step, images, amount, self.store.tracks[0].weights(images, np.array([step])))
+        answer = self.noise.answer(step, images, amount, self.store.tracks[0].weights(images, np.array([step]))[..., 0])
         return torch.cat([out[:, : answer.shape[1]] + answer, out[:, answer.shape[1] :]], dim=1)
 
     def _rewind(self, x: Tensor, out: Tensor, evaluate: Evaluate, advance: Advance) -> tuple[Tensor, Tensor]:
@@ -354,7 +355,8 @@ class CorrectedRun(CachedRun):
         if self.rewinds_far:
             before = self.refreshed_before
             computed = self.store.kept_after(before) - 1  # the current step is kept, too
-            pays = abs(self.info.cfg_scale - 1) * (self.step - before - 1 - computed) > computed
+            skipped = self.step - before - 1 - computed
+            pays = far_rewind_pays(self.info.cfg_scale, skipped, computed)
             far = np.flatnonzero((self.refreshed == self.step) & (before >= self.store.oldest()) & pays)
             if len(far):
                 origin[far] = before[far]

@@ -13,7 +13,6 @@ is added to the tokens: see `Trend`.
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 # Added to the covariance's diagonal, in shares of its mean: two kept steps close in time are nearly the same.
@@ -22,7 +21,7 @@ RIDGE = 1e-9
 
 def kriging_weights(covariance: np.ndarray, kept: np.ndarray, at: np.ndarray) -> np.ndarray:
     """(len(at), len(kept)) weights of the best linear forecast at steps `at` from steps `kept`, covariance (S, S)."""
-    size = covariance[kept, kept].mean()
+    size = max(covariance[kept, kept].mean(), np.finfo(np.float64).tiny)  # a process may be nothing at all
     system = covariance[np.ix_(kept, kept)] / size + RIDGE * np.eye(len(kept))
     return np.linalg.solve(system, covariance[np.ix_(kept, at)] / size).T
 
@@ -46,26 +45,22 @@ class Kriging:
 class Trend:
     """What the branches add on average, which no forecast has to follow.
 
-    mean (S, Q, D) of the branch sums under the basis (S, Q) of the gates (adacorr.gates), over images and tokens; rest
-    (S, D) what the gated branches add on average beyond basis @ mean, since the basis does not hold the gates exactly.
-    What a forecast lacks of it is a product with `table` (S, Q + 1, D), which holds both.
+    mean (S, E, D) of a step's entries over images and tokens; basis (S, E): how a step reads its entries.
     """
 
-    def __init__(self, mean: Tensor, rest: Tensor, basis: Tensor):
-        self.basis = basis.cpu().numpy()
-        self.table = torch.cat([mean, rest[:, None]], dim=1)
+    def __init__(self, mean: Tensor, basis: np.ndarray):
+        self.mean, self.basis = mean, basis
 
     def coefficients(self, weights: np.ndarray, kept: np.ndarray, at: np.ndarray, rows: range) -> np.ndarray:
-        """(m, s, R * (Q + 1)) whose product with `table[rows]` is to be added to the forecast at steps (s,).
+        """(m, s, R * E) whose product with `mean[rows]` is to be added to the forecast at steps (s,).
 
-            sum_q basis_q(s) (mean_q(s) - sum_k w_k(s) mean_q(s_k)) + rest(s)
+            sum_q basis_q(s) (mean_q(s) - sum_k w_k(s) mean_q(s_k))
 
-        weights (m, s, K) of the kept steps (m, K), -1 and weight 0 where there is none; the R `rows` hold them all.
+        weights (m, s, K, E) of the kept steps (m, K), -1 and weight 0 where there is none; the R `rows` hold them all.
         """
         image, column, basis = np.arange(len(kept))[:, None], np.arange(len(at)), self.basis[at]
-        result = np.zeros((*weights.shape[:2], len(rows), basis.shape[1] + 1), dtype=np.float32)
+        result = np.zeros((*weights.shape[:2], len(rows), basis.shape[1]), dtype=np.float32)
         for k, step in enumerate(np.maximum(kept, rows.start).T):
-            result[image, column, step[:, None] - rows.start, :-1] -= weights[:, :, k, None] * basis
-        result[:, column, at - rows.start, :-1] += basis
-        result[:, column, at - rows.start, -1] = 1.0
+            result[image, column, step[:, None] - rows.start] -= weights[:, :, k] * basis
+        result[:, column, at - rows.start] += basis
         return result.reshape(*weights.shape[:2], -1)

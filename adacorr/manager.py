@@ -254,7 +254,8 @@ class _Stores:
         tracks = []
         for kind in KINDS[: self.trace.halves]:
             trend = profile.trend(kind, steps, basis.basis)
-            tracks.append(self.shape.track(basis.rank, KEPT[kind], profile.rule(kind, steps, renewed), trend))
+            rules = profile.rules(kind, steps, renewed)
+            tracks.append(self.shape.track(basis.rank + 1, KEPT[kind], *rules, trend=trend))
         return GateSumStore(unit, basis, self.index.to(self.shape.device), tracks, self.trace.halves == 2)
 
     def _count_gates(self, rows: int) -> None:

@@ -19,6 +19,7 @@ from adacorr.kriging import Kriging, Trend
 from adacorr.placement import ddim_coefficients
 from adacorr.placement import evaluations as cost
 from adacorr.profile import Profile
+from adacorr.store import with_rest
 
 KINDS = ("conditional", "difference")  # the processes: the conditional half, and how the unconditional one differs
 KEPT = {"conditional": 4, "difference": 3}  # computed steps that a forecast rests on
@@ -31,8 +32,8 @@ class ModelProfile:
 
     timesteps (P,)            at which all of it was measured, in sampling order
     basis (P, Q)              of the gates (adacorr.gates), gate_weight (B, D) what it was fitted under
-    mean[kind] (P, Q, D)      of the branch sums over images and tokens, rest[kind] (P, D) see `kriging.Trend`
-    covariance[kind] (P, P)   of what is left of them, seen through the final layer
+    mean[kind] (P, Q + 1, D)  of the branch sums over images and tokens, and of the rest: what the basis leaves
+    covariance[kind] (P, P)   of the branch sums without their mean, seen through the final layer, and of the rest
     schedules (R, P)          the best found for R costs, which rise: 0, CONDITIONAL or BOTH in each step
     expected (R,)             rms error of the final state that they should leave; 0 of the last, which computes all
     contrast                  rms of the final state itself
@@ -46,8 +47,8 @@ class ModelProfile:
     basis: np.ndarray
     gate_weight: np.ndarray
     mean: dict[str, np.ndarray]
-    rest: dict[str, np.ndarray]
     covariance: dict[str, np.ndarray]
+    rest: dict[str, np.ndarray]
     schedules: np.ndarray
     expected: np.ndarray
     contrast: float
@@ -64,27 +65,34 @@ class ModelProfile:
         shapes |= {"schedules": (None, steps), "expected": (None,)}
         shapes |= {"response": (steps, None, None, None), "held": (steps, None)}
         for kind in kinds:
-            shapes |= {f"mean_{kind}": (steps, None, None), f"rest_{kind}": (steps, None)}
-            shapes |= {f"covariance_{kind}": (steps, steps)}
+            shapes |= {f"mean_{kind}": (steps, None, None)}
+            shapes |= {f"covariance_{kind}": (steps, steps), f"rest_{kind}": (steps, steps)}
             shapes |= {f"unexplained_{kind}": (steps,), f"readout_{kind}": (steps,)}
         arrays = {name: np.asarray(value) for name, value in profile.require(**shapes).items()}
-        by_kind = ("mean", "rest", "covariance", "unexplained", "readout")
+        by_kind = ("mean", "covariance", "rest", "unexplained", "readout")
         grouped = {name: {kind: arrays.pop(f"{name}_{kind}") for kind in kinds} for name in by_kind}
         return cls(**{**arrays, "contrast": float(arrays["contrast"])}, **grouped)
 
-    def rule(self, kind: str, timesteps: np.ndarray, renewed: np.ndarray) -> Kriging:
-        """How the process is forecast in a run at timesteps (S,), whose steps renew so much of the noise (S,)."""
+    def rules(self, kind: str, timesteps: np.ndarray, renewed: np.ndarray) -> tuple[Kriging, Kriging]:
+        """How the process, and what the basis leaves of it, are forecast in a run at timesteps (S,).
+
+        renewed (S,): how much of the noise its steps renew. It is taken to change the same share of both.
+        """
         onto = interpolation(timesteps, self.timesteps)
-        covariance = onto @ self.covariance[kind].astype(np.float64) @ onto.T
         unexplained = self._between(timesteps, self.unexplained[kind] / self.readout[kind] ** 2)
         walk = np.append(0.0, np.cumsum(renewed * unexplained)[:-1])
-        return Kriging(covariance + np.minimum.outer(walk, walk))
+        walk, rules = np.minimum.outer(walk, walk), []
+        whole = np.trace(self.covariance[kind])
+        for measured in (self.covariance[kind], self.rest[kind]):
+            covariance = onto @ measured.astype(np.float64) @ onto.T
+            rules.append(Kriging(covariance + walk * np.trace(measured) / whole))
+        return tuple(rules)
 
     def trend(self, kind: str, timesteps: np.ndarray, basis: Tensor) -> Trend:
         """The mean of the process in a run at timesteps (S,), whose gates have the basis (S, Q)."""
         onto = torch.from_numpy(interpolation(timesteps, self.timesteps)).to(basis)
-        mean, rest = (torch.from_numpy(v[kind].astype(np.float32)).to(basis) for v in (self.mean, self.rest))
-        return Trend(torch.einsum("sp,pqd->sqd", onto, mean), onto @ rest, basis)
+        mean = torch.from_numpy(self.mean[kind].astype(np.float32)).to(basis)
+        return Trend(torch.einsum("sp,pqd->sqd", onto, mean), with_rest(basis.cpu().numpy()))
 
     def noise(
         self, timesteps: np.ndarray, alpha_bar: np.ndarray, images: int, size: tuple[int, int, int], device

@@ -20,7 +20,7 @@ a schedule costs about a millisecond, and local search goes through thousands of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +36,15 @@ def evaluations(schedule: Schedule, halves: int) -> float:
     return (len(nodes) + len(refreshes)) / 2 if halves == 2 else float(len(nodes))
 
 
+def far_rewind_pays(cfg_scale: float, skipped, computed):
+    """Whether to go back over so many computed and skipped steps where the guidance difference is refreshed.
+
+    Taking a step again corrects the guidance difference, which counts |cfg_scale - 1| times; a computed step that is
+    taken again no longer fits its state. Numbers or arrays of them.
+    """
+    return abs(cfg_scale - 1.0) * skipped > computed
+
+
 def ddim_coefficients(alpha_bar: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(keep, c), (S,) each, of the DDIM steps x -> keep x + c eps. alpha_bar (S,) in sampling order."""
     after = np.append(alpha_bar[1:], 1.0)
@@ -46,9 +55,10 @@ def ddim_coefficients(alpha_bar: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 class Process:
     """Branch sums in time, as the final layer sees them: those of the conditional half or of the guidance difference.
 
-    factor (F, S, Q, r)  of their covariance in each of F frequency bands, per pixel: factor @ factor^T. The processes
-                         of a model share the r unit variables, so they may be correlated
-    covariance (S, S)    what the forecast's weights follow from
+    factor (F, S, E, r)  of their covariance in each of F frequency bands, per pixel: factor @ factor^T. The processes
+                         of a model share the r unit variables, so they may be correlated. The last of the E entries
+                         is the rest: what the basis of the gates leaves
+    covariance (S, S)    what the forecast's weights follow from, and rest (S, S) those of the last entry
     response (S, F)      of a computed step to an error of the state, along it, and scatter (S, F) beside it
     kept                 computed steps that a forecast rests on
     weight               of its error in the guided output
@@ -56,14 +66,28 @@ class Process:
 
     factor: np.ndarray
     covariance: np.ndarray
+    rest: np.ndarray
     response: np.ndarray
     scatter: np.ndarray
     kept: int
     weight: float
 
 
+@dataclass(frozen=True)
+class _State:
+    """What is known after a computed step: the next step, the error of its state, and what is kept of each process.
+
+    anchors: (step, error of its state) from which a rewind goes on that is near, and one that is far.
+    """
+
+    at: int
+    e: np.ndarray
+    kept: tuple[tuple[int, ...], ...]
+    anchors: tuple[tuple[int, np.ndarray] | None, tuple[int, np.ndarray] | None]
+
+
 class ErrorModel:
-    """The expected error of a schedule. alpha_bar (S,), held (S, F), readout (S, Q): how a step reads the sums.
+    """The expected error of a schedule. alpha_bar (S,), held (S, F), readout (S, E): how a step reads its entries.
 
     processes: that of the conditional half, and with guidance that of the guidance difference.
     """
@@ -72,12 +96,18 @@ class ErrorModel:
         self.keep, self.noise = ddim_coefficients(alpha_bar)
         self.held, self.readout, self.processes = held, readout, processes
         self.carry = self.keep[:, None] + self.noise[:, None] * held  # (S, F) of a skipped step
-        self.size = np.linalg.norm(readout, axis=1)
+        self.size = np.linalg.norm(readout[:, :-1], axis=1)
         self.steps, self.bands = held.shape
         self.rank = processes[0].factor.shape[3]  # columns of e: those of the processes, then the scatter of each node
         self.true = [np.einsum("sq,fsqr->sfr", readout, process.factor) for process in processes]
-        self._weights: dict[tuple, np.ndarray] = {}
+        self._weights: dict[tuple, list[np.ndarray]] = {}
         self._intervals: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}
+        # The schedule looked at last, as (node, whether it is a refresh), and what was known before each of its nodes:
+        # a search changes schedules little by little, and what comes before the change is not worked out again.
+        self._path: list[tuple[int, bool]] = []
+        e = np.zeros((self.bands, self.rank + len(processes) * self.steps))
+        self._states = [_State(0, e, ((),) * len(processes), (None, None))]
+        self._noises: list[dict[int, np.ndarray]] = [{} for _ in processes]
 
     @property
     def guided(self) -> bool:
@@ -90,37 +120,44 @@ class ErrorModel:
     def error(self, schedule: Schedule) -> float:
         """Expected mean square of the error of the final state, per pixel."""
         nodes, refreshes = schedule
-        e = np.zeros((self.bands, self.rank + 2 * self.steps))
-        kept: list[tuple[int, ...]] = [()] * len(self.processes)
-        noises: list[dict[int, np.ndarray]] = [{} for _ in self.processes]
-        anchors = [(0, e), (0, e)]  # step and state from which the next rewind goes on: near, and far
-        at = 0
-        for node in (*nodes, self.steps):
-            e = self._skip(e, at, node, kept, noises)
-            if node == self.steps:
-                break
-            both, size = self.guided and node in refreshes, np.sqrt((e**2).sum(axis=1))
-            answers = 0.0
-            for i, process in enumerate(self.processes):
-                if i == 1 and not both:
-                    answers = answers + process.weight * self._forecast_noise(1, kept[1], node, noises[1])
-                    continue
-                answer = process.response[node] - (self.held[node] if i == 0 else 0.0)
-                own = answer[:, None] * e
-                own[:, self.rank + i * self.steps + node] += process.scatter[node] * size
-                noises[i][node] = own
-                kept[i] = (*kept[i], node)[-process.kept :]
-                answers = answers + process.weight * own
-            far = both and anchors[1][0] > 0 and kept[0][0] < anchors[1][0]
-            start, state = anchors[far]
-            if 0 < start < node:
-                e = self._skip(state, start, node, kept, noises)
-            e = self.carry[node][:, None] * e + self.noise[node] * answers
-            at = node + 1
-            anchors = [(at, e), (at, e) if both else anchors[1]]
-        return float((e**2).sum())
+        path = [(node, not self.guided or node in refreshes) for node in nodes]
+        same = next((i for i, (a, b) in enumerate(zip(path, self._path, strict=False)) if a != b), None)
+        same = min(len(path), len(self._path)) if same is None else same
+        del self._states[same + 1 :]
+        for node, both in path[same:]:
+            self._states.append(self._compute(self._states[-1], node, both))
+        self._path, last = path, self._states[-1]
+        return float((self._skip(last.e, last.at, self.steps, last.kept) ** 2).sum())
 
-    def _skip(self, e: np.ndarray, start: int, stop: int, kept: list, noises: list) -> np.ndarray:
+    def _compute(self, before: _State, node: int, both: bool) -> _State:
+        """What is known after the computed step `node`, from what was known after the one before it."""
+        e, kept = self._skip(before.e, before.at, node, before.kept), list(before.kept)
+        size, answers = np.sqrt((e**2).sum(axis=1)), 0.0
+        for i, process in enumerate(self.processes):
+            if i == 1 and not both:
+                answers = answers + process.weight * self._forecast_noise(1, kept[1], node)
+                continue
+            answer = process.response[node] - (self.held[node] if i == 0 else 0.0)
+            own = answer[:, None] * e
+            own[:, self.rank + i * self.steps + node] += process.scatter[node] * size
+            self._noises[i][node] = own
+            kept[i] = (*kept[i], node)[-process.kept :]
+            answers = answers + process.weight * own
+        origin = before.anchors[self.guided and both and self._goes_far(before.anchors[1], kept[0])]
+        if origin is not None and origin[0] < node:
+            e = self._skip(origin[1], origin[0], node, kept)
+        e = self.carry[node][:, None] * e + self.noise[node] * answers
+        here = node + 1, e
+        return _State(node + 1, e, tuple(kept), (here, here if both else before.anchors[1]))
+
+    def _goes_far(self, refreshed: tuple[int, np.ndarray] | None, kept: tuple[int, ...]) -> bool:
+        """Whether a rewind at a refresh, the newest of the kept steps, goes back to the refresh before."""
+        if refreshed is None or kept[0] >= refreshed[0]:
+            return False
+        between = sum(step >= refreshed[0] for step in kept) - 1
+        return far_rewind_pays(1.0 + self.processes[1].weight, kept[-1] - refreshed[0] - between, between)
+
+    def _skip(self, e: np.ndarray, start: int, stop: int, kept: Sequence[tuple[int, ...]]) -> np.ndarray:
         """The error at step `stop` from that at `start`, all steps between skipped, as a new array."""
         e = self.carry[start:stop].prod(axis=0)[:, None] * e
         if start == stop:
@@ -129,7 +166,7 @@ class ErrorModel:
             added, gains = self._interval(i, kept[i], start, stop)
             e[:, : self.rank] += added
             for node, gain in zip(kept[i], gains, strict=True):
-                e += gain[:, None] * noises[i][node]
+                e += gain[:, None] * self._noises[i][node]
         return e
 
     def _interval(self, i: int, kept: tuple[int, ...], start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
@@ -148,17 +185,20 @@ class ErrorModel:
         """Errors (m, F, r) of the forecast at `steps` (m,), and the share (m, K) of each kept node's noise in it."""
         process, nodes = self.processes[i], list(kept)
         if (i, kept) not in self._weights:
-            everywhere = np.arange(self.steps)
-            self._weights[i, kept] = kriging_weights(process.covariance, np.array(nodes), everywhere)
-        weights = self._weights[i, kept][steps]  # (m, K)
-        seen = np.einsum("mq,fkqr->mkfr", self.readout[steps], process.factor[:, nodes])
-        wrong = np.einsum("mk,mkfr->mfr", weights, seen) - self.true[i][steps]
+            everywhere, rules = np.arange(self.steps), (process.covariance, process.rest)
+            self._weights[i, kept] = [kriging_weights(rule, np.array(nodes), everywhere) for rule in rules]
+        weights, rest = (known[steps] for known in self._weights[i, kept])  # (m, K) each
+        read = np.repeat(weights[..., None], self.readout.shape[1], axis=2)
+        read[..., -1] = rest
+        read *= self.readout[steps, None]  # (m, K, E)
+        seen = process.factor[:, nodes].reshape(self.bands, -1, self.rank)  # (F, K * E, r)
+        wrong = (read.reshape(len(steps), -1) @ seen).transpose(1, 0, 2) - self.true[i][steps]
         return wrong, weights * self.size[steps, None] / self.size[nodes]
 
-    def _forecast_noise(self, i: int, kept: tuple[int, ...], step: int, noises: dict[int, np.ndarray]) -> np.ndarray:
+    def _forecast_noise(self, i: int, kept: tuple[int, ...], step: int) -> np.ndarray:
         """(F, columns) error of a process that a computed step forecasts."""
         wrong, shares = self._forecast(i, kept, np.array([step]))
-        e = sum(share * noises[node] for node, share in zip(kept, shares[0], strict=True))
+        e = sum(share * self._noises[i][node] for node, share in zip(kept, shares[0], strict=True))
         e[:, : self.rank] += wrong[0]
         return e
 
@@ -167,99 +207,119 @@ class ErrorModel:
 
 # A move is taken if it lowers the expected squared error by more than this share.
 GAIN = 1e-3
+# Below an rms error of FINE times that which is enough, schedules differ less, and the search may be faster.
+FINE, GAIN_WHEN_FINE = 2.5, 4e-3
 
-# Where a path through the costs begins, in shares of the steps: local search alone ends in the nearest dip.
-BEGINNINGS = ((0.0,), (0.0, 0.2, 0.6), (0.0, 0.35, 0.7, 0.9), (0.0, 0.15, 0.5, 0.8))
-
-# Share of the steps that is added at once, in steps or refreshes, where placement does not matter any more.
-GROWTH = 0.04
+# Changes of the number of refreshes that are tried at each cost; where it is fine, the first two.
+SPLITS = (0, 1, -1)
 
 
 def best_schedules(model: ErrorModel, enough: float) -> list[tuple[Schedule, float]]:
     """The best schedule found for each cost, with its expected squared error; the last one computes everything.
 
-    From a few beginnings, each schedule grows out of the one before by the best further step or refresh, and goes
-    through local search. Then each cost learns from its neighbours, upwards and downwards. Once the error is `enough`,
-    schedules just grow.
+    For each cost some splits into steps and refreshes are tried. The schedule of a split grows out of that with a step
+    or a refresh less, and goes through local search; then it learns from those that cost more. Once the error is
+    `enough`, schedules just grow.
     """
-    found: dict[float, tuple[Schedule, float]] = {}
+    found: dict[tuple[int, int], tuple[Schedule, float]] = {}  # by steps and refreshes
+    fine, most = FINE**2 * enough, model.steps * (2 if model.guided else 1)
 
-    def keep(schedule: Schedule) -> tuple[Schedule, float]:
-        schedule, error = local_search(model, schedule)
-        cost = model.evaluations(schedule)
-        if cost not in found or error < found[cost][1]:
-            found[cost] = schedule, error
-        return schedule, error
+    def keep(schedule: Schedule) -> None:
+        schedule, error = local_search(model, schedule, GAIN if model.error(schedule) > fine else GAIN_WHEN_FINE)
+        split = len(schedule[0]), len(schedule[1])
+        if split not in found or error < found[split][1]:
+            found[split] = schedule, error
 
-    for beginning in BEGINNINGS:
-        steps = tuple(sorted({int(share * model.steps) for share in beginning}))
-        schedule, error = keep((steps, (0,) if model.guided else ()))
-        while error > enough and len(schedule[0]) < model.steps:
-            schedule, error = keep(min(_larger(model, schedule), key=model.error))
-    costs = sorted(found)
-    for cost in costs[:-1]:
-        keep(min(_larger(model, found[cost][0]), key=model.error))
-    for cost in costs[:0:-1]:
-        keep(min(_smaller(model, found[cost][0]), key=model.error))
-    schedule = found[costs[-1]][0]
-    while model.evaluations(schedule) < model.steps:
-        for better in sorted(_larger(model, schedule), key=model.error)[: max(1, round(GROWTH * model.steps))]:
-            schedule = tuple(tuple(sorted({*a, *b})) for a, b in zip(schedule, better, strict=True))
-        found[model.evaluations(schedule)] = schedule, model.error(schedule)
+    def best(size: int) -> tuple[Schedule, float]:
+        return min((found[split] for split in found if sum(split) == size), key=lambda own: own[1])
+
+    size = 1 + model.guided
+    keep(((0,), (0,)[: int(model.guided)]))
+    while best(size)[1] > enough and size < most:
+        refreshes, size = len(best(size)[0][1]), size + 1
+        around = SPLITS if best(size - 1)[1] > fine else SPLITS[:2]
+        for r in {max(refreshes + change, 1) for change in around} if model.guided else (0,):
+            larger = [*_larger(model, found, size - r, r)]
+            if larger:
+                keep(min(larger, key=model.error))
+    for split in sorted(found, key=sum, reverse=True):
+        if found[split] is best(sum(split)) or found[split][1] > fine:
+            keep(min(_smaller(found[split][0]), key=model.error, default=found[split][0]))
+    schedules = {own: best(own) for own in sorted({sum(split) for split in found})}
+    searched = schedules[size][0]
+    while size < most:
+        split = tuple(map(len, schedules[size][0]))
+        found, size = {split: schedules[size]}, size + 1
+        larger = [*_larger(model, found, split[0] + 1, split[1]), *_larger(model, found, split[0], split[1] + 1)]
+        schedule = min([*larger, *_denser(model, searched, size)], key=model.error)
+        schedules[size] = schedule, model.error(schedule)
     # A schedule goes that costs more than another one and leaves no smaller error.
     rows, least = [], np.inf
-    for cost in sorted(found):
-        if found[cost][1] < least:
-            rows.append(found[cost])
-            least = found[cost][1]
+    for schedule, error in schedules.values():
+        if error < least:
+            rows.append((schedule, error))
+            least = error
     return rows
 
 
-def local_search(model: ErrorModel, schedule: Schedule) -> tuple[Schedule, float]:
-    """Take moves of equal cost while one of them gains."""
+def local_search(model: ErrorModel, schedule: Schedule, gain: float = GAIN) -> tuple[Schedule, float]:
+    """Take moves of equal cost while one of them lowers the expected squared error by more than the share `gain`."""
     error, better = model.error(schedule), True
     while better:
         better = False
         for moved in _moves(model, schedule):
             moved_error = model.error(moved)
-            if moved_error < error * (1 - GAIN):
+            if moved_error < error * (1 - gain):
                 schedule, error, better = moved, moved_error, True
                 break
     return schedule, error
 
 
 def _moves(model: ErrorModel, schedule: Schedule) -> Iterator[Schedule]:
-    """Schedules of the same cost: a node elsewhere, another node refreshed, a refresh for a node and back."""
+    """Schedules of as many steps and refreshes: a node elsewhere, two neighbours elsewhere, another node refreshed."""
     nodes, refreshes = schedule
-    for node in nodes[1:]:
-        for to in (node - 2, node - 1, node + 1, node + 2):
-            if 0 < to < model.steps and to not in nodes:
-                yield _swap(nodes, node, to), _swap(refreshes, node, to) if node in refreshes else refreshes
-    others = [node for node in nodes[1:] if node not in refreshes]
+    for first in range(1, len(nodes)):
+        for own in (nodes[first : first + 1], nodes[first : first + 2]):
+            for way in (-2, -1, 1, 2):
+                moved = {node: node + way for node in own}
+                steps = tuple(sorted({moved.get(node, node) for node in nodes}))
+                if len(steps) == len(nodes) and steps[0] == 0 and steps[-1] < model.steps:
+                    yield steps, tuple(sorted(moved.get(node, node) for node in refreshes))
     for refresh in refreshes[1:]:
-        for node in others:
-            if abs(nodes.index(node) - nodes.index(refresh)) <= 2:
+        for node in nodes[1:]:
+            if node not in refreshes and abs(nodes.index(node) - nodes.index(refresh)) <= 2:
                 yield nodes, _swap(refreshes, refresh, node)
-        for a, b in zip(nodes, (*nodes[1:], model.steps), strict=True):
-            if b - a > 1:
-                yield _swap(nodes, None, (a + b) // 2), _swap(refreshes, refresh, None)
-    for node in others if model.guided else ():
-        for refresh in others:
-            if refresh != node:
-                yield _swap(nodes, node, None), _swap(refreshes, None, refresh)
 
 
-def _larger(model: ErrorModel, schedule: Schedule) -> Iterator[Schedule]:
-    """One step more, or one refresh more."""
+def _larger(model: ErrorModel, found: dict, steps: int, refreshes: int) -> Iterator[Schedule]:
+    """Schedules of so many steps and refreshes that have one more than one that was found."""
+    if (known := found.get((steps - 1, refreshes))) is not None:
+        nodes, own = known[0]
+        yield from ((_swap(nodes, None, step), own) for step in range(1, model.steps) if step not in nodes)
+    if (known := found.get((steps, refreshes - 1))) is not None:
+        nodes, own = known[0]
+        yield from ((nodes, _swap(own, None, step)) for step in nodes if step not in own)
+
+
+def _denser(model: ErrorModel, schedule: Schedule, size: int) -> Iterator[Schedule]:
+    """Schedules of so many steps and refreshes together, as dense as this one in the same places."""
     nodes, refreshes = schedule
-    for step in range(1, model.steps):
-        if step not in nodes:
-            yield _swap(nodes, None, step), refreshes
-        elif model.guided and step not in refreshes:
-            yield nodes, _swap(refreshes, None, step)
+    for count in range(size // 2, min(size, model.steps) + 1) if model.guided else (size,):
+        steps, fewer = _resample(nodes, count), _resample([nodes.index(step) for step in refreshes], size - count)
+        fewer = {steps[min(round(i * (count - 1) / (len(nodes) - 1)), len(steps) - 1)] for i in fewer}
+        if len(steps) + len(fewer) == size:
+            yield steps, tuple(sorted(fewer))
 
 
-def _smaller(model: ErrorModel, schedule: Schedule) -> Iterator[Schedule]:
+def _resample(steps: Sequence[int], count: int) -> tuple[int, ...]:
+    """About so many of the whole numbers that the steps lie between, as dense as they are."""
+    if count < 1:
+        return ()
+    at = np.interp(np.linspace(0, len(steps) - 1, count), np.arange(len(steps)), steps)
+    return tuple(sorted(set(np.round(at).astype(int).tolist())))
+
+
+def _smaller(schedule: Schedule) -> Iterator[Schedule]:
     """One step or one refresh less."""
     nodes, refreshes = schedule
     for refresh in refreshes[1:]:

@@ -123,7 +123,7 @@ class PolicyRun(CachedRun):
         """Run the unit for `images` (m,), whose rows of the batch are x (halves * m, T, D)."""
         unit, halves = state.unit, (self.seen.visible_halves, len(images))
         both = images if halves[0] == 2 else images[:0]
-        fresh = None if state.store is None else state.store.collect(ComputedRows(images, both))
+        fresh = None if state.store is None else state.store.collect(ComputedRows(images, both), self.step)
         out, branch = run_unit(unit, x, conditioning, None if fresh is None else fresh.tap)
         if fresh is not None:
             fresh.finish(x, out, branch)

@@ -63,9 +63,9 @@ class StoreShape:
     device: torch.device
     dtype: torch.dtype
 
-    def track(self, entries: int, kept: int, rule: Rule, trend: Trend | None = None) -> Track:
+    def track(self, entries: int, kept: int, *rules: Rule, trend: Trend | None = None) -> Track:
         history = History(self.images, kept, entries, *self.tokens, self.device, self.dtype)
-        return Track(history, rule, trend)
+        return Track(history, rules, trend)
 
     def polynomial(self, entries: int, predictor: Predictor) -> Track:
         """A track under the predictor's polynomial; TaylorSeer's and HiCache's count in steps."""
@@ -78,15 +78,27 @@ class StoreShape:
 
 @dataclass(frozen=True)
 class Track:
-    """One process in time: its newest computed steps and the rule that forecasts from them, about a mean if known."""
+    """One process in time: its newest computed steps and the rule that forecasts from them, about a mean if known.
+
+    rules: that of all entries, or that of all but the last entry and that of the last one.
+    """
 
     history: History
-    rule: Rule
+    rules: tuple[Rule, ...]
     trend: Trend | None
 
+    @property
+    def has_rest(self) -> bool:
+        """Whether the last entry is what the basis of the gates leaves."""
+        return len(self.rules) == 2
+
     def weights(self, images: np.ndarray, steps: np.ndarray) -> np.ndarray:
-        """(m, s, K) of the kept steps in the forecasts for `images` (m,) at steps (s,), in the order of the slots."""
-        return self.history.weights(images, steps, self.rule)
+        """(m, s, K, E) of the kept steps' entries in the forecasts for `images` (m,) at steps (s,), in the order of the
+        slots; E is 1 where all entries have the same."""
+        weights = [self.history.weights(images, steps, rule)[..., None] for rule in self.rules]
+        if self.has_rest:
+            weights[0] = weights[0].repeat(self.history.values.shape[2] - 1, axis=3)
+        return np.concatenate(weights, axis=3)
 
 
 class UnitStore(ABC):
@@ -102,7 +114,7 @@ class UnitStore(ABC):
     def __init__(self, tracks: list[Track], basis: np.ndarray | None = None, difference: bool = False):
         self.tracks, self.basis, self.difference = tracks, basis, difference
         trends = [track.trend for track in tracks if track.trend is not None]
-        self.tables = torch.stack([trend.table for trend in trends]) if trends else None  # (halves, S, Q + 1, D)
+        self.tables = torch.stack([trend.mean for trend in trends]) if trends else None  # (halves, S, E, D)
 
     @property
     def bytes(self) -> int:
@@ -124,9 +136,9 @@ class UnitStore(ABC):
         At steps before the newest computed one the same rule interpolates.
         """
         histories = [track.history for track in self.tracks]
-        weights = [track.weights(images, steps).astype(np.float32) for track in self.tracks]  # (m, s, K) each
+        weights = [track.weights(images, steps).astype(np.float32) for track in self.tracks]
         basis = np.ones((len(steps), 1), np.float32) if self.basis is None else self.basis[steps]
-        coefficients = [own[..., None] * basis[:, None] for own in weights]  # (m, s, K, E)
+        coefficients = [own * basis[:, None] for own in weights]  # (m, s, K, E)
         if self.tables is not None:
             kept = [history.steps[images] for history in histories]
             used = np.concatenate([steps, *(own[own >= 0] for own in kept)])
@@ -171,7 +183,7 @@ class UnitStore(ABC):
         return np.where(self.count[images] > k, history.steps[images, history.slot(images, k)[:, 0]], -1)
 
     @abstractmethod
-    def collect(self, computed: ComputedRows) -> FreshStep:
+    def collect(self, computed: ComputedRows, step: int) -> FreshStep:
         """Gather what a computed step gives for these rows."""
 
     def keep(self, fresh: FreshStep, step: int) -> None:
@@ -226,7 +238,7 @@ class ValueStore(UnitStore):
         slots = histories[0].slot(images, k)[:, 0]
         return torch.stack([history.entries(images, slots)[:, 0] for history in histories])
 
-    def collect(self, computed: ComputedRows) -> FreshValue:
+    def collect(self, computed: ComputedRows, step: int) -> FreshValue:
         return FreshValue(computed, len(self.tracks), self.before_gate)
 
 
@@ -247,30 +259,36 @@ class FreshValue(FreshStep):
 class GateSumStore(UnitStore):
     """Sums of a unit's branches under the basis of the gates, one entry for each of its directions (adacorr.gates).
 
+    Tracks with a rest have one entry more: what the gated branches added beyond the sums under the basis.
     labels (n,): index of each image's label among those of the basis.
     """
 
     def __init__(self, unit: Unit, basis: GateBasis, labels: Tensor, tracks: list[Track], difference: bool = False):
-        super().__init__(tracks, basis.basis.cpu().numpy(), difference)
+        self.gates = basis.basis
+        table = self.gates.cpu().numpy()
+        super().__init__(tracks, with_rest(table) if tracks[0].has_rest else table, difference)
         self.labels = labels.cpu().numpy()
         own = slice(basis.branches * unit.start, basis.branches * unit.stop)
         loadings = torch.cat([half[own] for half in basis.loadings[: len(tracks)]], dim=1)
         self.loadings = loadings.float()  # (B, labels + 1, E, D), the null label last
 
-    def collect(self, computed: ComputedRows) -> FreshSums:
+    def collect(self, computed: ComputedRows, step: int) -> FreshSums:
         null = np.full(len(computed.uncond), self.loadings.shape[1] - 1)
         rows = np.concatenate([self.labels[computed.cond], null][: len(self.tracks)])
         loadings = self.loadings.index_select(1, torch.from_numpy(rows).to(self.loadings.device))
-        return FreshSums(computed, loadings)
+        return FreshSums(computed, loadings, self.gates[step] if self.tracks[0].has_rest else None)
 
 
 class FreshSums(FreshStep):
-    """Adds the branches up as they come. loadings (B, rows, E, D) of the rows [cond; uncond]."""
+    """Adds the branches up as they come. loadings (B, rows, Q, D) of the rows [cond; uncond].
 
-    def __init__(self, computed: ComputedRows, loadings: Tensor):
+    gates (Q,): the basis at the step; with it the last entry is what the unit added beyond the sums under it.
+    """
+
+    def __init__(self, computed: ComputedRows, loadings: Tensor, gates: Tensor | None = None):
         super().__init__(computed)
-        self._loadings = loadings
-        self._total: Tensor | None = None  # (rows, E, T, D)
+        self._loadings, self._gates = loadings, gates
+        self._total: Tensor | None = None  # (rows, Q, T, D)
         self._pending: list[Tensor] = []
         self._branch = 0
 
@@ -281,8 +299,11 @@ class FreshSums(FreshStep):
 
     def finish(self, x: Tensor, out: Tensor, branch: Tensor | None) -> None:
         self._sum_up()
-        cond, rows = len(self.computed.cond), len(self._total)
-        self.values = list(self._total.split([cond, rows - cond])) if rows > cond else [self._total, self._total[:0]]
+        values, cond, rows = self._total, len(self.computed.cond), len(self._total)
+        if self._gates is not None:
+            known = (self._gates.expand(rows, 1, -1) @ values.flatten(2)).view(out.shape)
+            values = torch.cat([values, (out - x - known).unsqueeze(1)], dim=1)
+        self.values = list(values.split([cond, rows - cond])) if rows > cond else [values, values[:0]]
 
     def _sum_up(self) -> None:
         """Add the pending branches, under each entry's loading, to the total."""
@@ -294,6 +315,11 @@ class FreshSums(FreshStep):
         self._total = add(self._total, own, loadings)
         self._branch += len(own)
         self._pending.clear()
+
+
+def with_rest(basis: np.ndarray) -> np.ndarray:
+    """(S, Q + 1) how a step reads its entries, of the basis (S, Q): what the basis leaves counts once."""
+    return np.concatenate([basis, np.ones_like(basis[:, :1])], axis=1)
 
 
 def add_by_branch(total: Tensor | None, branches: Sequence[Tensor], loadings: Tensor) -> Tensor:

@@ -30,6 +30,10 @@ def test_no_other_weights_have_a_smaller_expected_error():
     assert all(error(best) < error(best + 0.01 * generator.normal(size=3)) for _ in range(50))
 
 
+def test_nothing_is_forecast_of_a_process_that_is_nothing():
+    np.testing.assert_array_equal(kriging_weights(np.zeros((5, 5)), np.array([2, 0]), np.array([3, 4])), 0)
+
+
 def test_images_keep_their_own_steps():
     kept = np.array([[6, 2, -1], [-1, -1, 4], [6, 2, -1]])
     weights = Kriging(BROWNIAN)(kept, np.array([4, 8]))
@@ -44,15 +48,17 @@ def test_images_keep_their_own_steps():
 def test_the_bias_restores_the_mean_of_what_was_added():
     """Sums that are exactly their mean are forecast exactly, whatever the weights."""
     generator = torch.Generator().manual_seed(0)
-    mean, rest = torch.randn(6, 2, 5, generator=generator), torch.randn(6, 5, generator=generator)
-    basis = torch.randn(6, 2, generator=generator)
+    mean, basis = torch.randn(6, 2, 5, generator=generator), torch.randn(6, 2, generator=generator)
     kept, at = np.array([[3, 1, -1], [2, -1, 0]]), np.array([4, 5])
-    weights = np.random.default_rng(1).normal(size=(2, 2, 3)) * (kept >= 0)[:, None]
-    trend, rows = Trend(mean, rest, basis), range(6)
-    bias = torch.from_numpy(trend.coefficients(weights, kept, at, rows)) @ trend.table.flatten(0, 1)
-    near = torch.from_numpy(trend.coefficients(weights[:1], kept[:1], at, range(1, 6))) @ trend.table[1:].flatten(0, 1)
+    weights = np.random.default_rng(1).normal(size=(2, 2, 3, 2)) * (kept >= 0)[:, None, :, None]
+    trend, rows = Trend(mean, basis.numpy()), range(6)
+    bias = torch.from_numpy(trend.coefficients(weights, kept, at, rows)) @ mean.flatten(0, 1)
+    near = torch.from_numpy(trend.coefficients(weights[:1], kept[:1], at, range(1, 6))) @ mean[1:].flatten(0, 1)
     torch.testing.assert_close(near, bias[:1])
     for image in range(2):
         for i, step in enumerate(at):
-            forecast = sum(w * basis[step] @ mean[k] for w, k in zip(weights[image, i], kept[image], strict=True))
-            torch.testing.assert_close(forecast + bias[image, i], basis[step] @ mean[step] + rest[step])
+            weighted = [
+                basis[step] * torch.from_numpy(w).float() @ mean[k]
+                for w, k in zip(weights[image, i], kept[image], strict=True)
+            ]
+            torch.testing.assert_close(sum(weighted) + bias[image, i], basis[step] @ mean[step])

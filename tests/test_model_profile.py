@@ -50,5 +50,6 @@ def test_a_schedule_in_a_run_of_other_steps(known, steps, nodes, refreshes):
 
 
 def test_a_rule_and_a_trend_at_their_own_timesteps_are_what_was_measured(known):
-    rule = known.rule("difference", known.timesteps, np.zeros(10))
+    rule, rest = known.rules("difference", known.timesteps, np.zeros(10))
     np.testing.assert_allclose(rule.covariance, known.covariance["difference"])
+    np.testing.assert_allclose(rest.covariance, known.rest["difference"])

@@ -146,8 +146,8 @@ def known_model(model, schedule, cfg_scale=1.5):
     arrays |= {"gate_weight": np.ones((2 * len(model.blocks), width)), "expected": np.array([0.01])}
     arrays["schedules"] = np.array([[".12".index(kind) for kind in schedule]], dtype=np.uint8)
     for kind in KINDS[: 1 if cfg_scale == 1.0 else 2]:
-        mean, rest = np.zeros((steps, basis.shape[1], width)), np.zeros((steps, width))
-        arrays |= {f"mean_{kind}": mean, f"rest_{kind}": rest, f"covariance_{kind}": kernel}
+        mean = np.zeros((steps, basis.shape[1] + 1, width))
+        arrays |= {f"mean_{kind}": mean, f"covariance_{kind}": kernel, f"rest_{kind}": 1e-4 * kernel}
         arrays |= {f"unexplained_{kind}": np.full(steps, 0.01), f"readout_{kind}": np.ones(steps)}
     share = np.linspace(0.1, 0.9, model.input_size)  # the coarser, the less is answered
     arrays["response"] = np.broadcast_to(share[:, None, None] * np.eye(3), (steps, len(share), 3, 3))

@@ -17,13 +17,13 @@ from adacorr.calibration.noise_response import NoiseResponse
 from adacorr.gates import GateBasis, fit_gate_basis, label_conditions, null_condition
 from adacorr.model_profile import BOTH, CONDITIONAL, KEPT, KINDS
 from adacorr.placement import ErrorModel, Process, best_schedules
-from adacorr.store import ComputedRows, FreshSums
+from adacorr.store import ComputedRows, FreshSums, with_rest
 
-GATE_ERROR = 0.015  # relative, as the final layer sees it; the forecasts' own errors are well above
+GATE_ERROR = 0.06  # relative, as the final layer sees it; what the basis leaves is forecast, too
 BAND_EDGES = (1.01, 2.5, 4.5, 8.5)  # of spatial frequency, in cycles per 32 pixels (or latent pixels)
 ROUNDING = 1e-5  # relative difference of states below which it is none
 POWER_STEPS = 6  # at which the size of the branches is looked at, to fit the gates by
-ENOUGH = 0.005  # error of the final state, in shares of its contrast, below which placement does not matter
+ENOUGH = 0.0041  # error of the final state, in shares of its contrast, below which placement does not matter
 LEADING = 512  # eigenvalues of a covariance that are looked for first; a model has some 200 that count
 
 
@@ -60,12 +60,12 @@ class TrajectoryCalibration:
         seen: list[list[Tensor]] = [[] for _ in range(self.halves)]
         for step in range(len(self.timesteps)):
             c = self._rows(step, n, labels)
-            tokens, out, fresh = self._evaluate(x, c, labels)
+            tokens, out, fresh = self._evaluate(step, x, c, labels)
             processes = self._differences(fresh.values[: self.halves])
             for half, sums in enumerate(processes):
                 self.sums[half][step] += sums.double().sum(dim=(0, 2))
                 seen[half].append(self._to_image(sums @ self.projection[half]))
-            self._add_rest(step, tokens, out, processes)
+            self.spread[step] += out[:n].float().std(dim=2, correction=0).mean(dim=1).double().sum()
             decoded = self._decode(out, c)
             if step and float((cached[step - 1] - x).norm()) > ROUNDING * float(x.norm()):
                 self._add_response(step, cached[step - 1] - x, x, tokens, out, decoded, c)
@@ -87,26 +87,28 @@ class TrajectoryCalibration:
             raise ValueError("adacorr: nothing was observed; calibrate on one image at least")
         kinds, count = KINDS[: self.halves], self.images * self.tokens
         means = [sums / count for sums in self.sums]
-        readout = self.basis.basis.double().cpu().numpy() * self._reading()[:, None]
+        readout = with_rest(self.basis.basis.double().cpu().numpy()) * self._reading()[:, None]
         (held, answers), own = self._answers(), np.flatnonzero(self.placed)
         arrays = {"timesteps": self.timesteps.double().cpu().numpy(), "basis": self.basis.basis.cpu().numpy()}
         arrays["gate_weight"] = self.gate_weight.half().cpu().numpy()
         processes, spectrum = [], self._centred(means)  # (F, P * halves * Q, P * halves * Q) per pixel
-        size = len(self.timesteps), self.halves, self.basis.rank
+        size = len(self.timesteps), self.halves, self.basis.rank + 1
         factors = _factor(spectrum)
         factors = factors.reshape(len(spectrum), *size, factors.shape[2])
         spectrum = spectrum.reshape(len(spectrum), *size, *size)
         for half, kind in enumerate(kinds):
-            covariance = np.einsum("fiqjq->ij", spectrum[:, :, half, :, :, half])
-            seen = np.einsum("iq,fiqir,ir->i", readout, spectrum[:, :, half, :, :, half], readout)
+            own_spectrum = spectrum[:, :, half, :, :, half]  # (F, P, Q + 1, P, Q + 1)
+            covariance = np.einsum("fiqjq->ij", own_spectrum[:, :, :-1, :, :-1])
+            rest = own_spectrum[:, :, -1, :, -1].sum(axis=0)
+            seen = np.einsum("iq,fiqir,ir->i", readout, own_spectrum, readout)
             arrays[f"readout_{kind}"] = np.sqrt(seen / np.diag(covariance))
             weight = 1.0 if half == 0 else self.cfg_scale - 1.0
             response = (answer[own] for answer in answers[half])
             factor = factors[:, own, half]
-            processes.append(Process(factor, covariance[np.ix_(own, own)], *response, KEPT[kind], weight))
+            run = np.ix_(own, own)
+            processes.append(Process(factor, covariance[run], rest[run], *response, KEPT[kind], weight))
             arrays[f"mean_{kind}"] = means[half].half().cpu().numpy()
-            arrays[f"rest_{kind}"] = (self.rest[half] / count).float().cpu().numpy()
-            arrays[f"covariance_{kind}"] = covariance
+            arrays |= {f"covariance_{kind}": covariance, f"rest_{kind}": rest}
         arrays |= self.noise.fit()
         contrast = np.sqrt(self.power / self.images / self.pixels)
         model = ErrorModel(self.alpha_bar[own], held[own], readout[own], processes)
@@ -142,12 +144,11 @@ class TrajectoryCalibration:
             classes = torch.arange(model.num_classes, device=reference.device)
             conditions = [label_conditions(model, self.timesteps, classes), *conditions][: self.halves]
         self.basis = fit_gate_basis(model.blocks, reference, conditions, GATE_ERROR, self.gate_weight)
-        rank, width = self.basis.rank, model.pos_embed.shape[2]
+        entries, width = self.basis.rank + 1, model.pos_embed.shape[2]  # of a step: the last one is the rest
         device, kind = reference.device, torch.float64
-        self.sums = [torch.zeros(steps, rank, width, dtype=kind, device=device) for _ in range(self.halves)]
-        self.rest = [torch.zeros(steps, width, dtype=kind, device=device) for _ in range(self.halves)]
+        self.sums = [torch.zeros(steps, entries, width, dtype=kind, device=device) for _ in range(self.halves)]
         self.bands = _bands(model.input_size, device)
-        rows = steps * self.halves * rank
+        rows = steps * self.halves * entries
         self.grams = torch.zeros(len(self.bands), rows, rows, dtype=kind, device=device)
         self.spread = torch.zeros(steps, dtype=kind, device=device)
         # Of a response: along the error and in size, for what is held, the conditional half and the difference.
@@ -180,14 +181,15 @@ class TrajectoryCalibration:
         null = [null_condition(self.model, t)] * (self.halves - 1)
         return torch.cat([self.model.condition(t, labels), *null])
 
-    def _evaluate(self, x: Tensor, c: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, FreshSums]:
-        """The stack on states x (n, ...): its input and output (halves * n, T, D), and the branch sums."""
+    def _evaluate(self, step: int, x: Tensor, c: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, FreshSums]:
+        """The stack on states x (n, ...): its input and output (halves * n, T, D), the branch sums and their rest."""
         everyone = np.arange(len(x))
         label = torch.zeros(len(x), dtype=torch.long) if labels is None else labels
         loadings = [self.basis.loadings[0][:, label]]
         if self.halves == 2:
             loadings.append(self.basis.loadings[1].expand(-1, len(x), -1, -1))
-        fresh = FreshSums(ComputedRows(everyone, everyone[: len(x) * (self.halves - 1)]), torch.cat(loadings, dim=1))
+        computed = ComputedRows(everyone, everyone[: len(x) * (self.halves - 1)])
+        fresh = FreshSums(computed, torch.cat(loadings, dim=1), self.basis.basis[step])
         tokens = self.model.embed(x.to(self._dtype)).repeat(self.halves, 1, 1)
         out = tokens
         for block in self.model.blocks:
@@ -219,16 +221,6 @@ class TrajectoryCalibration:
         return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
     # ------------------------------------------------------------------------------------ what is added up
-
-    def _add_rest(self, step: int, tokens: Tensor, out: Tensor, processes: list[Tensor]) -> None:
-        """What the stack added beyond the branch sums under the basis, and the spread of the final tokens."""
-        added = (out - tokens).float().unflatten(0, (self.halves, -1))
-        exact = self._differences(added)
-        for half, sums in enumerate(processes):
-            held = torch.einsum("q,nqtd->ntd", self.basis.basis[step], sums)
-            self.rest[half][step] += (exact[half] - held).double().sum(dim=(0, 1))
-        spread = out[: len(out) // self.halves].float().std(dim=2, correction=0)
-        self.spread[step] += spread.mean(dim=1).double().sum()
 
     def _answers_to(self, change: Tensor, x, tokens, out, decoded, c) -> list[Tensor]:
         """What the layers outside of the blocks make of a change of the state x, and what each process does."""
