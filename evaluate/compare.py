@@ -52,6 +52,7 @@ SOLVERS = {  # by the name of the row
 SAME = ("sampler", "num_sampling_steps", "cfg_scale", "cfg_channels", "seed", "dtype", "num_images")
 SAME += ("solution_steps", "calibrate")
 TRIES = 8  # runs of one search
+CLOSE = 0.06  # a search ends this close to its level, since a method's curve is read at the level itself
 NARROW = 0.03  # a knob known this closely, in natural logarithms, is not searched further: compute comes in steps
 ENDS = 1.0, 0.03  # compute at the two ends of a knob, as a guess
 CLEAR = 2.0  # dB: a variant that is this far behind the best one although it spends as much is not searched further
@@ -70,7 +71,7 @@ def search(
 ) -> Row:
     """The row whose compute is nearest to `target`; compute falls along the knob.
 
-    Bisection over whole numbers, Brent's method on logarithmic scales otherwise, until a row is within NEAR of the
+    Bisection over whole numbers, Brent's method on logarithmic scales otherwise, until a row is within CLOSE of the
     target, or `hopeless`. `tried` holds rows along the same knob by its value: they narrow the search, and it adds to
     them.
     """
@@ -81,8 +82,8 @@ def search(
         if value not in tried:
             tried[value] = run(value)
         row = tried[value]
-        near = abs(row.compute / target - 1) <= NEAR
-        return 0.0 if near or hopeless(row) else math.log(row.compute / target)
+        close = abs(row.compute / target - 1) <= CLOSE
+        return 0.0 if close or hopeless(row) else math.log(row.compute / target)
 
     known = {value: excess(value) for value in tried}
     if 0.0 not in known.values():

@@ -28,7 +28,7 @@ from checkpoint import save_checkpoint
 from evaluate import compare, leaderboard, pages
 from evaluate.__main__ import main
 from evaluate.bench import NEAR, Bench, Row, Setting
-from evaluate.compare import CLEAR, LEVELS, REACHED, SOLVERS, TRIES, correct, known_rows, search, sweep, tune
+from evaluate.compare import CLEAR, CLOSE, LEVELS, REACHED, SOLVERS, TRIES, correct, known_rows, search, sweep, tune
 from evaluate.fidelity import fidelity
 
 STEPS, SHIPPED = 12, Path(__file__).parents[1] / "docs" / "compare.json"
@@ -85,9 +85,9 @@ def distance(row, target):
 def test_search_stops_at_the_first_value_that_is_near():
     law = Law(lambda x: 0.1 / x)
     row = search(law, Knob("x", 0.1, 1.0), 0.3)
-    assert all(abs(0.1 / x / 0.3 - 1) > NEAR for x in law.asked[:-1])
+    assert all(abs(0.1 / x / 0.3 - 1) > CLOSE for x in law.asked[:-1])
     assert row.value == law.asked[-1]
-    assert abs(row.compute / 0.3 - 1) <= NEAR
+    assert abs(row.compute / 0.3 - 1) <= CLOSE
     assert len(law.asked) == len(set(law.asked)) < TRIES
 
 
@@ -100,7 +100,7 @@ def test_search_goes_on_from_what_is_known():
     law = Law(lambda g: 0.05 + 0.95 * g / (g + 1))
     row = search(law, RISING, 0.5, tried={1.0: law(1.0)})  # 0.525 there
     assert len(law.asked) <= 4
-    assert abs(row.compute / 0.5 - 1) <= NEAR
+    assert abs(row.compute / 0.5 - 1) <= CLOSE
     law = Law(lambda x: 1 / x)
     assert search(law, Knob("every", 1, 60), 1 / 7, tried={6: law(6), 9: law(9)}).value == 7
     assert set(law.asked[2:]) <= {7, 8}
@@ -136,7 +136,7 @@ def test_search_of_numbers(knob, compute, target):
     law = Law(compute)
     row = search(law, knob, target)
     reachable = np.array([compute(x) for x in np.geomspace(knob.low, knob.high, 2000)])
-    assert distance(row, target) <= np.abs(np.log(reachable / target)).min() + 2 * NEAR
+    assert distance(row, target) <= np.abs(np.log(reachable / target)).min() + 2 * CLOSE
     assert len(law.asked) <= TRIES
     low, high = sorted((knob.low, knob.high))
     assert all(low <= x <= high and float(f"{x:g}") == x for x in law.asked)  # what is printed is what ran
@@ -152,7 +152,7 @@ def test_search_of_whole_numbers_finds_the_best_there_is(seed):
     target = random.uniform(0.05, 1.0)
     law = Law(lambda x: stairs[values.index(x)])
     row = search(law, Knob("every", values[0], values[-1]), target)
-    assert distance(row, target) <= max(np.abs(np.log(stairs / target)).min(), -math.log(1 - NEAR)) + 1e-12
+    assert distance(row, target) <= max(np.abs(np.log(stairs / target)).min(), -math.log(1 - CLOSE)) + 1e-12
     assert all(type(x) is int for x in law.asked)
     assert len(law.asked) == len(set(law.asked)) <= TRIES
 
