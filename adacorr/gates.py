@@ -6,9 +6,9 @@ the sampling trajectory the gates of all branches move together in a few directi
 
     gate_b(t_s) = sum_q basis_q(s) * loading_{q,b}
 
-holds to a chosen relative error with Q far below the number of branches B (6 against 24 on the bundled model at 50
-steps), and with the same basis for every label. Storing the Q sums M_q = sum_b loading_{q,b} F_b in place of the B
-branches keeps the gates *fresh* at every step and makes their cost Q tensors instead of B.
+holds to a chosen relative error with Q far below the number of branches B, and with the same basis for every label: on
+the bundled model at 50 steps 6 of 24 directions leave 3 %. Storing the Q sums M_q = sum_b loading_{q,b} F_b in place of
+the B branches keeps the gates *fresh* at every step and makes their cost Q tensors instead of B.
 """
 
 from collections.abc import Sequence

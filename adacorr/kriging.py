@@ -8,6 +8,8 @@ the branch sums M when their mean over images and tokens is taken out,
 
 The mean depends on step and channel alone. So the sums are stored as they are, and all of the mean is one vector that
 is added to the tokens: see `Trend`.
+
+What the basis of the gates leaves of a step is a process of the same kind, with weights of its own.
 """
 
 from dataclasses import dataclass

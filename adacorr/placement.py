@@ -36,11 +36,11 @@ def evaluations(schedule: Schedule, halves: int) -> float:
     return (len(nodes) + len(refreshes)) / 2 if halves == 2 else float(len(nodes))
 
 
-def far_rewind_pays(cfg_scale: float, skipped, computed):
+def far_rewind_pays(cfg_scale: float, skipped: int | np.ndarray, computed: int | np.ndarray) -> bool | np.ndarray:
     """Whether to go back over so many computed and skipped steps where the guidance difference is refreshed.
 
     Taking a step again corrects the guidance difference, which counts |cfg_scale - 1| times; a computed step that is
-    taken again no longer fits its state. Numbers or arrays of them.
+    taken again no longer fits its state.
     """
     return abs(cfg_scale - 1.0) * skipped > computed
 
@@ -246,12 +246,11 @@ def best_schedules(model: ErrorModel, enough: float) -> list[tuple[Schedule, flo
         if found[split] is best(sum(split)) or found[split][1] > fine:
             keep(min(_smaller(found[split][0]), key=model.error, default=found[split][0]))
     schedules = {own: best(own) for own in sorted({sum(split) for split in found})}
-    searched = schedules[size][0]
     while size < most:
         split = tuple(map(len, schedules[size][0]))
         found, size = {split: schedules[size]}, size + 1
         larger = [*_larger(model, found, split[0] + 1, split[1]), *_larger(model, found, split[0], split[1] + 1)]
-        schedule = min([*larger, *_denser(model, searched, size)], key=model.error)
+        schedule = min(larger, key=model.error)
         schedules[size] = schedule, model.error(schedule)
     # A schedule goes that costs more than another one and leaves no smaller error.
     rows, least = [], np.inf
@@ -299,24 +298,6 @@ def _larger(model: ErrorModel, found: dict, steps: int, refreshes: int) -> Itera
     if (known := found.get((steps, refreshes - 1))) is not None:
         nodes, own = known[0]
         yield from ((nodes, _swap(own, None, step)) for step in nodes if step not in own)
-
-
-def _denser(model: ErrorModel, schedule: Schedule, size: int) -> Iterator[Schedule]:
-    """Schedules of so many steps and refreshes together, as dense as this one in the same places."""
-    nodes, refreshes = schedule
-    for count in range(size // 2, min(size, model.steps) + 1) if model.guided else (size,):
-        steps, fewer = _resample(nodes, count), _resample([nodes.index(step) for step in refreshes], size - count)
-        fewer = {steps[min(round(i * (count - 1) / (len(nodes) - 1)), len(steps) - 1)] for i in fewer}
-        if len(steps) + len(fewer) == size:
-            yield steps, tuple(sorted(fewer))
-
-
-def _resample(steps: Sequence[int], count: int) -> tuple[int, ...]:
-    """About so many of the whole numbers that the steps lie between, as dense as they are."""
-    if count < 1:
-        return ()
-    at = np.interp(np.linspace(0, len(steps) - 1, count), np.arange(len(steps)), steps)
-    return tuple(sorted(set(np.round(at).astype(int).tolist())))
 
 
 def _smaller(schedule: Schedule) -> Iterator[Schedule]:
