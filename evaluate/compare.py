@@ -26,7 +26,7 @@ from pathlib import Path
 from scipy.optimize import brentq
 
 import pipeline
-from adacorr import available, make_policy
+from adacorr import CacheManager, available, make_policy
 from adacorr.command import number
 from adacorr.files import check_writable, write_json, written_whole
 from adacorr.policy import Knob
@@ -36,7 +36,7 @@ from evaluate.leaderboard import markdown, plot, read_comparison, tables
 from evaluate.pages import table
 from evaluate.plots import check_matplotlib
 from evaluate.results import differing, protocol_line
-from profiles import check_calibrate
+from profiles import check_calibrate, digest, with_profile
 from runtime import check_range, environment
 from timesteps import MOST
 
@@ -234,12 +234,16 @@ def parse_levels(text: str) -> list[float]:
     return sorted(set(levels.values()), reverse=True)
 
 
-def known_rows(file: Path, identity: dict[str, str]) -> dict[tuple[Setting, int], Row]:
-    """All rows that an earlier run tried; ValueError for a file of another model, noise or protocol."""
+def known_rows(file: Path, identity: dict[str, str], profile: str | None) -> dict[tuple[Setting, int], Row]:
+    """The rows that an earlier run tried, those under AdaCorrection only if it had the same profile of the model.
+
+    profile: its digest. ValueError for a file of another model, noise or protocol.
+    """
     _, content = read_comparison(file)
     if lines := differing(content["identity"], identity):
         raise ValueError(f"--known {file} is of another comparison: {'; '.join(lines)}")
-    return {(row.setting, row.images): row for row in content["tried"]}
+    rows, same = content["tried"], content.get("profile") == profile
+    return {(row.setting, row.images): row for row in rows if same or not row.setting.adacorr}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -259,11 +263,13 @@ def run(args: argparse.Namespace) -> None:
     for method in methods:  # one that refuses the model or has no profile for it says so now, not after hours
         bench.sample(Setting(method), count=1, stop=1)
     identity = {key: str(getattr(args, key)) for key in SAME} | {"checkpoint_sha256": pipe.checkpoint.sha256}
+    profile = digest(with_profile(CacheManager.of(None, ""), pipe, args.calibrate).profile)
     for file in args.known:
-        bench.rows |= known_rows(file, identity)
+        bench.rows |= known_rows(file, identity, profile)
     rows: list[Row] = []
     record = {
         "identity": identity,
+        "profile": profile,
         "arguments": {k: str(v) for k, v in vars(args).items() if k not in ("made_with", "command")},
         "made_with": args.made_with,
         "environment": environment(),

@@ -437,10 +437,13 @@ def nothing_but_probes(monkeypatch):
 
 def test_the_shipped_comparison_can_be_taken_over():
     shipped = json.loads(SHIPPED.read_text())
-    rows = known_rows(SHIPPED, shipped["identity"])
+    rows = known_rows(SHIPPED, shipped["identity"], shipped.get("profile"))
     assert [row.plain() for row in rows.values()] == shipped["tried"]
+    others = known_rows(SHIPPED, shipped["identity"], "another profile of the model")
+    assert others == {key: row for key, row in rows.items() if not row.setting.adacorr}
+    assert 0 < len(others) < len(rows)
     with pytest.raises(ValueError, match="of another comparison: seed '4242' there, '1' here"):
-        known_rows(SHIPPED, {**shipped["identity"], "seed": "1"})
+        known_rows(SHIPPED, {**shipped["identity"], "seed": "1"}, None)
     count, few = (int(shipped["arguments"][key]) for key in ("num_images", "search_images"))
     bench, knob = Bench(None, 4242, count, few=few, rows=rows), Knob("threshold", 0.01, 10.0)
     for level in LEVELS:  # without a model: whatever ran would fail
