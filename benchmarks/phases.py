@@ -30,6 +30,7 @@ from profiles import with_profile
 PARTS = {
     "blocks": (DiTBlock, "forward"),
     "sums of branches": (FreshSums, "tap"),
+    "what they leave": (FreshSums, "finish"),
     "storing them": (GateSumStore, "keep"),
     "forecasts": (GateSumStore, "predict"),
     "steps outside of the blocks": (Outside, "walk"),
