@@ -356,7 +356,7 @@ class CorrectedRun(CachedRun):
             before = self.refreshed_before
             computed = self.store.kept_after(before) - 1  # the current step is kept, too
             skipped = self.step - before - 1 - computed
-            pays = far_rewind_pays(self.info.cfg_scale, skipped, computed)
+            pays = far_rewind_pays(self.controller.guidance_error, skipped, computed)
             far = np.flatnonzero((self.refreshed == self.step) & (before >= self.store.oldest()) & pays)
             if len(far):
                 origin[far] = before[far]

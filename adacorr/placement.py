@@ -36,13 +36,13 @@ def evaluations(schedule: Schedule, halves: int) -> float:
     return (len(nodes) + len(refreshes)) / 2 if halves == 2 else float(len(nodes))
 
 
-def far_rewind_pays(cfg_scale: float, skipped: int | np.ndarray, computed: int | np.ndarray) -> bool | np.ndarray:
+def far_rewind_pays(weight: float, skipped: int | np.ndarray, computed: int | np.ndarray) -> bool | np.ndarray:
     """Whether to go back over so many computed and skipped steps where the guidance difference is refreshed.
 
-    Taking a step again corrects the guidance difference, which counts |cfg_scale - 1| times; a computed step that is
-    taken again no longer fits its state.
+    Taking a step again corrects the guidance difference, which counts `weight` = |guidance - 1| times; a computed step
+    that is taken again no longer fits its state.
     """
-    return abs(cfg_scale - 1.0) * skipped > computed
+    return weight * skipped > computed
 
 
 def ddim_coefficients(alpha_bar: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -155,7 +155,7 @@ class ErrorModel:
         if refreshed is None or kept[0] >= refreshed[0]:
             return False
         between = sum(step >= refreshed[0] for step in kept) - 1
-        return far_rewind_pays(1.0 + self.processes[1].weight, kept[-1] - refreshed[0] - between, between)
+        return far_rewind_pays(abs(self.processes[1].weight), kept[-1] - refreshed[0] - between, between)
 
     def _skip(self, e: np.ndarray, start: int, stop: int, kept: Sequence[tuple[int, ...]]) -> np.ndarray:
         """The error at step `stop` from that at `start`, all steps between skipped, as a new array."""
@@ -234,12 +234,13 @@ def best_schedules(model: ErrorModel, enough: float) -> list[tuple[Schedule, flo
         return min((found[split] for split in found if sum(split) == size), key=lambda own: own[1])
 
     size = 1 + model.guided
-    keep(((0,), (0,)[: int(model.guided)]))
+    keep(((0,), (0,) * model.guided))
     while best(size)[1] > enough and size < most:
         refreshes, size = len(best(size)[0][1]), size + 1
         around = SPLITS if best(size - 1)[1] > fine else SPLITS[:2]
         for r in {max(refreshes + change, 1) for change in around} if model.guided else (0,):
-            larger = [*_larger(model, found, size - r, r)]
+            ways = ((size - r - 1, r), _another_step), ((size - r, r - 1), _another_refresh)
+            larger = [own for split, more in ways if split in found for own in more(model, found[split][0])]
             if larger:
                 keep(min(larger, key=model.error))
     for split in sorted(found, key=sum, reverse=True):
@@ -247,9 +248,8 @@ def best_schedules(model: ErrorModel, enough: float) -> list[tuple[Schedule, flo
             keep(min(_smaller(found[split][0]), key=model.error, default=found[split][0]))
     schedules = {own: best(own) for own in sorted({sum(split) for split in found})}
     while size < most:
-        split = tuple(map(len, schedules[size][0]))
-        found, size = {split: schedules[size]}, size + 1
-        larger = [*_larger(model, found, split[0] + 1, split[1]), *_larger(model, found, split[0], split[1] + 1)]
+        schedule, size = schedules[size][0], size + 1
+        larger = [*_another_step(model, schedule), *_another_refresh(model, schedule)]
         schedule = min(larger, key=model.error)
         schedules[size] = schedule, model.error(schedule)
     # A schedule goes that costs more than another one and leaves no smaller error.
@@ -290,14 +290,15 @@ def _moves(model: ErrorModel, schedule: Schedule) -> Iterator[Schedule]:
                 yield nodes, _swap(refreshes, refresh, node)
 
 
-def _larger(model: ErrorModel, found: dict, steps: int, refreshes: int) -> Iterator[Schedule]:
-    """Schedules of so many steps and refreshes that have one more than one that was found."""
-    if (known := found.get((steps - 1, refreshes))) is not None:
-        nodes, own = known[0]
-        yield from ((_swap(nodes, None, step), own) for step in range(1, model.steps) if step not in nodes)
-    if (known := found.get((steps, refreshes - 1))) is not None:
-        nodes, own = known[0]
-        yield from ((nodes, _swap(own, None, step)) for step in nodes if step not in own)
+def _another_step(model: ErrorModel, schedule: Schedule) -> Iterator[Schedule]:
+    nodes, refreshes = schedule
+    yield from ((_swap(nodes, None, step), refreshes) for step in range(1, model.steps) if step not in nodes)
+
+
+def _another_refresh(model: ErrorModel, schedule: Schedule) -> Iterator[Schedule]:
+    """Nothing without guidance: there is no difference to refresh."""
+    nodes, refreshes = schedule
+    yield from ((nodes, _swap(refreshes, None, node)) for node in nodes if model.guided and node not in refreshes)
 
 
 def _smaller(schedule: Schedule) -> Iterator[Schedule]:

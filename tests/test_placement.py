@@ -124,6 +124,15 @@ def test_the_search_finds_what_trying_all_finds():
     assert found[3.0] == pytest.approx(best, rel=2e-3)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_without_guidance_nothing_is_refreshed_and_the_last_schedule_computes_everything(seed):
+    """Past `enough`, too, where a further step may leave a larger error than the one before."""
+    model = error_model(seed, guided=False)
+    found = best_schedules(model, 1e-2 * model.error(((0,), ())))
+    assert all(refreshes == () for (_, refreshes), _ in found)
+    assert found[-1] == ((tuple(range(STEPS)), ()), pytest.approx(0.0, abs=1e-20))
+
+
 def test_schedules_get_better_with_cost_and_moves_keep_it():
     model = error_model()
     found = best_schedules(model, 1e-4)

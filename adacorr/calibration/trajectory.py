@@ -91,13 +91,13 @@ class TrajectoryCalibration:
         (held, answers), own = self._answers(), np.flatnonzero(self.placed)
         arrays = {"timesteps": self.timesteps.double().cpu().numpy(), "basis": self.basis.basis.cpu().numpy()}
         arrays["gate_weight"] = self.gate_weight.half().cpu().numpy()
-        processes, spectrum = [], self._centred(means)  # (F, P * halves * Q, P * halves * Q) per pixel
-        size = len(self.timesteps), self.halves, self.basis.rank + 1
+        processes, spectrum = [], self._centred(means)  # (F, P * halves * E, P * halves * E) per pixel
+        size = len(self.timesteps), self.halves, self.basis.rank + 1  # P, halves, E: the entries of a step
         factors = _factor(spectrum)
         factors = factors.reshape(len(spectrum), *size, factors.shape[2])
         spectrum = spectrum.reshape(len(spectrum), *size, *size)
         for half, kind in enumerate(kinds):
-            own_spectrum = spectrum[:, :, half, :, :, half]  # (F, P, Q + 1, P, Q + 1)
+            own_spectrum = spectrum[:, :, half, :, :, half]  # (F, P, E, P, E)
             covariance = np.einsum("fiqjq->ij", own_spectrum[:, :, :-1, :, :-1])
             rest = own_spectrum[:, :, -1, :, -1].sum(axis=0)
             seen = np.einsum("iq,fiqir,ir->i", readout, own_spectrum, readout)
@@ -215,9 +215,9 @@ class TrajectoryCalibration:
         return [halves[0], *(halves[0] - other for other in halves[1:])]
 
     def _to_image(self, patches: Tensor) -> Tensor:
-        """(n, Q, T, p * p * C) -> (n, Q, C, H, W)."""
+        """(n, E, T, p * p * C) -> (n, E, C, H, W)."""
         p = self.model.patch_size
-        x = patches.unflatten(3, (p, p, -1)).unflatten(2, (self.grid, self.grid))  # (n, Q, H/p, W/p, p, p, C)
+        x = patches.unflatten(3, (p, p, -1)).unflatten(2, (self.grid, self.grid))  # (n, E, H/p, W/p, p, p, C)
         return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
     # ------------------------------------------------------------------------------------ what is added up
@@ -249,8 +249,8 @@ class TrajectoryCalibration:
         return torch.stack([power[..., band].double().sum() for band in self.bands])
 
     def _add_spectrum(self, images: Tensor) -> None:
-        """images (P, n, halves * Q, C, H, W) of the processes: products of all pairs (P, halves, Q), by band."""
-        spectrum = torch.fft.fft2(images, norm="ortho").transpose(1, 2).flatten(0, 1)  # (P * halves * Q, n, C, H, W)
+        """images (P, n, halves * E, C, H, W) of the processes: products of all pairs (P, halves, E), by band."""
+        spectrum = torch.fft.fft2(images, norm="ortho").transpose(1, 2).flatten(0, 1)  # (P * halves * E, n, C, H, W)
         for gram, band in zip(self.grams, self.bands, strict=True):
             values = torch.view_as_real(spectrum[..., band]).flatten(1)
             gram += (values @ values.T).double()
@@ -258,10 +258,10 @@ class TrajectoryCalibration:
     # ------------------------------------------------------------------------------------------- the fit
 
     def _centred(self, means: list[Tensor]) -> np.ndarray:
-        """(F, P * halves * Q, P * halves * Q) covariance per pixel of the processes about their means (P, Q, D)."""
+        """(F, P * halves * E, P * halves * E) covariance per pixel of the processes about their means (P, E, D)."""
         patch = torch.cat([mean.float() @ own for mean, own in zip(means, self.projection, strict=True)], dim=1)
         patch = patch[:, :, None].expand(-1, -1, self.tokens, -1)
-        spectrum = torch.fft.fft2(self._to_image(patch), norm="ortho").flatten(0, 1)  # (P * halves * Q, C, H, W)
+        spectrum = torch.fft.fft2(self._to_image(patch), norm="ortho").flatten(0, 1)  # (P * halves * E, C, H, W)
         out = []
         for gram, band in zip(self.grams, self.bands, strict=True):
             values = torch.view_as_real(spectrum[..., band]).flatten(1).double()
