@@ -24,12 +24,13 @@ from pipeline import Pipeline, alpha_bar, gaussian
 from runtime import check_range, say
 
 METHOD = "adacorr"
-FORMAT = 3  # of the arrays: profiles that earlier versions kept are not looked at
+FORMAT = 4  # of the arrays: profiles that earlier versions kept are not looked at
 SEED_OFFSET = 2**31  # calibrations draw their noise from seeds above it, on which nobody evaluates
 IMAGES = 6
 AT_ONCE = 2
 STEPS = 50  # at which a model is measured, whatever number it is sampled with,
 LAST = (15, 10, 5)  # and timesteps besides, since towards the image activations turn fast
+RUNS = (50, 30, 20)  # steps of the runs that schedules are made for; other runs use those of the nearest number
 
 
 def check_calibrate(text: str) -> None:
@@ -104,14 +105,13 @@ def measure(pipe: Pipeline, images: int, seed: int = SEED_OFFSET) -> Profile:
     """The profile of the pipeline's model, from uncached images that are spread evenly over the classes."""
     model = pipe.model
     spec = measured_under(pipe)
+    runs = [make_sampler(spec, steps) for steps in RUNS]
     sampler = make_sampler(spec, STEPS)
-    placed = sampler.timesteps.numpy()
-    sampler = sampler.on(np.array(sorted({*placed.tolist(), *LAST}, reverse=True)))
+    sampler = sampler.on(np.array(sorted({*sampler.timesteps.tolist(), *LAST}, reverse=True)))
     guided = guided_channels(pipe.cfg_channels, model.in_channels, 2) if pipe.cfg_scale != 1.0 else model.in_channels
     timesteps = sampler.timesteps.to(pipe.device)
-    calibration = TrajectoryCalibration(
-        model, timesteps, alpha_bar(sampler), np.isin(timesteps.cpu().numpy(), placed), pipe.cfg_scale, guided
-    )
+    grids = [(run.timesteps.double().numpy(), alpha_bar(run)) for run in runs]
+    calibration = TrajectoryCalibration(model, timesteps, alpha_bar(sampler), grids, pipe.cfg_scale, guided)
     own = replace(pipe, sampler=sampler)
     for indices, labels in batches(images, AT_ONCE, model.num_classes):
         labels = None if labels is None else labels.to(pipe.device)

@@ -8,7 +8,7 @@ Norsett and Wanner, Solving Ordinary Differential Equations I, section II.4).
 Lengths are in training timesteps (0 to 1000), so that the rules mean the same at any number of sampling steps.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -214,7 +214,7 @@ class BudgetClock(RefreshClock):
 class ScheduleClock(RefreshClock):
     """The steps of a schedule (adacorr.placement), the same for every image; offsets change nothing."""
 
-    def __init__(self, rule: RefreshRule, timesteps, images: int, schedule: list[int]):
+    def __init__(self, rule: RefreshRule, timesteps, images: int, schedule: Sequence[int]):
         self.schedule = np.array([*schedule, len(timesteps)])
         clock = np.interp(np.arange(len(timesteps)), self.schedule, np.arange(len(self.schedule)))
         super().__init__(rule, timesteps, clock, images, closing=False)
@@ -282,7 +282,8 @@ class Controller:
         rule = RefreshRule(correction.tolerance, warmup=correction.order + 1)
         difference_rule = RefreshRule(correction.difference_tolerance, 1, 1.0, most_shrinking=0.6, min_scale=0.1)
         if profile is not None:
-            error, leaving, within = ERROR, partial(profile.leaving, timesteps), partial(profile.within, timesteps)
+            plan = profile.plan(len(timesteps))
+            error, leaving, within = ERROR, partial(plan.leaving, timesteps), partial(plan.within, timesteps)
             if renewed is not None:
                 schedules = profile.noise_schedules(timesteps, alpha_bar, renewed, cfg_scale)
                 error, leaving, within = NOISE_ERROR, schedules.leaving, schedules.within

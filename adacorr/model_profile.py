@@ -17,13 +17,12 @@ from adacorr.history import lagrange_weights
 from adacorr.injected_noise import InjectedNoise, NoiseSchedules
 from adacorr.kriging import Kriging, Trend
 from adacorr.placement import ddim_coefficients
-from adacorr.placement import evaluations as cost
 from adacorr.profile import Profile
+from adacorr.schedules import Schedules, nearest
 from adacorr.store import with_rest
 
 KINDS = ("conditional", "difference")  # the processes: the conditional half, and how the unconditional one differs
 KEPT = {"conditional": 4, "difference": 3}  # computed steps that a forecast rests on
-CONDITIONAL, BOTH = 1, 2  # what a schedule computes in a step; 0 where it computes nothing
 
 
 @dataclass(frozen=True)
@@ -34,9 +33,8 @@ class ModelProfile:
     basis (P, Q)              of the gates (adacorr.gates), gate_weight (B, D) what it was fitted under
     mean[kind] (P, Q + 1, D)  of the branch sums over images and tokens, and of the rest: what the basis leaves
     covariance[kind] (P, P)   of the branch sums without their mean, seen through the final layer, and of the rest
-    schedules (R, P)          the best found for R costs, which rise: 0, CONDITIONAL or BOTH in each step
-    expected (R,)             rms error of the final state that they should leave; 0 of the last, which computes all
-    contrast                  rms of the final state itself
+    schedules                 for each of the numbers of steps in the array `runs`
+    contrast                  rms of the final state
     response (P, F, C, C)     sigma times the answer of the predicted noise to noise in the state, by radial frequency
     held (P, F)               the part of it that comes from the layers outside of the blocks
     unexplained[kind] (P,)    power of the answer that `response` misses, over that of the noise in units of sigma
@@ -49,8 +47,7 @@ class ModelProfile:
     mean: dict[str, np.ndarray]
     covariance: dict[str, np.ndarray]
     rest: dict[str, np.ndarray]
-    schedules: np.ndarray
-    expected: np.ndarray
+    schedules: list[Schedules]
     contrast: float
     response: np.ndarray
     held: np.ndarray
@@ -62,16 +59,25 @@ class ModelProfile:
         """ValueError for arrays that are missing or of another shape."""
         steps, kinds = profile.num_sampling_steps, KINDS[: 1 if profile.cfg_scale == 1.0 else 2]
         shapes = {"timesteps": (steps,), "basis": (steps, None), "gate_weight": (None, None), "contrast": ()}
-        shapes |= {"schedules": (None, steps), "expected": (None,)}
         shapes |= {"response": (steps, None, None, None), "held": (steps, None)}
         for kind in kinds:
             shapes |= {f"mean_{kind}": (steps, None, None)}
             shapes |= {f"covariance_{kind}": (steps, steps), f"rest_{kind}": (steps, steps)}
             shapes |= {f"unexplained_{kind}": (steps,), f"readout_{kind}": (steps,)}
+        runs = np.asarray(profile.require(runs=(None,))["runs"], dtype=int).tolist()
+        for s in runs:
+            shapes |= {f"timesteps_{s}": (s,), f"schedules_{s}": (None, s), f"expected_{s}": (None,)}
         arrays = {name: np.asarray(value) for name, value in profile.require(**shapes).items()}
+        parts = ("timesteps", "schedules", "expected")
+        schedules = [Schedules(*(arrays.pop(f"{part}_{s}") for part in parts), halves=len(kinds)) for s in runs]
         by_kind = ("mean", "covariance", "rest", "unexplained", "readout")
         grouped = {name: {kind: arrays.pop(f"{name}_{kind}") for kind in kinds} for name in by_kind}
-        return cls(**{**arrays, "contrast": float(arrays["contrast"])}, **grouped)
+        arrays["contrast"] = float(arrays["contrast"])
+        return cls(schedules=schedules, **arrays, **grouped)
+
+    def plan(self, steps: int) -> Schedules:
+        """The schedules for a run of so many steps."""
+        return nearest(self.schedules, steps)
 
     def rules(self, kind: str, timesteps: np.ndarray, renewed: np.ndarray) -> tuple[Kriging, Kriging]:
         """How the process, and what the basis leaves of it, are forecast in a run at timesteps (S,).
@@ -79,7 +85,7 @@ class ModelProfile:
         renewed (S,): how much of the noise its steps renew. It is taken to change the same share of both.
         """
         onto = interpolation(timesteps, self.timesteps)
-        unexplained = self._between(timesteps, self.unexplained[kind] / self.readout[kind] ** 2)
+        unexplained = between(timesteps, self.timesteps, self.unexplained[kind] / self.readout[kind] ** 2)
         walk = np.append(0.0, np.cumsum(renewed * unexplained)[:-1])
         walk, rules = np.minimum.outer(walk, walk), []
         whole = np.trace(self.covariance[kind])
@@ -99,7 +105,7 @@ class ModelProfile:
     ) -> InjectedNoise:
         """The noise of a run that injects some."""
         sigma = np.sqrt(1.0 - alpha_bar)
-        response, held = self._between(timesteps, self.response), self._between(timesteps, self.held)
+        response, held = (between(timesteps, self.timesteps, values) for values in (self.response, self.held))
         response, held = response / sigma[:, None, None, None], held / sigma[:, None]
         return InjectedNoise(response, held, alpha_bar, images, size, KEPT["conditional"], device)
 
@@ -110,45 +116,8 @@ class ModelProfile:
         weights, c = (1.0, cfg_scale - 1.0), ddim_coefficients(alpha_bar)[1]
         rates = []
         for weight, unexplained in zip(weights, self.unexplained.values(), strict=False):
-            rates.append(np.cbrt((weight * c) ** 2 * renewed * self._between(timesteps, unexplained)))
-        return NoiseSchedules(rates, partial(self.leaving, timesteps))
-
-    def _between(self, timesteps: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """(S, ...) of values (P, ...) that stay between their neighbours."""
-        place = np.interp(-timesteps, -self.timesteps, np.arange(len(self.timesteps)))
-        low = np.minimum(place.astype(int), len(values) - 2)
-        share = (place - low).reshape(-1, *[1] * (values.ndim - 1))
-        values = values.astype(np.float64)
-        return (1 - share) * values[low] + share * values[low + 1]
-
-    def schedule(self, timesteps: np.ndarray, row: int) -> tuple[list[int], list[int]]:
-        """(computed steps, those that compute both halves) of a schedule in a run at timesteps (S,).
-
-        Each at the timestep that is nearest; in a coarse run one step may stand for several.
-        """
-        if (self.schedules[row] == BOTH).all():  # a fine run has more steps than the profile
-            return list(range(len(timesteps))), list(range(len(timesteps)))
-        nodes, refreshes = (
-            np.abs(timesteps[:, None] - self.timesteps[self.schedules[row] >= halves]).argmin(axis=0)
-            for halves in (CONDITIONAL, BOTH)
-        )
-        return sorted(set(nodes.tolist())), sorted(set(refreshes.tolist()))
-
-    def within(self, timesteps: np.ndarray, evaluations: float) -> tuple[list[int], list[int]]:
-        """The largest schedule of a run that costs at most so many full evaluations. ValueError if none does."""
-        found = None
-        for row in range(len(self.schedules)):
-            schedule = self.schedule(timesteps, row)
-            if cost(schedule, halves=len(self.mean)) > evaluations + 1e-9:
-                break
-            found = schedule
-        if found is None:
-            raise ValueError(f"the budget leaves {max(evaluations, 0):g} evaluations; one is needed: give a larger one")
-        return found
-
-    def leaving(self, timesteps: np.ndarray, error: float) -> tuple[list[int], list[int]]:
-        """The cheapest schedule of a run that is expected to leave at most this rms error in the final state."""
-        return self.schedule(timesteps, int((self.expected <= error).argmax()))
+            rates.append(np.cbrt((weight * c) ** 2 * renewed * between(timesteps, self.timesteps, unexplained)))
+        return NoiseSchedules(rates, partial(self.plan(len(timesteps)).leaving, timesteps))
 
 
 def interpolation(at: np.ndarray, known: np.ndarray) -> np.ndarray:
@@ -158,3 +127,12 @@ def interpolation(at: np.ndarray, known: np.ndarray) -> np.ndarray:
     near = lagrange_weights(known[nearest], at[:, None], nearest.shape[1] - 1)[:, 0]
     np.put_along_axis(weights, nearest, near, axis=1)
     return weights
+
+
+def between(at: np.ndarray, known: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """(S, ...) of values (P, ...) at timesteps `known` (P,), for those at `at` (S,): between their two neighbours."""
+    place = np.interp(-at, -known, np.arange(len(known)))
+    low = np.minimum(place.astype(int), len(values) - 2)
+    share = (place - low).reshape(-1, *[1] * (values.ndim - 1))
+    values = values.astype(np.float64)
+    return (1 - share) * values[low] + share * values[low + 1]

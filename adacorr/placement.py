@@ -77,12 +77,13 @@ class Process:
 class _State:
     """What is known after a computed step: the next step, the error of its state, and what is kept of each process.
 
+    kept: of each process the computed steps that its forecast rests on, and their own errors (F, K, columns).
     anchors: (step, error of its state) from which a rewind goes on that is near, and one that is far.
     """
 
     at: int
     e: np.ndarray
-    kept: tuple[tuple[int, ...], ...]
+    kept: tuple[tuple[tuple[int, ...], np.ndarray], ...]
     anchors: tuple[tuple[int, np.ndarray] | None, tuple[int, np.ndarray] | None]
 
 
@@ -96,18 +97,22 @@ class ErrorModel:
         self.keep, self.noise = ddim_coefficients(alpha_bar)
         self.held, self.readout, self.processes = held, readout, processes
         self.carry = self.keep[:, None] + self.noise[:, None] * held  # (S, F) of a skipped step
+        # (S + 1, S + 1, F) from a step to another, all between skipped; 1 where there is none between
+        self.carried = np.ones((len(held) + 1, len(held) + 1, held.shape[1]))
+        for start in range(len(held)):
+            self.carried[start, start + 1 :] = self.carry[start:].cumprod(axis=0)
         self.size = np.linalg.norm(readout[:, :-1], axis=1)
         self.steps, self.bands = held.shape
         self.rank = processes[0].factor.shape[3]  # columns of e: those of the processes, then the scatter of each node
         self.true = [np.einsum("sq,fsqr->sfr", readout, process.factor) for process in processes]
         self._weights: dict[tuple, list[np.ndarray]] = {}
         self._intervals: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}
+        self._forecasts: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}
         # The schedule looked at last, as (node, whether it is a refresh), and what was known before each of its nodes:
         # a search changes schedules little by little, and what comes before the change is not worked out again.
         self._path: list[tuple[int, bool]] = []
         e = np.zeros((self.bands, self.rank + len(processes) * self.steps))
-        self._states = [_State(0, e, ((),) * len(processes), (None, None))]
-        self._noises: list[dict[int, np.ndarray]] = [{} for _ in processes]
+        self._states = [_State(0, e, (((), e[:, None][:, :0]),) * len(processes), (None, None))]
 
     @property
     def guided(self) -> bool:
@@ -134,16 +139,17 @@ class ErrorModel:
         e, kept = self._skip(before.e, before.at, node, before.kept), list(before.kept)
         size, answers = np.sqrt((e**2).sum(axis=1)), 0.0
         for i, process in enumerate(self.processes):
+            nodes, noises = kept[i]
             if i == 1 and not both:
-                answers = answers + process.weight * self._forecast_noise(1, kept[1], node)
+                answers = answers + process.weight * self._forecast_noise(1, nodes, noises, node)
                 continue
             answer = process.response[node] - (self.held[node] if i == 0 else 0.0)
             own = answer[:, None] * e
             own[:, self.rank + i * self.steps + node] += process.scatter[node] * size
-            self._noises[i][node] = own
-            kept[i] = (*kept[i], node)[-process.kept :]
+            noises = np.concatenate([noises, own[:, None]], axis=1)
+            kept[i] = (*nodes, node)[-process.kept :], noises[:, -process.kept :]
             answers = answers + process.weight * own
-        origin = before.anchors[self.guided and both and self._goes_far(before.anchors[1], kept[0])]
+        origin = before.anchors[self.guided and both and self._goes_far(before.anchors[1], kept[0][0])]
         if origin is not None and origin[0] < node:
             e = self._skip(origin[1], origin[0], node, kept)
         e = self.carry[node][:, None] * e + self.noise[node] * answers
@@ -157,28 +163,27 @@ class ErrorModel:
         between = sum(step >= refreshed[0] for step in kept) - 1
         return far_rewind_pays(abs(self.processes[1].weight), kept[-1] - refreshed[0] - between, between)
 
-    def _skip(self, e: np.ndarray, start: int, stop: int, kept: Sequence[tuple[int, ...]]) -> np.ndarray:
+    def _skip(
+        self, e: np.ndarray, start: int, stop: int, kept: Sequence[tuple[tuple[int, ...], np.ndarray]]
+    ) -> np.ndarray:
         """The error at step `stop` from that at `start`, all steps between skipped, as a new array."""
-        e = self.carry[start:stop].prod(axis=0)[:, None] * e
+        e = self.carried[start, stop][:, None] * e
         if start == stop:
             return e
-        for i in range(len(self.processes)):
-            added, gains = self._interval(i, kept[i], start, stop)
+        for i, (nodes, noises) in enumerate(kept):
+            added, gains = self._interval(i, nodes, start, stop)
+            e += (gains @ noises)[:, 0]
             e[:, : self.rank] += added
-            for node, gain in zip(kept[i], gains, strict=True):
-                e += gain[:, None] * self._noises[i][node]
         return e
 
     def _interval(self, i: int, kept: tuple[int, ...], start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """What skipping start..stop-1 adds to e: (F, r) in the processes' columns, (K, F) of each kept node's noise."""
+        """What skipping start..stop-1 adds to e: (F, r) in the processes' columns, (F, 1, K) of a kept node's noise."""
         key = i, kept, start, stop
         if key not in self._intervals:
             steps = np.arange(start, stop)
             wrong, gains = self._forecast(i, kept, steps)
-            later = self.carry[start + 1 : stop][::-1].cumprod(axis=0)[::-1]
-            reach = np.concatenate([later, np.ones((1, self.bands))]) * self.noise[steps, None]
-            reach *= self.processes[i].weight
-            self._intervals[key] = np.einsum("mf,mfr->fr", reach, wrong), np.einsum("mf,mk->kf", reach, gains)
+            reach = self.carried[start + 1 : stop + 1, stop] * self.noise[steps, None] * self.processes[i].weight
+            self._intervals[key] = np.einsum("mf,mfr->fr", reach, wrong), (reach.T @ gains)[:, None]
         return self._intervals[key]
 
     def _forecast(self, i: int, kept: tuple[int, ...], steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -195,10 +200,12 @@ class ErrorModel:
         wrong = (read.reshape(len(steps), -1) @ seen).transpose(1, 0, 2) - self.true[i][steps]
         return wrong, weights * self.size[steps, None] / self.size[nodes]
 
-    def _forecast_noise(self, i: int, kept: tuple[int, ...], step: int) -> np.ndarray:
+    def _forecast_noise(self, i: int, nodes: tuple[int, ...], noises: np.ndarray, step: int) -> np.ndarray:
         """(F, columns) error of a process that a computed step forecasts."""
-        wrong, shares = self._forecast(i, kept, np.array([step]))
-        e = sum(share * self._noises[i][node] for node, share in zip(kept, shares[0], strict=True))
+        if (i, nodes, step) not in self._forecasts:
+            self._forecasts[i, nodes, step] = self._forecast(i, nodes, np.array([step]))
+        wrong, shares = self._forecasts[i, nodes, step]
+        e = (shares @ noises)[:, 0]
         e[:, : self.rank] += wrong[0]
         return e
 
@@ -262,32 +269,36 @@ def best_schedules(model: ErrorModel, enough: float) -> list[tuple[Schedule, flo
 
 
 def local_search(model: ErrorModel, schedule: Schedule, gain: float = GAIN) -> tuple[Schedule, float]:
-    """Take moves of equal cost while one of them lowers the expected squared error by more than the share `gain`."""
+    """Take moves of equal cost, node after node, while one lowers the expected squared error by more than `gain`.
+
+    gain: a share. Returns the schedule and its expected squared error.
+    """
     error, better = model.error(schedule), True
     while better:
         better = False
-        for moved in _moves(model, schedule):
-            moved_error = model.error(moved)
-            if moved_error < error * (1 - gain):
-                schedule, error, better = moved, moved_error, True
-                break
+        for place in range(1, len(schedule[0])):
+            for moved in _moves(model, schedule, place):
+                moved_error = model.error(moved)
+                if moved_error < error * (1 - gain):
+                    schedule, error, better = moved, moved_error, True
+                    break
     return schedule, error
 
 
-def _moves(model: ErrorModel, schedule: Schedule) -> Iterator[Schedule]:
-    """Schedules of as many steps and refreshes: a node elsewhere, two neighbours elsewhere, another node refreshed."""
+def _moves(model: ErrorModel, schedule: Schedule, place: int) -> Iterator[Schedule]:
+    """Schedules of as many steps and refreshes: the node at `place`, or it and the next one, up to two steps away, or
+    refreshed in place of one of its neighbours."""
     nodes, refreshes = schedule
-    for first in range(1, len(nodes)):
-        for own in (nodes[first : first + 1], nodes[first : first + 2]):
-            for way in (-2, -1, 1, 2):
-                moved = {node: node + way for node in own}
-                steps = tuple(sorted({moved.get(node, node) for node in nodes}))
-                if len(steps) == len(nodes) and steps[0] == 0 and steps[-1] < model.steps:
-                    yield steps, tuple(sorted(moved.get(node, node) for node in refreshes))
-    for refresh in refreshes[1:]:
-        for node in nodes[1:]:
-            if node not in refreshes and abs(nodes.index(node) - nodes.index(refresh)) <= 2:
-                yield nodes, _swap(refreshes, refresh, node)
+    for own in (nodes[place : place + 1], nodes[place : place + 2]):
+        for way in (-2, -1, 1, 2):
+            moved = {node: node + way for node in own}
+            steps = tuple(sorted({moved.get(node, node) for node in nodes}))
+            if len(steps) == len(nodes) and steps[0] == 0 and steps[-1] < model.steps:
+                yield steps, tuple(sorted(moved.get(node, node) for node in refreshes))
+    if nodes[place] not in refreshes:
+        for near in nodes[max(place - 2, 1) : place + 3]:
+            if near in refreshes:
+                yield nodes, _swap(refreshes, near, nodes[place])
 
 
 def _another_step(model: ErrorModel, schedule: Schedule) -> Iterator[Schedule]:

@@ -8,19 +8,21 @@ from toy import alphas, run_all, timed_dit, tiny_dit
 from adacorr import AdaCorrection, CacheManager
 from adacorr.calibration import trajectory
 from adacorr.calibration.trajectory import TrajectoryCalibration
-from adacorr.model_profile import BOTH, ModelProfile
+from adacorr.model_profile import ModelProfile, between, interpolation
+from adacorr.placement import Process
 from adacorr.profile import Profile
+from adacorr.schedules import BOTH
 from diffusion import make_sampler
 from pipeline import gaussian, sample_latents
 
-STEPS, LABELS = 8, torch.tensor([3, 0, 1])
+STEPS, FEWER, LABELS = 8, 5, torch.tensor([3, 0, 1])
 
 
 def observed(model, cfg_scale=1.5, parts=(3,), correction=None):
     """A calibration that has seen three images, in batches of the sizes `parts`."""
     sampler = make_sampler("ddim", STEPS)
-    every = np.full(STEPS, True)
-    calibration = TrajectoryCalibration(model, sampler.timesteps, alphas(sampler), every, cfg_scale, model.in_channels)
+    runs = [(own.timesteps.double().numpy(), alphas(own)) for own in (sampler, make_sampler("ddim", FEWER))]
+    calibration = TrajectoryCalibration(model, sampler.timesteps, alphas(sampler), runs, cfg_scale, model.in_channels)
     cache = CacheManager(correction=correction or AdaCorrection(budget=3))
     for start, size in zip(np.cumsum((0, *parts)), parts, strict=False):
         noise, labels, states = gaussian(5, start + np.arange(size), (3, 8, 8)), LABELS[start : start + size], []
@@ -97,7 +99,7 @@ def test_means_and_covariances_are_those_of_the_branch_sums(model, arrays):
 def test_batches_make_no_difference(model, arrays):
     apart = observed(model, parts=(1, 2)).fit()[0]
     assert apart.keys() == arrays.keys()
-    for name in arrays.keys() - {"schedules", "expected"}:
+    for name in [name for name in arrays if not name.startswith(("schedules", "expected"))]:
         # The gates are weighted by the branches of the first batch.
         np.testing.assert_allclose(np.abs(apart[name]).sum(), np.abs(arrays[name]).sum(), rtol=0.2, err_msg=name)
 
@@ -147,28 +149,53 @@ def test_the_answer_to_noise_is_the_weighted_fit_to_what_the_network_does(model,
     assert ((arrays["unexplained_conditional"] >= 0) & (arrays["unexplained_difference"] >= 0)).all()
 
 
-def test_schedules_reach_from_one_step_to_all(arrays):
+@pytest.mark.parametrize("steps", [STEPS, FEWER])
+def test_schedules_reach_from_one_step_to_all(arrays, steps):
     ModelProfile.of(Profile("adacorr", arrays, "toy", "ddim", STEPS, 1.5))
-    costs = arrays["schedules"].sum(axis=1)
+    costs, expected = arrays[f"schedules_{steps}"].sum(axis=1), arrays[f"expected_{steps}"]
     assert costs[0] == 2
-    assert costs[-1] == 2 * STEPS
+    assert costs[-1] == 2 * steps
     assert (np.diff(costs) > 0).all()
-    assert (np.diff(arrays["expected"]) < 0).all()
-    assert arrays["expected"][-1] == pytest.approx(0, abs=1e-6)
-    assert (arrays["schedules"][:, 0] == BOTH).all()
+    assert (np.diff(expected) < 0).all()
+    assert expected[-1] == pytest.approx(0, abs=1e-6)
+    assert (arrays[f"schedules_{steps}"][:, 0] == BOTH).all()
+
+
+def test_a_run_of_other_steps_has_the_error_model_between_the_measured_timesteps(model):
+    """All covariances interpolated as their processes would be, responses between their neighbours."""
+    calibration, rng = observed(model), np.random.default_rng(0)
+    known = calibration.timesteps.double().numpy()
+    at, alpha_bar = calibration.runs[1]
+    factor, a = rng.standard_normal((2, STEPS, 3, 6)), rng.standard_normal((STEPS, STEPS))
+    response, scatter, held = rng.standard_normal((3, STEPS, 2))
+    process = Process(factor, a @ a.T, 2 * a @ a.T, response, scatter, 4, 1.0)
+    readout = rng.standard_normal((STEPS, 3))
+    found = calibration.error_model(at, alpha_bar, held, readout, [process])
+    onto, own = interpolation(at, known), found.processes[0]
+    assert found.steps == FEWER
+    for step in range(FEWER):
+        np.testing.assert_allclose(own.factor[1, step], sum(w * f for w, f in zip(onto[step], factor[1], strict=True)))
+        np.testing.assert_allclose(found.readout[step], onto[step] @ readout)
+    np.testing.assert_allclose(own.covariance, (onto @ a) @ (onto @ a).T)
+    np.testing.assert_allclose(own.rest, 2 * own.covariance)
+    for found_values, values in ((own.response, response), (own.scatter, scatter), (found.held, held)):
+        np.testing.assert_allclose(found_values, between(at, known, values))
+    same = calibration.error_model(*calibration.runs[0], held, readout, [process])
+    np.testing.assert_array_equal(same.processes[0].factor, factor)
+    np.testing.assert_array_equal(same.held, held)
 
 
 def test_without_guidance_there_is_one_process(model):
     arrays, notes = observed(model, cfg_scale=1.0).fit()
     assert not [name for name in arrays if "difference" in name]
-    assert set(np.unique(arrays["schedules"])) == {0, BOTH}
+    assert set(np.unique(arrays[f"schedules_{STEPS}"])) == {0, BOTH}
     assert notes["images"] == 3
 
 
 def test_nothing_observed_raises(model):
     sampler = make_sampler("ddim", STEPS)
     with pytest.raises(ValueError, match="nothing was observed"):
-        TrajectoryCalibration(model, sampler.timesteps, alphas(sampler), np.full(STEPS, True), 1.5, 3).fit()
+        TrajectoryCalibration(model, sampler.timesteps, alphas(sampler), [], 1.5, 3).fit()
     with pytest.raises(ValueError, match="never differed"):
         observed(model, correction=AdaCorrection(gamma=1e6)).fit()
 

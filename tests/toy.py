@@ -143,8 +143,9 @@ def known_model(model, schedule, cfg_scale=1.5):
     basis = fit_gate_basis(model.blocks, reference, [reference[None]], 1e-5).basis
     kernel = np.exp(-(np.subtract.outer(t.numpy(), t.numpy()) ** 2) / (2 * 200.0**2)) + 1e-4 * np.eye(steps)
     arrays = {"timesteps": t.double().numpy(), "basis": basis.numpy(), "contrast": np.array(1.0)}
-    arrays |= {"gate_weight": np.ones((2 * len(model.blocks), width)), "expected": np.array([0.01])}
-    arrays["schedules"] = np.array([[".12".index(kind) for kind in schedule]], dtype=np.uint8)
+    arrays |= {"gate_weight": np.ones((2 * len(model.blocks), width)), "runs": np.array([steps])}
+    arrays |= {f"timesteps_{steps}": t.double().numpy(), f"expected_{steps}": np.array([0.01])}
+    arrays[f"schedules_{steps}"] = np.array([[".12".index(kind) for kind in schedule]], dtype=np.uint8)
     for kind in KINDS[: 1 if cfg_scale == 1.0 else 2]:
         mean = np.zeros((steps, basis.shape[1] + 1, width))
         arrays |= {f"mean_{kind}": mean, f"covariance_{kind}": kernel, f"rest_{kind}": 1e-4 * kernel}

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from adacorr.calibration.noise_response import NoiseResponse
 from adacorr.gates import GateBasis, fit_gate_basis, label_conditions, null_condition
-from adacorr.model_profile import BOTH, CONDITIONAL, KEPT, KINDS
+from adacorr.model_profile import KEPT, KINDS, between, interpolation
 from adacorr.placement import ErrorModel, Process, best_schedules
+from adacorr.schedules import BOTH, CONDITIONAL
 from adacorr.store import ComputedRows, FreshSums, with_rest
 
 GATE_ERROR = 0.06  # relative, as the final layer sees it; what the basis leaves is forecast, too
@@ -30,9 +31,8 @@ LEADING = 512  # eigenvalues of a covariance that are looked for first; a model 
 class TrajectoryCalibration:
     """Observes uncached runs of a DiT under a deterministic sampler on timesteps (P,) in sampling order.
 
-    alpha_bar (P,) their signal power. placed (P,) bool: steps of the runs that schedules are made for; the others are
-    there to know the model in between. `guided` channels, the first ones, take part in guidance. Uses the model's parts
-    as `DiT.forward` does.
+    alpha_bar (P,) their signal power. runs: (timesteps (S,), alpha_bar (S,)) of the runs that schedules are made for.
+    `guided` channels, the first ones, take part in guidance. Uses the model's parts as `DiT.forward` does.
     """
 
     def __init__(
@@ -40,11 +40,11 @@ class TrajectoryCalibration:
         model: nn.Module,
         timesteps: Tensor,
         alpha_bar: np.ndarray,
-        placed: np.ndarray,
+        runs: Sequence[tuple[np.ndarray, np.ndarray]],
         cfg_scale: float,
         guided: int,
     ):
-        self.model, self.timesteps, self.alpha_bar, self.placed = model, timesteps, alpha_bar, placed
+        self.model, self.timesteps, self.alpha_bar, self.runs = model, timesteps, alpha_bar, runs
         self.cfg_scale, self.guided = cfg_scale, guided
         self.halves = 1 if cfg_scale == 1.0 else 2
         self.images = 0
@@ -88,7 +88,6 @@ class TrajectoryCalibration:
         kinds, count = KINDS[: self.halves], self.images * self.tokens
         means = [sums / count for sums in self.sums]
         readout = with_rest(self.basis.basis.double().cpu().numpy()) * self._reading()[:, None]
-        (held, answers), own = self._answers(), np.flatnonzero(self.placed)
         arrays = {"timesteps": self.timesteps.double().cpu().numpy(), "basis": self.basis.basis.cpu().numpy()}
         arrays["gate_weight"] = self.gate_weight.half().cpu().numpy()
         processes, spectrum = [], self._centred(means)  # (F, P * halves * E, P * halves * E) per pixel
@@ -96,6 +95,7 @@ class TrajectoryCalibration:
         factors = _factor(spectrum)
         factors = factors.reshape(len(spectrum), *size, factors.shape[2])
         spectrum = spectrum.reshape(len(spectrum), *size, *size)
+        held, answers = self._answers()
         for half, kind in enumerate(kinds):
             own_spectrum = spectrum[:, :, half, :, :, half]  # (F, P, E, P, E)
             covariance = np.einsum("fiqjq->ij", own_spectrum[:, :, :-1, :, :-1])
@@ -103,24 +103,37 @@ class TrajectoryCalibration:
             seen = np.einsum("iq,fiqir,ir->i", readout, own_spectrum, readout)
             arrays[f"readout_{kind}"] = np.sqrt(seen / np.diag(covariance))
             weight = 1.0 if half == 0 else self.cfg_scale - 1.0
-            response = (answer[own] for answer in answers[half])
-            factor = factors[:, own, half]
-            run = np.ix_(own, own)
-            processes.append(Process(factor, covariance[run], rest[run], *response, KEPT[kind], weight))
+            processes.append(Process(factors[:, :, half], covariance, rest, *answers[half], KEPT[kind], weight))
             arrays[f"mean_{kind}"] = means[half].half().cpu().numpy()
             arrays |= {f"covariance_{kind}": covariance, f"rest_{kind}": rest}
         arrays |= self.noise.fit()
-        contrast = np.sqrt(self.power / self.images / self.pixels)
-        model = ErrorModel(self.alpha_bar[own], held[own], readout[own], processes)
-        found = best_schedules(model, (ENOUGH * contrast) ** 2)
-        arrays["schedules"] = np.zeros((len(found), len(self.timesteps)), dtype=np.uint8)
-        for row, ((nodes, refreshes), _) in zip(arrays["schedules"], found, strict=True):
-            row[own[list(nodes)]] = CONDITIONAL if model.guided else BOTH
-            row[own[list(refreshes)]] = BOTH
-        arrays["schedules"][-1] = BOTH  # where all of the run's steps are computed, no other is left
-        arrays["expected"] = np.sqrt([error for _, error in found])
-        arrays["contrast"] = contrast
+        arrays["contrast"] = np.sqrt(self.power / self.images / self.pixels)
+        arrays["runs"] = np.array([len(timesteps) for timesteps, _ in self.runs])
+        for timesteps, alpha_bar in self.runs:
+            model = self.error_model(timesteps, alpha_bar, held, readout, processes)
+            found = best_schedules(model, (ENOUGH * arrays["contrast"]) ** 2)
+            rows = np.zeros((len(found), len(timesteps)), dtype=np.uint8)
+            for row, ((nodes, refreshes), _) in zip(rows, found, strict=True):
+                row[list(nodes)] = CONDITIONAL if model.guided else BOTH
+                row[list(refreshes)] = BOTH
+            expected = np.sqrt([error for _, error in found])
+            own = {"timesteps": timesteps.astype(np.float64), "schedules": rows, "expected": expected}
+            arrays |= {f"{name}_{len(timesteps)}": array for name, array in own.items()}
         return arrays, {"images": self.images, "gate_directions": self.basis.rank, "gate_error": self.basis.error}
+
+    def error_model(
+        self, timesteps: np.ndarray, alpha_bar: np.ndarray, held: np.ndarray, readout: np.ndarray, known: list[Process]
+    ) -> ErrorModel:
+        """The error model of a run at timesteps (S,), from what is known at those of the calibration."""
+        measured = self.timesteps.double().cpu().numpy()
+        onto = interpolation(timesteps, measured)
+        processes = []
+        for process in known:
+            factor = np.einsum("sp,fpqr->fsqr", onto, process.factor)
+            covariance, rest = onto @ process.covariance @ onto.T, onto @ process.rest @ onto.T
+            response, scatter = (between(timesteps, measured, own) for own in (process.response, process.scatter))
+            processes.append(Process(factor, covariance, rest, response, scatter, process.kept, process.weight))
+        return ErrorModel(alpha_bar, between(timesteps, measured, held), onto @ readout, processes)
 
     # -------------------------------------------------------------------------------- before the first image
 

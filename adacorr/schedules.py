@@ -1,0 +1,62 @@
+"""Which steps a run computes: the schedules that a profile holds, and the choice among them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from adacorr.placement import Schedule, evaluations
+
+CONDITIONAL, BOTH = 1, 2  # what a schedule computes in a step; 0 where it computes nothing
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """The best schedules found for runs of S steps, one for each of R costs. Other runs may use them, too.
+
+    timesteps (S,)  of these runs, in sampling order
+    rows (R, S)     0, CONDITIONAL or BOTH in each step; costs rise, and the last one computes all
+    expected (R,)   rms error of the final state that they should leave; 0 of the last
+    halves          guidance halves of a full evaluation
+    """
+
+    timesteps: np.ndarray
+    rows: np.ndarray
+    expected: np.ndarray
+    halves: int
+
+    def at(self, timesteps: np.ndarray, row: int) -> Schedule:
+        """(computed steps, those that compute both halves) of a schedule in a run at timesteps (S',).
+
+        Each at the timestep that is nearest; in a coarser run one step may stand for several.
+        """
+        everything = tuple(range(len(timesteps)))
+        if (self.rows[row] == BOTH).all():  # a finer run has more steps than the schedule
+            return everything, everything
+        nodes, refreshes = (
+            np.abs(timesteps[:, None] - self.timesteps[self.rows[row] >= least]).argmin(axis=0)
+            for least in (CONDITIONAL, BOTH)
+        )
+        return tuple(sorted(set(nodes.tolist()))), tuple(sorted(set(refreshes.tolist())))
+
+    def within(self, timesteps: np.ndarray, budget: float) -> Schedule:
+        """The largest schedule of a run that costs at most so many full evaluations. ValueError if none does."""
+        found = None
+        for row in range(len(self.rows)):
+            schedule = self.at(timesteps, row)
+            if evaluations(schedule, self.halves) > budget + 1e-9:
+                break
+            found = schedule
+        if found is None:
+            raise ValueError(f"the budget leaves {max(budget, 0):g} evaluations; one is needed: give a larger one")
+        return found
+
+    def leaving(self, timesteps: np.ndarray, error: float) -> Schedule:
+        """The cheapest schedule of a run that is expected to leave at most this rms error in the final state."""
+        return self.at(timesteps, int((self.expected <= error).argmax()))
+
+
+def nearest(known: list[Schedules], steps: int) -> Schedules:
+    """Those made for the number of steps that is nearest by its ratio to `steps`."""
+    return min(known, key=lambda own: abs(np.log(len(own.timesteps) / steps)))

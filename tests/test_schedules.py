@@ -1,0 +1,43 @@
+"""The choice among the schedules of a profile."""
+
+import numpy as np
+import pytest
+
+from adacorr.schedules import Schedules, nearest
+from diffusion import make_sampler
+
+TIMES = make_sampler("ddim", 10).timesteps.numpy()
+FIRST, SECOND, ALL = ((0,), (0,)), ((0, 2, 4, 6, 8), (0, 4)), (tuple(range(10)),) * 2
+
+
+def schedules(steps=10):
+    rows = np.zeros((3, steps), dtype=np.uint8)
+    rows[:, 0], rows[1, [2, 6, 8]], rows[1, 4], rows[2] = 2, 1, 2, 2
+    return Schedules(make_sampler("ddim", steps).timesteps.numpy(), rows, np.array([0.3, 0.1, 0.0]), halves=2)
+
+
+def test_the_cheapest_that_is_good_enough_and_the_largest_that_can_be_paid():
+    known = schedules()
+    paid = {1: FIRST, 3.4: FIRST, 3.5: SECOND, 9.9: SECOND, 10: ALL, 50: ALL}
+    assert {evaluations: known.within(TIMES, evaluations) for evaluations in paid} == paid
+    good = {1.0: FIRST, 0.3: FIRST, 0.29: SECOND, 0.1: SECOND, 0.01: ALL, 0: ALL}
+    assert {error: known.leaving(TIMES, error) for error in good} == good
+    with pytest.raises(ValueError, match="the budget leaves 0.9 evaluations; one is needed: give a larger one"):
+        known.within(TIMES, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("steps", "nodes", "refreshes"),
+    [(10, *SECOND), (4, (0, 1, 2, 3), (0, 1)), (19, (0, 4, 8, 12, 16), (0, 8))],
+)
+def test_a_schedule_in_a_run_of_other_steps(steps, nodes, refreshes):
+    """At the nearest timesteps; in a coarse run one step stands for several, a fine one computes all if asked for."""
+    known, timesteps = schedules(), make_sampler("ddim", steps).timesteps.numpy()
+    assert known.at(timesteps, 1) == (nodes, refreshes)
+    assert known.at(timesteps, 2) == (tuple(range(steps)),) * 2
+    assert known.within(timesteps, 3.0) == ((nodes, refreshes) if steps < 5 else FIRST)
+
+
+@pytest.mark.parametrize(("steps", "made_for"), [(1, 10), (14, 10), (15, 20), (20, 20), (28, 20), (29, 40), (250, 40)])
+def test_the_nearest_number_of_steps_is_that_of_the_least_ratio(steps, made_for):
+    assert len(nearest([schedules(s) for s in (10, 20, 40)], steps).timesteps) == made_for
