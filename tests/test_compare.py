@@ -64,6 +64,14 @@ def flags(ckpt):
     return f"compare --num-sampling-steps {STEPS} --device cpu --ckpt", ckpt
 
 
+@pytest.mark.parametrize("few", [1, 2])
+def test_a_row_on_all_images_is_timed_whether_or_not_a_search_asks_for_it(bench, few):
+    bench.few, bench.timed = few, True
+    setting = Setting("interval:every=2")
+    assert (bench.run("interval", "alone", setting, few=True).speedup is not None) == (few == 2)
+    assert bench.run("interval", "alone", setting).speedup > 0
+
+
 # --------------------------------------------------------------------------------------------------------- search
 
 
