@@ -1,9 +1,12 @@
-"""What the documents show runs: their policies are real files, and their lists are whole."""
+"""What the documents show is there: methods, tests, files, and the flags of their commands."""
 
+import importlib
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
+from commands import code
 
 import adacorr
 
@@ -29,9 +32,58 @@ def test_tests_that_are_referred_to_exist():
     assert found > 40
 
 
-@pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))])
+PAGES = ["README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text()
     for target in re.findall(r"\]\(([^)#]+?)\)", text):
         if not target.startswith(("http://", "https://")):
             assert ((ROOT / page).parent / target).exists(), target
+
+
+COMMAND = r"(?:sample|sample_ddp|train|calibrate)\.py|(?:evaluate|benchmarks)[\w.]*"
+
+
+def commands(text):
+    """(script or module, subcommand, flags) of the commands in a page's code."""
+    text = text.replace("\\\n", " ")
+    fenced = re.findall(r"^```[^\n]*\n(.*?)^```", text, re.M | re.S)
+    inline = re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+    for line in [*(line for block in fenced for line in block.splitlines()), *(" ".join(i.split()) for i in inline)]:
+        for part in re.split(r"\s#|[|;]|&&", line):
+            if found := re.search(rf"(?:python |torchrun .*?)(?:-m )?({COMMAND})(?: ([a-z]\w*))?(.*)", part):
+                yield found[1], found[2], re.findall(r"(?<!\S)(--[a-z][-\w]*)", found[3])
+
+
+@cache
+def flags(script, subcommand):
+    """The flags that a command's --help has, or nothing where it is called otherwise."""
+    main = importlib.import_module(script.removesuffix(".py") + (".__main__" if script == "evaluate" else "")).main
+    with pytest.MonkeyPatch.context() as patch:
+        printed = []
+        patch.setattr("argparse.ArgumentParser._print_message", lambda _, message, file=None: printed.append(message))
+        assert code(main, *([subcommand] if script == "evaluate" else []), "--help") == 0
+    return set(re.findall(r"(?<![\w-])--[a-z][-\w]*", "".join(printed)))
+
+
+def test_commands_are_found():
+    page = """Type `python sample.py --a
+x --b` or `python other.py`:
+```
+torchrun --nproc-per-node 2 sample_ddp.py --c 1 \\
+    --d   # --no
+.venv/bin/python -m evaluate fid A.npz --e | grep --no
+```
+"""
+    found = [("sample_ddp.py", None, ["--c", "--d"]), ("evaluate", "fid", ["--e"]), ("sample.py", None, ["--a", "--b"])]
+    assert list(commands(page)) == found
+    assert sum(len(list(commands((ROOT / page).read_text()))) for page in PAGES) > 50
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_have_their_flags(page):
+    for script, subcommand, given in commands((ROOT / page).read_text()):
+        unknown = set(given) - flags(script, subcommand)
+        assert not unknown, (script, subcommand, unknown)
