@@ -30,7 +30,7 @@ IMAGES = 6
 AT_ONCE = 2
 STEPS = 50  # at which a model is measured, whatever number it is sampled with,
 LAST = (15, 10, 5)  # and timesteps besides, since towards the image activations turn fast
-RUNS = (50, 30, 20)  # steps of the runs that schedules are made for; other runs use those of the nearest number
+RUNS = (50, 30, 20)  # steps of the runs that schedules are made for, which serve others: see adacorr.schedules
 
 
 def check_calibrate(text: str) -> None:

@@ -10,6 +10,9 @@ from adacorr.placement import Schedule, evaluations
 
 CONDITIONAL, BOTH = 1, 2  # what a schedule computes in a step; 0 where it computes nothing
 
+# A ratio of steps up to which the schedules of one run are used in another one rather than those of a finer run.
+ALIKE = 1.3
+
 
 @dataclass(frozen=True)
 class Schedules:
@@ -58,5 +61,11 @@ class Schedules:
 
 
 def nearest(known: list[Schedules], steps: int) -> Schedules:
-    """Those made for the number of steps that is nearest by its ratio to `steps`."""
-    return min(known, key=lambda own: abs(np.log(len(own.timesteps) / steps)))
+    """Those made for the number of steps that is nearest by its ratio to `steps`; beyond ALIKE the finest ones.
+
+    Schedules of a much finer run have their nodes where they should be, to within half a step.
+    """
+    ratios = [max(len(own.timesteps), steps) / min(len(own.timesteps), steps) for own in known]
+    if min(ratios) <= ALIKE:
+        return known[ratios.index(min(ratios))]
+    return max(known, key=lambda own: len(own.timesteps))

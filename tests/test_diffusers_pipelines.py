@@ -94,9 +94,9 @@ def test_a_profile_of_the_model_serves_without_rewinding(ours, converted):
     plain = both(ours, converted, None, None)[1]
     errors = []
     for options in ({"profile": str(path)}, {}):
-        config = CacheConfig(adacorr="budget=5", **options)
-        errors.append(float((both(ours, converted, (None, "budget=5"), config)[1] - plain).square().mean()))
-    assert errors[0] < errors[1]
+        config = CacheConfig(adacorr="budget=4", **options)
+        errors.append(float((both(ours, converted, (None, "budget=4"), config)[1] - plain).square().mean()))
+    assert errors[0] < 0.7 * errors[1]
     with enable(converted, CacheConfig(profile=str(path))), pytest.raises(ValueError, match="guidance 1.5 there, 2"):
         converted([1], guidance_scale=2.0, num_inference_steps=10)
 

@@ -38,6 +38,6 @@ def test_a_schedule_in_a_run_of_other_steps(steps, nodes, refreshes):
     assert known.within(timesteps, 3.0) == ((nodes, refreshes) if steps < 5 else FIRST)
 
 
-@pytest.mark.parametrize(("steps", "made_for"), [(1, 10), (14, 10), (15, 20), (20, 20), (28, 20), (29, 40), (250, 40)])
-def test_the_nearest_number_of_steps_is_that_of_the_least_ratio(steps, made_for):
-    assert len(nearest([schedules(s) for s in (10, 20, 40)], steps).timesteps) == made_for
+@pytest.mark.parametrize(("steps", "made_for"), [(7, 50), (8, 10), (13, 10), (14, 50), (16, 20), (33, 50), (250, 50)])
+def test_the_nearest_number_of_steps_or_the_finest(steps, made_for):
+    assert len(nearest([schedules(s) for s in (10, 20, 50)], steps).timesteps) == made_for
