@@ -11,7 +11,7 @@ from adacorr.placement import Schedule, evaluations
 CONDITIONAL, BOTH = 1, 2  # what a schedule computes in a step; 0 where it computes nothing
 
 # A ratio of steps up to which the schedules of one run are used in another one rather than those of a finer run.
-ALIKE = 1.3
+ALIKE = 1.7
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,13 @@ class Schedules:
         return tuple(sorted(set(nodes.tolist()))), tuple(sorted(set(refreshes.tolist())))
 
     def within(self, timesteps: np.ndarray, budget: float) -> Schedule:
-        """The largest schedule of a run that costs at most so many full evaluations. ValueError if none does."""
-        found = None
-        for row in range(len(self.rows)):
-            schedule = self.at(timesteps, row)
-            if evaluations(schedule, self.halves) > budget + 1e-9:
-                break
-            found = schedule
-        if found is None:
+        """The best schedule of a run that costs at most so many full evaluations. ValueError if none does."""
+        schedules = [self.at(timesteps, row) for row in range(len(self.rows))]
+        # In a coarser run a schedule may cost less than the one before it.
+        paid = [own for own in schedules if evaluations(own, self.halves) <= budget + 1e-9]
+        if not paid:
             raise ValueError(f"the budget leaves {max(budget, 0):g} evaluations; one is needed: give a larger one")
-        return found
+        return paid[-1]
 
     def leaving(self, timesteps: np.ndarray, error: float) -> Schedule:
         """The cheapest schedule of a run that is expected to leave at most this rms error in the final state."""

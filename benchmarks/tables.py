@@ -89,7 +89,7 @@ def exact(pipe: Pipeline, args: argparse.Namespace) -> Lines:
     runs = {"uncached DDIM-50": Setting(sampler="ddim", steps=50)}
     runs |= {f"uncached {s}, {n} steps": Setting(sampler=s, steps=n) for n in EVALUATIONS for s in SOLVERS}
     for steps in DDIM_STEPS:
-        for budget in (6, 7, 8, 10):
+        for budget in (6, 6.5, 8, 10.5):
             setting = Setting(adacorr=f"budget={budget}", sampler="ddim", steps=steps)
             runs[f"--adacorr {setting.adacorr}, DDIM-{steps}"] = setting
     for label, setting in runs.items():

@@ -38,6 +38,15 @@ def test_a_schedule_in_a_run_of_other_steps(steps, nodes, refreshes):
     assert known.within(timesteps, 3.0) == ((nodes, refreshes) if steps < 5 else FIRST)
 
 
-@pytest.mark.parametrize(("steps", "made_for"), [(7, 50), (8, 10), (13, 10), (14, 50), (16, 20), (33, 50), (250, 50)])
+def test_a_schedule_that_costs_less_than_the_one_before_it_is_found():
+    """In a run of 5 steps, steps 0 and 1 of 10 are one."""
+    rows = np.array([[2, 0, 0, 0, 0, 0, 0, 0, 0, 0], [2, 0, 2, 0, 2, 0, 0, 0, 0, 0], [2, 2, 0, 0, 2, 0, 0, 0, 0, 0]])
+    known = Schedules(TIMES, rows.astype(np.uint8), np.array([0.3, 0.2, 0.1]), halves=2)
+    timesteps = make_sampler("ddim", 5).timesteps.numpy()
+    assert known.within(timesteps, 2.0) == known.at(timesteps, 2)
+    assert [len(known.at(timesteps, row)[0]) for row in range(3)] == [1, 3, 2]
+
+
+@pytest.mark.parametrize(("steps", "made_for"), [(5, 50), (6, 10), (14, 10), (15, 20), (31, 20), (32, 50), (250, 50)])
 def test_the_nearest_number_of_steps_or_the_finest(steps, made_for):
     assert len(nearest([schedules(s) for s in (10, 20, 50)], steps).timesteps) == made_for
