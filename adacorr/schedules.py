@@ -34,9 +34,8 @@ class Schedules:
 
         Each at the timestep that is nearest; in a coarser run one step may stand for several.
         """
-        everything = tuple(range(len(timesteps)))
         if (self.rows[row] == BOTH).all():  # a finer run has more steps than the schedule
-            return everything, everything
+            return (tuple(range(len(timesteps))),) * 2
         nodes, refreshes = (
             np.abs(timesteps[:, None] - self.timesteps[self.rows[row] >= least]).argmin(axis=0)
             for least in (CONDITIONAL, BOTH)

@@ -59,7 +59,7 @@ def commands(text):
 
 @cache
 def flags(script, subcommand):
-    """The flags that a command's --help has, or nothing where it is called otherwise."""
+    """The flags that a command's --help has."""
     main = importlib.import_module(script.removesuffix(".py") + (".__main__" if script == "evaluate" else "")).main
     with pytest.MonkeyPatch.context() as patch:
         printed = []
