@@ -118,15 +118,25 @@ class Bench:
     timed: bool = False
     rows: dict[tuple[Setting, int], Row] = field(default_factory=dict)  # by setting and number of images
 
+    @property
+    def references(self) -> dict[str, Setting]:
+        """What the rows are measured against, by the name of the attribute."""
+        solution = {"solution": Setting(sampler="ddim", steps=self.solution_steps)} if self.solution_steps else {}
+        return {"reference": Setting()} | solution
+
     @cached_property
     def reference(self) -> Tensor:
         """Images (count, H, W, 3) uint8 of the uncached run."""
-        return self.pipe.decode(self.sample(Setting())[0])
+        return self.images(self.references["reference"])
 
     @cached_property
     def solution(self) -> Tensor:
         """Those of DDIM with `solution_steps`."""
-        return self.pipe.decode(self.sample(Setting(sampler="ddim", steps=self.solution_steps))[0])
+        return self.images(self.references["solution"])
+
+    def images(self, setting: Setting, first: int = 0, count: int | None = None) -> Tensor:
+        """Images (count, H, W, 3) uint8 of a setting from `first` on, all by default."""
+        return self.pipe.decode(self.sample(setting, count, first=first)[0])
 
     def cache(self, setting: Setting, pipe: Pipeline | None = None) -> CacheManager | None:
         """A fresh cache of a setting, with what is known of the model; None without one."""

@@ -3,6 +3,7 @@
     python -m evaluate compare --out docs/compare          # docs/compare.json, .md and .png
     python -m evaluate compare --methods teacache,rfc --levels 0.35,0.15 --out /tmp/some
     python -m evaluate compare --out docs/compare --known /tmp/some.json    # what ran before is not run again
+    python -m evaluate compare --out docs/compare --jobs 2                  # two methods at a time
 
 All runs share the model, the noise and the labels. A method's own knob (`Policy.knob`) is moved until the method spends
 each compute level; of its variants the best at that level is kept, and the page reads its curve at the level itself
@@ -11,18 +12,20 @@ than the method. Settings are searched on the first few images and then run on a
 the uncached run; `to solution` is PSNR against DDIM of 1000 steps from the same noise. Fewer steps of DDIM,
 DPM-Solver++ and UniPC are compared, too, of the solvers also on optimised time steps (timesteps.py). The run on all
 images is timed, against the first steps of an uncached run right before it.
-STEM.json is written after each row: a run that was stopped goes on with --known STEM.json.
+STEM.json is written after each method: a run that was stopped goes on with --known STEM.json.
 """
 
 import argparse
 import math
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
 from scipy.optimize import brentq
 
 import pipeline
@@ -32,6 +35,7 @@ from adacorr.files import check_writable, write_json, written_whole
 from adacorr.policy import Knob
 from adacorr.spec import hint, parse_value
 from evaluate.bench import NEAR, REACHED, Bench, Row, Setting
+from evaluate.jobs import Job, run_jobs
 from evaluate.leaderboard import markdown, plot, read_comparison, tables
 from evaluate.pages import table
 from evaluate.plots import check_matplotlib
@@ -164,36 +168,47 @@ def correct(bench: Bench, method: str, alone: Row) -> Row:
 # --------------------------------------------------------------------------------------------- comparison
 
 
-def compare(bench: Bench, methods: list[str], levels: list[float]) -> Iterator[Row]:
-    """All rows, in the order of the table."""
-    own = {}
+def of_itself(levels: list[float], bench: Bench) -> list[Row]:
+    """The rows of AdaCorrection without a method, and of Algorithm 1 to the letter."""
+    rows = []
     for level in levels:
         budget = max(level * bench.pipe.sampler.num_steps, LEAST)
-        row = own[level] = bench.run("adacorr", "adacorr", Setting(None, f"budget={budget:g}"))
+        row = bench.run("adacorr", "adacorr", Setting(None, f"budget={budget:g}"))
+        rows += [replace(row, level=level)] * reached(row, level)
         say(f"--adacorr at {level}: {f'{row.score:.1f} dB' if reached(row, level) else 'out of reach'}")
-    for method in methods:
-        for level in levels:
-            pair = sweep(bench, method, level)
-            if pair is None:
-                say(f"{method} at {level}: out of reach")
-                continue
-            remark = make_policy(method).remark
-            for row in pair:
-                yield replace(row, level=level, method=f"{method} ({remark})" if remark else method)
-            say(f"{method} at {level}: {pair[0].setting.cache}: {pair[0].score:.1f} -> {pair[1].score:.1f} dB")
-    for level, row in own.items():
-        if reached(row, level):
-            yield replace(row, level=level)
-    yield replace(bench.run("literal", "adacorr", Setting(None, "literal")))
+    return [*rows, replace(bench.run("literal", "adacorr", Setting(None, "literal")))]
+
+
+def of_method(method: str, levels: list[float], bench: Bench) -> list[Row]:
+    """The rows of a method, alone and corrected in turn."""
+    rows, remark = [], make_policy(method).remark
     for level in levels:
-        for name, sampler in SOLVERS.items():
-            steps = max(1, round(level * bench.pipe.sampler.num_steps))
-            if "{grid}" in sampler and not 2 <= steps <= MOST:
-                say(f"{name} at {level}: out of reach")
-                continue
-            sampler = sampler.format(grid="optimized" if bench.pipe.vae is None else "optimized-latent")
-            yield replace(bench.run(name, "fewer steps", Setting(sampler=sampler, steps=steps)), level=level)
-    say("fewer steps: done")
+        pair = sweep(bench, method, level)
+        if pair is None:
+            say(f"{method} at {level}: out of reach")
+            continue
+        rows += [replace(row, level=level, method=f"{method} ({remark})" if remark else method) for row in pair]
+        say(f"{method} at {level}: {pair[0].setting.cache}: {pair[0].score:.1f} -> {pair[1].score:.1f} dB")
+    return rows
+
+
+def of_solver(name: str, levels: list[float], bench: Bench) -> list[Row]:
+    """The rows of a sampler with fewer steps."""
+    rows, grid = [], "optimized" if bench.pipe.vae is None else "optimized-latent"
+    for level in levels:
+        steps = max(1, round(level * bench.pipe.sampler.num_steps))
+        if "{grid}" in SOLVERS[name] and not 2 <= steps <= MOST:
+            say(f"{name} at {level}: out of reach")
+            continue
+        row = bench.run(name, "fewer steps", Setting(sampler=SOLVERS[name].format(grid=grid), steps=steps))
+        rows.append(replace(row, level=level))
+    return rows
+
+
+def jobs_of(methods: list[str], levels: list[float]) -> list[Job[list[Row]]]:
+    """The jobs whose rows, one after the other, are the comparison."""
+    named = [partial(of_method, method, levels) for method in methods]
+    return [partial(of_itself, levels), *named, *(partial(of_solver, name, levels) for name in SOLVERS)]
 
 
 # ------------------------------------------------------------------------------------------- command line
@@ -210,6 +225,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--search-images", type=int, default=2, help="settings are searched on so many of them (default %(default)s)")
     add("--solution-steps", type=number(0, 1000), default=1000, help="of DDIM, for the solution, or 0 (default 1000)")
     add("--out", type=Path, required=True, metavar="STEM", help="writes STEM.json and STEM.md, STEM.png with --plot")
+    add("--jobs", type=number(1, 256), default=1, help="processes, each with its model and its share of the cores")
     known = "JSON of earlier runs, whose rows are taken over"
     add("--known", type=Path, nargs="+", default=[], metavar="FILE", help=known)
     add("--plot", action="store_true", help="needs matplotlib")
@@ -246,6 +262,11 @@ def known_rows(file: Path, identity: dict[str, str], profile: str | None) -> dic
     return {(row.setting, row.images): row for row in rows if same or not row.setting.adacorr}
 
 
+def make_bench(options: pipeline.ModelOptions, **others: Any) -> Bench:
+    """The bench of a comparison."""
+    return Bench(pipeline.load(options), timed=True, **others)
+
+
 def run(args: argparse.Namespace) -> None:
     """The whole job. ValueError or OSError for a mistake, before anything is sampled."""
     methods, levels = parse_methods(args.methods), parse_levels(args.levels)
@@ -257,16 +278,18 @@ def run(args: argparse.Namespace) -> None:
         check_writable("--out", file)
     if args.plot:
         check_matplotlib("--plot")
-    pipe = pipeline.load(pipeline.ModelOptions.of(args))
-    counts = args.num_images, args.solution_steps, args.search_images
-    bench = Bench(pipe, args.seed, *counts, calibrate=args.calibrate, timed=True)
+    options = pipeline.ModelOptions.of(args)
+    shared = {"seed": args.seed, "count": args.num_images, "few": args.search_images}
+    shared |= {"solution_steps": args.solution_steps, "calibrate": args.calibrate}
+    bench = make_bench(options, **shared)
+    pipe = bench.pipe
     for method in methods:  # one that refuses the model or has no profile for it says so now, not after hours
         bench.sample(Setting(method), count=1, stop=1)
     identity = {key: str(getattr(args, key)) for key in SAME} | {"checkpoint_sha256": pipe.checkpoint.sha256}
     profile = digest(with_profile(CacheManager.of(None, ""), pipe, args.calibrate).profile)
     for file in args.known:
         bench.rows |= known_rows(file, identity, profile)
-    rows: list[Row] = []
+    found: dict[int, list[Row]] = {}  # by the job
     record = {
         "identity": identity,
         "profile": profile,
@@ -281,16 +304,24 @@ def run(args: argparse.Namespace) -> None:
         f"AdaCorrection, at most {NEAR:.0%} more compute. Settings were searched on the first {args.search_images} "
         f"images; seconds are of one run, against uncached steps right before it."
     )
+    if args.jobs > 1:
+        intro += f" {args.jobs} runs side by side, each on {max(1, torch.get_num_threads() // args.jobs)} threads."
     record["intro"] = intro
 
-    def save() -> None:
+    def save() -> list[Row]:
+        rows = [row for _, own in sorted(found.items()) for row in own]
         tried = [row.plain() for row in bench.rows.values()]
         content = {**record, "rows": [row.plain() for row in rows], "tried": tried}
         write_json(files["json"], content, indent=None)  # thousands of rows: indents are a sixth of the file
+        return rows
 
-    for row in compare(bench, methods, levels):
-        rows.append(row)
-        save()  # what a run that is stopped has found is not lost: --known takes it over
+    make = partial(make_bench, options, rows=bench.rows, **shared)
+    try:
+        for number, own in run_jobs(bench, jobs_of(methods, levels), args.jobs, make):
+            found[number] = own
+            save()
+    finally:
+        rows = save()  # what a run that is stopped has found is not lost: --known takes it over
     with written_whole(files["md"]) as temporary:
         temporary.write_text(markdown(rows, levels, intro))
     if args.plot:

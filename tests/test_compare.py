@@ -343,7 +343,7 @@ def test_a_variant_that_is_clearly_behind_is_not_searched_further(monkeypatch):
 def test_what_is_out_of_reach_is_left_out(bench, monkeypatch, capsys):
     assert sweep(bench, "interval", 0.02) is None  # 1 of 12 steps is 0.083
     assert all(setting.adacorr is None for setting, _ in bench.rows)  # nothing to correct, so nothing ran
-    rows = list(compare.compare(bench, ["interval"], [0.02]))
+    rows = [row for job in compare.jobs_of(["interval"], [0.02]) for row in job(bench)]
     assert [(row.method, row.form) for row in rows[:2]] == [("literal", "adacorr"), ("ddim", "fewer steps")]
     assert "--adacorr at 0.02: out of reach\ninterval at 0.02: out of reach\n" in capsys.readouterr().out
     assert [row.setting.steps for row in rows[1:]] == [1] * 4
@@ -393,10 +393,10 @@ def test_rows(content):
     solvers += ["unipc", "unipc (optimised steps)"]
     assert solvers == [*SOLVERS]
     assert list(by_key) == [
-        *((name, form, x) for name in ("taylorseer", "interval") for x in (0.5, 0.3) for form in ("alone", "adacorr")),
         *(("adacorr", "adacorr", x) for x in (0.5, 0.3)),
         ("literal", "adacorr", None),
-        *((solver, "fewer steps", x) for x in (0.5, 0.3) for solver in solvers),
+        *((name, form, x) for name in ("taylorseer", "interval") for x in (0.5, 0.3) for form in ("alone", "adacorr")),
+        *((solver, "fewer steps", x) for solver in solvers for x in (0.5, 0.3)),
     ]
     for (method, form, level), row in by_key.items():
         assert set(row) == {f.name for f in fields(Row)}
@@ -474,7 +474,8 @@ def test_a_run_that_was_stopped_goes_on(ckpt, tmp_path, monkeypatch):
         patch.setattr(compare, "sweep", stopped)
         assert code(main, *arguments) == 130
     found = json.loads((tmp_path / "stopped.json").read_text())
-    assert [row["level"] for row in found["rows"]] == [0.5, 0.5]
+    assert [row["method"] for row in found["rows"]] == ["adacorr", "adacorr", "literal"]
+    assert any(row["method"] == "interval" for row in found["tried"])  # of the method that was stopped, too
     sample, ran = Bench.sample, []
     monkeypatch.setattr(Bench, "sample", lambda self, *a, **k: ran.append(a) or sample(self, *a, **k))
     assert code(main, *arguments, "--known", tmp_path / "stopped.json") == 0

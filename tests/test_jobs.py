@@ -1,0 +1,66 @@
+"""Work on a bench in several processes: it finds what one process finds."""
+
+import os
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from toy import tiny_dit
+
+from adacorr.command import Failure
+from checkpoint import save_checkpoint
+from evaluate.bench import Bench, Setting
+from evaluate.compare import make_bench
+from evaluate.jobs import run_jobs
+from pipeline import ModelOptions
+
+SETTINGS = [Setting("interval:every=2"), Setting("interval:every=3"), Setting(sampler="ddim", steps=4)]
+KNOWN = SETTINGS[0]
+
+
+@pytest.fixture
+def make(tmp_path):
+    model = tiny_dit(input_size=16, patch_size=4)
+    save_checkpoint(tmp_path / "tiny.safetensors", model.state_dict(), model.config)
+    options = ModelOptions(ckpt=str(tmp_path / "tiny.safetensors"), num_sampling_steps=8, device="cpu")
+    return partial(make_bench, options, seed=7, count=3, solution_steps=16)
+
+
+def test_two_processes_find_what_one_does(make):
+    jobs = [partial(Bench.run, method="m", form="alone", setting=setting) for setting in SETTINGS]
+    alone, spread = make(), make()
+    expected = [row for _, row in run_jobs(alone, jobs, 1, make)]
+    known = {(KNOWN, 3): replace(expected[0], method="known")}
+    found = dict(run_jobs(spread, jobs, 2, partial(make, rows=known)))
+    assert found[0] == known[KNOWN, 3]  # not run again
+    for number in (1, 2):
+        assert found[number].speedup > 0
+        same = replace(found[number], speedup=expected[number].speedup)
+        assert same.psnr["mean"] == pytest.approx(expected[number].psnr["mean"], abs=0.05)
+        assert same.solution_psnr["min"] == pytest.approx(expected[number].solution_psnr["min"], abs=0.05)
+        assert (same.compute, same.images) == (expected[number].compute, 3)
+    assert spread.rows == {(setting, 3): found[number] for number, setting in enumerate(SETTINGS) if number}
+
+
+def test_a_mistake_in_a_process_is_raised_here(make):
+    with pytest.raises(ValueError, match="nonesuch"):
+        list(run_jobs(make(), [partial(Bench.run, method="m", form="alone", setting=Setting("nonesuch"))], 2, make))
+
+
+def die(bench):
+    os._exit(9)
+
+
+def test_a_process_that_dies_is_told(make):
+    with pytest.raises(Failure, match="one of 2 processes died.*try fewer"):
+        list(run_jobs(make(), [die], 2, make))
+
+
+def test_each_process_has_its_share_of_the_threads(make, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    assert dict(run_jobs(make(), [threads], 2, make)) == {0: 3}
+
+
+def threads(bench):
+    return torch.get_num_threads()
