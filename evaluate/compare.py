@@ -25,7 +25,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from scipy.optimize import brentq
 
 import pipeline
@@ -35,7 +34,7 @@ from adacorr.files import check_writable, write_json, written_whole
 from adacorr.policy import Knob
 from adacorr.spec import hint, parse_value
 from evaluate.bench import NEAR, REACHED, Bench, Row, Setting
-from evaluate.jobs import Job, run_jobs
+from evaluate.jobs import Job, run_jobs, threads_of
 from evaluate.leaderboard import markdown, plot, read_comparison, tables
 from evaluate.pages import table
 from evaluate.plots import check_matplotlib
@@ -305,7 +304,7 @@ def run(args: argparse.Namespace) -> None:
         f"images; seconds are of one run, against uncached steps right before it."
     )
     if args.jobs > 1:
-        intro += f" {args.jobs} runs side by side, each on {max(1, torch.get_num_threads() // args.jobs)} threads."
+        intro += f" {args.jobs} processes ran side by side; threads of each: {threads_of(args.jobs)}."
     record["intro"] = intro
 
     def save() -> list[Row]:

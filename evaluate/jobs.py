@@ -34,8 +34,7 @@ def run_jobs(
     if processes == 1:
         yield from ((number, job(bench)) for number, job in enumerate(jobs))
         return
-    threads = max(1, torch.get_num_threads() // processes)
-    with ProcessPoolExecutor(processes, get_context("spawn"), _begin, (make, threads)) as pool:
+    with ProcessPoolExecutor(processes, get_context("spawn"), _begin, (make, threads_of(processes))) as pool:
         try:
             parts = [part for part in np.array_split(np.arange(bench.count), processes) if len(part)]
             references = {name: _images(pool, parts, setting) for name, setting in bench.references.items()}
@@ -48,6 +47,11 @@ def run_jobs(
             raise Failure(f"one of {processes} processes died, perhaps for want of memory; try fewer") from None
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def threads_of(processes: int) -> int:
+    """Threads of each of several processes that share this one's cores."""
+    return max(1, torch.get_num_threads() // processes)
 
 
 def _begin(make: Callable[[], Bench], threads: int) -> None:
