@@ -5,10 +5,10 @@
     python calibrate.py --cache teacache --out teacache.json
     python sample.py --cache teacache:threshold=0.1,profile=teacache.json --compare
 
-A profile holds for the checkpoint, sampler, steps and guidance that it was made with, and is refused elsewhere; that of
-AdaCorrection serves any number of steps. The
-suffix of --out picks the format: .json, or .safetensors for methods with large arrays. Profiles of the bundled
-checkpoint at the default settings ship with the package and are what profile=auto finds.
+A profile serves the checkpoint, sampler, number of steps and guidance that it was made with, and no other run. That of
+AdaCorrection serves any number of steps, and ignores --num-sampling-steps and --batch-size. The suffix of --out picks
+the format: .json, or .safetensors for methods with large arrays. Profiles of the bundled checkpoint at the default
+settings ship with the package and are what profile=auto finds.
 
 The noise is that of seed 2147483648 + --seed, so that nothing is fitted to images that are judged later. Labels are
 spread evenly over the classes. Runs from the root of a clone.
@@ -66,7 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--cache", required=True, metavar="METHOD", help=methods)
     add("--out", type=writable, required=True, metavar="FILE", help="the profile, .json or .safetensors")
-    add("--num-images", type=number(1, 10_000), default=16, help="images to measure on (default %(default)s)")
+    add(
+        "--num-images",
+        type=number(1, 10_000),
+        default=16,
+        help="images (default %(default)s; sample.py takes 6)",
+    )
     add("--batch-size", type=number(1, 10_000), default=8, help="images at a time (default %(default)s)")
     pipeline.add_model_flags(parser)
     args = parser.parse_args(argv)

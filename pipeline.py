@@ -66,11 +66,14 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--ckpt", metavar="FILE", help=f".pt, .safetensors or diffusers folder (default: the bundled {BUNDLED})")
     add("--image-size", type=int, help="pixels: 256 or 512 for released weights, else the checkpoint's own")
     add("--num-classes", type=int, help="checked against the checkpoint")
-    add("--vae", metavar="NAME", help=f"{', '.join(sorted(VAES))}, a diffusers folder, or none for pixel models")
-    add("--cfg-scale", type=float, help="classifier-free guidance; 1 runs one half only (default %(default)s)")
     add(
-        "--cfg-channels", choices=["3", "all"], help="guided noise channels (default: 3 for latent models, as released)"
+        "--vae",
+        metavar="NAME",
+        help=f"{', '.join(sorted(VAES))}, a diffusers folder, or none (default: mse or none)",
     )
+    add("--cfg-scale", type=float, help="classifier-free guidance scale; 1 is without guidance (default %(default)s)")
+    channels = "channels of the noise that are guided (default: 3 for latent models, as in the DiT release, else all)"
+    add("--cfg-channels", choices=["3", "all"], help=channels)
     add("--sampler", metavar="NAME[:key=value,...]", help=f"{', '.join(names())}, or a diffusers scheduler class")
     add("--num-sampling-steps", type=int, help="1 to 1000 (default %(default)s)")
     add("--seed", "--global-seed", type=_seed, default=0, help="image i is drawn from (seed, i) alone (default 0)")
@@ -107,8 +110,9 @@ def add_cache_flags(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="",
         metavar="key=value,...",
-        help="AdaCorrection, alone or over --cache: gamma=1 (more corrects more), lambda=1, budget=EVALUATIONS, ...; "
-        "or literal, the paper's Algorithm 1, which saves nothing",
+        help="AdaCorrection, alone or over --cache. gamma=1: larger is closer to the uncached images and slower; "
+        "budget=N: at most N full evaluations, in place of gamma; literal: the paper's Algorithm 1, which saves "
+        "nothing. All options: python -m adacorr methods adacorr",
     )
     add_calibrate_flag(group)
     group.add_argument(
@@ -126,8 +130,10 @@ def add_calibrate_flag(group: argparse._ActionsContainer) -> None:
         "--calibrate",
         default="auto",
         metavar="auto|off|N|FILE",
-        help="what --adacorr knows of the model: a shipped or kept profile, else one measured on 6 (or N) uncached "
-        "images and kept in the user's cache folder; off: nothing, at lower quality (default %(default)s)",
+        help="profile of the model for --adacorr. auto: the shipped one, or the one kept in $ADACORR_HOME/profiles "
+        "(default ~/.cache/adacorr/profiles), else one measured on 6 uncached images and kept; N: the same, measured "
+        "on N; off: none, at lower quality. Options of the polynomial (order, rewind, ...) run without a profile, too "
+        "(default %(default)s)",
     )
 
 

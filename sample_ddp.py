@@ -49,14 +49,19 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--sample-dir", type=Path, default=Path("samples"), help="where the run's folder is made (default %(default)s)")
     add("--no-pack", action="store_true", help="leave out the .npz; the same command without it makes it later")
     add("--overwrite", action="store_true", help="delete what the folder holds of a run and begin anew")
-    add("--verify", action="store_true", help="decode every image that is there, and make damaged ones again")
+    add("--verify", action="store_true", help="decode every existing image, and sample damaged ones again")
     add = parser.add_argument_group("speed and precision").add_argument
     many = "images at once (default %(default)s)"
     add("--per-proc-batch-size", type=number(1, 100_000), default=32, metavar="B", help=many)
-    add("--tf32", action=yes_no, default=True, help="of a GPU in fp32 (default on)")
+    add("--tf32", action=yes_no, default=True, help="TF32 matrix products on a GPU in fp32 (default on)")
     add("--compile", action="store_true", help="torch.compile the blocks: slow to start, then faster")
     add("--deterministic", action=yes_no, help="one image at a time, for equal bits; the default on a CPU")
-    add("--threads", type=number(1, 1024), metavar="N", help="of each process on a CPU; results go by it (default 1)")
+    add(
+        "--threads",
+        type=number(1, 1024),
+        metavar="N",
+        help="of each process on a CPU; part of the protocol (default 1)",
+    )
     add("--debug", action="store_true", help="show where an error was raised")
     pipeline.add_model_flags(parser)
     pipeline.add_cache_flags(parser)

@@ -27,12 +27,22 @@ def listing() -> str:
     """A paragraph for each method: how it decides, where it comes from, what it does, and a line for each option."""
     paragraphs = []
     for flag, kind, granularity in methods().values():
-        calibration = "profile" if getattr(kind, "calibration", None) else "none"
+        calibration = "profile" if kind is AdaCorrection or getattr(kind, "calibration", None) else "none"
         lines = [f"{flag}  (granularity: {granularity}; calibration: {calibration})"]
         lines += ["    " + doc.partition("\n")[0] for doc in docstrings(kind)]
-        lines += [f"      {assignment(f):22} {allowed(f)}".rstrip() for f in fields(kind) if f.init]
+        lines += options(kind)
         paragraphs.append("\n".join(lines))
     return "\n\n".join(paragraphs)
+
+
+def about(flag: str, kind: type) -> str:
+    """All that is written about one method."""
+    return "\n\n".join([flag, *docstrings(kind), "\n".join(["options:", *options(kind)])])
+
+
+def options(kind: type) -> list[str]:
+    """A line for each option: KEY=DEFAULT and its range."""
+    return [f"      {assignment(f):22} {allowed(f)}".rstrip() for f in fields(kind) if f.init]
 
 
 def docstrings(kind: type) -> list[str]:
@@ -52,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = parser.add_subparsers(required=True, dest="command").add_parser("methods", help="list the methods")
     command.add_argument("name", metavar="NAME", nargs="?", choices=methods(), help="print all about this one")
     name = parser.parse_args(argv).name
-    text = listing() if name is None else "\n\n".join([methods()[name][0], *docstrings(methods()[name][1])])
+    text = listing() if name is None else about(*methods()[name][:2])
     return run_command("adacorr", lambda: sys.stdout.writelines([text, "\n"]))
 
 

@@ -1,6 +1,7 @@
 """What every command does alike: errors of one line, exit codes, Ctrl-C, names of dtypes, the clock."""
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -74,12 +75,19 @@ class Failure(Exception):
 def run_command(name: str, job: Callable[[], int | None], debug: bool = False) -> int:
     """The exit code of a command's `job`: what it returns or 0, 130 after Ctrl-C, 2 for a mistake, 1 for a Failure.
 
-    Mistakes are ValueError and OSError. An error becomes one line on stderr; with `debug` it is raised.
+    Mistakes are ValueError and OSError. An error becomes one line on stderr; with `debug` it is raised. That the
+    reader of stdout has seen enough, such as `head`, is no error.
     """
     try:
-        return job() or 0
+        code = job() or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes at its end goes there
+        return 0
     except (ValueError, OSError, Failure) as error:
         if debug:
             raise

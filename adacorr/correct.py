@@ -52,7 +52,8 @@ class AdaCorrection:
     one from measured offsets and a polynomial, whose options are those from `order` on.
 
     gamma          more is more correction, fidelity and compute; 1 is the tuned middle
-    spatial_weight lambda of Eq. 3, the share of the change of spatial variation in the offset
+    spatial_weight lambda of Eq. 3, the share of the change of spatial variation in the offset; changes no image with a
+                   profile
     budget         full-evaluation equivalents (both guidance halves) for the whole run, or None: offsets decide alone.
                    Exceeded only where measures are not finite, since what follows them is computed
     order          order of the forecast polynomial

@@ -224,7 +224,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--search-images", type=int, default=2, help="settings are searched on so many of them (default %(default)s)")
     add("--solution-steps", type=number(0, 1000), default=1000, help="of DDIM, for the solution, or 0 (default 1000)")
     add("--out", type=Path, required=True, metavar="STEM", help="writes STEM.json and STEM.md, STEM.png with --plot")
-    add("--jobs", type=number(1, 256), default=1, help="processes, each with its model and its share of the cores")
+    add(
+        "--jobs",
+        type=number(1, 256),
+        default=1,
+        help="processes side by side, each with its model (default 1)",
+    )
     known = "JSON of earlier runs, whose rows are taken over"
     add("--known", type=Path, nargs="+", default=[], metavar="FILE", help=known)
     add("--plot", action="store_true", help="needs matplotlib")

@@ -175,7 +175,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--reference", **several, metavar="REF", help=f"{names}, images or statistics, one for each --ckpt")
     add_features_flags(group)
     add("--repeats", type=number(0, 1000), default=3, help="batches that are timed, or 0 (default %(default)s)")
-    add("--out", type=writable, metavar="FILE.json", help="what was measured; an unfinished file is gone on with")
+    add("--out", type=writable, metavar="FILE.json", help="the table as JSON; an unfinished one is resumed")
     add("--overwrite", action="store_true", help="begin anew where --out exists")
 
 

@@ -23,7 +23,7 @@ def test_every_method_is_in_the_lists():
 
 def test_tests_that_are_referred_to_exist():
     found = 0
-    for line in (ROOT / "docs" / "fid.md").read_text().splitlines():
+    for line in (ROOT / "docs" / "faults.md").read_text().splitlines():
         file = None
         for path, name in re.findall(r"`(tests/\w+\.py)?::(\w+)`", line):
             file = path or file

@@ -1,7 +1,10 @@
 """The text form of options: values, lists of options, specs, and dataclasses built from them."""
 
 import math
+import subprocess
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -201,3 +204,13 @@ def test_a_failure_is_no_mistake_and_other_errors_are_not_swallowed():
     assert not issubclass(Failure, (ValueError, OSError))
     with pytest.raises(KeyError):
         run_command("x.py", raises(KeyError()))
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    """As in `python -m adacorr methods | head`."""
+    lines = "from adacorr.command import run_command; exit(run_command('x', lambda: print('line\\n' * 99999)))"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": Path(__file__).parents[1]}
+    with subprocess.Popen([sys.executable, "-c", lines], **pipes) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 0)

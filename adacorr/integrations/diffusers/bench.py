@@ -1,4 +1,4 @@
-"""The benchmark behind `python -m adacorr.bench`."""
+"""Caching methods side by side on a diffusers pipeline: `python -m adacorr.bench`, the published benchmark command."""
 
 from __future__ import annotations
 
