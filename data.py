@@ -125,8 +125,10 @@ def read_image(name: Path | str, source: Path | IO[bytes]) -> Image.Image:
     """An RGB picture; ValueError names what cannot be read as one."""
     try:
         with Image.open(source) as opened:
+            if opened.mode[0] in "IF":  # `convert` would clip them at 255
+                raise ValueError("its pixels are of more than 8 bits")
             return opened.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name} cannot be read as an image: {error}") from error
 
 

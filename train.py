@@ -369,7 +369,12 @@ def run(options: Options, ranks: Ranks, signals: Signals) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options, ranks = parse(argv), Ranks.find()
+    options = parse(argv)
+    try:
+        ranks = Ranks.find()
+    except ValueError as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
 
     def job() -> int:
         try:

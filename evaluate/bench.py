@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from adacorr import Algorithm1, CacheManager, make_policy
@@ -103,7 +102,6 @@ class Bench:
 
     solution_steps  of DDIM, the reference of `solution_psnr`; 0 leaves it out
     few             images that settings are searched on, the first of all
-    cache_dtype     of the stored tensors
     calibrate       what AdaCorrection is to know of the model: see `profiles.with_profile`
     timed           rows on all images get their speed-up, from one run and TIMED uncached steps right before it
     """
@@ -113,7 +111,6 @@ class Bench:
     count: int
     solution_steps: int = 0
     few: int = 1
-    cache_dtype: torch.dtype = torch.float32
     calibrate: str = "auto"
     timed: bool = False
     rows: dict[tuple[Setting, int], Row] = field(default_factory=dict)  # by setting and number of images
@@ -140,7 +137,7 @@ class Bench:
 
     def cache(self, setting: Setting, pipe: Pipeline | None = None) -> CacheManager | None:
         """A fresh cache of a setting, with what is known of the model; None without one."""
-        cache = CacheManager.of(setting.cache, setting.adacorr, self.cache_dtype)
+        cache = CacheManager.of(setting.cache, setting.adacorr)
         return with_profile(cache, pipe or self.pipe, self.calibrate)
 
     def sample(

@@ -52,7 +52,7 @@ SOLVERS = {  # by the name of the row
     "unipc": "unipc",
     "unipc (optimised steps)": "unipc:grid={grid}",
 }
-SAME = ("sampler", "num_sampling_steps", "cfg_scale", "cfg_channels", "seed", "dtype", "num_images")
+SAME = ("sampler", "num_sampling_steps", "cfg_scale", "cfg_channels", "vae", "seed", "dtype", "num_images")
 SAME += ("solution_steps", "calibrate")
 TRIES = 8  # runs of one search
 CLOSE = 0.06  # a search ends this close to its level, since a method's curve is read at the level itself
@@ -175,7 +175,7 @@ def of_itself(levels: list[float], bench: Bench) -> list[Row]:
         row = bench.run("adacorr", "adacorr", Setting(None, f"budget={budget:g}"))
         rows += [replace(row, level=level)] * reached(row, level)
         say(f"--adacorr at {level}: {f'{row.score:.1f} dB' if reached(row, level) else 'out of reach'}")
-    return [*rows, replace(bench.run("literal", "adacorr", Setting(None, "literal")))]
+    return [*rows, bench.run("literal", "adacorr", Setting(None, "literal"))]
 
 
 def of_method(method: str, levels: list[float], bench: Bench) -> list[Row]:
@@ -263,7 +263,7 @@ def known_rows(file: Path, identity: dict[str, str], profile: str | None) -> dic
     if lines := differing(content["identity"], identity):
         raise ValueError(f"--known {file} is of another comparison: {'; '.join(lines)}")
     rows, same = content["tried"], content.get("profile") == profile
-    return {(row.setting, row.images): row for row in rows if same or not row.setting.adacorr}
+    return {(row.setting, row.images): row for row in rows if same or row.setting.adacorr in (None, "literal")}
 
 
 def make_bench(options: pipeline.ModelOptions, **others: Any) -> Bench:

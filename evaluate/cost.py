@@ -107,12 +107,13 @@ def measure(
                 peaks[kind] = max(peaks[kind], torch.cuda.max_memory_allocated(pipe.device))
             if kind in peaks:
                 progress.update()
-    median = {kind: float(np.median(own)) for kind, own in seconds.items()}
+    shares = {kind: np.percentile(own, (50, 10, 90)).tolist() for kind, own in seconds.items()}
+    found = {kind: dict(zip(QUANTILES, own, strict=True)) for kind, own in shares.items()}
     return {
         "batch_size": batch,
-        "seconds": {kind: {**_quantiles(own), "all": own} for kind, own in seconds.items()},
-        "images_per_second": {kind: batch / median[kind] for kind in KINDS},
-        "speedup": median["uncached"] / median["cached"],
+        "seconds": {kind: {**own, "all": seconds[kind]} for kind, own in found.items()},
+        "images_per_second": {kind: batch / found[kind]["median"] for kind in KINDS},
+        "speedup": found["uncached"]["median"] / found["cached"]["median"],
         "compute": cache.trace.compute,
         "hit_rate": cache.trace.hit_rate,
         "block_flops_per_image": cache.trace.flops / batch,
@@ -121,10 +122,6 @@ def measure(
         "cache_bytes_per_image": cache.bytes // batch,
         "peak_bytes": peaks if cuda else None,
     }
-
-
-def _quantiles(seconds: list[float]) -> dict[str, float]:
-    return dict(zip(QUANTILES, np.percentile(seconds, (50, 10, 90)).tolist(), strict=True))
 
 
 def cells(record: dict[str, Any]) -> dict[str, str]:

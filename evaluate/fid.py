@@ -15,7 +15,8 @@ serve FID and sFID, and whose images serve KID, precision and recall; or saved s
 import argparse
 import statistics
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -35,11 +36,11 @@ from evaluate.reference import (
     reference,
 )
 from evaluate.results import conclude, differing, read_result
-from evaluate.setmetrics import inception_score, kernel_distance, precision_recall
+from evaluate.setmetrics import NEIGHBOUR, inception_score, kernel_distance, precision_recall
 from runtime import find_device
 
 FEW = {  # images that a set should have at least
-    ENOUGH: "with fewer the covariance is singular, and every distance is much too large",
+    ENOUGH: "with fewer every distance is much too large",
     10_000: "with fewer every distance is too large",
     50_000: "published FIDs are of so many",
 }
@@ -71,10 +72,11 @@ def metrics(
         values["inception_score"], values["inception_score_deviation"] = inception_score(found.logits)
     if real.pool is None:
         left_out.append("KID, precision and recall are left out: the reference holds no images")
-    elif min(len(found.pool), len(real.pool)) < 4:
-        left_out.append("precision and recall are left out: they need at least 4 images of each set")
     else:
-        values["precision"], values["recall"] = precision_recall(found.pool, real.pool, device)
+        if min(len(found.pool), len(real.pool)) > NEIGHBOUR:
+            values["precision"], values["recall"] = precision_recall(found.pool, real.pool, device)
+        else:
+            left_out.append(f"precision and recall are left out: they need more than {NEIGHBOUR} images of each set")
         values["kernel_distance"], values["kernel_distance_deviation"] = kernel_distance(found.pool, real.pool)
     return values, left_out
 
@@ -95,28 +97,17 @@ def cautions(images: ImageSet, found: Measured, network: Network) -> list[str]:
     return notes
 
 
-class Earlier(NamedTuple):
-    """A set of an earlier result."""
-
-    path: str
-    count: int
-    protocol: dict[str, Any] | None
-    metrics: dict[str, float]
-
-
-def same_evaluation(path: Path, now: dict[str, Any], real: Measured) -> Earlier:
-    """The one set of an earlier result, if it was measured alike; ValueError names what differs."""
+def earlier(path: Path) -> dict[str, Any]:
+    """An earlier result, which must be of one set."""
     before = read_result(path, "fid")
-    theirs = {**before["evaluator"], "reference": before["reference"]["sha256"]}
-    if lines := differing(theirs, {**now, "reference": real.sha256}):
-        raise ValueError(f"--baseline {path} was measured otherwise: {'; '.join(lines)}")
     if len(before["sets"]) != 1:
         raise ValueError(f"--baseline {path} holds {len(before['sets'])} sets: give a result of one")
-    (only,) = before["sets"]
-    return Earlier(only["samples"], only["count"], only["protocol"], only["metrics"])
+    return before
 
 
-def check_alike(images: ImageSet, other: ImageSet | Earlier, flag: str, allowed: tuple[str, ...] = MAY_DIFFER) -> None:
+def check_alike(
+    images: ImageSet, other: ImageSet | SimpleNamespace, flag: str, allowed: tuple[str, ...] = MAY_DIFFER
+) -> None:
     """ValueError unless two sets have as many images, and protocols that differ in `allowed` fields only."""
     fields = [] if images.count == other.count else [f"the number of images ({images.count} and {other.count})"]
     if fields := fields + unlike(images, other, allowed):
@@ -125,22 +116,23 @@ def check_alike(images: ImageSet, other: ImageSet | Earlier, flag: str, allowed:
 
 def tabulate(records: list[dict[str, Any]], network: str, spread: bool) -> list[dict[str, str]]:
     """A line of text for each set; with `spread` a last one of means and deviations. KID is in thousandths."""
-    heads = {key: head for key, head in HEADS.items() if key in records[0]["metrics"]}
+    heads = {key: head for key, head in HEADS.items() if any(key in record["metrics"] for record in records)}
     if network == "inception" and "kernel_distance" in heads:
         heads["kernel_distance"] = "KID x 1000"
 
-    def cells(values: dict[str, float]) -> list[str]:
-        return [f"{values[key] * (1000 if key == 'kernel_distance' else 1):.4g}" for key in heads]
+    def cells(values: dict[str, float]) -> dict[str, str]:
+        shown = {**values, "kernel_distance": 1000 * values.get("kernel_distance", 0)}
+        return {head: f"{shown[key]:.4g}" if key in values else "" for key, head in heads.items()}
 
-    found = [record["metrics"] for record in records]
-    columns = ["", "images", *heads.values()]
-    lines = [[f"`{record['samples']}`", str(record["count"]), *cells(record["metrics"])] for record in records]
-    if spread:
+    lines = [{"": f"`{own['samples']}`", "images": str(own["count"]), **cells(own["metrics"])} for own in records]
+    if spread:  # of sets of one size, which have the same metrics
         means, deviations = (
-            cells({key: of([own[key] for own in found]) for key in heads}) for of in (statistics.mean, statistics.stdev)
+            cells({key: of([own["metrics"][key] for own in records]) for key in heads})
+            for of in (statistics.mean, statistics.stdev)
         )
-        lines.append(["mean ± deviation", "", *map(" ± ".join, zip(means, deviations, strict=True))])
-    return [dict(zip(columns, line, strict=True)) for line in lines]
+        both = {head: f"{mean} ± {deviations[head]}" for head, mean in means.items()}
+        lines.append({"": "mean ± deviation", "images": "", **both})
+    return lines
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -166,21 +158,26 @@ def run(args: argparse.Namespace) -> None:
         check_alike(images, sets[0], "--seeds", ("seed",))
     for images in sets if uncached is not None else ():
         check_alike(images, uncached, "--uncached")
+    before = None if args.baseline is None else earlier(args.baseline)
+    for images in sets if before is not None else ():
+        (old,) = before["sets"]
+        check_alike(images, SimpleNamespace(path=old["samples"], **old), "--baseline")
     network = network_for(args, sets[0])
     real = reference(path, network, args.batch_size)
     alike = evaluator(network)
-    before = None if args.baseline is None else same_evaluation(args.baseline, alike, real)
+    if before is not None:
+        theirs = {**before["evaluator"], "reference": before["reference"]["sha256"]}
+        if lines := differing(theirs, {**alike, "reference": real.sha256}):
+            raise ValueError(f"--baseline {args.baseline} was measured otherwise: {'; '.join(lines)}")
     near = None if uncached is None else measure(uncached, network, args.batch_size)
     name, records = ("fid" if network.name == "inception" else "fd"), []
     for images in sets:
-        if before is not None:
-            check_alike(images, before, "--baseline")
         found = measure(images, network, args.batch_size)
         values, notes = metrics(found, real, network, find_device(args.device))
         if near is not None:
             values["to_uncached"] = frechet_distance(found.moments, near.moments)
         if before is not None:
-            values["change"] = values[name] - before.metrics[name]
+            values["change"] = values[name] - old["metrics"][name]
         notes += cautions(images, found, network)
         record = {"samples": str(images.path), "count": found.count, "sha256": found.sha256}
         records.append(record | {"protocol": images.protocol, "metrics": values, "notes": notes})

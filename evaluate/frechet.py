@@ -74,7 +74,7 @@ def _root(moments: Moments) -> np.ndarray:  # (D, D)
     largest = np.abs(covariance).max(initial=0.0)
     values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
     top, low = values.max(initial=0.0), values.min(initial=0.0)
-    if np.abs(covariance - covariance.T).max(initial=0.0) > 1e-8 * largest or low < -1e-8 * max(top, largest):
+    if np.abs(covariance - covariance.T).max(initial=0.0) > 1e-5 * largest or low < -1e-5 * max(top, largest):
         raise ValueError(f"this is no covariance: not symmetric, or with a negative eigenvalue ({low:.3g})")
     values = np.where(values > len(values) * np.finfo(np.float64).eps * top, values, 0)
     return (vectors * np.sqrt(values)) @ vectors.T

@@ -78,8 +78,7 @@ def _open_run(path: Path, record: dict[str, Any]) -> ImageSet:
 
 
 def _open_folder(path: Path) -> ImageSet:
-    files = image_files(path)
-
+    files = sorted(image_files(path), key=lambda file: file.stem)  # the same order whatever the suffix
     width, height = read_image(files[0], files[0]).size
 
     def read() -> Iterator[np.ndarray]:
@@ -100,12 +99,14 @@ def _open_npz(path: Path) -> ImageSet:
     if "arr_0" not in arrays:
         held = ", ".join(arrays) or "nothing"
         raise ValueError(f"{path} holds {held}; expected arr_0 with images (N, H, W, 3), or jpeg and offsets")
-    shape, dtype = arrays["arr_0"]
+    shape, fortran, dtype = arrays["arr_0"]
     if dtype != np.uint8:
         raise ValueError(f"{path}: arr_0 is {dtype}, expected uint8 in 0..255: save the images as they are shown")
     if len(shape) != 4 or shape[3] != 3 or not all(shape):
         hint = ": move the channels to the end" if len(shape) == 4 and shape[1] == 3 else ""
         raise ValueError(f"{path}: arr_0 is {shape}, expected (N, H, W, 3){hint}")
+    if fortran:
+        raise ValueError(f"{path}: arr_0 is in Fortran's order: save it with np.ascontiguousarray")
     labels = None
     if "arr_1" in arrays:
         labels = read_arrays(path, ["arr_1"])["arr_1"]
@@ -141,8 +142,8 @@ def _open_packed(path: Path) -> ImageSet:
     return ImageSet(path, len(images), images.shape[1:3], lambda: iter(images))
 
 
-def npz_arrays(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Shape and type of every array of an .npz, without reading them; ValueError for what is none."""
+def npz_arrays(path: Path) -> dict[str, tuple[tuple[int, ...], bool, np.dtype]]:
+    """Shape, whether in Fortran's order, type of every array of an .npz, unread; ValueError for what is none."""
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is neither a folder of images nor a whole .npz: copy it again")
     found = {}
@@ -156,11 +157,8 @@ def npz_arrays(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     return found
 
 
-def _header(stream: Any) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and type at the beginning of a .npy; ValueError for an order or a version that is not in use."""
+def _header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether in Fortran's order, and type, from the beginning of a .npy; ValueError for what is none."""
     version = np.lib.format.read_magic(stream)
     reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = reader(stream)
-    if fortran and len(shape) > 1:
-        raise ValueError("an array is in Fortran's order: save it with np.ascontiguousarray")
-    return shape, dtype
+    return reader(stream)

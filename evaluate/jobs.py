@@ -39,10 +39,19 @@ def run_jobs(
             parts = [part for part in np.array_split(np.arange(bench.count), processes) if len(part)]
             references = {name: _images(pool, parts, setting) for name, setting in bench.references.items()}
             futures = {pool.submit(_run, job, references): number for number, job in enumerate(jobs)}
+            failed: list[Exception] = []
             for future in as_completed(futures):
+                if future.cancelled():
+                    continue
+                if isinstance(error := future.exception(), ValueError):  # jobs that run by now end: theirs is kept
+                    failed.append(error)
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    continue
                 result, rows = future.result()
                 bench.rows |= rows
                 yield futures[future], result
+            if failed:
+                raise failed[0]
         except BrokenProcessPool:
             raise Failure(f"one of {processes} processes died, perhaps for want of memory; try fewer") from None
         finally:

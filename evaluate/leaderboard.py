@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ HOW = (
     "A cell is the value of the method's curve at that place, linear in the logarithm of the axis between the two rows "
     "around it. Where all rows lie on one side, the nearest one stands there, with its own place behind `at`."
 )
+BEYOND = "out of reach"
 SPEEDUPS = (1.5, 2.0, 3.0, 4.0, 5.0)
 MEASURES = {  # of a row, by the title of its table
     "Mean PSNR (dB) at compute": lambda row: row.score,
@@ -37,14 +39,7 @@ MEASURES = {  # of a row, by the title of its table
 }
 SOLVERS = ("ddim", "dpmsolver++ (log-SNR)", "unipc", "unipc (optimised steps)")  # in the plot
 Measure = Callable[[Row], float | None]
-
-
-def compute(row: Row) -> float:
-    return row.compute
-
-
-def speedup(row: Row) -> float | None:
-    return row.speedup
+compute, speedup = attrgetter("compute"), attrgetter("speedup")
 
 
 def family(method: str) -> str:
@@ -85,10 +80,11 @@ def cell(rows: Sequence[Row], place: float, measure: Measure, axis: Measure = co
     for form in dict.fromkeys(row.form for row in rows):
         found = at(curve([row for row in rows if row.form == form], measure, axis), place)
         if found is None:
-            return "out of reach"
+            texts.append(BEYOND)
+            continue
         where, value = found
         texts.append(f"{value:.1f}" + (f" at {where:.2g}" if abs(where / place - 1) > NEAR else ""))
-    return " → ".join(texts)
+    return BEYOND if {*texts} == {BEYOND} else " → ".join(texts)
 
 
 def summary(
@@ -137,7 +133,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     palette = palette[::2] + palette[1::2]  # ten strong colours, then their pale ones
     own = [row for row in rows if row.level is not None]
     methods = dict.fromkeys(row.method for row in own if row.form == "alone")
-    families = sorted(dict.fromkeys(map(family, methods)))
+    families = sorted(dict.fromkeys(map(family, methods))) or ["no other method yet"]
     figure = Figure(figsize=(10, 4 * math.ceil(len(families) / 2)), layout="constrained")
     panels = figure.subplots(math.ceil(len(families) / 2), 2, sharex=True, sharey=True, squeeze=False)
     levels = sorted({row.level for row in own})
@@ -156,7 +152,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         axes.set_xticks(levels, [f"{level:g}" for level in levels])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    panels[0, 0].set_xlim(left=0.55 * min(row.compute for row in own))  # room for the names, in all panels
+    panels[0, 0].set_xlim(
+        left=0.55 * min((row.compute for row in own), default=1.0)
+    )  # room for the names, in all panels
     for axes in list(panels.flat)[len(families) :]:
         axes.axis("off")
     figure.supxlabel("compute (executed share of block FLOPs)")

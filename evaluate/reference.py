@@ -19,6 +19,7 @@ from torch import Tensor
 
 from adacorr.command import number, writable
 from adacorr.files import file_sha256, written_whole
+from data import read_arrays
 from download import fetched
 from evaluate.frechet import Moments
 from evaluate.imagesets import ImageSet, npz_arrays, open_images
@@ -40,7 +41,7 @@ class Measured:
 
     moments: Moments
     spatial: Moments | None
-    pool: Tensor | None  # (n, D); of a reference at most REAL of them
+    pool: Tensor | None  # (n, D); of a set as reference at most REAL of them, of ADM's .npz all
     logits: Tensor | None  # (n, classes)
     count: int | None
     sha256: str  # of the pixels in their order, or of the file of statistics
@@ -94,7 +95,7 @@ def evaluator(network: Network) -> dict[str, Any]:
     }
 
 
-def reference(path: Path, network: Network, batch_size: int = 64) -> Measured:
+def reference(path: Path, network: Network, batch_size: int = 64, *, pool: bool = True) -> Measured:
     """Of ADM's .npz, of statistics saved by `save_statistics` or by others, or of a set of images.
 
     ValueError for statistics of another network, and for what is neither.
@@ -104,8 +105,7 @@ def reference(path: Path, network: Network, batch_size: int = 64) -> Measured:
         found = measure(open_images(path), network, batch_size)
         found.pool = found.pool[_spaced(found.count)]
         return found
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in held if name not in ("arr_0", "arr_1")}
+    arrays = read_arrays(path, held.keys() - {"arr_0", "arr_1"})
     own = json.loads(str(arrays["evaluator"])) if "evaluator" in arrays else None
     if own is None and network.name != "inception":
         raise ValueError(f"{path} holds statistics that do not say of which network: give --features inception")
@@ -118,12 +118,12 @@ def reference(path: Path, network: Network, batch_size: int = 64) -> Measured:
     spatial = None
     if {"mu_s", "sigma_s"} <= arrays.keys():
         spatial = Moments(arrays["mu_s"].astype(np.float64), arrays["sigma_s"].astype(np.float64), count)
-    pool = None
+    features = None
     if "features" in arrays:
-        pool = torch.from_numpy(arrays["features"])
-    elif "arr_0" in held:  # ADM's images are there for this alone
-        pool = measure(open_images(path), network, batch_size).pool
-    return Measured(moments, spatial, pool, None, count, file_sha256(path))
+        features = torch.from_numpy(arrays["features"])
+    elif "arr_0" in held and pool:  # ADM's images are there for this alone
+        features = measure(open_images(path), network, batch_size).pool
+    return Measured(moments, spatial, features, None, count, file_sha256(path))
 
 
 def save_statistics(path: Path, found: Measured, network: Network) -> None:

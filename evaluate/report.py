@@ -171,7 +171,7 @@ def groups(sets: Iterable[ImageSet]) -> list[list[ImageSet]]:
     """
     found: list[list[ImageSet]] = []
     for own in sets:
-        group = next((group for group in found if not unlike(group[0], own)), [])
+        group = next((group for group in found if not any(unlike(other, own) for other in group)), [])
         if not group:
             found.append(group)
         group.append(own)
@@ -232,7 +232,8 @@ def set_section(group: Sequence[ImageSet], count: int) -> Section:
 
 def spent(own: ImageSet) -> list[str]:
     """Path, number of images, compute and images/s of a set, as far as its run says."""
-    record = RunFolder(own.path).read()
+    folder = own.path.with_name(own.path.name.removesuffix(".npz"))
+    record = None if own.protocol is None else RunFolder(folder).read()
     statistics = None if record is None else record["statistics"]
     if statistics is None:
         return [f"`{own.path}`", str(own.count), "", ""]

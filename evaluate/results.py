@@ -30,8 +30,10 @@ def write_result(args: argparse.Namespace, **content: Any) -> None:
 def conclude(args: argparse.Namespace, lines: Sequence[dict[str, str]], notes: Sequence[str], **content: Any) -> None:
     """Write the result of a command, then print its table and notes; `lines` are the table's rows, text by column."""
     shown = columns_of(lines)
-    write_result(args, table=shown, notes=list(notes), **content)
-    print(table(**shown), "", *notes, sep="\n")
+    try:
+        write_result(args, table=shown, notes=list(notes), **content)
+    finally:  # what was measured is not lost where the disk is full
+        print(table(**shown), "", *notes, sep="\n")
 
 
 def protocol_line(pipe: Pipeline, images: str) -> str:

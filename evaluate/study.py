@@ -15,7 +15,7 @@ from adacorr import parse_correction
 from adacorr.files import written_whole
 from adacorr.spec import parse_spec
 from evaluate.bench import WARM_UP, Bench, Setting
-from evaluate.fidelity import psnr, ssim
+from evaluate.fidelity import psnr, ssim, summarise_psnr
 from evaluate.frechet import Moments, frechet_distance
 from evaluate.motion import difference_distance, frame_features, trajectory_frames
 from evaluate.networks import Network
@@ -165,12 +165,12 @@ class Study:
             near.append(torch.stack([psnr(before, images), ssim(before, images)]))
             features.append(self.network.features(images).pool)
         own, (decibels, similar) = Moments.of(torch.cat(features)), torch.cat(near, dim=1)
-        finite = decibels[decibels.isfinite()]
+        summary = summarise_psnr(decibels)
         return {
             "distance": self._to_reference(own),
             "uncached_distance": frechet_distance(own, self.uncached_moments),
-            "psnr": finite.mean().item() if len(finite) else "inf",
-            "identical": len(decibels) - len(finite),
+            "psnr": summary["mean"],
+            "identical": summary["identical"],
             "ssim": similar.mean().item(),
         }
 

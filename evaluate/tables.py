@@ -235,7 +235,7 @@ def studies_of(args: argparse.Namespace, folder: Path) -> tuple[list[Study], lis
         network.features(black)  # ValueError for a size that the network is not for
         real = None
         if references:
-            found = reference(paths[i], network)
+            found = reference(paths[i], network, pool=False)
             real = found.moments
             digests.append(found.sha256)
         bench = Bench(pipe, args.seed, args.num_images, calibrate=args.calibrate)

@@ -1,6 +1,7 @@
 """Work on a bench in several processes: it finds what one process finds."""
 
 import os
+import time
 from dataclasses import replace
 from functools import partial
 
@@ -64,3 +65,21 @@ def test_each_process_has_its_share_of_the_threads(make, monkeypatch):
 
 def threads(bench):
     return torch.get_num_threads()
+
+
+def slow(bench):
+    time.sleep(0.5)
+    return bench.run("m", "alone", SETTINGS[1])
+
+
+def mistaken(bench):
+    raise ValueError("a mistake")
+
+
+def test_what_other_processes_find_is_kept_when_one_job_fails(make):
+    bench, found = make(), []
+    with pytest.raises(ValueError, match="a mistake"):
+        found.extend(run_jobs(bench, [mistaken, slow], 2, make))
+    ((number, row),) = found
+    assert number == 1
+    assert bench.rows == {(SETTINGS[1], 3): row}
