@@ -85,7 +85,7 @@ class DiTBlock(nn.Module):
     def gates(self, c):
         """The two gates of `modulation` alone, a third of its work: c (N, D) -> gate_msa, gate_mlp, (N, D) each."""
         linear, silu = self.adaLN_modulation[1], self.adaLN_modulation[0]
-        weight, bias = (p.unflatten(0, (6, -1))[[2, 5]].flatten(0, 1) for p in (linear.weight, linear.bias))
+        weight, bias = (torch.cat(p.chunk(6)[2::3]) for p in (linear.weight, linear.bias))
         return nn.functional.linear(silu(c), weight, bias).chunk(2, dim=1)
 
     def attn_branch(self, x, shift, scale):

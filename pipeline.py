@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from adacorr import Algorithm1, CacheManager, available
-from adacorr.command import CACHE_DTYPES, DTYPES
+from adacorr.command import CACHE_DTYPES, DTYPES, number
 from adacorr.outside import Outside, Update
 from adacorr.run import take_rows
 from checkpoint import BUNDLED, VAES, Checkpoint, build_model, load_checkpoint, load_vae, released_name
@@ -76,7 +76,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--cfg-channels", choices=["3", "all"], help=channels)
     add("--sampler", metavar="NAME[:key=value,...]", help=f"{', '.join(names())}, or a diffusers scheduler class")
     add("--num-sampling-steps", type=int, help="1 to 1000 (default %(default)s)")
-    add("--seed", "--global-seed", type=_seed, default=0, help="image i is drawn from (seed, i) alone (default 0)")
+    seed = "image i is drawn from (seed, i) alone (default 0)"
+    add("--seed", "--global-seed", type=number(0, 2**63 - 1), default=0, help=seed)
     add("--dtype", choices=sorted(DTYPES), help="of the model (default %(default)s)")
     add("--device", help="default: cuda where there is one, else cpu")
     add("--offline", action="store_true", help="never download; say what is missing")
@@ -84,17 +85,6 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--allow-unverified", action="store_true", help="go on when a checkpoint's digest differs from the recorded one"
     )
     parser.set_defaults(**asdict(ModelOptions()))
-
-
-def _seed(text: str) -> int:
-    """A seed from the command line."""
-    try:
-        seed = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-    if not 0 <= seed < 2**63:
-        raise argparse.ArgumentTypeError(f"{seed} is outside 0..{2**63 - 1}")
-    return seed
 
 
 def add_cache_flags(parser: argparse.ArgumentParser) -> None:
@@ -311,10 +301,11 @@ def sample_latents(
     everyone = np.arange(n)
     guided = cfg_scale != 1.0
     null = torch.full_like(labels, model.null_label) if guided else None
+    timesteps = sampler.timesteps.to(noise.device)  # once: a copy in each step would wait for the device
 
     def evaluate(step: int, x: Tensor, images: np.ndarray) -> Tensor:
         z = sampler.model_input(step, x).to(dtype)
-        t = sampler.timesteps[step].to(z.device).expand(1 if labels is not None else len(z))
+        t = timesteps[step].expand(1 if labels is not None else len(z))
         if not guided:
             return model(z, t, take_rows(labels, images)).float()
         y = torch.cat([take_rows(labels, images), null[: len(images)]])

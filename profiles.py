@@ -16,7 +16,7 @@ import torch
 
 from adacorr import AdaCorrection, CacheManager
 from adacorr.calibration.trajectory import TrajectoryCalibration
-from adacorr.profile import FOLDER, Profile, load_profile, mismatch, save_profile
+from adacorr.profile import FOLDER, SUFFIXES, Profile, load_profile, mismatch, save_profile
 from diffusion import make_sampler
 from download import cache_folder
 from models import guided_channels
@@ -24,7 +24,7 @@ from pipeline import Pipeline, alpha_bar, gaussian
 from runtime import check_range, say
 
 METHOD = "adacorr"
-FORMAT = 4  # of the arrays: profiles that earlier versions kept are not looked at
+FORMAT = 5  # of the arrays: profiles that earlier versions kept are not looked at
 SEED_OFFSET = 2**31  # calibrations draw their noise from seeds above it, on which nobody evaluates
 IMAGES = 6
 AT_ONCE = 2
@@ -37,8 +37,8 @@ def check_calibrate(text: str) -> None:
     """ValueError unless --calibrate is auto, off, a number of images or a profile's file."""
     if text.isdecimal():
         check_range("--calibrate", int(text), 1, 1000)
-    elif text not in ("auto", "off") and not text.endswith(".safetensors"):
-        raise ValueError(f"--calibrate {text}: give auto, off, a number of images (1..1000) or a .safetensors file")
+    elif text not in ("auto", "off") and not text.endswith(SUFFIXES):
+        raise ValueError(f"--calibrate {text}: give auto, off, a number of images (1..1000) or a profile's file")
 
 
 def with_profile(
@@ -58,7 +58,7 @@ def with_profile(
     if cache is None or not isinstance(cache.correction, AdaCorrection) or calibrate == "off":
         return cache
     serves = not cache.correction.polynomial_options and re.match(r"ddim(:|$)", measured_under(pipe))
-    if calibrate.endswith(".safetensors"):
+    if calibrate.endswith(SUFFIXES):
         profile = load_profile(calibrate)
         if why := misfit(profile, pipe):
             raise ValueError(f"--calibrate {calibrate} does not fit this run ({why}): give auto")
@@ -80,9 +80,23 @@ def measured_under(pipe: Pipeline) -> str:
     return "ddim" if pipe.sampler.stochastic else pipe.sampler.spec
 
 
+def measured_channels(pipe: Pipeline) -> int:
+    """How many channels of the noise are guided, all of them without guidance."""
+    channels = pipe.model.in_channels
+    return channels if pipe.cfg_scale == 1.0 else guided_channels(pipe.cfg_channels, channels, 2)
+
+
+def dtype(pipe: Pipeline) -> str:
+    """The name of the model's dtype."""
+    return str(pipe.model.pos_embed.dtype).removeprefix("torch.")
+
+
 def misfit(profile: Profile, pipe: Pipeline) -> str:
     """What keeps a profile from serving the pipeline; empty if nothing does."""
-    return mismatch(profile, METHOD, pipe.checkpoint.sha256, measured_under(pipe), pipe.cfg_scale)
+    why = mismatch(profile, METHOD, pipe.checkpoint.sha256, measured_under(pipe), pipe.cfg_scale)
+    guided = measured_channels(pipe)
+    there = profile.notes.get("guided_channels", guided)  # the first profiles do not say
+    return why or (f"{there} guided channels there, {guided} here" if there != guided else "")
 
 
 def find_profile(pipe: Pipeline) -> Profile | None:
@@ -98,6 +112,7 @@ def find_profile(pipe: Pipeline) -> Profile | None:
 def kept_at(pipe: Pipeline) -> Path:
     """The file in the user's cache folder that holds the profile of the pipeline's model, sampler and guidance."""
     name = f"{METHOD}{FORMAT}-{pipe.checkpoint.sha256[:12]}-{measured_under(pipe)}-cfg{pipe.cfg_scale:g}"
+    name += f"-{measured_channels(pipe)}ch-{dtype(pipe)}"
     return cache_folder() / "profiles" / (re.sub(r"[^A-Za-z0-9._=+-]", "-", name) + ".safetensors")
 
 
@@ -108,7 +123,7 @@ def measure(pipe: Pipeline, images: int, seed: int = SEED_OFFSET) -> Profile:
     runs = [make_sampler(spec, steps) for steps in RUNS]
     sampler = make_sampler(spec, STEPS)
     sampler = sampler.on(np.array(sorted({*sampler.timesteps.tolist(), *LAST}, reverse=True)))
-    guided = guided_channels(pipe.cfg_channels, model.in_channels, 2) if pipe.cfg_scale != 1.0 else model.in_channels
+    guided = measured_channels(pipe)
     timesteps = sampler.timesteps.to(pipe.device)
     grids = [(run.timesteps.double().numpy(), alpha_bar(run)) for run in runs]
     calibration = TrajectoryCalibration(model, timesteps, alpha_bar(sampler), grids, pipe.cfg_scale, guided)
@@ -121,7 +136,7 @@ def measure(pipe: Pipeline, images: int, seed: int = SEED_OFFSET) -> Profile:
         noise = gaussian(seed, indices, pipe.noise_shape).to(pipe.device)
         calibration.add(sampler.fresh(), noise, labels, cached)
     arrays, notes = calibration.fit()
-    notes |= {"checkpoint": pipe.checkpoint.path.name, "seed": seed}
+    notes |= {"checkpoint": pipe.checkpoint.path.name, "seed": seed, "guided_channels": guided, "dtype": dtype(pipe)}
     return Profile(METHOD, arrays, pipe.checkpoint.sha256, spec, len(timesteps), pipe.cfg_scale, notes)
 
 

@@ -22,6 +22,11 @@ MEETING = timedelta(minutes=5)  # within which all ranks of a start must show up
 T = TypeVar("T")
 
 
+def started_again() -> bool:
+    """Whether torchrun started this process in place of one that failed (--max-restarts), with the same arguments."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
 class LeaderFailed(Exception):
     """Rank 0 has ended and said why; the others leave without a word."""
 

@@ -18,8 +18,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from adacorr.command import timed as timed
-
 Line = Callable[[str], None]
 QUIET = 30  # seconds between two lines of progress where there is no terminal to draw a bar on
 REQUEUE = 75  # exit code EX_TEMPFAIL of sysexits.h: try again later
@@ -33,9 +31,12 @@ def find_device(name: str | None) -> torch.device:
     """The named device, else CUDA where there is one, else the CPU; ValueError for one that cannot hold tensors."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.zeros(1, device=name).cpu().new_empty(0, device=name).device
+        device = torch.zeros(1, device=name).cpu().new_empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # the last for --device meta
         raise ValueError(f"--device {name} cannot be used: {str(error).partition(chr(10))[0]}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # streams, graphs and clocks are those of the current one
+    return device
 
 
 def allow_tf32(on: bool) -> None:

@@ -53,7 +53,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument_group("speed and precision").add_argument
     many = "images at once (default %(default)s)"
     add("--per-proc-batch-size", type=number(1, 100_000), default=32, metavar="B", help=many)
-    add("--tf32", action=yes_no, default=True, help="TF32 matrix products on a GPU in fp32 (default on)")
+    add("--tf32", action=yes_no, default=True, help="TF32 for what is float32 on a GPU, also the VAE (default on)")
     add("--compile", action="store_true", help="torch.compile the blocks: slow to start, then faster")
     add("--deterministic", action=yes_no, help="one image at a time, for equal bits; the default on a CPU")
     add(

@@ -37,7 +37,7 @@ from data import Data, order, read_data
 from diffusion import NUM_TRAIN
 from models import DiT, DiT_models
 from objective import Objective
-from ranks import Ranks
+from ranks import Ranks, started_again
 from runtime import Interrupted, Progress, Signals, seed_words
 
 STEP = 1  # the random streams of a seed for the draws of a step; data.ORDER numbers those for the order of images
@@ -324,6 +324,8 @@ def run(options: Options, ranks: Ranks, signals: Signals) -> None:
     device = ranks.device(options.device)
     if device.type == "cuda":
         runtime.allow_tf32(True)
+    if options.overwrite and started_again():  # --overwrite was for the first start
+        options.overwrite = False
     state = None if options.overwrite else read_state(out, options)
     say = partial(print, flush=True) if ranks.rank == 0 else lambda *_: None
     if state is not None and state["step"] >= options.steps:

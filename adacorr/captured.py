@@ -46,14 +46,15 @@ class Captured:
 def capture_graph(function: Function, inputs: Sequence[Tensor]) -> tuple[Replay, Tensor]:
     """(what runs the function on these very tensors again, the tensor that holds its result afterwards)."""
     try:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # libraries set themselves up in a first call, which cannot be captured
-            function(*inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = function(*inputs)
+        with torch.cuda.device(inputs[0].device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # libraries set themselves up in a first call, which cannot be captured
+                function(*inputs)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                result = function(*inputs)
     except RuntimeError as error:
         raise RuntimeError(
             f"the step outside of the blocks cannot be captured: leave --compile out ({error})"

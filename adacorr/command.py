@@ -2,9 +2,11 @@
 
 import argparse
 import os
+import select
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -60,7 +62,7 @@ def writable(text: str) -> Path:
 
 def timed(job: Callable[[], T], device: torch.device) -> tuple[T, float]:
     """What `job` returns and the seconds it took, with the device's queue empty before and after."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     wait()
     start = time.perf_counter()
     result = job()
@@ -75,22 +77,35 @@ class Failure(Exception):
 def run_command(name: str, job: Callable[[], int | None], debug: bool = False) -> int:
     """The exit code of a command's `job`: what it returns or 0, 130 after Ctrl-C, 2 for a mistake, 1 for a Failure.
 
-    Mistakes are ValueError and OSError. An error becomes one line on stderr; with `debug` it is raised. That the
-    reader of stdout has seen enough, such as `head`, is no error.
+    Mistakes are ValueError and OSError. An error becomes one line on stderr; with `debug` it is raised. That the reader
+    of stdout has seen enough, such as `head`, is no error.
     """
     try:
         code = job() or 0
-        if sys.stdout is not None:
+        if sys.stdout is not None:  # it is None where the caller closed it
             sys.stdout.flush()
         return code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes at its end goes there
-        return 0
     except (ValueError, OSError, Failure) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 0
         if debug:
             raise
-        if sys.stderr is not None:  # it is None where the caller closed it
+        if sys.stderr is not None:
             sys.stderr.write(f"{name}: error: {' '.join(str(error).split())}\n")
         return 1 if isinstance(error, Failure) else 2
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout is a pipe without a reader; what is left to be printed is then thrown away."""
+    try:
+        number = sys.stdout.fileno()
+    except (AttributeError, OSError):  # None, or something in memory
+        return False
+    watched = select.poll()
+    watched.register(number, 0)
+    if not any(event & select.POLLERR for _, event in watched.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    return True

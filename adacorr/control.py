@@ -5,7 +5,8 @@ off by the tolerance; a step whose weight reaches 1 is computed. The offset meas
 that ended was too long. The next intervals shrink accordingly, by the step-size rule of adaptive ODE solvers (Hairer,
 Norsett and Wanner, Solving Ordinary Differential Equations I, section II.4).
 
-Lengths are in training timesteps (0 to 1000), so that the rules mean the same at any number of sampling steps.
+Lengths are in training timesteps (0 to 1000), so that the rules mean the same at any number of sampling steps. With a
+profile of the model the steps come from its schedules (`ScheduleClock`), and offsets are only recorded.
 """
 
 from collections.abc import Callable, Sequence
@@ -106,8 +107,8 @@ class RefreshClock:
     step at the closing step; another one runs out.
     """
 
-    def __init__(self, rule: RefreshRule, timesteps: np.ndarray, clock: np.ndarray, images: int, closing: bool):
-        self.rule, self.timesteps, self.clock, self.closing = rule, timesteps, clock, closing
+    def __init__(self, timesteps: np.ndarray, clock: np.ndarray, images: int, closing: bool):
+        self.timesteps, self.clock, self.closing = timesteps, clock, closing
         # A computation in the very last step corrects nothing after it; the one before it closes the forecast.
         self.last = closing_step(timesteps)
         self.interval_scale = np.ones(images)
@@ -174,10 +175,11 @@ class AdaptiveClock(RefreshClock):
     Offsets above the tolerance shrink the intervals to come, offsets below it let them grow back, image by image.
     """
 
-    def __init__(self, rule: RefreshRule, timesteps, interval: Interval, images: int, *, gamma: float, closing=True):
+    def __init__(self, timesteps, interval: Interval, images: int, *, gamma: float, rule: RefreshRule, closing=True):
         gamma = max(gamma, 1e-6)
         clock = count_intervals(timesteps, interval, scale=gamma ** (-1.0 / POWER))
-        super().__init__(rule, timesteps, clock, images, closing)
+        super().__init__(timesteps, clock, images, closing)
+        self.rule = rule
         self.tolerance = rule.tolerance / gamma
 
     def _learn(self, images: np.ndarray, score: np.ndarray) -> None:
@@ -190,12 +192,12 @@ class AdaptiveClock(RefreshClock):
 class BudgetClock(RefreshClock):
     """A fixed number of computed steps at typical intervals, scaled to fill the trajectory; offsets change nothing."""
 
-    def __init__(self, rule: RefreshRule, timesteps, interval: Interval, images: int, *, count: int, closing=True):
+    def __init__(self, timesteps, interval: Interval, images: int, *, count: int, closing=True):
         end = timesteps[closing_step(timesteps)]
         # A clock that need not close leaves half an interval behind its last computed step.
         strides = max(count - (1.0 if closing else 0.5), 0.5)
         scale = scale_to_count(interval, timesteps[0], end, strides)
-        super().__init__(rule, timesteps, count_intervals(timesteps, interval, scale), images, closing)
+        super().__init__(timesteps, count_intervals(timesteps, interval, scale), images, closing)
         self.left = np.full(images, min(count, len(timesteps)))
 
     def _learn(self, images: np.ndarray, score: np.ndarray) -> None:
@@ -214,10 +216,10 @@ class BudgetClock(RefreshClock):
 class ScheduleClock(RefreshClock):
     """The steps of a schedule (adacorr.placement), the same for every image; offsets change nothing."""
 
-    def __init__(self, rule: RefreshRule, timesteps, images: int, schedule: Sequence[int]):
+    def __init__(self, timesteps, images: int, schedule: Sequence[int]):
         self.schedule = np.array([*schedule, len(timesteps)])
         clock = np.interp(np.arange(len(timesteps)), self.schedule, np.arange(len(self.schedule)))
-        super().__init__(rule, timesteps, clock, images, closing=False)
+        super().__init__(timesteps, clock, images, closing=False)
 
     def _due(self, images: np.ndarray, step: int) -> np.ndarray:
         # A step that a policy asked for stands for the one that was due next, so that a schedule costs no more.
@@ -278,9 +280,6 @@ class Controller:
         self.infers, self.profile = infers_unconditional(correction, halves), profile
         self.guidance_error = abs(cfg_scale - 1.0)  # the guided output moves this much with the unconditional half
         self.amplify = amplification(np.asarray(alpha_bar, dtype=np.float64))
-        # The guidance difference is smooth: far wider intervals, the narrower the more guidance amplifies its error.
-        rule = RefreshRule(correction.tolerance, warmup=correction.order + 1)
-        difference_rule = RefreshRule(correction.difference_tolerance, 1, 1.0, most_shrinking=0.6, min_scale=0.1)
         if profile is not None:
             plan = profile.plan(len(timesteps))
             error, leaving, within = ERROR, partial(plan.leaving, timesteps), partial(plan.within, timesteps)
@@ -291,20 +290,25 @@ class Controller:
                 nodes, refreshes = leaving(error * profile.contrast / max(correction.gamma, 1e-9))
             else:
                 nodes, refreshes = within(correction.budget - spent)
-            self.clock = ScheduleClock(rule, timesteps, images, nodes)
-            self.difference_clock = ScheduleClock(difference_rule, timesteps, images, refreshes)
+            self.clock = ScheduleClock(timesteps, images, nodes)
+            self.difference_clock = ScheduleClock(timesteps, images, refreshes)
             return
         start, end = timesteps[0], timesteps[closing_step(timesteps)]
+        # The guidance difference is smooth: far wider intervals, the narrower the more guidance amplifies its error.
         wide = DIFFERENCE_INTERVAL * min(1.0, (0.5 / max(self.guidance_error, 0.1)) ** (1.0 / 3.0))
         if correction.budget is None:
-            kind, options = AdaptiveClock, [{"gamma": correction.gamma}] * 2
+            rules = (
+                RefreshRule(correction.tolerance, warmup=correction.order + 1),
+                RefreshRule(correction.difference_tolerance, 1, 1.0, most_shrinking=0.6, min_scale=0.1),
+            )
+            kind, options = AdaptiveClock, [{"gamma": correction.gamma, "rule": own} for own in rules]
         else:
             error = self.guidance_error if self.infers else None
             counts = split_budget(correction.budget - spent, len(timesteps), halves, error)
             kind, options = BudgetClock, [{"count": count} for count in counts]
         typical = partial(typical_interval, start=start, end=end)
-        self.clock = kind(rule, timesteps, typical, images, **options[0])
-        self.difference_clock = kind(difference_rule, timesteps, lambda t: wide, images, **options[1], closing=False)
+        self.clock = kind(timesteps, typical, images, **options[0])
+        self.difference_clock = kind(timesteps, lambda t: wide, images, **options[1], closing=False)
 
     @property
     def nonfinite(self) -> np.ndarray:

@@ -144,7 +144,7 @@ class CorrectedRun(CachedRun):
         empty, nonfinite = self.store.empty, self.controller.nonfinite
         failed = np.zeros_like(empty) if view is None else view.failed
         self.trace.fallbacks += int((nonfinite & ~failed).sum())  # `checked_decision` counts the others
-        weight, cond, uncond = self.controller.decide(self.step, wanted | empty, empty | nonfinite | failed)
+        weight, cond, uncond = self.controller.decide(self.step, wanted, nonfinite | failed)
         both = np.flatnonzero(uncond) if self.halves == 2 else self.everyone[:0]
         computed = ComputedRows(np.flatnonzero(cond), both)
         everything = cond.all() and (uncond.all() or self.halves == 1)
@@ -251,18 +251,28 @@ class CorrectedRun(CachedRun):
 
     # ------------------------------------------------------------------ the step's result
 
+    def added(self, plan: Plan, computed: Computed | None) -> Tensor:
+        """(halves, n, T, D) what the stack adds: forecast rows, then inferred halves, then computed rows."""
+        images = self.info.images
+        if computed is None:
+            return plan.forecast
+        if plan.rows is None:
+            return computed.added.unflatten(0, (self.halves, images))
+        cond, uncond = plan.computed.cond, plan.computed.uncond
+        if len(cond) == images and not len(uncond):
+            return torch.stack([computed.added.to(computed.inferred.dtype), computed.inferred])
+        added, device = plan.forecast.clone(), computed.added.device
+        if computed.inferred is not None:
+            added[1, torch.from_numpy(cond).to(device)] = computed.inferred
+        added.flatten(0, 1)[plan.rows] = computed.added.to(added.dtype)
+        return added
+
     def _assemble(self, plan: Plan, computed: Computed | None, x: Tensor) -> Tensor:
-        """Output of the stack for all rows: forecast ones, then inferred halves, then computed rows."""
+        """Output of the stack for all rows; computed ones to the bit."""
         if plan.rows is None:
             return computed.out
-        images, out = self.info.images, torch.empty_like(x)
-        for half, value in enumerate([] if plan.forecast is None else plan.forecast):
-            own = slice(half * images, (half + 1) * images)
-            torch.add(x[own], value.to(x.dtype), out=out[own])
+        out = x + self.added(plan, computed).flatten(0, 1).to(x.dtype)
         if computed is not None:
-            if computed.inferred is not None:
-                null_rows = torch.from_numpy(plan.computed.cond + images).to(x.device)
-                out[null_rows] = x[null_rows] + computed.inferred.to(x.dtype)
             out[plan.rows] = computed.out
         return out
 

@@ -105,6 +105,12 @@ def label_conditions(model: CachedModel, t: Tensor, labels: Tensor) -> Tensor:
     return c.unflatten(0, (len(labels), len(t)))
 
 
+def conditions(model: CachedModel, t: Tensor, labels: Tensor | None, halves: int) -> list[Tensor]:
+    """Of each guidance half the conditioning (labels, S, D) at timesteps t (S,): of labels, and of the null label."""
+    null = null_condition(model, t)[None]
+    return [null if labels is None else label_conditions(model, t, labels), null][:halves]
+
+
 def _gram(blocks: Sequence[nn.Module], a: Tensor, b: Tensor, weight: Tensor | None = None) -> Tensor:
     """(S, P) float64 on the CPU: inner products of the gates under a (S, D) and b (P, D), channels weighted (B, D).
 

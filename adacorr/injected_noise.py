@@ -148,7 +148,7 @@ class NoiseSchedules:
     """
 
     def __init__(self, rates: list[np.ndarray], steady: Callable[[float], Schedule]):
-        self.rates = [np.append(rate[:-1], rate[-2:-1]) for rate in rates]  # the last step injects nothing
+        self.rates = [np.append(rate[:-1], rate[-2:][:1]) for rate in rates]  # the last step injects nothing
         self.steady = steady
 
     def leaving(self, error: float) -> Schedule:

@@ -7,7 +7,7 @@ the branch sums M when their mean over images and tokens is taken out,
     forecast(s) = sum_k w_k(s) (M(s_k) - mean(s_k)) + mean(s)
 
 The mean depends on step and channel alone. So the sums are stored as they are, and all of the mean is one vector that
-is added to the tokens: see `Trend`.
+is added to the tokens: see `mean_coefficients`.
 
 What the basis of the gates leaves of a step is a process of the same kind, with weights of its own.
 """
@@ -15,7 +15,6 @@ What the basis of the gates leaves of a step is a process of the same kind, with
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
 
 # Added to the covariance's diagonal, in shares of its mean: two kept steps close in time are nearly the same.
 RIDGE = 1e-9
@@ -44,25 +43,19 @@ class Kriging:
         return weights[inverse.ravel()]
 
 
-class Trend:
-    """What the branches add on average, which no forecast has to follow.
+def mean_coefficients(
+    coefficients: np.ndarray, basis: np.ndarray, kept: np.ndarray, at: np.ndarray, rows: range
+) -> np.ndarray:
+    """(m, s, R * E) whose product with the mean (R, E, D) of the steps `rows` is to be added to the forecast.
 
-    mean (S, E, D) of a step's entries over images and tokens; basis (S, E): how a step reads its entries.
+        sum_q basis_q(s) (mean_q(s) - sum_k w_k(s) mean_q(s_k))
+
+    coefficients (m, s, K, E) are w_k(s) basis_q(s) of the kept steps (m, K), -1 and 0 where there is none; basis (s, E)
+    is that of the steps `at` (s,). The R `rows` hold them all.
     """
-
-    def __init__(self, mean: Tensor, basis: np.ndarray):
-        self.mean, self.basis = mean, basis
-
-    def coefficients(self, weights: np.ndarray, kept: np.ndarray, at: np.ndarray, rows: range) -> np.ndarray:
-        """(m, s, R * E) whose product with `mean[rows]` is to be added to the forecast at steps (s,).
-
-            sum_q basis_q(s) (mean_q(s) - sum_k w_k(s) mean_q(s_k))
-
-        weights (m, s, K, E) of the kept steps (m, K), -1 and weight 0 where there is none; the R `rows` hold them all.
-        """
-        image, column, basis = np.arange(len(kept))[:, None], np.arange(len(at)), self.basis[at]
-        result = np.zeros((*weights.shape[:2], len(rows), basis.shape[1]), dtype=np.float32)
-        for k, step in enumerate(np.maximum(kept, rows.start).T):
-            result[image, column, step[:, None] - rows.start] -= weights[:, :, k] * basis
-        result[:, column, at - rows.start] += basis
-        return result.reshape(*weights.shape[:2], -1)
+    image, column = np.arange(len(kept))[:, None], np.arange(len(at))
+    result = np.zeros((*coefficients.shape[:2], len(rows), basis.shape[1]), dtype=np.float32)
+    for k, step in enumerate(np.maximum(kept, rows.start).T):
+        result[image, column, step[:, None] - rows.start] -= coefficients[:, :, k]
+    result[:, column, at - rows.start] += basis
+    return result.reshape(*coefficients.shape[:2], -1)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from adacorr.control import Controller, infers_unconditional
 from adacorr.correct import ALIASES, AdaCorrection, Algorithm1, parse_correction
 from adacorr.corrected_run import CorrectedRun
-from adacorr.gates import GateBasis, fit_gate_basis, known_gate_basis, label_conditions, null_condition
+from adacorr.gates import GateBasis, conditions, fit_gate_basis, known_gate_basis, null_condition
 from adacorr.injected_noise import renewed
 from adacorr.literal import Algorithm1Run
 from adacorr.model import CachedModel
@@ -213,14 +213,16 @@ class _Stores:
         trace: Trace,
         dtype: torch.dtype,
     ):
-        self.model, self.labels, self.trace = model, labels, trace
+        self.model, self.trace = model, trace
         self.timesteps = timesteps.to(info.device)
         self.shape = StoreShape(
             info.images, trace.halves, (info.tokens, info.width), info.timesteps, info.device, dtype
         )
-        self.index = torch.zeros(trace.images, dtype=torch.long)  # of each image's label among the run's labels
+        self.index = np.zeros(trace.images, dtype=np.int64)  # of each image's label among the run's labels
+        self.unique: Tensor | None = None
         if labels is not None:
-            self.unique, self.index = torch.unique(labels, return_inverse=True)
+            unique, self.index = np.unique(labels.cpu().numpy(), return_inverse=True)
+            self.unique = torch.from_numpy(unique).to(info.device)
         self.basis: GateBasis | None = None
 
     def make(self, unit: Unit, predictor: Predictor, difference: bool = False) -> UnitStore:
@@ -230,13 +232,14 @@ class _Stores:
             return ValueStore(unit, predictor, self.shape, difference)
         if self.basis is None:
             self._count_gates(len(self.timesteps) * self.trace.halves)
-            reference, conditions = null_condition(self.model, self.timesteps), self._conditions(self.timesteps)
-            self.basis = fit_gate_basis(self.model.blocks, reference, conditions, predictor.gate_error)
+            reference = null_condition(self.model, self.timesteps)
+            own = conditions(self.model, self.timesteps, self.unique, self.trace.halves)
+            self.basis = fit_gate_basis(self.model.blocks, reference, own, predictor.gate_error)
         tracks = [self.shape.polynomial(self.basis.rank, predictor) for _ in range(self.trace.halves)]
-        return GateSumStore(unit, self.basis, self.index.to(self.shape.device), tracks, difference)
+        return GateSumStore(unit, self.basis, self.index, tracks, difference)
 
     def known(self, unit: Unit, profile: ModelProfile, renewed: np.ndarray) -> GateSumStore:
-        """The store of one unit under what is known of the model; renewed (S,) see `ModelProfile.rule`."""
+        """The store of one unit under what is known of the model; renewed (S,) see `ModelProfile.rules`."""
         steps = self.shape.timesteps
         known = self.timesteps
         if not np.array_equal(steps, profile.timesteps):
@@ -247,24 +250,17 @@ class _Stores:
             self.model.blocks,
             null_condition(self.model, self.timesteps),
             null_condition(self.model, known),
-            self._conditions(known),
+            conditions(self.model, known, self.unique, self.trace.halves),
             torch.from_numpy(profile.basis),
             torch.from_numpy(profile.gate_weight),
         )
         tracks = []
         for kind in KINDS[: self.trace.halves]:
-            trend = profile.trend(kind, steps, basis.basis)
+            mean = profile.mean_at(kind, steps).to(self.shape.device)
             rules = profile.rules(kind, steps, renewed)
-            tracks.append(self.shape.track(basis.rank + 1, KEPT[kind], *rules, trend=trend))
-        return GateSumStore(unit, basis, self.index.to(self.shape.device), tracks, self.trace.halves == 2)
+            tracks.append(self.shape.track(basis.rank + 1, KEPT[kind], *rules, mean=mean))
+        return GateSumStore(unit, basis, self.index, tracks, self.trace.halves == 2)
 
     def _count_gates(self, rows: int) -> None:
         """Account for the gates of so many rows for each image, though images share them."""
         self.trace.extra_flops += rows * self.trace.layers * self.model.gate_flops() * self.trace.images
-
-    def _conditions(self, t: Tensor) -> list[Tensor]:
-        """Conditioning (labels, S, D) of the run's labels at timesteps t (S,), and of the null label with guidance."""
-        null = null_condition(self.model, t)[None]
-        if self.labels is None:
-            return [null] * self.trace.halves
-        return [label_conditions(self.model, t, self.unique), null][: self.trace.halves]

@@ -15,11 +15,10 @@ from torch import Tensor
 
 from adacorr.history import lagrange_weights
 from adacorr.injected_noise import InjectedNoise, NoiseSchedules
-from adacorr.kriging import Kriging, Trend
+from adacorr.kriging import Kriging
 from adacorr.placement import ddim_coefficients
 from adacorr.profile import Profile
 from adacorr.schedules import Schedules, nearest
-from adacorr.store import with_rest
 
 KINDS = ("conditional", "difference")  # the processes: the conditional half, and how the unconditional one differs
 KEPT = {"conditional": 4, "difference": 3}  # computed steps that a forecast rests on
@@ -32,7 +31,8 @@ class ModelProfile:
     timesteps (P,)            at which all of it was measured, in sampling order
     basis (P, Q)              of the gates (adacorr.gates), gate_weight (B, D) what it was fitted under
     mean[kind] (P, Q + 1, D)  of the branch sums over images and tokens, and of the rest: what the basis leaves
-    covariance[kind] (P, P)   of the branch sums without their mean, seen through the final layer, and of the rest
+    covariance[kind] (P, P)   of the branch sums without their mean, seen through the final layer
+    rest[kind] (P, P)         the same of what the basis leaves
     schedules                 for each of the numbers of steps in the array `runs`
     contrast                  rms of the final state
     response (P, F, C, C)     sigma times the answer of the predicted noise to noise in the state, by radial frequency
@@ -94,11 +94,10 @@ class ModelProfile:
             rules.append(Kriging(covariance + walk * np.trace(measured) / whole))
         return tuple(rules)
 
-    def trend(self, kind: str, timesteps: np.ndarray, basis: Tensor) -> Trend:
-        """The mean of the process in a run at timesteps (S,), whose gates have the basis (S, Q)."""
-        onto = torch.from_numpy(interpolation(timesteps, self.timesteps)).to(basis)
-        mean = torch.from_numpy(self.mean[kind].astype(np.float32)).to(basis)
-        return Trend(torch.einsum("sp,pqd->sqd", onto, mean), with_rest(basis.cpu().numpy()))
+    def mean_at(self, kind: str, timesteps: np.ndarray) -> Tensor:
+        """(S, Q + 1, D) float32: the mean of the process in a run at timesteps (S,)."""
+        onto = interpolation(timesteps, self.timesteps)
+        return torch.from_numpy(np.einsum("sp,pqd->sqd", onto, self.mean[kind].astype(np.float32))).float()
 
     def noise(
         self, timesteps: np.ndarray, alpha_bar: np.ndarray, images: int, size: tuple[int, int, int], device

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adacorr.gates import label_conditions, null_condition
+from adacorr.gates import conditions
 from adacorr.store import ComputedRows
 
 
@@ -42,7 +42,7 @@ class Outside:
         halves, channels, device = 1 if update.cfg_scale == 1.0 else 2, model.in_channels, model.pos_embed.device
         self.dtype = torch.promote_types(model.pos_embed.dtype, torch.float32)
         self._embedding = projection.weight.flatten(1).T.to(self.dtype)  # (C * p * p, D)
-        self._positions = (model.pos_embed + projection.bias).to(self.dtype)  # (1, T, D)
+        self._positions = model.pos_embed.to(self.dtype) + projection.bias  # (1, T, D)
 
         patch, share = model.patch_size**2, torch.ones(halves, channels, dtype=self.dtype, device=device)
         if halves == 2:
@@ -54,12 +54,12 @@ class Outside:
         self._bias = bias.flatten()
 
         t, label = timesteps.to(device), np.zeros(images, dtype=np.int64)
-        conditions = [null_condition(model, t)[None]]
         if labels is not None:
-            unique, index = torch.unique(labels, return_inverse=True)
-            conditions, label = [label_conditions(model, t, unique), *conditions][: 1 + halves], index.cpu().numpy()
-        self._labels = np.stack([label, np.full_like(label, sum(map(len, conditions)) - 1)][:halves])  # (halves, n)
-        self._conditions = torch.cat(conditions).transpose(0, 1)  # (S, labels, D)
+            labels, index = torch.unique(labels, return_inverse=True)
+            label = index.cpu().numpy()
+        known = torch.cat(conditions(model, t, labels, halves))  # the null label last
+        self._labels = np.stack([label, np.full_like(label, len(known) - 1)][:halves])  # (halves, n)
+        self._conditions = known.transpose(0, 1)  # (S, labels, D)
         shift, scale = final.modulation(self._conditions)
         self._modulation = torch.stack([shift.to(self.dtype), 1 + scale.to(self.dtype)], dim=2)  # (S, labels, 2, D)
         self._update = torch.from_numpy(update.coefficients).to(device, self.dtype)

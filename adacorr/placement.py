@@ -118,10 +118,6 @@ class ErrorModel:
     def guided(self) -> bool:
         return len(self.processes) == 2
 
-    def evaluations(self, schedule: Schedule) -> float:
-        """The schedule's cost in full evaluations."""
-        return evaluations(schedule, len(self.processes))
-
     def error(self, schedule: Schedule) -> float:
         """Expected mean square of the error of the final state, per pixel."""
         nodes, refreshes = schedule

@@ -227,7 +227,7 @@ class Cached:
     def forecast(self) -> Tensor:
         if self.store is None:
             raise ValueError("a policy without a predictor must override `reuse`: nothing was stored for it")
-        return torch.stack([half[:, 0] for half in self.store.predict(self.images, np.array([self.step]))])
+        return self.store.predict(self.images, np.array([self.step]))[:, :, 0]
 
     def stored(self, k: int) -> Tensor:
         """(halves, m, T, D) of the k-th newest computed step, 0 the newest; zeros where there is none."""
@@ -363,3 +363,15 @@ def scatter(state: Tensor | None, images: np.ndarray, values: Tensor, total: int
     if state is None:
         state = values.new_zeros(values.shape[0], total, *values.shape[2:])
     return state.index_copy(1, torch.from_numpy(images).to(values.device), values)
+
+
+def push(states: list[Tensor | None], images: np.ndarray, values: Tensor, total: int) -> None:
+    """Put `values` in front of a policy's states, newest first, for images (m,); each older one moves a place back.
+
+    Shapes and None are those of `scatter`.
+    """
+    for k, older in enumerate(states):
+        states[k] = scatter(older, images, values, total)
+        if older is None:
+            return
+        values = older[:, images]

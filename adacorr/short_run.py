@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from adacorr.outside import Outside
 from adacorr.run import put_rows
 
 if TYPE_CHECKING:
-    from adacorr.corrected_run import Computed, CorrectedRun, Plan
+    from adacorr.corrected_run import CorrectedRun, Plan
 
 # Most steps that one forecast covers: it holds that many outputs of the stack besides the history.
 LOOK_AHEAD = 8
@@ -47,7 +46,7 @@ class ShortRun:
         run = self.run
         computed = run.compute(plan, *self.outside.enter(x, run.step, plan.computed))
         run.learn(plan, computed)
-        added = self._added(plan, computed)
+        added = run.added(plan, computed)
         run.finish(plan, computed, None)
         if run.rewinds:
             for first, again, state in run.rewinds_of(x):
@@ -55,17 +54,3 @@ class ShortRun:
                     state = self.outside.walk(state, past, between, again)[-1]
                 x = put_rows(x, again, state)
         return self.outside.walk(x, run.step, added.unsqueeze(2), run.everyone)[0]
-
-    def _added(self, plan: Plan, computed: Computed) -> Tensor:
-        """(halves, n, T, D) what the stack adds: forecast rows, then inferred halves, then computed rows."""
-        halves, images = self.run.halves, len(self.run.everyone)
-        if plan.rows is None:
-            return computed.added.unflatten(0, (halves, images))
-        cond, uncond = plan.computed.cond, plan.computed.uncond
-        if len(cond) == images and not len(uncond):
-            return torch.stack([computed.added.to(computed.inferred.dtype), computed.inferred])
-        added, device = plan.forecast.clone(), computed.added.device
-        if computed.inferred is not None:
-            added[1, torch.from_numpy(cond).to(device)] = computed.inferred
-        added.flatten(0, 1)[plan.rows] = computed.added.to(added.dtype)
-        return added

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from adacorr.gates import GateBasis
 from adacorr.history import History, Polynomial, Rule
-from adacorr.kriging import Trend
+from adacorr.kriging import mean_coefficients
 from adacorr.policy import Predictor
+from adacorr.run import take_rows
 from adacorr.unit import Unit
 
 # Branch outputs that a GPU holds until they are summed up: more of them make the sums cheaper and take more memory.
@@ -63,9 +64,9 @@ class StoreShape:
     device: torch.device
     dtype: torch.dtype
 
-    def track(self, entries: int, kept: int, *rules: Rule, trend: Trend | None = None) -> Track:
+    def track(self, entries: int, kept: int, *rules: Rule, mean: Tensor | None = None) -> Track:
         history = History(self.images, kept, entries, *self.tokens, self.device, self.dtype)
-        return Track(history, rules, trend)
+        return Track(history, rules, mean)
 
     def polynomial(self, entries: int, predictor: Predictor) -> Track:
         """A track under the predictor's polynomial; TaylorSeer's and HiCache's count in steps."""
@@ -85,7 +86,7 @@ class Track:
 
     history: History
     rules: tuple[Rule, ...]
-    trend: Trend | None
+    mean: Tensor | None  # (S, E, D) of a step's entries over images and tokens
 
     @property
     def has_rest(self) -> bool:
@@ -104,7 +105,7 @@ class Track:
 class UnitStore(ABC):
     """The newest computed steps of one unit, for every image: a track for the conditional half, and for the other one.
 
-    basis (S, E) sums up the entries of a step; None where there is one.
+    basis (S, E) sums up the entries of a step; None where a step has a single entry.
 
     With `difference` the second track is that of the guidance difference, with a step only where both halves were
     computed: the unconditional half is the conditional one minus it. Inferred halves are never stored, because a
@@ -113,8 +114,8 @@ class UnitStore(ABC):
 
     def __init__(self, tracks: list[Track], basis: np.ndarray | None = None, difference: bool = False):
         self.tracks, self.basis, self.difference = tracks, basis, difference
-        trends = [track.trend for track in tracks if track.trend is not None]
-        self.tables = torch.stack([trend.mean for trend in trends]) if trends else None  # (halves, S, E, D)
+        means = [track.mean for track in tracks if track.mean is not None]
+        self.tables = torch.stack(means) if means else None  # (halves, S, E, D)
 
     @property
     def bytes(self) -> int:
@@ -136,17 +137,14 @@ class UnitStore(ABC):
         At steps before the newest computed one the same rule interpolates.
         """
         histories = [track.history for track in self.tracks]
-        weights = [track.weights(images, steps).astype(np.float32) for track in self.tracks]
         basis = np.ones((len(steps), 1), np.float32) if self.basis is None else self.basis[steps]
-        coefficients = [own * basis[:, None] for own in weights]  # (m, s, K, E)
+        # (m, s, K, E)
+        coefficients = [track.weights(images, steps).astype(np.float32) * basis[:, None] for track in self.tracks]
         if self.tables is not None:
             kept = [history.steps[images] for history in histories]
             used = np.concatenate([steps, *(own[own >= 0] for own in kept)])
             rows = range(used.min(), used.max() + 1)
-            means = [
-                track.trend.coefficients(own, at, steps, rows)
-                for track, own, at in zip(self.tracks, weights, kept, strict=True)
-            ]
+            means = [mean_coefficients(own, basis, at, steps, rows) for own, at in zip(coefficients, kept, strict=True)]
             coefficients.append(np.stack(means).reshape(len(means), len(images) * len(steps), -1))
         values = histories[0].values
         coefficients = upload(coefficients, values.device)
@@ -190,7 +188,7 @@ class UnitStore(ABC):
         """Store a computed step for the images that it was computed for."""
         if self.difference:
             cond, uncond = fresh.values
-            fresh.values = [cond, cond[fresh.computed.shared] - uncond]
+            fresh.values = [cond, take_rows(cond, fresh.computed.shared) - uncond]
         for track, images, values in zip(self.tracks, fresh.computed.halves, fresh.values, strict=False):
             track.history.push(images, step, values)
 
@@ -263,11 +261,11 @@ class GateSumStore(UnitStore):
     labels (n,): index of each image's label among those of the basis.
     """
 
-    def __init__(self, unit: Unit, basis: GateBasis, labels: Tensor, tracks: list[Track], difference: bool = False):
+    def __init__(self, unit: Unit, basis: GateBasis, labels: np.ndarray, tracks: list[Track], difference: bool = False):
         self.gates = basis.basis
         table = self.gates.cpu().numpy()
         super().__init__(tracks, with_rest(table) if tracks[0].has_rest else table, difference)
-        self.labels = labels.cpu().numpy()
+        self.labels = labels
         own = slice(basis.branches * unit.start, basis.branches * unit.stop)
         loadings = torch.cat([half[own] for half in basis.loadings[: len(tracks)]], dim=1)
         self.loadings = loadings.float()  # (B, labels + 1, E, D), the null label last

@@ -30,7 +30,7 @@ from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from torch import Tensor, nn
 
 from adacorr import CacheManager
-from adacorr.command import Parser, number, run_command, writable
+from adacorr.command import Parser, number, run_command, timed, writable
 from adacorr.integrations.diffusers import CacheConfig, enable
 from adacorr.profile import FOLDER
 from benchmarks.tables import Lines, show
@@ -39,7 +39,6 @@ from evaluate.fidelity import psnr, summarise_psnr
 from evaluate.pages import spread
 from pipeline import ModelOptions, Pipeline, gaussian, load
 from profiles import with_profile
-from runtime import timed
 
 BUDGETS = (25.0, 19.0, 12.5, 8.5)  # full evaluations of 50 steps
 WARM_UP = 4  # steps

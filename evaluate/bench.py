@@ -11,11 +11,11 @@ import numpy as np
 from torch import Tensor
 
 from adacorr import Algorithm1, CacheManager, make_policy
+from adacorr.command import timed
 from diffusion import make_sampler
 from evaluate.fidelity import fidelity
 from pipeline import Pipeline
 from profiles import with_profile
-from runtime import timed
 
 NEAR = 0.03  # computes that differ by this share count as equal
 REACHED = 0.2  # a compute that is off by more than this share does not stand for a level

@@ -34,7 +34,7 @@ import torch
 
 import pipeline
 from adacorr import AdaCorrection, CacheManager
-from adacorr.command import number, writable
+from adacorr.command import number, timed, writable
 from adacorr.compiled import compile_blocks
 from adacorr.corrected_run import CorrectedRun
 from adacorr.policy_run import PolicyRun
@@ -45,7 +45,7 @@ from evaluate.pages import columns_of, spread, table
 from evaluate.results import write_result
 from models import DiT_models
 from profiles import check_calibrate, with_profile
-from runtime import Progress, say, timed
+from runtime import Progress, say
 
 WARM_UPS = (None, WARM_UP, WARM_UP)  # steps of each: a whole run meets every kernel there is
 KINDS = ("uncached", "cached", "every_step")  # the runs that are timed

@@ -24,10 +24,10 @@ from adacorr.profile import Profile, save_profile
 from fid_run.images import Store, pack
 from fid_run.labels import make_labels
 from fid_run.protocol import canonical, describe, folder_name, image_size, run_id
-from fid_run.record import RunFolder
+from fid_run.record import WAYS_OUT, RunFolder, RunMismatch
 from fid_run.worker import Sampling, plan, statistics
 from pipeline import Pipeline
-from ranks import PATIENCE, Ranks
+from ranks import PATIENCE, Ranks, started_again
 from runtime import Signals
 
 READY = timedelta(minutes=3)  # for all ranks to see the folder of rank 0 and to lock theirs
@@ -89,7 +89,7 @@ def set_up(args: argparse.Namespace, ranks: Ranks) -> None:
     args.device = str(device)
     if args.deterministic is None:
         args.deterministic = device.type == "cpu"
-    args.tf32 = args.tf32 and device.type == "cuda" and args.dtype == "fp32"
+    args.tf32 = args.tf32 and device.type == "cuda"
     if device.type == "cpu":
         if args.deterministic:
             args.threads = args.threads or 1
@@ -164,6 +164,9 @@ def prepare(
     ValueError or OSError for a mistake, and for a folder that holds another run or is in use.
     """
     count = args.num_fid_samples
+    if args.overwrite and started_again():
+        note("started again by torchrun: --overwrite was for the first start, so what is there is kept")
+        args.overwrite = False
     set_up(args, ranks)
     profiles.check_calibrate(args.calibrate)
     pipe, cache = load(args)
@@ -173,7 +176,12 @@ def prepare(
     folder.tidy()
     # A run goes on with the profile that it began with, wherever it does.
     own = args.calibrate == "auto" and not args.overwrite and folder.profile.is_file()
-    cache = profiles.with_profile(cache, pipe, str(folder.profile) if own else args.calibrate, note)
+    try:
+        cache = profiles.with_profile(cache, pipe, str(folder.profile) if own else args.calibrate, note)
+    except ValueError as error:
+        if own:
+            raise RunMismatch(f"{folder.path} holds another run ({error}); {WAYS_OUT}") from error
+        raise
     protocol, environment = describe(args, pipe, cache), runtime.environment()
     if args.overwrite:
         folder.clear()

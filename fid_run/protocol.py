@@ -25,7 +25,9 @@ def describe(args: argparse.Namespace, pipe: Pipeline, cache: CacheManager | Non
     if pipe.vae is not None:
         vae = {"name": args.vae or "mse", "sha256": digest(pipe.vae.state_dict())}
     labels = args.labels if isinstance(args.labels, str) else f"sha256 {args.labels.sha256}"
-    profile = None if cache is None else getattr(cache.policy, "profile", None)
+    # Files that the method was given. None where a calibrated one finds the shipped profile itself, by the checkpoint.
+    given = [str(getattr(cache and cache.policy, option, "auto")) for option in ("profile", "router", "gates")]
+    files = [file_sha256(Path(path)) for path in given if Path(path).is_file()]
     return {
         "checkpoint": {"name": pipe.checkpoint.path.name, "sha256": pipe.checkpoint.sha256},
         "model": pipe.model.config,
@@ -33,8 +35,7 @@ def describe(args: argparse.Namespace, pipe: Pipeline, cache: CacheManager | Non
         "sampler": {"spec": pipe.sampler.spec, "steps": pipe.sampler.num_steps},
         "guidance": {"scale": pipe.cfg_scale, "channels": pipe.cfg_channels if pipe.cfg_scale != 1 else None},
         "cache": pipeline.describe_cache(cache),
-        # None where a calibrated method finds the shipped profile itself, by the checkpoint's digest
-        "profile": None if profile in (None, "auto") else file_sha256(Path(profile)),
+        "profile": " ".join(files) or None,
         "forecast": None if cache is None else profiles.digest(cache.profile),
         "cache_dtype": None if cache is None else args.cache_dtype,
         "seed": args.seed,

@@ -17,7 +17,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from adacorr.files import write_json
 from fid_run.images import disk_errors, is_temporary
@@ -55,10 +55,10 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         with self._acquire(self._lock_file(0), note):
             for path in sorted({*self.path.glob("lock-*")} - {self._lock_file(0)}):
-                self._acquire(path, note).release()
+                self._acquire(path, note).lock.release()
             yield
 
-    def join(self, token: str, rank: int) -> FileLock:
+    def join(self, token: str, rank: int) -> AcquireReturnProxy:
         """This rank's lock, held until it is released. OSError if run.json does not show the session in time."""
         deadline = time.monotonic() + VISIBLE
         while not self.has(token):
@@ -68,7 +68,7 @@ class RunFolder:
                     "on a file system that all nodes share"
                 )
             time.sleep(0.2)
-        return FileLock(self._lock_file(rank)).acquire().lock
+        return FileLock(self._lock_file(rank)).acquire()
 
     def await_ranks(self, world: int) -> None:
         """Return once no other rank of the session is at work."""
@@ -78,16 +78,16 @@ class RunFolder:
     def _lock_file(self, rank: int) -> Path:
         return self.path / f"lock-{rank:03d}"
 
-    def _acquire(self, path: Path, note: Callable[[str], None]) -> FileLock:
+    def _acquire(self, path: Path, note: Callable[[str], None]) -> AcquireReturnProxy:
         lock = FileLock(path)
         try:
-            return lock.acquire(timeout=0).lock
+            return lock.acquire(timeout=0)
         except Timeout:
             session = (self.read() or {"sessions": [{"host": "another job", "pid": "unknown"}]})["sessions"][-1]
             held = "{0} is in use by {host}, pid {pid} ({1} is locked)".format(self.path, path.name, **session)
             note(f"{held}: waiting for up to {WAIT:.0f} s")
         try:
-            return lock.acquire(timeout=WAIT, poll_interval=0.2).lock
+            return lock.acquire(timeout=WAIT, poll_interval=0.2)
         except Timeout:
             way_out = "wait for that job, end all of its processes, or give another --sample-dir"
             raise RunMismatch(f"{held}: {way_out}") from None

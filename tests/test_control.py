@@ -38,7 +38,7 @@ def walk(clock, offset, images=1):
 
 def refresh_clock(steps=200, gamma=1.0, images=1, warmup=1, **options):
     rule = RefreshRule(tolerance=0.1, warmup=warmup, **options)
-    return AdaptiveClock(rule, grid(steps), lambda t: 60.0, images, gamma=gamma)
+    return AdaptiveClock(grid(steps), lambda t: 60.0, images, gamma=gamma, rule=rule)
 
 
 def test_amplification_is_that_of_coarse_gaussian_data():
@@ -113,7 +113,7 @@ def test_a_step_computed_early_starts_a_new_interval():
 
 
 def test_in_a_schedule_a_step_that_was_asked_for_stands_for_the_next_and_one_that_had_to_be_does_not():
-    clock, both = ScheduleClock(RefreshRule(0.2, 1), grid(20), 2, [0, 5, 10, 15]), np.arange(2)
+    clock, both = ScheduleClock(grid(20), 2, [0, 5, 10, 15]), np.arange(2)
     clock.restart(both, 0, np.full(2, np.nan))
     clock.restart(both[:1], 4, np.array([0.1]))  # asked for, in place of step 5
     assert clock.due.tolist() == [10, 5]
@@ -168,7 +168,7 @@ def test_a_budget_of_steps_is_met_exactly_and_closes(steps):
     t = grid(steps)
     interval = partial(typical_interval, start=t[0], end=t[closing_step(t)])
     for count in range(2, min(steps, 60) + 1, 1 if steps < 250 else 4):
-        clock = BudgetClock(RefreshRule(0.1, warmup=1), t, interval, 2, count=count)
+        clock = BudgetClock(t, interval, 2, count=count)
         one, other = walk(clock, [0.01, 10.0], images=2)
         assert one == other  # offsets do not move a budget
         assert len(one) == count
@@ -176,7 +176,7 @@ def test_a_budget_of_steps_is_met_exactly_and_closes(steps):
 
 
 def test_a_budget_above_all_steps_computes_every_step():
-    clock = BudgetClock(RefreshRule(0.1, warmup=1), grid(10), lambda at: 60.0, 1, count=25)
+    clock = BudgetClock(grid(10), lambda at: 60.0, 1, count=25)
     assert walk(clock, 0.1) == [list(range(10))]
 
 
@@ -200,7 +200,7 @@ def test_a_clock_without_an_offset_is_due_at_once_and_goes_on_from_there(score):
 
 
 def test_a_budget_yields_to_an_offset_that_is_not_finite():
-    clock = BudgetClock(RefreshRule(0.1, warmup=1), grid(200), lambda t: 60.0, 1, count=2)
+    clock = BudgetClock(grid(200), lambda t: 60.0, 1, count=2)
     clock.restart(ONE, 0, np.array([np.nan]))
     clock.restart(ONE, int(clock.due[0]), np.array([np.nan]))
     assert clock.left.tolist() == [0]

@@ -64,6 +64,13 @@ def written(path, content):
     return path
 
 
+def deep(path):
+    """A picture of 16 bits."""
+    path.parent.mkdir()
+    Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(path)
+    return path
+
+
 def folder_with(path, size):
     """A folder of images of 8 x 8 pixels, and after them one of another size."""
     make_folder(path / "data", pictures(4))
@@ -90,6 +97,7 @@ def packed(**changes):
         (lambda path: folder_with(path, (6, 6)), "zzz.png is 6 x 6, expected 8 x 8 pixels; .* --image-size"),
         (lambda path: folder_with(path, (8, 6)), "zzz.png is 8 x 6, expected 8 x 8 pixels; .* --image-size"),
         (lambda path: written(path / "a" / "x.bmp", b"not a picture").parents[1], "x.bmp cannot be read as an image"),
+        (lambda path: deep(path / "a" / "x.png").parents[1], "x.png cannot be read as an image: .* more than 8 bits"),
         (lambda path: written(path / "x.npz", b"hello"), "x.npz is neither a folder"),
         (lambda path: damaged(path / "x.npz"), "x.npz is damaged"),
         (packed(jpeg=np.arange(10, dtype=np.uint8), offsets=np.array([0, 3, 5, 9, 10])), "image 0 cannot be read as"),

@@ -10,6 +10,7 @@ from tiny_diffusers import TINY, call, inputs, sample, tiny
 from adacorr import available, compiled
 from adacorr.integrations.diffusers import CacheConfig, enable
 from adacorr.integrations.diffusers import handle as handles
+from adacorr.integrations.diffusers.schedule import TOLERANCE
 
 families = pytest.mark.parametrize("name", TINY)
 INTERVAL = {"adacorr": None, "cache": "interval:every=2,align=start"}
@@ -523,3 +524,22 @@ def test_bad_configurations(options, message):
 def test_bad_json(text, message):
     with pytest.raises(ValueError, match=message):
         CacheConfig.from_json(text)
+
+
+def test_timesteps_that_pipelines_round_are_those_of_the_scheduler():
+    """FLUX divides a timestep of the model's dtype by 1000, in that dtype, and the model takes it times 1000."""
+    exact = torch.linspace(0, 1000, 4001, dtype=torch.float64)
+    for dtype in (torch.bfloat16, torch.float16):
+        rounded = (exact.to(dtype) / 1000).double() * 1000
+        assert (rounded - exact).abs().max() <= TOLERANCE
+
+
+def test_a_bare_transformer_is_asked_anew_whether_its_rows_are_both_halves():
+    model, (latents, other) = tiny("sd3"), inputs("sd3", 1)
+    two = inputs("sd3", 2)
+    with enable(model, config(guidance_scale=2.0, **INTERVAL)) as cache:
+        guided(model, "sd3", latents, other, "uncond_first")
+        assert cache.stats()["streams"]["batch"]["halves"] == 2
+        images = sample(model, "sd3", *two, STEPS)
+        assert cache.stats()["streams"]["batch"]["images"] == 2
+    assert torch.equal(images, run(model, "sd3", *two, **INTERVAL)[0])

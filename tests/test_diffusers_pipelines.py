@@ -3,6 +3,7 @@
 import json
 import runpy
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -297,3 +298,17 @@ def test_every_family_is_tried():
     from adacorr.integrations.diffusers.families import FAMILIES
 
     assert {kind for kind, *_ in TINY.values()} == set(FAMILIES)
+
+
+def test_halves_that_a_pipeline_calls_apart_without_a_name_are_told_apart():
+    """As the pipelines of Flux for editing do: two calls at each timestep, without `cache_context`."""
+    pipe, call = whole_pipeline("flux")
+    extra = {"negative_prompt_embeds": call["prompt_embeds"].flip(1), "true_cfg_scale": 3.0}
+    extra["negative_pooled_prompt_embeds"] = call["pooled_prompt_embeds"].flip(1)
+    nameless = lambda *_: nullcontext()  # noqa: E731
+    with enable(pipe, INTERVAL) as cache:
+        pipe.transformer.cache_context = nameless
+        draw(pipe, {**call, **extra})
+        stats = cache.stats()
+    assert stats["streams"].keys() == {"cond", "uncond"}
+    assert (stats["runs"], stats["hit_rate"]) == (1, 0.5)

@@ -362,3 +362,45 @@ def test_moments_of_another_width_are_refused(tmp_path, colours):
     np.savez(tmp_path / "x.npz", mu=np.zeros(2), sigma=np.eye(2))
     with pytest.raises(ValueError, match=r"mu is \(2,\), inception has 3 features"):
         reference.reference(tmp_path / "x.npz", colours)
+
+
+def test_a_set_that_is_too_small_for_a_metric_has_the_others(sets, tmp_path, colours, capsys):
+    np.savez(tmp_path / "three.npz", pictures(3, 32))
+    out = tmp_path / "out.json"
+    assert code(main, "fid", sets[0], tmp_path / "three.npz", "--reference", sets[1], "--out", out) == 0
+    many, few = values(out)
+    assert many.keys() - few.keys() == {"precision", "recall"}
+    assert "kernel_distance" in few
+    said = capsys.readouterr().out
+    assert "precision and recall are left out: they need more than 3 images" in said
+    row = next(line for line in said.splitlines() if "three.npz" in line).split(" | ")
+    assert row[5:7] == ["", ""]
+
+
+def test_a_baseline_is_read_before_anything_is_measured(sampled, sets, tmp_path, colours, monkeypatch, capsys):
+    before = tmp_path / "before.json"
+    assert code(main, "fid", sampled("uncached"), "--reference", sampled("seed"), "--out", before) == 0
+    monkeypatch.setattr(Colours, "features", lambda *_: pytest.fail("measured"))
+    capsys.readouterr()
+    for baseline, words in ((tmp_path / "none.json", "none.json"), (before, "the number of images (12 and 6)")):
+        assert code(main, "fid", sets[0], "--reference", sampled("seed"), "--baseline", baseline) == 2
+        one_line(capsys, words)
+
+
+def test_statistics_in_float32_and_in_fortran_order_are_read(sets, tmp_path, colours):
+    found = measure(open_images(sets[0]), colours).moments
+    covariance = np.asfortranarray(found.covariance.astype(np.float32))
+    np.savez(tmp_path / "x.npz", mu=found.mean.astype(np.float32), sigma=covariance)
+    read = reference.reference(tmp_path / "x.npz", colours).moments
+    assert frechet_distance(read, found) == pytest.approx(0, abs=1e-3)
+
+
+def test_damaged_statistics_are_named(sets, tmp_path, colours, capsys):
+    stats = tmp_path / "b.npz"
+    assert code(main, "statistics", sets[1], "--out", stats) == 0
+    content = bytearray(stats.read_bytes())
+    content[len(content) // 3] ^= 255
+    stats.write_bytes(content)
+    capsys.readouterr()
+    assert code(main, "fid", sets[0], "--reference", stats) == 2
+    one_line(capsys, "b.npz")

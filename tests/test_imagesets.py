@@ -119,3 +119,13 @@ def test_faults_are_named(tmp_path, make, message):
     with pytest.raises((ValueError, OSError), match=message) as caught:
         list(open_images(make(tmp_path)).batches(2))
     assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp"])
+def test_the_order_of_files_is_that_of_their_names_without_suffix(tmp_path, suffix):
+    """Sets that are compared image by image may have other suffixes."""
+    for name, image in (("x", IMAGES[0]), ("x.k", IMAGES[1])):
+        Image.fromarray(image).save(tmp_path / f"{name}.{suffix}")
+    found = open_images(tmp_path)
+    assert found.names == ["x", "x.k"]
+    assert (next(found.batches(2)) == IMAGES[:2]).all()

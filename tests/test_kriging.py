@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from adacorr.kriging import Kriging, Trend, kriging_weights
+from adacorr.kriging import Kriging, kriging_weights, mean_coefficients
 
 # Brownian motion: cov(s, t) = min(s, t) + 1. The best forecast beyond the newest known value is that value, and between
 # two known ones it lies on the line through them; what is known before them says nothing more.
@@ -51,9 +51,11 @@ def test_the_bias_restores_the_mean_of_what_was_added():
     mean, basis = torch.randn(6, 2, 5, generator=generator), torch.randn(6, 2, generator=generator)
     kept, at = np.array([[3, 1, -1], [2, -1, 0]]), np.array([4, 5])
     weights = np.random.default_rng(1).normal(size=(2, 2, 3, 2)) * (kept >= 0)[:, None, :, None]
-    trend, rows = Trend(mean, basis.numpy()), range(6)
-    bias = torch.from_numpy(trend.coefficients(weights, kept, at, rows)) @ mean.flatten(0, 1)
-    near = torch.from_numpy(trend.coefficients(weights[:1], kept[:1], at, range(1, 6))) @ mean[1:].flatten(0, 1)
+    own = basis.numpy()[at]
+    coefficients = weights * own[:, None]
+    bias = torch.from_numpy(mean_coefficients(coefficients, own, kept, at, range(6))) @ mean.flatten(0, 1)
+    some = mean_coefficients(coefficients[:1], own, kept[:1], at, range(1, 6))
+    near = torch.from_numpy(some) @ mean[1:].flatten(0, 1)
     torch.testing.assert_close(near, bias[:1])
     for image in range(2):
         for i, step in enumerate(at):

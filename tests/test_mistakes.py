@@ -38,7 +38,7 @@ CASES = {
         "--model DiT-XL/2 --image-size 250": "no released weights for DiT-XL/2 at 250 px",
         "--ckpt=": "--ckpt is empty",
         "--seed -1": "-1 is outside 0..",
-        "--seed one": "'one' is not a whole number",
+        "--seed one": "'one' is no whole number",
         "--device meta": "--device meta cannot be used",
         "--device tpu": "--device tpu cannot be used",
         "--cache teacash": "did you mean teacache?",

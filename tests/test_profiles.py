@@ -13,7 +13,7 @@ import sample
 import sample_ddp
 from adacorr import AdaCorrection, CacheManager, make_policy
 from adacorr.correct import parse_correction
-from adacorr.profile import load_profile
+from adacorr.profile import load_profile, save_profile
 from checkpoint import save_checkpoint
 from models import DiT
 
@@ -100,6 +100,10 @@ def test_a_file_must_fit(checkpoint, tmp_path):
     assert record["profile"] == profiles.digest(load_profile(kept))
     assert sample.main([*argv, "--adacorr", "--calibrate", str(kept), "--record", str(tmp_path / "b.json")]) == 0
     assert json.loads((tmp_path / "b.json").read_text())["profile"] == record["profile"]
+    save_profile(tmp_path / "own.json", load_profile(kept))
+    profiles.check_calibrate(str(tmp_path / "own.json"))
+    with_json = profiles.with_profile(correct(), load(checkpoint), str(tmp_path / "own.json"))
+    assert with_json.profile.model_id == load_profile(kept).model_id
     with pytest.raises(ValueError, match="does not fit this run .guidance 1.5 there, 4.0 here"):
         profiles.with_profile(correct(), load(checkpoint, cfg_scale=4.0), str(kept))
 
@@ -146,3 +150,16 @@ def test_every_kind_of_model_can_be_measured(tmp_path, made, options):
     assert 0.1 < cache.trace.compute < 0.6
     plain = pipe.sample(7, np.arange(2), labels)
     assert float((x - plain).norm() / plain.norm()) < 0.5
+
+
+def test_a_profile_is_of_the_channels_that_were_guided(tmp_path, monkeypatch):
+    monkeypatch.setenv("ADACORR_HOME", str(tmp_path / "home"))
+    checkpoint = save_tiny(tmp_path / "latent.safetensors", in_channels=4)
+    three, every, half = (load(checkpoint, vae="none", **own) for own in OPTIONS)
+    assert len({profiles.kept_at(pipe) for pipe in (three, every, half)}) == 3
+    profile = profiles.measure(three, 1)
+    assert profiles.misfit(profile, three) == ""
+    assert profiles.misfit(profile, every) == "3 guided channels there, 4 here"
+
+
+OPTIONS = {"cfg_channels": "3"}, {"cfg_channels": "all"}, {"cfg_channels": "3", "dtype": "bf16"}

@@ -201,6 +201,8 @@ def test_a_job_waits_for_one_that_is_killed_whose_lock_is_free_at_once(folder, h
     notes = []
     with folder.lock(notes.append):
         assert len(notes) == 1
+    with folder.lock(notes.append):  # let go at the end of the block, not when it is collected
+        assert len(notes) == 1
 
 
 def test_of_several_jobs_that_start_together_one_is_at_work_at_a_time(folder, tmp_path):
@@ -224,8 +226,9 @@ def test_of_several_jobs_that_start_together_one_is_at_work_at_a_time(folder, tm
 
 def test_a_rank_joins_the_session_that_it_was_told_of(folder, monkeypatch):
     token = begin(folder)
-    with RunFolder(folder.path).join(token, 2):
+    with RunFolder(folder.path).join(token, 2) as lock:
         assert (folder.path / "lock-002").exists()
+    assert not lock.is_locked
     monkeypatch.setattr(record, "VISIBLE", 0.3)
     with pytest.raises(OSError, match="does not see this job in .*run.json: give a --sample-dir .*share"):
         RunFolder(folder.path).join("another", 2)

@@ -18,9 +18,9 @@ from evaluate import report
 from evaluate.__main__ import main
 from evaluate.bench import Row, Setting
 from evaluate.fidelity import psnr
-from evaluate.imagesets import ImageSet
+from evaluate.imagesets import ImageSet, open_images
 from evaluate.leaderboard import summary
-from evaluate.report import groups, look
+from evaluate.report import groups, look, spent
 
 SHIPPED = Path(__file__).parents[1] / "docs" / "compare.json"
 EVIL = "<script>alert(1)</script>\"'&</td>"
@@ -164,6 +164,9 @@ def test_sets_of_one_noise_are_compared_with_the_uncached_one():
     other = image_set("other", None, 50, 1)
     found = groups([cached, other, fewer, full])
     assert [[own.path.name for own in group] for group in found] == [["full", "fewer", "cached"], ["other"]]
+    plain = ImageSet(Path("plain"), 1, (12, 12), lambda: iter([]))  # of no known protocol, so it fits all of a group
+    for order in ([plain, full, other], [full, other, plain], [other, plain, full]):
+        assert all({"full", "other"} - {own.path.name for own in group} for group in groups(order))
     scores, first, worst = look(full, cached, 5)
     assert (scores.tolist(), len(first), len(worst)) == ([np.inf], 1, 1)
 
@@ -193,3 +196,11 @@ def test_bad_input_is_one_line(tmp_path, capsys):
         assert code(main, "report", *words, "--out", tmp_path / "report.html") == 2
         one_line(capsys, part)
         assert not (tmp_path / "report.html").exists()
+
+
+def test_what_a_run_spent_is_found_beside_its_npz(sampled):
+    folder = sampled("cached")
+    packed = folder.with_name(f"{folder.name}.npz")
+    one, two = spent(open_images(folder)), spent(open_images(packed))
+    assert one[1:] == two[1:]
+    assert float(one[2]) > 0

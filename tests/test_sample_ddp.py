@@ -536,3 +536,28 @@ def test_the_flags_of_the_release_are_known():
     default = sample_ddp.parse([])
     assert (default.num_fid_samples, default.per_proc_batch_size, default.tf32) == (50_000, 32, True)
     assert (default.ckpt, default.model) == (None, None)  # the bundled checkpoint
+
+
+def test_a_restart_by_torchrun_overwrites_nothing(ddp, monkeypatch):
+    """The processes have the arguments of the first start, --overwrite among them."""
+    _, folder, _, _ = ddp(count=3)
+    (folder / "images" / "000001.png").unlink()
+    before = contents(folder)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    code, _, out, _ = ddp("--overwrite", count=3)
+    assert code == 0
+    assert "--overwrite was for the first start" in out
+    assert "2 of 3 are there" in out
+    assert contents(folder).items() >= before.items()
+
+
+def test_files_of_a_method_are_part_of_the_protocol(ddp, tmp_path):
+    routers = tmp_path / "r.pt"
+    found = []
+    for on in (False, True):
+        logits = torch.full((4,), 9.0 if on else -9.0)
+        torch.save({"routers": {f"{i}.prob": logits for i in range(STEPS)}}, routers)
+        code, folder, _, err = ddp("--cache", f"l2c:router={routers}", "--overwrite", count=1)
+        assert code == 0, err
+        found.append(run_json(folder)["run_id"])
+    assert found[0] != found[1]

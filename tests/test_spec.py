@@ -206,6 +206,11 @@ def test_a_failure_is_no_mistake_and_other_errors_are_not_swallowed():
         run_command("x.py", raises(KeyError()))
 
 
+def test_a_pipe_that_breaks_in_the_job_is_a_failure(capsys):
+    assert run_command("x.py", raises(BrokenPipeError(32, "a worker is gone"))) == 2
+    assert "a worker is gone" in capsys.readouterr().err
+
+
 def test_a_reader_that_has_seen_enough_is_no_error():
     """As in `python -m adacorr methods | head`."""
     lines = "from adacorr.command import run_command; exit(run_command('x', lambda: print('line\\n' * 99999)))"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from adacorr.calibration.noise_response import NoiseResponse
-from adacorr.gates import GateBasis, fit_gate_basis, label_conditions, null_condition
+from adacorr.gates import GateBasis, conditions, fit_gate_basis, null_condition
 from adacorr.model_profile import KEPT, KINDS, between, interpolation
 from adacorr.placement import ErrorModel, Process, best_schedules
 from adacorr.schedules import BOTH, CONDITIONAL
@@ -141,9 +141,8 @@ class TrajectoryCalibration:
         model, steps = self.model, len(self.timesteps)
         final, patch, channels = model.final_layer, model.patch_size, model.in_channels
         self.tokens, self.pixels = model.pos_embed.shape[1], cached[0][0].numel()
-        self.grid = model.input_size // patch
         reference = null_condition(model, self.timesteps)
-        scale = 1 + final.adaLN_modulation(reference).chunk(2, dim=1)[1].float()  # (P, D)
+        scale = 1 + final.modulation(reference)[1].float()  # (P, D)
         self.reading = scale.norm(dim=1) / scale.mean(dim=0).norm()
         weight = final.linear.weight.float().unflatten(0, (patch * patch, -1))[:, :channels]  # (p * p, C, D)
         projection = (scale.mean(dim=0) * weight).permute(2, 0, 1)  # (D, p * p, C)
@@ -152,11 +151,9 @@ class TrajectoryCalibration:
         guided[:, :, self.guided :] = 0
         self.projection = [projection.flatten(1), guided.flatten(1)][: self.halves]
         self.gate_weight = self._branch_power(labels, cached) * projection.flatten(1).norm(dim=1)
-        conditions = [reference[None]]
-        if labels is not None:
-            classes = torch.arange(model.num_classes, device=reference.device)
-            conditions = [label_conditions(model, self.timesteps, classes), *conditions][: self.halves]
-        self.basis = fit_gate_basis(model.blocks, reference, conditions, GATE_ERROR, self.gate_weight)
+        classes = None if labels is None else torch.arange(model.num_classes, device=reference.device)
+        known = conditions(model, self.timesteps, classes, self.halves)
+        self.basis = fit_gate_basis(model.blocks, reference, known, GATE_ERROR, self.gate_weight)
         entries, width = self.basis.rank + 1, model.pos_embed.shape[2]  # of a step: the last one is the rest
         device, kind = reference.device, torch.float64
         self.sums = [torch.zeros(steps, entries, width, dtype=kind, device=device) for _ in range(self.halves)]
@@ -229,9 +226,7 @@ class TrajectoryCalibration:
 
     def _to_image(self, patches: Tensor) -> Tensor:
         """(n, E, T, p * p * C) -> (n, E, C, H, W)."""
-        p = self.model.patch_size
-        x = patches.unflatten(3, (p, p, -1)).unflatten(2, (self.grid, self.grid))  # (n, E, H/p, W/p, p, p, C)
-        return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+        return self.model.unpatch(patches.flatten(0, 1)).unflatten(0, patches.shape[:2])
 
     # ------------------------------------------------------------------------------------ what is added up
 

@@ -54,9 +54,8 @@ class ClusCa(Policy):
         return Predictor("branches", order=self.order, weights="taylor")
 
     def predictor_of(self, unit: Unit, depth: int) -> Predictor | None:
-        return (
-            self.predictor if unit.branch == "attn" else None
-        )  # the series of MLPs are changed between, and kept here
+        # The series of MLPs are changed between computed steps, and kept here.
+        return self.predictor if unit.branch == "attn" else None
 
     def begin(self, info: RunInfo) -> None:
         self._random = torch.Generator().manual_seed(0)

@@ -20,6 +20,7 @@ class EasyCache(Policy):
     threshold  sum of predicted relative L1 changes of the output at which a step is computed; 0: every step
     warmup     leading steps that are all computed, as the last one is (R)
     scope      image: each image decides with both its guidance halves; batch: one decision for all, as released
+
     The defaults are those of the release's script for HunyuanVideo. A computed step sets the rate k = |y - y'| / |x -
     x'|, in mean absolute values, for its input x and output y and those of the computed step before, x' and y'. Each
     step after the warm-up adds k |x - x_before| / |y'| to the sum; x_before is the input of the step before, computed

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from adacorr.history import hermite_weights
 from adacorr.policies import register
-from adacorr.policy import Cached, Knob, Policy, Ran, RunInfo, View, option, scatter
+from adacorr.policy import Cached, Knob, Policy, Ran, RunInfo, View, option, push
 from adacorr.tokens import low_modes
 
 
@@ -50,12 +50,8 @@ class FreqCa(Policy):
     def computed(self, view: View, ran: Ran) -> None:
         if view.info.corrected:  # it forecasts itself
             return
-        images, value = ran.images, ran.out
-        for k, older in enumerate(self._outputs):
-            self._outputs[k] = scatter(older, images, value, view.images)
-            if older is None:
-                break
-            value = older[:, images]
+        images = ran.images
+        push(self._outputs, images, ran.out, view.images)
         self._steps[images, 1:] = self._steps[images, :-1]
         self._steps[images, 0] = view.step
         early = self._steps[images] < min(self.first_enhance - 2, view.step)

@@ -32,7 +32,7 @@ class H2Cache(Policy):
 
     threshold: float = option(0.15, low=0)
     detail: float = option(0.22, low=0)
-    split: float = option(0.333, low=0, high=1)
+    split: float = option(0.333, low=0, high=1)  # the option hides Policy.split, which `units` here does not use
     pool: int = option(2, low=1)
     detail_pool: int = option(12, low=1)
     scope: str = option("image", choices=SCOPES)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from adacorr.history import WEIGHTS
 from adacorr.policies import register, taylorseer
-from adacorr.policy import SCOPES, Cached, Knob, Policy, Predictor, Ran, RunInfo, View, option, relative_change, scatter
+from adacorr.policy import SCOPES, Cached, Knob, Policy, Predictor, Ran, RunInfo, View, option, push, relative_change
 from adacorr.unit import Unit
 
 FIRST = Unit(0, 1, "attn")  # the first module
@@ -76,13 +76,8 @@ class RFC(Policy):
         first, images = view.unit == FIRST, ran.images
         if not first and (view.info.corrected or not self.rfe):
             return
-        value = view.modulated()[:, images]
         stored = self._inputs.setdefault(view.unit, [None] * (self.order + 1 if first else 2))
-        for k, older in enumerate(stored):
-            stored[k] = scatter(older, images, value, view.images)
-            if older is None:
-                break
-            value = older[:, images]
+        push(stored, images, view.modulated()[:, images], view.images)
         if first:
             self._sum[images] = 0.0
             self._at[images, 1:] = self._at[images, :-1]

@@ -24,6 +24,7 @@ class SpeCa(Policy):
     order           of the Taylor series
     first_enhance   leading steps of which each second one is computed: a computed step is never followed by another
     scope           image: each image decides with both its guidance halves; batch: one decision for all, as released
+
     The defaults are those of the release's sampling script, which takes 100 steps. A checked step also runs the last
     block on its forecast input; the error is the mean of |forecast - computed| / (|computed| + 1e-10) over the elements
     of its output. The sampler goes on from the forecast: an error is too late for its own step. At the defaults 4 to 8

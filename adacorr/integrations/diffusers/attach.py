@@ -96,7 +96,7 @@ class Attachment:
         self._result: Any = None
         self._time: float | None = None
         self._nth = 0  # call at the same timestep
-        self._doubled: tuple[int, bool] | None = None  # rows of the run's calls, and whether they are both halves
+        self._doubled: tuple[int, float, bool] | None = None  # rows and timestep of the last call, whether both halves
         self._undo: list[Any] = []
 
     # ------------------------------------------------------------------ hooks
@@ -228,12 +228,13 @@ class Attachment:
         x = image if text is None else torch.cat([text, image], dim=1)
         self.stack.describe(x, c, self._given)
 
-        halves, swap = self._halves(rows), self._layout() == "uncond_first"
+        time = time_of(self._given["timestep"], self.family)
+        halves, swap = self._halves(rows, time), self._layout() == "uncond_first"
         order = None
         if halves == 2 and swap:  # the core wants the conditional half first
             order = torch.arange(rows, device=x.device).roll(rows // 2)
             x, c = x[order], c[order]
-        stream = self._stream(x, c, halves, context)
+        stream = self._stream(x, c, halves, context or self._ordinal(time), time)
         if stream is None:
             return None
         stream.run.begin_step(stream.step)
@@ -248,14 +249,15 @@ class Attachment:
     def _layout(self) -> str:
         return self.config.guidance or self.family.layout
 
-    def _halves(self, rows: int) -> int:
+    def _halves(self, rows: int, time: float) -> int:
         """2 where the call's rows are both guidance halves of each image; looked at once in a run."""
         scale = self._scale()
         if self._layout() == "separate" or scale is None or scale <= 1.0 or rows % 2:
             return 1
-        if self._doubled is None or self._doubled[0] != rows:
-            self._doubled = rows, self._is_doubled()
-        return 2 if self._doubled[1] else 1
+        before = self._doubled
+        known = before is not None and before[0] == rows and time < before[1]  # a run's timesteps fall
+        self._doubled = rows, time, before[2] if known else self._is_doubled()
+        return 2 if self._doubled[2] else 1
 
     def _is_doubled(self) -> bool:
         """Whether both halves of the batch are the same images, and one of them has the null label, where there is one.
@@ -273,10 +275,8 @@ class Attachment:
     def _scale(self) -> float | None:
         return self.guidance_scale if self.config.guidance_scale is None else self.config.guidance_scale
 
-    def _stream(self, x: Tensor, c: Rows, halves: int, context: str | None) -> Stream | None:
+    def _stream(self, x: Tensor, c: Rows, halves: int, name: str, time: float) -> Stream | None:
         """The run that the call belongs to, at its step; a new one where the call does not follow on."""
-        time = time_of(self._given["timestep"], self.family)
-        name = context or self._ordinal(time)
         key = (x.shape, x.dtype, x.device, c.text, halves, self._scale())
         stream = self.streams.get(name)
         if stream is None or stream.key != key or not stream.grid.follows(stream.step, stream.time, time):
@@ -294,7 +294,8 @@ class Attachment:
 
     def _ordinal(self, time: float) -> str:
         """The name of a call without a context: the first at a timestep is the conditional half, the next the other."""
-        if self.config.guidance != "separate":
+        # The loop of a bare transformer may break off and begin again at the same timestep: it has to say so.
+        if (self.config.guidance if self.scheduler is None else self._layout()) != "separate":
             return "batch"
         self._nth = self._nth + 1 if time == self._time else 0
         if self._nth == 2:

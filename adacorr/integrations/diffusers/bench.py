@@ -79,7 +79,8 @@ def arguments_of(method: str, args: argparse.Namespace) -> dict[str, Any] | None
 def load(args: argparse.Namespace, device: torch.device) -> tuple[Any, dict[str, Any]]:
     """The pipeline and the arguments of its call."""
     if args.tiny:
-        return tiny_pipeline(args.model_type, args.num_images)
+        pipe, call = tiny_pipeline(args.model_type, args.num_images)
+        return pipe.to(device), {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in call.items()}
     import diffusers
 
     kind, name = MODELS[args.model_type]
@@ -102,7 +103,7 @@ def psnr(reference: np.ndarray, images: np.ndarray) -> float:
 def compare(args: argparse.Namespace, say: Callable[[str], object]) -> list[dict[str, Any]]:
     """Run every method on the same noise, and `say` the table line by line."""
     plans = {method: arguments_of(method, args) for method in dict.fromkeys(["None", *args.cache_methods])}
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(args.device)
     pipe, call = load(args, device)
     pipe.set_progress_bar_config(disable=True)
 
@@ -146,11 +147,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     def run() -> None:
         if args.tiny and args.model is not None:
             raise ValueError("--tiny has random weights, so --model has no meaning: give one of the two")
+        args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         rows = compare(args, sys.stdout.write)
         if args.out is not None:
             options = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
             finite = [{k: "inf" if v == math.inf else v for k, v in row.items()} for row in rows]
-            versions = {"torch": torch.__version__, "device": str(args.device)}
+            versions = {"torch": torch.__version__, "device": args.device}
             write_json(args.out, {"arguments": options, "versions": versions, "rows": finite})
 
     return run_command("adacorr.bench", run)

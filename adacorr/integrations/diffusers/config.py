@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from adacorr.command import CACHE_DTYPES
-from adacorr.files import written_whole
+from adacorr.files import write_json
 from adacorr.integrations.diffusers.families import LAYOUTS
 from adacorr.manager import CacheManager
 from adacorr.profile import load_profile
@@ -30,7 +30,8 @@ class CacheConfig:
     guidance_scale  None takes it from the pipeline's call; needed for a bare transformer that gets both guidance halves
                     in one batch
     guidance        where the halves are: cond_first or uncond_first in one batch, separate in calls of their own, cond
-                    first; None takes the layout of the class's own pipelines
+                    first; None takes the layout of the class's own pipelines. A bare transformer whose halves are
+                    called apart needs separate
     num_steps, timesteps  of a bare transformer, one of them: the sampling timesteps in 0..1000, falling from noise to
                     image, or their number where they are even
     compile         run the blocks through torch.compile
@@ -89,8 +90,7 @@ class CacheConfig:
 
     def save(self, path: str | Path) -> None:
         """As JSON; the file appears whole or not at all."""
-        with written_whole(path) as partial:
-            partial.write_text(self.to_json() + "\n", encoding="utf-8")
+        write_json(Path(path), {"version": VERSION, **asdict(self)}, indent=2)
 
     @classmethod
     def load(cls, path: str | Path) -> CacheConfig:
