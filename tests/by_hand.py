@@ -79,7 +79,7 @@ class Held:
         return self.values[k][:, images]
 
     def predict(self, images, steps):
-        return [half[images].unsqueeze(1) for half in self.guess]
+        return torch.stack([half[images].unsqueeze(1) for half in self.guess])
 
 
 def reused(policy, info, unit, held, x, x_in=0.0, images=None):

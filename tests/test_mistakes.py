@@ -50,7 +50,7 @@ CASES = {
         "--adacorr literal --cache interval": "literal",
         "--calibrate maybe": "--calibrate maybe: give auto, off, a number of images",
         "--calibrate 0": "--calibrate 0 is outside 1..1000",
-        "--calibrate x.json": "--calibrate x.json",
+        "--calibrate x.txt": "--calibrate x.txt",
         "--adacor": "unrecognized arguments: --adacor",
         "--compare": "--compare needs a cache",
         "--class-labels 0,cat": "--class-labels: 'cat' is not a whole number",
