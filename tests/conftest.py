@@ -47,6 +47,7 @@ def own_cache_folder(tmp_path_factory):
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(profiles, "STEPS", 16)
+        patch.setattr(profiles, "RUNS", (16,))
         patch.setattr(profiles, "IMAGES", 2)
         patch.setenv("ADACORR_HOME", str(tmp_path_factory.mktemp("home")))
         yield
