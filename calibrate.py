@@ -66,12 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--cache", required=True, metavar="METHOD", help=methods)
     add("--out", type=writable, required=True, metavar="FILE", help="the profile, .json or .safetensors")
-    add(
-        "--num-images",
-        type=number(1, 10_000),
-        default=16,
-        help="images (default %(default)s; sample.py takes 6)",
-    )
+    add("--num-images", type=number(1, 10_000), default=16, help="images (default %(default)s; sample.py takes 6)")
     add("--batch-size", type=number(1, 10_000), default=8, help="images at a time (default %(default)s)")
     pipeline.add_model_flags(parser)
     args = parser.parse_args(argv)

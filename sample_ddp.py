@@ -56,12 +56,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--tf32", action=yes_no, default=True, help="TF32 for what is float32 on a GPU, also the VAE (default on)")
     add("--compile", action="store_true", help="torch.compile the blocks: slow to start, then faster")
     add("--deterministic", action=yes_no, help="one image at a time, for equal bits; the default on a CPU")
-    add(
-        "--threads",
-        type=number(1, 1024),
-        metavar="N",
-        help="of each process on a CPU; part of the protocol (default 1)",
-    )
+    threads = "of each process on a CPU; part of the protocol (default 1)"
+    add("--threads", type=number(1, 1024), metavar="N", help=threads)
     add("--debug", action="store_true", help="show where an error was raised")
     pipeline.add_model_flags(parser)
     pipeline.add_cache_flags(parser)

@@ -14,6 +14,7 @@ the B branches keeps the gates *fresh* at every step and makes their cost Q tens
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -103,6 +104,12 @@ def label_conditions(model: CachedModel, t: Tensor, labels: Tensor) -> Tensor:
     """Conditioning (labels, S, D) of labels (n,) at timesteps t (S,)."""
     c = model.condition(t.repeat(len(labels)), labels.repeat_interleave(len(t)))
     return c.unflatten(0, (len(labels), len(t)))
+
+
+def distinct(labels: Tensor, device: torch.device) -> tuple[Tensor, np.ndarray]:
+    """The distinct ones of labels (n,), on a device, and the index (n,) of each label among them."""
+    unique, index = np.unique(labels.cpu().numpy(), return_inverse=True)
+    return torch.from_numpy(unique).to(device), index
 
 
 def conditions(model: CachedModel, t: Tensor, labels: Tensor | None, halves: int) -> list[Tensor]:

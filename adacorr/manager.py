@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from adacorr.control import Controller, infers_unconditional
 from adacorr.correct import ALIASES, AdaCorrection, Algorithm1, parse_correction
 from adacorr.corrected_run import CorrectedRun
-from adacorr.gates import GateBasis, conditions, fit_gate_basis, known_gate_basis, null_condition
+from adacorr.gates import GateBasis, conditions, distinct, fit_gate_basis, known_gate_basis, null_condition
 from adacorr.injected_noise import renewed
 from adacorr.literal import Algorithm1Run
 from adacorr.model import CachedModel
@@ -221,8 +221,7 @@ class _Stores:
         self.index = np.zeros(trace.images, dtype=np.int64)  # of each image's label among the run's labels
         self.unique: Tensor | None = None
         if labels is not None:
-            unique, self.index = np.unique(labels.cpu().numpy(), return_inverse=True)
-            self.unique = torch.from_numpy(unique).to(info.device)
+            self.unique, self.index = distinct(labels, info.device)
         self.basis: GateBasis | None = None
 
     def make(self, unit: Unit, predictor: Predictor, difference: bool = False) -> UnitStore:

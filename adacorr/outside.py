@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adacorr.gates import conditions
+from adacorr.gates import conditions, distinct
 from adacorr.store import ComputedRows
 
 
@@ -55,8 +55,7 @@ class Outside:
 
         t, label = timesteps.to(device), np.zeros(images, dtype=np.int64)
         if labels is not None:
-            labels, index = torch.unique(labels, return_inverse=True)
-            label = index.cpu().numpy()
+            labels, label = distinct(labels, device)
         known = torch.cat(conditions(model, t, labels, halves))  # the null label last
         self._labels = np.stack([label, np.full_like(label, len(known) - 1)][:halves])  # (halves, n)
         self._conditions = known.transpose(0, 1)  # (S, labels, D)

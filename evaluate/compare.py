@@ -173,8 +173,11 @@ def of_itself(levels: list[float], bench: Bench) -> list[Row]:
     for level in levels:
         budget = max(level * bench.pipe.sampler.num_steps, LEAST)
         row = bench.run("adacorr", "adacorr", Setting(None, f"budget={budget:g}"))
-        rows += [replace(row, level=level)] * reached(row, level)
-        say(f"--adacorr at {level}: {f'{row.score:.1f} dB' if reached(row, level) else 'out of reach'}")
+        if reached(row, level):
+            rows.append(replace(row, level=level))
+            say(f"--adacorr at {level}: {row.score:.1f} dB")
+        else:
+            say(f"--adacorr at {level}: out of reach")
     return [*rows, bench.run("literal", "adacorr", Setting(None, "literal"))]
 
 

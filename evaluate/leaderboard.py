@@ -152,9 +152,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         axes.set_xticks(levels, [f"{level:g}" for level in levels])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    panels[0, 0].set_xlim(
-        left=0.55 * min((row.compute for row in own), default=1.0)
-    )  # room for the names, in all panels
+    least = min((row.compute for row in own), default=1.0)
+    panels[0, 0].set_xlim(left=0.55 * least)  # room for the names, in all panels
     for axes in list(panels.flat)[len(families) :]:
         axes.axis("off")
     figure.supxlabel("compute (executed share of block FLOPs)")

@@ -175,13 +175,8 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     pipeline.add_model_flags(parser)
     add = parser.add_argument_group("theory").add_argument
-    add(
-        "--gammas",
-        type=numbers(0.0, 1e6),
-        default="1,0.1,0.01",
-        metavar="X,...",
-        help="of Eq. 6, the paper's is 1 (default %(default)s)",
-    )
+    gammas = "of Eq. 6, the paper's is 1 (default %(default)s)"
+    add("--gammas", type=numbers(0.0, 1e6), default="1,0.1,0.01", metavar="X,...", help=gammas)
     add("--num-images", type=number(1, 10_000), default=4, help="labels in turn (default %(default)s)")
     add("--out", type=writable, metavar="FILE", help="JSON of the table and its numbers")
 

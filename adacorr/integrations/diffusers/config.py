@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from adacorr.command import CACHE_DTYPES
-from adacorr.files import write_json
+from adacorr.files import written_whole
 from adacorr.integrations.diffusers.families import LAYOUTS
 from adacorr.manager import CacheManager
 from adacorr.profile import load_profile
@@ -90,7 +90,8 @@ class CacheConfig:
 
     def save(self, path: str | Path) -> None:
         """As JSON; the file appears whole or not at all."""
-        write_json(Path(path), {"version": VERSION, **asdict(self)}, indent=2)
+        with written_whole(path) as partial:
+            partial.write_text(self.to_json() + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> CacheConfig:
