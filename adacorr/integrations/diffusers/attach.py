@@ -8,14 +8,17 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import StateManager
 from torch import Tensor, nn
 
 from adacorr import compiled
+from adacorr.corrected_run import CorrectedRun
 from adacorr.integrations.diffusers.config import CacheConfig
 from adacorr.integrations.diffusers.families import KEYWORDS, Family
+from adacorr.integrations.diffusers.rewinding import Rewinding, linear_steps, scheduler_step
 from adacorr.integrations.diffusers.rows import Rows
 from adacorr.integrations.diffusers.schedule import Grid, sampler_of, time_of
 from adacorr.integrations.diffusers.stack import Stack
@@ -70,6 +73,7 @@ class Stream:
     run: CachedRun
     grid: Grid
     key: tuple
+    rewinding: Rewinding | None = None
     step: int = -1
     time: float = float("inf")
 
@@ -78,11 +82,11 @@ class Attachment:
     """One transformer under a cache, from `install` to `remove`.
 
     guidance_scale  of the pipeline's call that is under way, or None
+    not_rewound     why runs go on without rewinding, and how many
     """
 
-    def __init__(self, transformer: nn.Module, family: Family, config: CacheConfig, scheduler: Any = None):
-        self.transformer, self.family, self.config = transformer, family, config
-        self.scheduler = scheduler  # () -> the pipeline's, or None
+    def __init__(self, transformer: nn.Module, family: Family, config: CacheConfig, pipe: Any = None):
+        self.transformer, self.family, self.config, self.pipe = transformer, family, config, pipe
         self.manager = config.manager()
         self.guidance_scale: float | None = None
         self.names = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
@@ -92,8 +96,11 @@ class Attachment:
         self.finished: dict[str, Stream] = {}  # those of the last run, for its statistics
         self.runs = 0
         self.bypassed: Counter[str] = Counter()
+        self.not_rewound: Counter[str] = Counter()
         self._given: dict[str, Any] | None = None  # arguments of the call under way, where the cache takes it
         self._result: Any = None
+        self._now: Stream | None = None  # that of the call under way
+        self._replayed: np.ndarray | None = None  # rows of the call for which a step is taken again
         self._time: float | None = None
         self._nth = 0  # call at the same timestep
         self._doubled: tuple[int, float, bool] | None = None  # rows and timestep of the last call, whether both halves
@@ -156,7 +163,7 @@ class Attachment:
     def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """The transformer is called: see whether the cache takes the call."""
         given = {name: None for name in self.names} | dict(zip(self.names, args, strict=False)) | kwargs
-        self._given = self._result = None
+        self._given = self._result = self._now = None
         if why := self._outside(given):
             self.bypassed[why] += 1
         else:
@@ -164,10 +171,35 @@ class Attachment:
 
     @torch.compiler.disable
     def _after(self, module: nn.Module, args: tuple, out: Any) -> None:
-        """The call is over. One that failed leaves no state: after an exception torch gives None."""
+        """The call is over: past steps are taken again, if it is time. One that failed leaves no state: out is None."""
         if out is None:
             self.reset()
-        self._given = self._result = None
+        elif (stream := self._now) is not None and stream.rewinding is not None:
+            try:
+                with torch.no_grad():
+                    why = stream.rewinding.correct(self._given["hidden_states"], out[0], self._replay)
+                self._note(stream, why)
+            except BaseException:
+                self.reset()
+                raise
+        self._given = self._result = self._now = None
+
+    def _note(self, stream: Stream, why: str) -> None:
+        """The run goes on without rewinding if there is a reason."""
+        if why:
+            self.not_rewound[why] += 1
+            stream.rewinding, stream.run.rewinds = None, False
+
+    def _replay(self, step: int, rows: Tensor, images: np.ndarray) -> Tensor:
+        """The transformer's output for other rows at an earlier step, of which those of `images` count."""
+        rewinding = self._now.rewinding
+        given = {name: value for name, value in self._given.items() if value is not None}
+        given |= {"hidden_states": rows, "timestep": rewinding.timesteps[step], "return_dict": False}
+        self._replayed = rewinding.rows_of(images)
+        try:
+            return self.transformer.forward(**given)[0]
+        finally:
+            self._replayed = None
 
     def _outside(self, given: dict[str, Any]) -> str:
         """Why a call runs uncached; empty if it does not."""
@@ -222,29 +254,38 @@ class Attachment:
         full[image_key] = None
         if text is not None:
             full[text_key] = None
-        rows = len(image)
-        by_row = self.stack.blocks[0].keys(self.family.by_row)
-        c = Rows.of(full, by_row, rows, 0 if text is None else text.shape[1])
         x = image if text is None else torch.cat([text, image], dim=1)
-        self.stack.describe(x, c, self._given)
+        start = 0 if text is None else text.shape[1]
+        x = self._step(x, full, start, context) if self._replayed is None else self._add_replayed(x)
+        if x is None or text is None:
+            return x
+        text, image = x[:, :start], x[:, start:]
+        return (image, text) if self.family.returns == "image, text" else (text, image)
 
+    def _step(self, x: Tensor, full: dict[Any, Any], text: int, context: str | None) -> Tensor | None:
+        """The stack for tokens x (rows, T, D), of which `text` are of text, at the step that the call belongs to."""
+        c = Rows.of(full, self.stack.blocks[0].keys(self.family.by_row), len(x), text)
+        self.stack.describe(x, c, self._given)
         time = time_of(self._given["timestep"], self.family)
-        halves, swap = self._halves(rows, time), self._layout() == "uncond_first"
+        halves, swap = self._halves(len(x), time), self._layout() == "uncond_first"
         order = None
         if halves == 2 and swap:  # the core wants the conditional half first
-            order = torch.arange(rows, device=x.device).roll(rows // 2)
+            order = torch.arange(len(x), device=x.device).roll(len(x) // 2)
             x, c = x[order], c[order]
         stream = self._stream(x, c, halves, context or self._ordinal(time), time)
         if stream is None:
             return None
+        if stream.rewinding is not None:
+            self._note(stream, stream.rewinding.begin(self._given["hidden_states"], self._given["timestep"]))
+        self._now = stream
         stream.run.begin_step(stream.step)
         x = stream.run.run_blocks(self.stack.blocks, x, c)
-        if order is not None:
-            x = x[order]  # a swap of halves undoes itself
-        if text is None:
-            return x
-        text, image = x[:, : c.text], x[:, c.text :]
-        return (image, text) if self.family.returns == "image, text" else (text, image)
+        return x if order is None else x[order]  # a swap of halves undoes itself
+
+    def _add_replayed(self, x: Tensor) -> Tensor:
+        """The stack where a step is taken again: what is known that it adds, in the rows that it is known of."""
+        rows = torch.from_numpy(self._replayed).to(x.device)
+        return x.index_copy(0, rows, self._now.run.run_blocks(self.stack.blocks, x[rows], None))
 
     def _layout(self) -> str:
         return self.config.guidance or self.family.layout
@@ -280,7 +321,7 @@ class Attachment:
         key = (x.shape, x.dtype, x.device, c.text, halves, self._scale())
         stream = self.streams.get(name)
         if stream is None or stream.key != key or not stream.grid.follows(stream.step, stream.time, time):
-            scheduler = None if self.scheduler is None else self.scheduler()
+            scheduler = None if self.pipe is None else self.pipe.scheduler
             grid = Grid.of(time, self.family, self.config, scheduler)
             if grid is None:
                 self.bypassed["a timestep that is none of the scheduler's"] += 1
@@ -295,7 +336,7 @@ class Attachment:
     def _ordinal(self, time: float) -> str:
         """The name of a call without a context: the first at a timestep is the conditional half, the next the other."""
         # The loop of a bare transformer may break off and begin again at the same timestep: it has to say so.
-        if (self.config.guidance if self.scheduler is None else self._layout()) != "separate":
+        if (self.config.guidance if self.pipe is None else self._layout()) != "separate":
             return "batch"
         self._nth = self._nth + 1 if time == self._time else 0
         if self._nth == 2:
@@ -317,8 +358,17 @@ class Attachment:
             grid.alpha_bar(self.family, scheduler),
             cfg_scale=self._scale() if halves == 2 else 1.0,
             images=images,
-            rewindable=False,
+            rewindable=scheduler is not None,
             model_id=self.config.model_id,
             sampler=sampler_of(scheduler),
         )
-        return Stream(manager, run, grid, key)
+        stream = Stream(manager, run, grid, key)
+        if isinstance(run, CorrectedRun) and run.rewinds:
+            advance = getattr(self.pipe, "advance", scheduler_step)
+            coefficients = linear_steps(scheduler, scheduler.timesteps[-len(grid.timesteps) :], advance)
+            if coefficients is None:
+                self._note(stream, f"steps of {type(scheduler).__name__} that are not linear or remember others")
+            else:
+                first = self._layout() != "uncond_first"
+                stream.rewinding = Rewinding(run, coefficients, halves, first, self._scale() or 1.0)
+        return stream

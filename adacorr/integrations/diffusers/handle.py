@@ -46,7 +46,7 @@ def enable(pipe: Any, config: CacheConfig | None = None, *, component: str = "tr
     if not bare and getattr(pipe.scheduler, "order", 1) != 1:
         name = type(pipe.scheduler).__name__
         raise ValueError(f"{name} calls the network more than once in a step: take a scheduler of first order calls")
-    attachment = Attachment(transformer, family, config, None if bare else lambda: pipe.scheduler)
+    attachment = Attachment(transformer, family, config, None if bare else pipe)
     attachment.install()
     return Handle(attachment, None if bare else pipe)
 
@@ -61,10 +61,11 @@ class Handle:
             _watch(pipe, self)
 
     def stats(self) -> dict[str, Any]:
-        """Of the newest run: compute (share of the block FLOPs), hit_rate, evaluations, fallbacks and bytes.
+        """Of the newest run: compute (share of the block FLOPs), hit_rate, evaluations, rewound (steps of images that
+        were taken again), fallbacks and bytes.
 
         `streams` has the trace's summary of each stream, of which there are two where guidance halves are called apart;
-        `runs` and `bypassed`, by reason, count since `enable`.
+        `runs`, and by their reasons `bypassed` calls and runs that are `not_rewound`, count since `enable`.
         """
         streams = self._attachment.streams or self._attachment.finished
         traces = [stream.manager.trace for stream in streams.values()]
@@ -75,10 +76,12 @@ class Handle:
             "compute": flops / uncached if uncached else 1.0,
             "hit_rate": sum(trace.hit_rate * trace.evaluation_flops for trace in traces) / whole,
             "evaluations": flops / whole,
+            "rewound": sum(trace.rewound for trace in traces),
             "fallbacks": sum(trace.fallbacks for trace in traces),
             "bytes": sum(stream.run.bytes for stream in streams.values()),
             "runs": self._attachment.runs,
             "bypassed": dict(self._attachment.bypassed),
+            "not_rewound": dict(self._attachment.not_rewound),
             "streams": {name: stream.manager.trace.summary() for name, stream in streams.items()},
         }
 

@@ -11,6 +11,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from adacorr.integrations.diffusers.rewinding import scheduler_step
 from adacorr.integrations.diffusers.schedule import linear_alphas
 
 
@@ -74,6 +75,11 @@ class PixelDiTPipeline(DiffusionPipeline):
         names = {str(i): name for i, name in enumerate(class_names or [])} or None
         return cls(transformer, scheduler, names, checkpoint_sha256=checkpoint_sha256)
 
+    @staticmethod
+    def advance(scheduler: SchedulerMixin, out: Tensor, t: Tensor, x: Tensor) -> Tensor:
+        """The state after timestep t, for the predicted noise `out` and the state x (n, C, H, W) float32 before it."""
+        return (ddim_step if isinstance(scheduler, DDIMScheduler) else scheduler_step)(scheduler, out, t, x)
+
     @torch.no_grad()
     def __call__(
         self,
@@ -109,10 +115,7 @@ class PixelDiTPipeline(DiffusionPipeline):
             if guided:
                 cond, uncond = out.chunk(2)
                 out = uncond + guidance_scale * (cond - uncond)
-            if isinstance(self.scheduler, DDIMScheduler):
-                x = ddim_step(self.scheduler, out.float(), t, x)
-            else:
-                x = self.scheduler.step(out.float(), t, x, return_dict=False)[0]
+            x = self.advance(self.scheduler, out.float(), t, x)
         images = x
         if output_type != "pt":
             images = (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()

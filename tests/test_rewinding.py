@@ -1,0 +1,205 @@
+"""Taking steps again under a pipeline: which schedulers allow it, how the state moves, and what switches it off."""
+
+from types import SimpleNamespace
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from test_diffusers_pipelines import STEPS, draw, whole_pipeline
+
+from adacorr.corrected_run import CorrectedRun
+from adacorr.integrations.diffusers import CacheConfig, enable
+from adacorr.integrations.diffusers.rewinding import UNEXPECTED, Rewinding, linear_steps
+from adacorr.integrations.diffusers.tiny import random_transformer
+
+PLAIN = {"clip_sample": False, "beta_schedule": "linear"}
+
+
+def ddim(**options):
+    return diffusers.DDIMScheduler(**{**PLAIN, **options})
+
+
+def test_steps_of_ddim_and_of_flow_matching():
+    scheduler = ddim(set_alpha_to_one=True)
+    scheduler.set_timesteps(10)
+    known = scheduler.alphas_cumprod.double().numpy()[scheduler.timesteps.numpy()]
+    after = np.append(known[1:], 1.0)
+    keep = np.sqrt(after / known)
+    expected = np.stack([keep, np.sqrt(1 - after) - keep * np.sqrt(1 - known)], axis=1)
+    np.testing.assert_allclose(linear_steps(scheduler, scheduler.timesteps), expected, rtol=1e-5)
+
+    flow = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    flow.set_timesteps(5)
+    found = linear_steps(flow, flow.timesteps[2:])  # a run may begin with a later step
+    np.testing.assert_allclose(found[:, 0], 1.0)
+    np.testing.assert_allclose(found[:, 1], np.diff(flow.sigmas.numpy())[2:], rtol=1e-5)
+    assert flow.step_index is None  # a copy was tried
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "linear"),
+    [
+        ("DDIMScheduler", {**PLAIN, "prediction_type": "v_prediction"}, True),
+        ("DDIMScheduler", {**PLAIN, "clip_sample": True}, False),
+        ("DDIMScheduler", {**PLAIN, "thresholding": True}, False),
+        ("CogVideoXDDIMScheduler", {"clip_sample": False}, True),
+        ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, False),
+        ("DPMSolverMultistepScheduler", {}, False),
+        ("DDPMScheduler", PLAIN, False),
+    ],
+)
+def test_which_schedulers_take_linear_steps(kind, options, linear):
+    scheduler = getattr(diffusers, kind)(**options)
+    scheduler.set_timesteps(6)
+    assert (linear_steps(scheduler, scheduler.timesteps) is not None) == linear
+
+
+@pytest.mark.parametrize("conditional_first", [True, False])
+@pytest.mark.parametrize(("halves", "channels"), [(1, 3), (2, 3), (2, 6)])
+def test_the_scheduler_makes_the_better_state_of_the_output(halves, channels, conditional_first):
+    a, b, scale, n = 1.25, -0.5, 3.0, 2
+    x, better, answer = torch.randn(3, n, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    seen = []
+
+    def correct(state, out, evaluate, advance):
+        seen.append(out.clone())
+        seen.append(evaluate(0, answer[1:], np.array([1])))
+        torch.testing.assert_close(advance(0, x, answer, np.arange(n)), 2.0 * x + 3.0 * answer)
+        return better, answer
+
+    run = SimpleNamespace(step=1, info=SimpleNamespace(images=n), correct=correct)
+    own = Rewinding(run, np.array([[2.0, 3.0], [a, b]]), halves, conditional_first, scale)
+    rows, out = torch.cat([x] * halves), torch.randn(halves * n, channels, 4, 4)
+    given, again = out.clone(), torch.randn(halves * n, channels, 4, 4)
+
+    def guided(of):
+        if halves == 1:
+            return of[:, :3]
+        cond, uncond = of[:, :3].chunk(2) if conditional_first else reversed(of[:, :3].chunk(2))
+        return uncond + scale * (cond - uncond)
+
+    def replay(step, other, images):
+        assert step == 0
+        assert torch.equal(other, torch.cat([torch.stack([x[0], answer[1]])] * halves))  # the other image as it is
+        return again
+
+    assert own.begin(rows, 999) == ""
+    assert own.correct(rows, out, replay) == ""
+    torch.testing.assert_close(seen[0], guided(given))
+    torch.testing.assert_close(seen[1], guided(again)[1:])
+    torch.testing.assert_close(a * x + b * guided(out), a * better + b * answer, atol=1e-4, rtol=1e-4)
+    assert torch.equal(out[:, 3:], given[:, 3:])
+    after = torch.cat([a * better + b * answer] * halves)
+    assert own.begin(after, 998) == ""
+    assert own.begin(1.01 * after, 998) == UNEXPECTED
+    places = own.rows_of(np.array([1])).tolist()
+    assert places == ([1] if halves == 1 else [1, 3] if conditional_first else [3, 1])
+
+
+def test_an_output_of_other_tokens_is_left_alone():
+    run = SimpleNamespace(step=0, info=SimpleNamespace(images=1))
+    own, rows = Rewinding(run, np.ones((1, 2)), 1, True, 1.0), torch.zeros(1, 4, 2, 2)
+    assert "(2, 2, 2)" in own.correct(rows, torch.zeros(1, 2, 2, 2), None)
+
+
+def dit_pipeline():
+    arguments = {"num_attention_heads": 2, "num_layers": 4, "attention_head_dim": 12, "sample_size": 8}
+    transformer = random_transformer(
+        "DiTTransformer2DModel", {**arguments, "in_channels": 4, "out_channels": 8, "num_embeds_ada_norm": 1000}
+    )
+    vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
+    pipe = diffusers.DiTPipeline(transformer, vae, ddim())
+    return pipe, {"class_labels": [1, 7], "guidance_scale": 4.0, "output_type": "pt"}
+
+
+def rewinding_pipeline(name):
+    pipe, call = dit_pipeline() if name == "dit" else whole_pipeline(name)
+    if name == "pixart":
+        pipe.scheduler = ddim()
+    return pipe, call
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """Each step that is computed is also replayed, for all images and for one: what the stack added gives its output.
+
+    How often, in a list.
+    """
+    done, correct = [], CorrectedRun.correct
+
+    def checked(run, x, out, evaluate, advance):
+        halves = run._added.unflatten(0, (run.halves, -1))
+        for images in (np.arange(len(x)), np.array([1])):
+            again = run._replay(run.step, x[images], images, halves[:, images].flatten(0, 1), evaluate, None)
+            torch.testing.assert_close(again, out[images], atol=1e-4, rtol=1e-4)
+            done.append(run.step)
+        return correct(run, x, out, evaluate, advance)
+
+    monkeypatch.setattr(CorrectedRun, "correct", checked)
+    return done
+
+
+@pytest.mark.parametrize("name", ["dit", "pixart", "sd3", "flux"])
+def test_a_step_that_is_taken_again_gives_what_it_gave(name, replays):
+    pipe, call = rewinding_pipeline(name)
+    with enable(pipe, CacheConfig(adacorr="budget=3")) as cache:
+        draw(pipe, call)
+        assert cache.stats()["rewound"] > 0
+    assert replays == sorted([*range(STEPS)] * 2)
+
+
+@pytest.mark.parametrize("name", ["dit", "pixart", "sd3", "flux"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_pipelines_rewind(name, dtype):
+    pipe, call = rewinding_pipeline(name)
+    pipe = pipe.to(dtype)
+    call = {key: value.to(dtype) if torch.is_tensor(value) else value for key, value in call.items()}
+    images = []
+    for spec in ("budget=3", "budget=3,rewind=false"):
+        with enable(pipe, CacheConfig(adacorr=spec)) as cache:
+            images.append(draw(pipe, call))
+            assert torch.equal(draw(pipe, call), images[-1])
+            assert cache.stats()["not_rewound"] == {}
+            assert (cache.stats()["rewound"] > 0) == ("false" not in spec)
+    assert not torch.equal(*images)
+
+
+def test_a_state_that_the_pipeline_edits_ends_the_rewinding():
+    pipe, call = rewinding_pipeline("sd3")
+
+    def edit(pipe, i, t, kept):
+        return {"latents": kept["latents"] + 0.1}
+
+    call["callback_on_step_end"] = edit
+    images = []
+    for spec in ("budget=3", "budget=3,rewind=false"):
+        with enable(pipe, CacheConfig(adacorr=spec)) as cache:
+            images.append(draw(pipe, call))
+            assert cache.stats()["not_rewound"] == ({} if "false" in spec else {UNEXPECTED: 1})
+    assert torch.equal(*images)
+
+
+def test_what_cannot_rewind_says_so():
+    pipe, call = whole_pipeline("pixart")  # DPM-Solver++
+    with enable(pipe, CacheConfig(adacorr="budget=3")) as cache:
+        draw(pipe, call)
+        stats = cache.stats()
+    assert stats["rewound"] == 0
+    assert stats["not_rewound"] == {"steps of DPMSolverMultistepScheduler that are not linear or remember others": 1}
+    pipe, call = whole_pipeline("wan")  # halves in calls of their own
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    with enable(pipe, CacheConfig(adacorr="budget=3")) as cache:
+        draw(pipe, call)
+        assert cache.stats()["not_rewound"] == {UNEXPECTED: 2}
+
+
+def test_a_failure_while_a_step_is_taken_again_ends_the_run(monkeypatch):
+    pipe, call = rewinding_pipeline("sd3")
+    with enable(pipe, CacheConfig(adacorr="budget=3")):
+        first = draw(pipe, call)
+        with monkeypatch.context() as patch:
+            patch.setattr(Rewinding, "rows_of", lambda own, images: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                draw(pipe, call)
+        assert torch.equal(draw(pipe, call), first)
