@@ -80,6 +80,7 @@ def test_the_converted_model_gives_the_same_images(ours, converted, folder, tmp_
         (None, "budget=4"),
         (None, "gamma=0.3,tolerance=0.4"),
         ("teacache:threshold=0.3,profile=none", "budget=4,rewind=false,difference=false"),
+        ("teacache:threshold=0.3,profile=none", "budget=4"),
         ("first_block:threshold=0.4", None),
         ("toca", None),
     ],
