@@ -112,7 +112,7 @@ def test_the_copies_of_an_image_are_its_uncached_run_and_algorithm_1(sampler):
     together = pipe.sample(0, np.full(3, 7), labels, Observer([0.005, 0.001]))
     caches = None, *(CacheManager(correction=Algorithm1(gamma)) for gamma in (0.005, 0.001))
     alone = torch.cat([pipe.sample(0, np.array([7]), labels[:1], cache) for cache in caches])
-    assert_close(together, alone, rtol=1e-4, atol=1e-4)
+    assert_close(together, alone, rtol=1e-3, atol=1e-3)  # the order of sums differs with the batch
     assert min(float((alone[i] - alone[j]).abs().max()) for i, j in ((0, 1), (0, 2), (1, 2))) > 0.01
 
 

@@ -90,7 +90,9 @@ def test_means_and_covariances_are_those_of_the_branch_sums(model, arrays):
         np.testing.assert_allclose(arrays[f"mean_{kind}"][:, -1], rest, rtol=1e-3, atol=1e-3)
         seen = (left - rest[:, None, None]) @ read
         covariance = torch.einsum("intc,jntc->ij", seen, seen) / (3 * 3 * 8 * 8)
-        np.testing.assert_allclose(arrays[f"rest_{kind}"], covariance, rtol=1e-2, atol=1e-2 * covariance.max())
+        rounding = 3e-12 * arrays[f"covariance_{kind}"].max()  # of float32, squared: these gates leave little more
+        tolerance = 1e-2 * float(covariance.max()) + rounding
+        np.testing.assert_allclose(arrays[f"rest_{kind}"], covariance, rtol=1e-2, atol=tolerance)
         seen = (own - mean[:, None, :, None]) @ read  # (S, n, Q, T, 12)
         covariance = torch.einsum("inqtc,jnqtc->ij", seen, seen) / (3 * 3 * 8 * 8)
         np.testing.assert_allclose(arrays[f"covariance_{kind}"], covariance, rtol=1e-3, atol=1e-3 * covariance.max())
