@@ -5,6 +5,7 @@ makes the parts of a step disagree. A policy, if there is one, proposes steps; t
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -105,7 +106,7 @@ class CorrectedRun(CachedRun):
         self._anchors: list[Tensor | None] = [None, None]
         self._anchor_noise: Tensor | None = None  # and the noise of the near one
         self._left: tuple[Tensor, Tensor] | None = None  # state and output that the step before ended with
-        self._added: Tensor | None = None  # (halves * n, T, D): what the stack added in the current step
+        self.newest_added: Tensor | None = None  # (halves * n, T, D): what the stack added in the current step
         self._replayed: Tensor | None = None  # what it is to add in a step that is taken again
         self._set_units(policy, info.depth)
 
@@ -133,6 +134,15 @@ class CorrectedRun(CachedRun):
         out = self._assemble(plan, computed, x)
         self.finish(plan, computed, out - x if self.rewinds else None)
         return out
+
+    @contextmanager
+    def adding(self, added: Tensor) -> Iterator[None]:
+        """In the model's calls within, no block runs and the stack adds this, (rows, T, D)."""
+        self._replayed = added
+        try:
+            yield
+        finally:
+            self._replayed = None
 
     # ------------------------------------------------------------------ the plan of a step
 
@@ -281,7 +291,7 @@ class CorrectedRun(CachedRun):
         if computed is not None:
             self.store.keep(computed.fresh, self.step)
             self._ahead = (range(0), None)
-        self._added = added
+        self.newest_added = added
         self._pass()
         self.last[plan.computed.cond] = self.refreshed[plan.computed.uncond] = self.step
         executed = self.trace.executed[self.step]
@@ -347,7 +357,7 @@ class CorrectedRun(CachedRun):
                     state = after
             if self.noise is not None:
                 self.noise.moved(again, amount, self.step, state - take_rows(x, again))
-            added = torch.cat([take_rows(half, again) for half in self._added.unflatten(0, (self.halves, -1))])
+            added = torch.cat([take_rows(half, again) for half in self.newest_added.unflatten(0, (self.halves, -1))])
             replayed = self._replay(self.step, state, again, added, evaluate, amount)
             x, out = put_rows(x, again, state), put_rows(out, again, replayed)
         return x, out
@@ -401,9 +411,6 @@ class CorrectedRun(CachedRun):
 
         amount: the noise that they have, where it is to be answered.
         """
-        self._replayed = added
-        try:
+        with self.adding(added):
             out = evaluate(step, x, images)
-        finally:
-            self._replayed = None
         return out if amount is None else self._add_answer(step, out, images, amount)

@@ -27,9 +27,13 @@ from adacorr.policy_run import PolicyRun
 from adacorr.profile import Profile, mismatch
 from adacorr.run import CachedRun
 from adacorr.spec import spell
-from adacorr.store import GateSumStore, StoreShape, UnitStore, ValueStore
+from adacorr.stack_profile import METHOD as STACK
+from adacorr.stack_profile import StackProfile
+from adacorr.store import GateSumStore, StoreShape, Track, UnitStore, ValueStore
 from adacorr.trace import Trace
 from adacorr.unit import Unit
+
+KNOWN = {"adacorr": ModelProfile, STACK: StackProfile}  # by the method of their profiles
 
 
 class CacheManager:
@@ -38,8 +42,9 @@ class CacheManager:
     policy      a caching method: says when, and alone also what is reused (None: AdaCorrection decides alone)
     correction  AdaCorrection (the practical form), Algorithm1 (the paper's Algorithm 1) or None (the policy alone)
     dtype       of the stored tensors; float32 by default, since forecasts amplify the rounding of bf16
-    profile     of method "adacorr": what is known of the model, for the best forecast and for the steps to compute
-                (adacorr.model_profile). Without one AdaCorrection forecasts by polynomials
+    profile     what is known of the model, for the best forecast and for the steps to compute: of method "adacorr"
+                (adacorr.model_profile), or "adacorr-stack" (adacorr.stack_profile). Without one AdaCorrection forecasts
+                by polynomials
 
     Raises ValueError for what does not go together.
     """
@@ -65,7 +70,9 @@ class CacheManager:
                 raise ValueError("a profile of the model serves AdaCorrection alone: give a correction, or no profile")
             if given := correction.polynomial_options:
                 raise ValueError(f"adacorr: {given} is of the polynomial, which a profile of the model replaces")
-            self._known = ModelProfile.of(profile)
+            if profile.method not in KNOWN:
+                raise ValueError(f"a profile of {profile.method!r} is none of AdaCorrection's: {', '.join(KNOWN)}")
+            self._known = KNOWN[profile.method].of(profile)
         self.trace: Trace | None = None
         self.bytes = 0
 
@@ -173,14 +180,15 @@ class CacheManager:
             return PolicyRun(policy, info, trace, stores.make)
         difference, whole = infers_unconditional(self.correction, trace.halves), Unit(0, info.depth)
         noise = injected = None
-        if self._known is None:
-            predictor = Predictor("branches", self.correction.order, self.correction.gate_error)
-            store = stores.make(whole, predictor, difference)
-        else:
+        if self.profile is not None:
             # Under noise it is that of deterministic DDIM.
             made_for = info.model_id, "ddim" if eta else info.sampler, info.cfg_scale
-            if why := mismatch(self.profile, "adacorr", *made_for):
+            if why := mismatch(self.profile, self.profile.method, *made_for):
                 raise ValueError(f"adacorr: the profile of the model does not fit this run ({why}); make one for it")
+        if not isinstance(self._known, ModelProfile):
+            predictor = Predictor("branches", self.correction.order, self.correction.gate_error)
+            store = stores.make(whole, predictor, difference, self._known)
+        else:
             injected = renewed(alpha_bar, eta)
             store = stores.known(whole, self._known, injected)
             if eta:
@@ -224,18 +232,28 @@ class _Stores:
             self.unique, self.index = distinct(labels, info.device)
         self.basis: GateBasis | None = None
 
-    def make(self, unit: Unit, predictor: Predictor, difference: bool = False) -> UnitStore:
-        """The store of one unit under a predictor."""
+    def make(
+        self, unit: Unit, predictor: Predictor, difference: bool = False, profile: StackProfile | None = None
+    ) -> UnitStore:
+        """The store of one unit under a predictor, or with its gates under what is known of the stack."""
         gated = hasattr(self.model.blocks[0], "gates")
         if predictor.kind == "residual" or predictor.stands_before_gate(unit) or not gated:
-            return ValueStore(unit, predictor, self.shape, difference)
+            tracks = self._tracks(1, predictor, profile)
+            return ValueStore(tracks, predictor.stands_before_gate(unit), difference)
         if self.basis is None:
             self._count_gates(len(self.timesteps) * self.trace.halves)
             reference = null_condition(self.model, self.timesteps)
             own = conditions(self.model, self.timesteps, self.unique, self.trace.halves)
             self.basis = fit_gate_basis(self.model.blocks, reference, own, predictor.gate_error)
-        tracks = [self.shape.polynomial(self.basis.rank, predictor) for _ in range(self.trace.halves)]
+        tracks = self._tracks(self.basis.rank, predictor, profile)
         return GateSumStore(unit, self.basis, self.index, tracks, difference)
+
+    def _tracks(self, entries: int, predictor: Predictor, profile: StackProfile | None) -> list[Track]:
+        """One for each half."""
+        kinds, at = KINDS[: self.trace.halves], self.shape.timesteps
+        if profile is None:
+            return [self.shape.polynomial(entries, predictor) for _ in kinds]
+        return [self.shape.track(entries, KEPT[kind], profile.rule(kind, at)) for kind in kinds]
 
     def known(self, unit: Unit, profile: ModelProfile, renewed: np.ndarray) -> GateSumStore:
         """The store of one unit under what is known of the model; renewed (S,) see `ModelProfile.rules`."""

@@ -88,13 +88,16 @@ class _State:
 
 
 class ErrorModel:
-    """The expected error of a schedule. alpha_bar (S,), held (S, F), readout (S, E): how a step reads its entries.
+    """The expected error of a schedule. held (S, F), readout (S, E): how a step reads its entries.
 
-    processes: that of the conditional half, and with guidance that of the guidance difference.
+    keep, noise (S,): of the sampler's steps x -> keep x + noise out. processes: that of the conditional half, and with
+    guidance that of the guidance difference.
     """
 
-    def __init__(self, alpha_bar: np.ndarray, held: np.ndarray, readout: np.ndarray, processes: list[Process]):
-        self.keep, self.noise = ddim_coefficients(alpha_bar)
+    def __init__(
+        self, keep: np.ndarray, noise: np.ndarray, held: np.ndarray, readout: np.ndarray, processes: list[Process]
+    ):
+        self.keep, self.noise = keep, noise
         self.held, self.readout, self.processes = held, readout, processes
         self.carry = self.keep[:, None] + self.noise[:, None] * held  # (S, F) of a skipped step
         # (S + 1, S + 1, F) from a step to another, all between skipped; 1 where there is none between

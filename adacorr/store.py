@@ -224,9 +224,9 @@ def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
 class ValueStore(UnitStore):
     """What a unit adds to the stream, or the output of a branch unit before its gate (kind "branches")."""
 
-    def __init__(self, unit: Unit, predictor: Predictor, shape: StoreShape, difference: bool = False):
-        super().__init__([shape.polynomial(1, predictor) for _ in range(shape.halves)], difference=difference)
-        self.before_gate = predictor.stands_before_gate(unit)
+    def __init__(self, tracks: list[Track], before_gate: bool = False, difference: bool = False):
+        super().__init__(tracks, difference=difference)
+        self.before_gate = before_gate
 
     def stored(self, images: np.ndarray, k: int) -> Tensor:
         histories = [track.history for track in self.tracks]

@@ -18,9 +18,11 @@ import copy
 import io
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -31,7 +33,7 @@ from torch import Tensor, nn
 
 from adacorr import CacheManager
 from adacorr.command import Parser, number, run_command, timed, writable
-from adacorr.integrations.diffusers import CacheConfig, enable
+from adacorr.integrations.diffusers import CacheConfig, enable, measure
 from adacorr.profile import FOLDER
 from benchmarks.tables import Lines, show
 from checkpoint import diffusers_pipeline
@@ -128,6 +130,12 @@ class Peers:
         near = summarise_psnr(psnr(self.reference, images))
         return {"compute": compute, "seconds": seconds, "psnr": near}
 
+    def measured_profile(self, path: Path) -> None:
+        """That of the transformer, from two calls on noise of their own."""
+        self.pipe.register_modules(transformer=copy.deepcopy(self.plain))
+        call = {"num_inference_steps": self.ours.sampler.num_steps, "guidance_scale": self.ours.cfg_scale}
+        measure(self.pipe, [{**call, "class_labels": [label], "output_type": "pt"} for label in (1, 6)], path)
+
     def ours_in_diffusers(self, **config: str) -> dict:
         return self.in_diffusers(lambda transformer: enable(self.pipe, CacheConfig(**config)))
 
@@ -199,6 +207,11 @@ def rows(peers: Peers) -> Iterator[tuple[str, str, dict]]:
     yield from (
         ("AdaCorrection, in diffusers", f"{spec}, profile", row) for spec, row in zip(specs, known, strict=True)
     )
+    with tempfile.TemporaryDirectory() as folder:
+        peers.measured_profile(path := Path(folder) / "measured.safetensors")
+        for spec in specs:
+            row = peers.ours_in_diffusers(adacorr=spec, profile=str(path))
+            yield "AdaCorrection, in diffusers", f"{spec}, profile of two calls", row
     for spec in specs:
         yield "AdaCorrection, in diffusers", spec, peers.ours_in_diffusers(adacorr=spec)
     curve = sorted((row["compute"], float(row["psnr"]["mean"])) for row in known)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from adacorr.kriging import kriging_weights
-from adacorr.placement import ErrorModel, Process, best_schedules, evaluations, local_search
+from adacorr.placement import ErrorModel, Process, best_schedules, ddim_coefficients, evaluations, local_search
 
 STEPS, BANDS, RANK = 12, 2, 3
 GUIDED = ((0, 3, 5, 9), (0, 5, 9))
@@ -24,7 +24,7 @@ def error_model(seed=0, guided=True, smooth=3.0, scatter=0.3):
         processes.append(Process(factor, covariance, rest, *answers, kept=2, weight=weight))
     alpha_bar = np.linspace(0.01, 0.99, STEPS)
     held, readout = generator.uniform(0, 1, (STEPS, BANDS)), generator.normal(size=(STEPS, RANK))
-    return ErrorModel(alpha_bar, held, readout, processes)
+    return ErrorModel(*ddim_coefficients(alpha_bar), held, readout, processes)
 
 
 def simulate(model, schedule):

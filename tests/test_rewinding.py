@@ -129,7 +129,7 @@ def replays(monkeypatch):
     done, correct = [], CorrectedRun.correct
 
     def checked(run, x, out, evaluate, advance):
-        halves = run._added.unflatten(0, (run.halves, -1))
+        halves = run.newest_added.unflatten(0, (run.halves, -1))
         for images in (np.arange(len(x)), np.array([1])):
             again = run._replay(run.step, x[images], images, halves[:, images].flatten(0, 1), evaluate, None)
             torch.testing.assert_close(again, out[images], atol=1e-4, rtol=1e-4)

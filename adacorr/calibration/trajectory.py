@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from adacorr.calibration.noise_response import NoiseResponse
 from adacorr.gates import GateBasis, conditions, fit_gate_basis, null_condition
 from adacorr.model_profile import KEPT, KINDS, between, interpolation
-from adacorr.placement import ErrorModel, Process, best_schedules
+from adacorr.placement import ErrorModel, Process, best_schedules, ddim_coefficients
 from adacorr.schedules import BOTH, CONDITIONAL
 from adacorr.store import ComputedRows, FreshSums, with_rest
 
@@ -133,7 +133,7 @@ class TrajectoryCalibration:
             covariance, rest = onto @ process.covariance @ onto.T, onto @ process.rest @ onto.T
             response, scatter = (between(timesteps, measured, own) for own in (process.response, process.scatter))
             processes.append(Process(factor, covariance, rest, response, scatter, process.kept, process.weight))
-        return ErrorModel(alpha_bar, between(timesteps, measured, held), onto @ readout, processes)
+        return ErrorModel(*ddim_coefficients(alpha_bar), between(timesteps, measured, held), onto @ readout, processes)
 
     # -------------------------------------------------------------------------------- before the first image
 

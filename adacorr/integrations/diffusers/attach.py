@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +84,7 @@ class Attachment:
 
     guidance_scale  of the pipeline's call that is under way, or None
     not_rewound     why runs go on without rewinding, and how many
+    observe         what looks at each step of a run: (stream, rows that it began with, output)
     """
 
     def __init__(self, transformer: nn.Module, family: Family, config: CacheConfig, pipe: Any = None):
@@ -97,6 +99,7 @@ class Attachment:
         self.runs = 0
         self.bypassed: Counter[str] = Counter()
         self.not_rewound: Counter[str] = Counter()
+        self.observe: Callable[[Stream, Tensor, Tensor], None] | None = None
         self._given: dict[str, Any] | None = None  # arguments of the call under way, where the cache takes it
         self._result: Any = None
         self._now: Stream | None = None  # that of the call under way
@@ -174,15 +177,20 @@ class Attachment:
         """The call is over: past steps are taken again, if it is time. One that failed leaves no state: out is None."""
         if out is None:
             self.reset()
-        elif (stream := self._now) is not None and stream.rewinding is not None:
+        elif self._now is not None:
             try:
                 with torch.no_grad():
-                    why = stream.rewinding.correct(self._given["hidden_states"], out[0], self._replay)
-                self._note(stream, why)
+                    self._finish(self._now, self._given["hidden_states"], out[0])
             except BaseException:
                 self.reset()
                 raise
         self._given = self._result = self._now = None
+
+    def _finish(self, stream: Stream, rows: Tensor, out: Tensor) -> None:
+        if stream.rewinding is not None:
+            self._note(stream, stream.rewinding.correct(rows, out, self.replay))
+        if self.observe is not None:
+            self.observe(stream, rows, out)
 
     def _note(self, stream: Stream, why: str) -> None:
         """The run goes on without rewinding if there is a reason."""
@@ -190,16 +198,27 @@ class Attachment:
             self.not_rewound[why] += 1
             stream.rewinding, stream.run.rewinds = None, False
 
-    def _replay(self, step: int, rows: Tensor, images: np.ndarray) -> Tensor:
-        """The transformer's output for other rows at an earlier step, of which those of `images` count."""
+    def replay(self, step: int, rows: Tensor, images: np.ndarray) -> Tensor:
+        """The transformer's output for other rows at a step up to this one, of which those of `images` count."""
         rewinding = self._now.rewinding
-        given = {name: value for name, value in self._given.items() if value is not None}
-        given |= {"hidden_states": rows, "timestep": rewinding.timesteps[step], "return_dict": False}
         self._replayed = rewinding.rows_of(images)
         try:
-            return self.transformer.forward(**given)[0]
+            return self._forward(hidden_states=rows, timestep=rewinding.timesteps[step])
         finally:
             self._replayed = None
+
+    def uncached(self, rows: Tensor) -> Tensor:
+        """The transformer's output for other rows at this step; all blocks run."""
+        given, self._given = self._given, None
+        try:
+            return self._forward(given, hidden_states=rows)
+        finally:
+            self._given = given
+
+    def _forward(self, given: dict[str, Any] | None = None, **others: Any) -> Tensor:
+        """The output for the arguments of the call under way, with others in their place."""
+        known = {name: value for name, value in (given or self._given).items() if value is not None}
+        return self.transformer.forward(**known | others | {"return_dict": False})[0]
 
     def _outside(self, given: dict[str, Any]) -> str:
         """Why a call runs uncached; empty if it does not."""

@@ -24,7 +24,7 @@ class CacheConfig:
                     "literal" for the paper's Algorithm 1, None for `cache` alone
     cache           a caching method as --cache takes it ("teacache:threshold=0.2"), or None for AdaCorrection alone
     dtype           of the stored tensors: fp32, bf16, fp16 or int8
-    profile         file of a profile of the model, for AdaCorrection on DDIM
+    profile         file of a profile, for AdaCorrection: one that `measure` wrote, or one of the bundled model
     model_id        sha256 of the checkpoint that profiles are held to, this one and those of calibrated methods; None
                     takes what the pipeline's own config says of it (PixelDiTPipeline), if anything
     guidance_scale  None takes it from the pipeline's call; needed for a bare transformer that gets both guidance halves

@@ -68,16 +68,16 @@ class Rewinding:
         self.run, self.coefficients, self.scale = run, coefficients, scale
         self.halves, self.conditional_first = halves, conditional_first
         self.timesteps: list[Any] = []  # what the transformer was given for each step
-        self._expected: Tensor | None = None
+        self.expected: Tensor | None = None  # the state (n, C, ...) that the next step is to begin with
 
     def begin(self, rows: Tensor, timestep: Any) -> str:
         """A step begins with the rows (halves * n, C, ...). Why the run cannot rewind; empty if it can."""
         self.timesteps.append(timestep)
-        if self._expected is None:
+        if self.expected is None:
             return ""
         x = self.state(rows)
         allowed = TOLERANCE + ROUNDINGS * torch.finfo(rows.dtype).eps
-        return "" if (x - self._expected).norm() <= allowed * x.norm() else UNEXPECTED
+        return "" if (x - self.expected).norm() <= allowed * x.norm() else UNEXPECTED
 
     def state(self, rows: Tensor) -> Tensor:
         """(n, C, ...) float32."""
@@ -95,13 +95,15 @@ class Rewinding:
         learned_variance = out.shape[2:] == state.shape[2:] and out.shape[1] > state.shape[1]
         return out[:, : state.shape[1]] if learned_variance else None
 
+    def halves_of(self, predicted: Tensor) -> list[Tensor]:
+        """(rows, C, ...) -> (n, C, ...) float32 of each half, the conditional one first."""
+        halves = list(predicted.float().chunk(self.halves))
+        return halves if self.conditional_first else halves[::-1]
+
     def guided(self, predicted: Tensor) -> Tensor:
         """(rows, C, ...) -> (n, C, ...) float32."""
-        if self.halves == 1:
-            return predicted.float()
-        first, second = predicted.float().chunk(2)
-        cond, uncond = (first, second) if self.conditional_first else (second, first)
-        return uncond + self.scale * (cond - uncond)
+        cond, *others = self.halves_of(predicted)
+        return cond if not others else others[0] + self.scale * (cond - others[0])
 
     def correct(self, rows: Tensor, out: Tensor, replay: Callable[[int, Tensor, np.ndarray], Tensor]) -> str:
         """Take past steps again if this one was computed, and move the state by changing the output in place.
@@ -126,7 +128,7 @@ class Rewinding:
             move = answer - noise + a / b * (better - x)
             predicted += torch.cat([move] * self.halves).to(out.dtype)
             noise = self.guided(predicted)
-        self._expected = a * x + b * noise
+        self.expected = a * x + b * noise
         return ""
 
     def _advance(self, step: int, x: Tensor, out: Tensor, images: np.ndarray) -> Tensor:

@@ -1,0 +1,93 @@
+"""The profile of a transformer that is not looked into, from a few uncached runs: see adacorr.stack_profile.
+
+Beside each uncached run stands a cached one of the same noise, as for the profile of a model (adacorr.calibration.
+trajectory), whose error model this shares. What is simpler: nothing is told apart by spatial frequency, and what the
+layers outside of the blocks make of a change is measured by its size alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adacorr.calibration.trajectory import ENOUGH
+from adacorr.model_profile import KEPT, KINDS
+from adacorr.placement import ErrorModel, Process, best_schedules
+from adacorr.schedules import BOTH, CONDITIONAL
+from adacorr.store import with_rest
+
+NEGLIGIBLE = 1e-9  # share of the whole variance below which a direction of it is left out
+
+
+class StackCalibration:
+    """Adds up what is seen of uncached runs at timesteps (P,), all with the same scheduler and guidance.
+
+    steps (P, 2): a and b of the scheduler's steps x <- a x + b out. basis (P, E): how a step reads what is stored.
+    """
+
+    def __init__(self, timesteps: np.ndarray, steps: np.ndarray, basis: np.ndarray, cfg_scale: float):
+        self.timesteps, self.steps, self.basis, self.cfg_scale = timesteps, steps, basis, cfg_scale
+        self.halves, count = 1 if cfg_scale == 1.0 else 2, len(timesteps)
+        self.images, self.power, self.gram = 0, 0.0, 0.0
+        self.read = np.zeros((count, 2))  # mean squares of a change of what the stack adds, and of the output's change
+        self.asked = np.zeros(count)
+        # Of a response: along the error and in size, for what is held, the conditional half and the difference.
+        self.answered = np.zeros((count, 1 + self.halves, 2))
+
+    def add_reading(self, step: int, change: Tensor, answer: Tensor) -> None:
+        """The output of a half changes by `answer` where what the stack adds to its tokens changes by `change`."""
+        self.read[step] += float(change.double().square().mean()), float(answer.double().square().mean())
+
+    def add_response(self, step: int, error: Tensor, answers: Sequence[Tensor]) -> None:
+        """What an error (n, C, ...) of the state is answered by: the layers outside of the blocks, and the network's
+        conditional half and guidance difference."""
+        error = error.double()
+        self.asked[step] += float(error.square().sum())
+        for seen, answer in zip(self.answered[step], answers, strict=True):
+            answer = answer.double()
+            seen += float((answer * error).sum()), float(answer.square().sum())
+
+    def add_run(self, stored: Sequence[Tensor], final: Tensor) -> None:
+        """What was stored of each step (P, n, E, T, D), a tensor for each process, and the final state (n, C, ...)."""
+        rows = torch.cat([own.transpose(1, 2).flatten(0, 1).flatten(1).double() for own in stored])
+        self.gram = self.gram + (rows @ rows.T / rows.shape[1]).cpu().numpy() * len(final)
+        self.power += float(final.double().square().mean()) * len(final)
+        self.images += len(final)
+
+    def fit(self) -> tuple[dict[str, np.ndarray], dict]:
+        """(arrays of the profile, notes). ValueError before a whole run was seen, or where no step was skipped."""
+        known = np.flatnonzero(self.asked)
+        if not self.images or not len(known):
+            raise ValueError("nothing was measured: give calls of more steps")
+        count, entries = self.basis.shape
+        moments = (self.gram / self.images).reshape(self.halves, count, entries, self.halves, count, entries)
+        values, vectors = np.linalg.eigh(self.gram / self.images)
+        used = values > NEGLIGIBLE * values.sum()
+        factor = (vectors[:, used] * np.sqrt(values[used])).reshape(self.halves, count, entries, -1)
+        factor = np.concatenate([factor, np.zeros_like(factor[:, :, :1])], axis=2)  # nothing is left by the basis
+        # Where the states agree, as before the first skipped step, the next step that tells stands in.
+        source = known[np.searchsorted(known, np.arange(count)).clip(max=len(known) - 1)]
+        along, size = (self.answered[source] / self.asked[source][:, None, None]).transpose(2, 1, 0)  # (kinds, P)
+        scatter = np.sqrt(np.maximum(size - along**2, 0.0))
+        reading = np.sqrt(self.read[:, 1] / np.maximum(self.read[:, 0], np.finfo(float).tiny))
+        reading[0] = reading[1]  # a first step has none before it that tells
+        arrays, processes = {"timesteps": self.timesteps}, []
+        for half, kind in enumerate(KINDS[: self.halves]):
+            own = np.einsum("iqjq->ij", moments[half, :, :, half])
+            arrays[f"moments_{kind}"] = own
+            answers = along[1 + half][:, None], scatter[1 + half][:, None]
+            weight = 1.0 if half == 0 else self.cfg_scale - 1.0
+            processes.append(Process(factor[half][None], own, np.zeros_like(own), *answers, KEPT[kind], weight))
+        readout = with_rest(self.basis) * reading[:, None]
+        model = ErrorModel(*self.steps.T, along[0][:, None], readout, processes)
+        contrast = np.sqrt(self.power / self.images)
+        found = best_schedules(model, (ENOUGH * contrast) ** 2)
+        rows = np.zeros((len(found), count), dtype=np.uint8)
+        for row, ((nodes, refreshes), _) in zip(rows, found, strict=True):
+            row[list(nodes)] = CONDITIONAL if model.guided else BOTH
+            row[list(refreshes)] = BOTH
+        arrays |= {"schedules": rows, "expected": np.sqrt([error for _, error in found]), "contrast": contrast}
+        return {name: np.asarray(array) for name, array in arrays.items()}, {"images": self.images}

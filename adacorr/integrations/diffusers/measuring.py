@@ -1,0 +1,154 @@
+"""The profile of a pipeline's transformer: a few calls of the pipeline, uncached, are looked at in every step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from adacorr.calibration.stack import StackCalibration
+from adacorr.integrations.diffusers.attach import Attachment, Stream
+from adacorr.integrations.diffusers.config import CacheConfig
+from adacorr.integrations.diffusers.handle import enable
+from adacorr.integrations.diffusers.schedule import sampler_of
+from adacorr.profile import Profile, check_suffix, save_profile
+from adacorr.stack_profile import METHOD
+
+EVERYTHING = "gamma=1e6"  # computes all steps, both halves
+WRONG = "taylorseer:every=4,order=1"  # a cache whose errors are those that a run makes, at any number of steps
+SEED = 2**31  # of the first call; others follow
+TOKENS = 64  # of an image that are looked at, evenly spaced
+ROUNDING = 1e-5  # relative difference of states below which it is none
+
+
+def measure(
+    pipe: Any,
+    calls: Sequence[Mapping[str, Any]],
+    path: str | Path | None = None,
+    *,
+    config: CacheConfig | None = None,
+    component: str = "transformer",
+) -> Profile:
+    """How a pipeline's transformer behaves in time, for `CacheConfig(profile=path)`: from two calls or more.
+
+    calls: the arguments of each, like those that the profile is to serve, with one number of steps and one guidance.
+    Each call runs twice: cached, then uncached with one more evaluation of the network and a few of the layers outside
+    of its blocks in each step. Their generators are made here. config: as for `enable`; its model_id
+    is what the profile is held to. The profile is written to `path`, if one is given.
+
+    ValueError for no call, calls that differ, and what cannot rewind: such profiles rest on steps that are linear.
+    """
+    if path is not None:
+        check_suffix(path)
+    config, observer = config or CacheConfig(), None
+    transformer = getattr(pipe, component, None)
+    for number, call in enumerate(calls):
+
+        def run(call: Mapping[str, Any] = call, seed: int = SEED + number) -> None:
+            pipe(**{**call, "generator": torch.Generator().manual_seed(seed)})
+
+        wrong = replace(config, adacorr=None, cache=WRONG, profile=None)
+        with enable(pipe, wrong, component=component), _states(transformer) as cached:
+            run()
+        whole = replace(config, adacorr=EVERYTHING, cache=None, profile=None)
+        with enable(pipe, whole, component=component) as cache:
+            observer = observer or _Observer()
+            observer.begin(cache._attachment, cached)
+            run()
+            observer.end()
+    if observer is None:
+        raise ValueError("measure needs the arguments of one call of the pipeline at least; two are better")
+    arrays, notes = observer.calibration.fit()
+    model, steps = cache.config.model_id or "unknown", len(observer.calibration.timesteps)
+    name = sampler_of(pipe.scheduler)
+    profile = Profile(METHOD, arrays, model, name, steps, observer.calibration.cfg_scale, notes)
+    if path is not None:
+        save_profile(path, profile)
+    return profile
+
+
+@contextmanager
+def _states(transformer: nn.Module) -> Iterator[list[Tensor]]:
+    """A list that gets the rows which each call of the transformer begins with."""
+    seen: list[Tensor] = []
+
+    def see(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        seen.append(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+
+    hook = transformer.register_forward_pre_hook(see, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+class _Observer:
+    """Sees every step of uncached runs, and asks the transformer what it would make of others."""
+
+    def __init__(self):
+        self.calibration: StackCalibration | None = None
+
+    def begin(self, attachment: Attachment, cached: Sequence[Tensor]) -> None:
+        """A run begins; cached: the rows (halves * n, C, ...) that the steps of a cached run of it began with."""
+        self.attachment, self.cached = attachment, cached
+        self.stored: list[list[Tensor]] = []  # for each step, of each process (n, E, T', D)
+        self.before: Tensor | None = None  # what the stack added in the step before
+        attachment.observe = self.see
+
+    def see(self, stream: Stream, rows: Tensor, out: Tensor) -> None:
+        rewinding, run = stream.rewinding, stream.run
+        if rewinding is None:
+            reasons = ", ".join(self.attachment.not_rewound)
+            raise ValueError(f"this pipeline cannot be measured: {reasons}")
+        if self.calibration is None:
+            basis = run.store.basis
+            basis = np.ones((len(stream.grid.timesteps), 1)) if basis is None else np.asarray(basis, dtype=np.float64)
+            scale = rewinding.scale if rewinding.halves == 2 else 1.0
+            self.calibration = StackCalibration(stream.grid.timesteps, rewinding.coefficients, basis, scale)
+        known, step = self.calibration, run.step
+        here = (stream.grid.timesteps, rewinding.halves, rewinding.scale if rewinding.halves == 2 else 1.0)
+        if not (np.array_equal(known.timesteps, here[0]) and (known.halves, known.cfg_scale) == here[1:]):
+            raise ValueError("the calls that measure a transformer must have the same steps and the same guidance")
+        x, own, added = rewinding.state(rows), self.halves_of(stream, out, rows), run.newest_added
+        everyone = np.arange(len(x))
+        self.stored.append([])
+        for track in run.store.tracks:
+            values = track.history.entries(everyone, track.history.slot(everyone, 0)[:, 0])
+            self.stored[-1].append(values[:, :, :: max(values.shape[2] // TOKENS, 1)].float().cpu())
+        if self.before is not None:
+            change = (self.before - added)[: len(x)]
+            other = self.replayed(stream, rows, added + torch.cat([change] * rewinding.halves))
+            known.add_reading(step, change, other[0] - own[0])
+        self.before = added
+        error = rewinding.state(self.cached[step]) - x
+        if error.norm() > ROUNDING * x.norm():
+            moved = torch.cat([x + error] * rewinding.halves).to(rows.dtype)
+            held = self.replayed(stream, moved, added)[0] - own[0]
+            fresh = self.halves_of(stream, self.attachment.uncached(moved), rows)
+            answers = [new - old for new, old in zip(fresh, own, strict=True)]
+            known.add_response(step, error, [held, answers[0], *(answers[0] - other for other in answers[1:])])
+        if step == len(known.timesteps) - 1:
+            self.final = rewinding.expected
+
+    def halves_of(self, stream: Stream, out: Tensor, rows: Tensor) -> list[Tensor]:
+        return stream.rewinding.halves_of(stream.rewinding.predicted(out, rows))
+
+    def replayed(self, stream: Stream, rows: Tensor, added: Tensor) -> list[Tensor]:
+        """The halves of the output where the stack adds this in the current step."""
+        with stream.run.adding(added):
+            out = self.attachment.replay(stream.run.step, rows, np.arange(stream.run.info.images))
+        return self.halves_of(stream, out, rows)
+
+    def end(self) -> None:
+        """The run is over."""
+        if self.calibration is None or len(self.stored) != len(self.calibration.timesteps):
+            raise ValueError(
+                "the pipeline took no whole run through the cache; stats()['bypassed'] of `enable` says why"
+            )
+        self.calibration.add_run([torch.stack(own) for own in zip(*self.stored, strict=True)], self.final)

@@ -1,0 +1,53 @@
+"""What AdaCorrection knows of a transformer that it does not look into: how what is stored of it moves in time.
+
+Made by adacorr.integrations.diffusers.measure from a few calls of a pipeline. It is of one scheduler and one guidance,
+and serves runs of other numbers of steps, which it is interpolated to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from adacorr.kriging import Kriging
+from adacorr.model_profile import KINDS, interpolation
+from adacorr.profile import Profile
+from adacorr.schedules import Schedules
+
+METHOD = "adacorr-stack"
+
+
+@dataclass(frozen=True)
+class StackProfile:
+    """The arrays of a profile of method "adacorr-stack".
+
+    timesteps (P,)       at which all of it was measured, in sampling order
+    moments[kind] (P, P) second moments in time of what is stored of a step, mean over images, entries and elements
+    schedules            for runs at these timesteps: array `schedules` (R, P), with `expected` (R,)
+    contrast             rms of the final state
+    """
+
+    timesteps: np.ndarray
+    moments: dict[str, np.ndarray]
+    schedules: Schedules
+    contrast: float
+
+    @classmethod
+    def of(cls, profile: Profile) -> StackProfile:
+        """ValueError for arrays that are missing or of another shape."""
+        steps, kinds = profile.num_sampling_steps, KINDS[: 1 if profile.cfg_scale == 1.0 else 2]
+        shapes = {"timesteps": (steps,), "schedules": (None, steps), "expected": (None,), "contrast": ()}
+        arrays = profile.require(**shapes, **{f"moments_{kind}": (steps, steps) for kind in kinds})
+        schedules = Schedules(*(arrays[name] for name in ("timesteps", "schedules", "expected")), halves=len(kinds))
+        moments = {kind: arrays[f"moments_{kind}"] for kind in kinds}
+        return cls(arrays["timesteps"], moments, schedules, float(arrays["contrast"]))
+
+    def plan(self, steps: int) -> Schedules:
+        """The schedules for a run of so many steps."""
+        return self.schedules
+
+    def rule(self, kind: str, timesteps: np.ndarray) -> Kriging:
+        """How the process is forecast in a run at timesteps (S,)."""
+        onto = interpolation(timesteps, self.timesteps)
+        return Kriging(onto @ self.moments[kind].astype(np.float64) @ onto.T)

@@ -1,0 +1,138 @@
+"""The profile of a pipeline's transformer: what is measured, by hand, what it does to a run, and what is refused."""
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from test_diffusers_pipelines import STEPS, draw, whole_pipeline
+from test_rewinding import rewinding_pipeline
+
+from adacorr import AdaCorrection, CacheManager
+from adacorr.calibration import stack
+from adacorr.calibration.stack import StackCalibration
+from adacorr.integrations.diffusers import CacheConfig, enable, measure
+from adacorr.integrations.diffusers.measuring import SEED
+from adacorr.profile import Profile, load_profile
+from adacorr.stack_profile import METHOD, StackProfile
+
+torch.set_grad_enabled(False)
+
+
+def made(name):
+    """(pipeline, arguments of two calls)."""
+    pipe, call = rewinding_pipeline(name)
+    pipe.set_progress_bar_config(disable=True)
+    call = {**call, "num_inference_steps": STEPS}
+    other = {key: value + 0.5 if torch.is_tensor(value) and "mask" not in key else value for key, value in call.items()}
+    return pipe, (call, other)
+
+
+def stack_output(pipe, call, seed):
+    """(S, rows, T, D): what all blocks of SD3 add to text and image tokens in an uncached call."""
+    first, *_, before_last, last = pipe.transformer.transformer_blocks
+    seen = []
+
+    def begin(module, args, kwargs):
+        seen.append([kwargs["encoder_hidden_states"], kwargs["hidden_states"]])
+
+    hooks = [first.register_forward_pre_hook(begin, with_kwargs=True)]
+    hooks.append(before_last.register_forward_hook(lambda module, args, out: seen[-1].append(out[0])))
+    hooks.append(last.register_forward_hook(lambda module, args, out: seen[-1].append(out[1])))  # it leaves text alone
+    pipe(**call, generator=torch.Generator().manual_seed(seed))
+    for hook in hooks:
+        hook.remove()
+    return torch.stack([torch.cat([after - text, out - image], dim=1) for text, image, after, out in seen])
+
+
+def test_the_moments_are_those_of_what_the_blocks_add(tmp_path):
+    pipe, calls = made("sd3")
+    profile = measure(pipe, calls, tmp_path / "sd3.safetensors")
+    assert (profile.method, profile.sampler) == (METHOD, "FlowMatchEulerDiscreteScheduler")
+    assert (profile.num_sampling_steps, profile.notes) == (STEPS, {"images": 4})
+    np.testing.assert_allclose(profile.arrays["timesteps"], pipe.scheduler.timesteps.numpy())
+    runs = [stack_output(pipe, call, SEED + number) for number, call in enumerate(calls)]
+    uncond, cond = torch.cat([run.unflatten(1, (2, -1)) for run in runs], dim=2).unbind(1)
+    for kind, process in (("conditional", cond), ("difference", cond - uncond)):
+        rows = process.flatten(1).double()
+        np.testing.assert_allclose(profile.arrays[f"moments_{kind}"], rows @ rows.T / rows.shape[1], rtol=1e-3)
+    again = measure(pipe, calls)
+    for name, array in load_profile(tmp_path / "sd3.safetensors").arrays.items():
+        np.testing.assert_array_equal(again.arrays[name], array)
+
+
+@pytest.mark.parametrize("name", ["dit", "pixart", "sd3", "flux"])
+def test_a_profile_chooses_the_steps_and_the_forecast(name, tmp_path):
+    pipe, calls = made(name)
+    path = tmp_path / "own.safetensors"
+    profile = measure(pipe, calls[:1], path)
+    known, cfg = StackProfile.of(profile), profile.cfg_scale
+    assert (np.diff(known.schedules.expected) < 0).all()
+    plain = draw(pipe, calls[0])
+    with enable(pipe, CacheConfig(adacorr="budget=3.5", profile=str(path))) as cache:
+        first = draw(pipe, calls[0])
+        assert torch.equal(draw(pipe, calls[0]), first)
+        stats = cache.stats()
+    (stream,) = stats["streams"].values()
+    rows = [known.schedules.at(known.timesteps, row) for row in range(len(known.schedules.rows))]
+    rows = [[list(steps) for steps in own][: 1 if cfg == 1.0 else 2] for own in rows]
+    assert stream["computed_steps"][0] == stream["computed_steps"][1]
+    assert stream["computed_steps"][0] in rows[1:-1]
+    assert 2 < stats["evaluations"] <= 3.5
+    assert (cfg == 1.0) == (name == "flux")
+    assert not torch.equal(first, plain)
+    with enable(pipe, CacheConfig(adacorr="gamma=1e6", profile=str(path))):
+        assert torch.equal(draw(pipe, calls[0]), plain)
+    wrong = f"guidance {cfg} there, 3.5"
+    if cfg > 1:
+        with enable(pipe, CacheConfig(profile=str(path))), pytest.raises(ValueError, match=wrong):
+            draw(pipe, calls[0], guidance_scale=3.5)
+
+
+def test_what_is_added_up(monkeypatch):
+    """By hand: two steps, one entry, one half."""
+    own = StackCalibration(np.array([900.0, 100.0]), np.array([[1.5, -0.5], [2.0, -1.0]]), np.ones((2, 1)), 1.0)
+    own.add_reading(1, torch.full((1, 3, 2), 2.0), torch.full((1, 1, 4), 1.0))  # four times the power
+    error = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    own.add_response(1, error, [0.5 * error, error + torch.tensor([[0.0, 2.0], [0.0, 0.0]])])
+    stored = torch.stack([torch.full((1, 1, 3, 2), 3.0), torch.full((1, 1, 3, 2), -1.0)])
+    own.add_run([stored], torch.full((1, 4), 0.5))
+    seen, found = [], [(((0,), ()), 0.04)]
+    monkeypatch.setattr(stack, "best_schedules", lambda *given: seen.append(given) or found)
+    arrays, notes = own.fit()
+    (model, enough), (process,) = seen[0], seen[0][0].processes
+    np.testing.assert_allclose(arrays["moments_conditional"], [[9, -3], [-3, 1]])
+    np.testing.assert_allclose((model.keep, model.noise), ([1.5, 2.0], [-0.5, -1.0]))
+    np.testing.assert_allclose(model.held, [[0.5], [0.5]])  # the first step tells nothing, and the next one stands in
+    np.testing.assert_allclose(process.response, [[1], [1]])
+    np.testing.assert_allclose(process.scatter, np.sqrt([[2], [2]]))  # power 4 beside the error, of power 2
+    np.testing.assert_allclose(model.readout, [[0.5, 0.5], [0.5, 0.5]])
+    np.testing.assert_allclose(process.factor[0, :, 0] @ process.factor[0, :, 0].T, [[9, -3], [-3, 1]])
+    assert not process.factor[0, :, 1].any()
+    assert enough == pytest.approx((stack.ENOUGH * 0.5) ** 2)
+    assert (arrays["schedules"].tolist(), arrays["expected"].tolist()) == ([[2, 0]], [0.2])
+    assert (float(arrays["contrast"]), notes) == (0.5, {"images": 1})
+
+
+def test_what_cannot_be_measured():
+    pipe, calls = made("sd3")
+    with pytest.raises(ValueError, match="one call of the pipeline at least"):
+        measure(pipe, [])
+    with pytest.raises(ValueError, match=r"own\.txt: the name must end in"):
+        measure(pipe, calls, "own.txt")
+    with pytest.raises(ValueError, match="the same steps and the same guidance"):
+        measure(pipe, [calls[0], {**calls[1], "num_inference_steps": STEPS + 1}])
+    with pytest.raises(ValueError, match="give calls of more steps"):
+        measure(pipe, [{**calls[0], "num_inference_steps": 1}])
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+    with pytest.raises(ValueError, match="cannot be measured: steps of FlowMatchEulerDiscreteScheduler that are not"):
+        measure(pipe, calls)
+    pipe, call = whole_pipeline("wan")  # halves in calls of their own
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(ValueError, match="cannot be measured: a state that the scheduler does not make"):
+        measure(pipe, [{**call, "num_inference_steps": STEPS}])
+    assert not any(module._forward_pre_hooks for module in pipe.transformer.modules())
+
+
+def test_a_profile_of_another_method_is_refused():
+    with pytest.raises(ValueError, match="'teacache' is none of AdaCorrection's: adacorr, adacorr-stack"):
+        CacheManager(correction=AdaCorrection(), profile=Profile("teacache", {}, "x", "ddim", 6, 1.0))
