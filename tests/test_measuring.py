@@ -15,8 +15,6 @@ from adacorr.integrations.diffusers.measuring import SEED
 from adacorr.profile import Profile, load_profile
 from adacorr.stack_profile import METHOD, StackProfile
 
-torch.set_grad_enabled(False)
-
 
 def made(name):
     """(pipeline, arguments of two calls)."""
