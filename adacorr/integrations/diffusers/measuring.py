@@ -35,14 +35,15 @@ def measure(
     config: CacheConfig | None = None,
     component: str = "transformer",
 ) -> Profile:
-    """How a pipeline's transformer behaves in time, for `CacheConfig(profile=path)`: from two calls or more.
+    """How a pipeline's transformer behaves in time, for `CacheConfig(profile=path)`: from one call or, better, more.
 
     calls: the arguments of each, like those that the profile is to serve, with one number of steps and one guidance.
-    Each call runs twice: cached, then uncached with one more evaluation of the network and a few of the layers outside
-    of its blocks in each step. Their generators are made here. config: as for `enable`; its model_id
-    is what the profile is held to. The profile is written to `path`, if one is given.
+    Their generators are made here. Each call runs twice: cached, then uncached, where each step evaluates the network
+    once more, and the layers outside of its blocks a few times. The profile is written to `path`, if one is given.
+    config: as for `enable`; its model_id is what the profile is held to.
 
-    ValueError for no call, calls that differ, and what cannot rewind: such profiles rest on steps that are linear.
+    ValueError for no call, for calls that differ, and for a pipeline that cannot rewind, since the profile rests on
+    linear steps.
     """
     if path is not None:
         check_suffix(path)
@@ -63,7 +64,7 @@ def measure(
             run()
             observer.end()
     if observer is None:
-        raise ValueError("measure needs the arguments of one call of the pipeline at least; two are better")
+        raise ValueError("measure needs the arguments of one call of the pipeline at least; give two")
     arrays, notes = observer.calibration.fit()
     model, steps = cache.config.model_id or "unknown", len(observer.calibration.timesteps)
     name = sampler_of(pipe.scheduler)
