@@ -56,6 +56,15 @@ class Schedules:
         return self.at(timesteps, int((self.expected <= error).argmax()))
 
 
+def tabulate(found: list[tuple[Schedule, float]], steps: int, guided: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(rows (R, S) uint8, expected (R,)) of schedules and their expected squared errors, for runs of S steps."""
+    rows = np.zeros((len(found), steps), dtype=np.uint8)
+    for row, ((nodes, refreshes), _) in zip(rows, found, strict=True):
+        row[list(nodes)] = CONDITIONAL if guided else BOTH
+        row[list(refreshes)] = BOTH
+    return rows, np.sqrt([error for _, error in found])
+
+
 def nearest(known: list[Schedules], steps: int) -> Schedules:
     """Those made for the number of steps that is nearest by its ratio to `steps`; beyond ALIKE the finest ones.
 

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adacorr.calibration.trajectory import ENOUGH
+from adacorr.calibration.trajectory import ENOUGH, split_answers
 from adacorr.model_profile import KEPT, KINDS
 from adacorr.placement import ErrorModel, Process, best_schedules
-from adacorr.schedules import BOTH, CONDITIONAL
+from adacorr.schedules import tabulate
 from adacorr.store import with_rest
 
 NEGLIGIBLE = 1e-9  # share of the whole variance below which a direction of it is left out
@@ -68,26 +68,18 @@ class StackCalibration:
         used = values > NEGLIGIBLE * values.sum()
         factor = (vectors[:, used] * np.sqrt(values[used])).reshape(self.halves, count, entries, -1)
         factor = np.concatenate([factor, np.zeros_like(factor[:, :, :1])], axis=2)  # nothing is left by the basis
-        # Where the states agree, as before the first skipped step, the next step that tells stands in.
-        source = known[np.searchsorted(known, np.arange(count)).clip(max=len(known) - 1)]
-        along, size = (self.answered[source] / self.asked[source][:, None, None]).transpose(2, 1, 0)  # (kinds, P)
-        scatter = np.sqrt(np.maximum(size - along**2, 0.0))
+        held, answers = split_answers(self.asked[:, None], self.answered[..., None], known)  # in one band
         reading = np.sqrt(self.read[:, 1] / np.maximum(self.read[:, 0], np.finfo(float).tiny))
         reading[0] = reading[1]  # a first step has none before it that tells
         arrays, processes = {"timesteps": self.timesteps}, []
         for half, kind in enumerate(KINDS[: self.halves]):
             own = np.einsum("iqjq->ij", moments[half, :, :, half])
             arrays[f"moments_{kind}"] = own
-            answers = along[1 + half][:, None], scatter[1 + half][:, None]
             weight = 1.0 if half == 0 else self.cfg_scale - 1.0
-            processes.append(Process(factor[half][None], own, np.zeros_like(own), *answers, KEPT[kind], weight))
+            processes.append(Process(factor[half][None], own, np.zeros_like(own), *answers[half], KEPT[kind], weight))
         readout = with_rest(self.basis) * reading[:, None]
-        model = ErrorModel(*self.steps.T, along[0][:, None], readout, processes)
+        model = ErrorModel(*self.steps.T, held, readout, processes)
         contrast = np.sqrt(self.power / self.images)
-        found = best_schedules(model, (ENOUGH * contrast) ** 2)
-        rows = np.zeros((len(found), count), dtype=np.uint8)
-        for row, ((nodes, refreshes), _) in zip(rows, found, strict=True):
-            row[list(nodes)] = CONDITIONAL if model.guided else BOTH
-            row[list(refreshes)] = BOTH
-        arrays |= {"schedules": rows, "expected": np.sqrt([error for _, error in found]), "contrast": contrast}
+        rows, expected = tabulate(best_schedules(model, (ENOUGH * contrast) ** 2), count, model.guided)
+        arrays |= {"schedules": rows, "expected": expected, "contrast": contrast}
         return {name: np.asarray(array) for name, array in arrays.items()}, {"images": self.images}

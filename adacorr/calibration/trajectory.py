@@ -17,7 +17,7 @@ from adacorr.calibration.noise_response import NoiseResponse
 from adacorr.gates import GateBasis, conditions, fit_gate_basis, null_condition
 from adacorr.model_profile import KEPT, KINDS, between, interpolation
 from adacorr.placement import ErrorModel, Process, best_schedules, ddim_coefficients
-from adacorr.schedules import BOTH, CONDITIONAL
+from adacorr.schedules import tabulate
 from adacorr.store import ComputedRows, FreshSums, with_rest
 
 GATE_ERROR = 0.06  # relative, as the final layer sees it; what the basis leaves is forecast, too
@@ -112,11 +112,7 @@ class TrajectoryCalibration:
         for timesteps, alpha_bar in self.runs:
             model = self.error_model(timesteps, alpha_bar, held, readout, processes)
             found = best_schedules(model, (ENOUGH * arrays["contrast"]) ** 2)
-            rows = np.zeros((len(found), len(timesteps)), dtype=np.uint8)
-            for row, ((nodes, refreshes), _) in zip(rows, found, strict=True):
-                row[list(nodes)] = CONDITIONAL if model.guided else BOTH
-                row[list(refreshes)] = BOTH
-            expected = np.sqrt([error for _, error in found])
+            rows, expected = tabulate(found, len(timesteps), model.guided)
             own = {"timesteps": timesteps.astype(np.float64), "schedules": rows, "expected": expected}
             arrays |= {f"{name}_{len(timesteps)}": array for name, array in own.items()}
         return arrays, {"images": self.images, "gate_directions": self.basis.rank, "gate_error": self.basis.error}
@@ -286,12 +282,23 @@ class TrajectoryCalibration:
         known = np.flatnonzero((asked > 0).all(axis=1))
         if not len(known):
             raise ValueError("adacorr: the cached run never differed from the uncached one; calibrate on more steps")
-        # Where the states agree, as before the first skipped step, the next step that tells stands in.
-        source = known[np.searchsorted(known, np.arange(len(asked))).clip(max=len(known) - 1)]
-        shares = answered[source] / asked[source][:, None, None]  # (P, kinds, 2, F)
-        along, size = shares[:, :, 0], shares[:, :, 1]
-        scatter = np.sqrt(np.maximum(size - along**2, 0.0))
-        return along[:, 0], [(along[:, i], scatter[:, i]) for i in range(1, along.shape[1])]
+        return split_answers(asked, answered, known)
+
+
+def split_answers(
+    asked: np.ndarray, answered: np.ndarray, known: np.ndarray
+) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
+    """held (P, F); and for each process its response (P, F) and scatter (P, F).
+
+    asked (P, F): power of the errors. answered (P, kinds, 2, F): products of the answers of each kind with the errors,
+    and their power. known: the steps at which there were errors. Where the states agree, as before the first skipped
+    step, the next step that tells stands in.
+    """
+    source = known[np.searchsorted(known, np.arange(len(asked))).clip(max=len(known) - 1)]
+    shares = answered[source] / asked[source][:, None, None]  # (P, kinds, 2, F)
+    along, size = shares[:, :, 0], shares[:, :, 1]
+    scatter = np.sqrt(np.maximum(size - along**2, 0.0))
+    return along[:, 0], [(along[:, i], scatter[:, i]) for i in range(1, along.shape[1])]
 
 
 def _bands(size: int, device: torch.device) -> list[Tensor]:

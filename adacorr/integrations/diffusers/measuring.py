@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from adacorr.calibration.stack import StackCalibration
+from adacorr.calibration.trajectory import ROUNDING
 from adacorr.integrations.diffusers.attach import Attachment, Stream
 from adacorr.integrations.diffusers.config import CacheConfig
 from adacorr.integrations.diffusers.handle import enable
@@ -24,7 +24,6 @@ EVERYTHING = "gamma=1e6"  # computes all steps, both halves
 WRONG = "taylorseer:every=4,order=1"  # a cache whose errors are those that a run makes, at any number of steps
 SEED = 2**31  # of the first call; others follow
 TOKENS = 64  # of an image that are looked at, evenly spaced
-ROUNDING = 1e-5  # relative difference of states below which it is none
 
 
 def measure(
@@ -48,14 +47,15 @@ def measure(
     if path is not None:
         check_suffix(path)
     config, observer = config or CacheConfig(), None
-    transformer = getattr(pipe, component, None)
     for number, call in enumerate(calls):
 
         def run(call: Mapping[str, Any] = call, seed: int = SEED + number) -> None:
             pipe(**{**call, "generator": torch.Generator().manual_seed(seed)})
 
         wrong = replace(config, adacorr=None, cache=WRONG, profile=None)
-        with enable(pipe, wrong, component=component), _states(transformer) as cached:
+        cached: list[Tensor] = []
+        with enable(pipe, wrong, component=component) as cache:
+            cache._attachment.observe = lambda stream, rows, out, to=cached: to.append(rows)
             run()
         whole = replace(config, adacorr=EVERYTHING, cache=None, profile=None)
         with enable(pipe, whole, component=component) as cache:
@@ -72,21 +72,6 @@ def measure(
     if path is not None:
         save_profile(path, profile)
     return profile
-
-
-@contextmanager
-def _states(transformer: nn.Module) -> Iterator[list[Tensor]]:
-    """A list that gets the rows which each call of the transformer begins with."""
-    seen: list[Tensor] = []
-
-    def see(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        seen.append(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
-
-    hook = transformer.register_forward_pre_hook(see, with_kwargs=True)
-    try:
-        yield seen
-    finally:
-        hook.remove()
 
 
 class _Observer:
@@ -107,14 +92,12 @@ class _Observer:
         if rewinding is None:
             reasons = ", ".join(self.attachment.not_rewound)
             raise ValueError(f"this pipeline cannot be measured: {reasons}")
+        timesteps, scale = stream.grid.timesteps, rewinding.scale if rewinding.halves == 2 else 1.0
         if self.calibration is None:
-            basis = run.store.basis
-            basis = np.ones((len(stream.grid.timesteps), 1)) if basis is None else np.asarray(basis, dtype=np.float64)
-            scale = rewinding.scale if rewinding.halves == 2 else 1.0
-            self.calibration = StackCalibration(stream.grid.timesteps, rewinding.coefficients, basis, scale)
+            basis = np.ones((len(timesteps), 1)) if run.store.basis is None else run.store.basis.astype(np.float64)
+            self.calibration = StackCalibration(timesteps, rewinding.coefficients, basis, scale)
         known, step = self.calibration, run.step
-        here = (stream.grid.timesteps, rewinding.halves, rewinding.scale if rewinding.halves == 2 else 1.0)
-        if not (np.array_equal(known.timesteps, here[0]) and (known.halves, known.cfg_scale) == here[1:]):
+        if not np.array_equal(known.timesteps, timesteps) or known.cfg_scale != scale:
             raise ValueError("the calls that measure a transformer must have the same steps and the same guidance")
         x, own, added = rewinding.state(rows), self.halves_of(stream, out, rows), run.newest_added
         everyone = np.arange(len(x))
