@@ -355,6 +355,18 @@ def cached():
 REFUSED = {
     "a linear layer is none": (lambda: torch.nn.Linear(2, 2), {}, ValueError, "Linear is no transformer that can be"),
     "compiled as a whole": (lambda: torch.compile(tiny("dit")), {}, ValueError, "give what it wraps, and compile=True"),
+    "compiled by itself": (
+        lambda: with_attribute("dit", "_compiled_call_impl", print),
+        {},
+        ValueError,
+        r"by its compile\(\): compile its blocks",
+    ),
+    "several devices": (
+        lambda: with_attribute("dit", "hf_device_map", {"pos_embed": 0, "transformer_blocks": 1}),
+        {},
+        ValueError,
+        "lies on several devices",
+    ),
     "twice": (cached, {}, RuntimeError, r"attached to this DiTTransformer2DModel already: disable\(\)"),
     "another cache": (with_other_cache, {}, RuntimeError, "another cache .* is on this FluxTransformer2DModel"),
     "parallel": (lambda: with_attribute("wan", "_parallel_config", 1), {}, ValueError, "context or tensor parallelism"),

@@ -272,6 +272,7 @@ def test_the_benchmark_command(kind, capsys, tmp_path):
         (["--cache_methods", "Slow"], "--cache_methods Slow"),
         (["--num_inference_steps", "0"], "--num_inference_steps: 0 is outside 1..1000"),
         (["--model", "somewhere"], "--tiny has random weights"),
+        (["--dtype", "bf16"], "--tiny is in fp32"),
     ],
 )
 def test_the_benchmark_command_refuses(arguments, message, capsys):
@@ -293,7 +294,6 @@ def test_the_comparison_attaches_diffusers_own_caches(tmp_path):
     for name, _, attach in peers.diffusers_caches(own):
         found.setdefault(name, []).append(own.in_diffusers(attach)["compute"])
     assert found.keys() == {"first block", "TaylorSeer", "MagCache"}
-    assert max(found["first block"]) <= 1  # random blocks change too much to be skipped by it
     assert max(min(found["TaylorSeer"]), min(found["MagCache"])) < 1
     config = TaylorSeerCacheConfig(cache_interval=3, taylor_factors_dtype=torch.float32)
     assert own.in_diffusers(lambda transformer: apply_taylorseer_cache(transformer, config))["compute"] == 1

@@ -1,5 +1,7 @@
 """The profile of a pipeline's transformer: what is measured, by hand, what it does to a run, and what is refused."""
 
+from pathlib import Path
+
 import diffusers
 import numpy as np
 import pytest
@@ -7,9 +9,10 @@ import torch
 from test_diffusers_pipelines import STEPS, draw, whole_pipeline
 from test_rewinding import rewinding_pipeline
 
-from adacorr import AdaCorrection, CacheManager
+from adacorr import AdaCorrection, CacheManager, control
 from adacorr.calibration import stack
 from adacorr.calibration.stack import StackCalibration
+from adacorr.corrected_run import CorrectedRun
 from adacorr.integrations.diffusers import CacheConfig, enable, measure
 from adacorr.integrations.diffusers.measuring import SEED
 from adacorr.profile import Profile, load_profile
@@ -117,6 +120,8 @@ def test_what_cannot_be_measured():
         measure(pipe, [])
     with pytest.raises(ValueError, match=r"own\.txt: the name must end in"):
         measure(pipe, calls, "own.txt")
+    with pytest.raises(OSError, match=r"own\.json.*is a file, not a folder"):
+        measure(pipe, calls, Path(__file__) / "own.json")
     with pytest.raises(ValueError, match="the same steps and the same guidance"):
         measure(pipe, [calls[0], {**calls[1], "num_inference_steps": STEPS + 1}])
     with pytest.raises(ValueError, match="give calls of more steps"):
@@ -126,7 +131,7 @@ def test_what_cannot_be_measured():
         measure(pipe, calls)
     pipe, call = whole_pipeline("wan")  # halves in calls of their own
     pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    with pytest.raises(ValueError, match="cannot be measured: a state that the scheduler does not make"):
+    with pytest.raises(ValueError, match="cannot be measured: guidance halves in calls of their own"):
         measure(pipe, [{**call, "num_inference_steps": STEPS}])
     assert not any(module._forward_pre_hooks for module in pipe.transformer.modules())
 
@@ -134,3 +139,19 @@ def test_what_cannot_be_measured():
 def test_a_profile_of_another_method_is_refused():
     with pytest.raises(ValueError, match="'teacache' is none of AdaCorrection's: adacorr, adacorr-stack"):
         CacheManager(correction=AdaCorrection(), profile=Profile("teacache", {}, "x", "ddim", 6, 1.0))
+
+
+def test_both_halves_of_every_step_are_looked_at(monkeypatch):
+    """Also where steps lie so close together that the clocks would leave the difference to its forecast."""
+    pipe, calls = made("sd3")
+    seen, learn = [], CorrectedRun.learn
+
+    def noted(run, plan, computed):
+        seen.append((run.info.images, *map(len, plan.computed.halves)))
+        learn(run, plan, computed)
+
+    monkeypatch.setattr(control, "DIFFERENCE_INTERVAL", 1e12)
+    monkeypatch.setattr(CorrectedRun, "learn", noted)
+    measure(pipe, calls[:1])
+    assert len(seen) == STEPS
+    assert all(images == cond == uncond for images, cond, uncond in seen)

@@ -10,7 +10,7 @@ from test_diffusers_pipelines import STEPS, draw, whole_pipeline
 
 from adacorr.corrected_run import CorrectedRun
 from adacorr.integrations.diffusers import CacheConfig, enable
-from adacorr.integrations.diffusers.rewinding import UNEXPECTED, Rewinding, linear_steps
+from adacorr.integrations.diffusers.rewinding import APART, UNEXPECTED, Rewinding, linear_steps
 from adacorr.integrations.diffusers.tiny import random_transformer
 
 PLAIN = {"clip_sample": False, "beta_schedule": "linear"}
@@ -35,6 +35,29 @@ def test_steps_of_ddim_and_of_flow_matching():
     np.testing.assert_allclose(found[:, 0], 1.0)
     np.testing.assert_allclose(found[:, 1], np.diff(flow.sigmas.numpy())[2:], rtol=1e-5)
     assert flow.step_index is None  # a copy was tried
+
+
+class Elsewhere(torch.Tensor):
+    """As a table on a GPU is: numbers that cannot be combined with tensors on the CPU before they are brought there."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.cpu:
+            return args[0].as_subclass(torch.Tensor)
+        if function is torch.Tensor.__deepcopy__:
+            return args[0].as_subclass(torch.Tensor).clone().as_subclass(cls)
+        if any(type(value) is torch.Tensor for value in args):
+            raise RuntimeError("Expected all tensors to be on the same device")
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_tables_that_a_pipeline_put_on_its_device_are_brought_back():
+    flow = diffusers.FlowMatchEulerDiscreteScheduler()
+    flow.set_timesteps(5)
+    expected = linear_steps(flow, flow.timesteps)
+    flow.sigmas, flow.timesteps = flow.sigmas.as_subclass(Elsewhere), flow.timesteps.as_subclass(Elsewhere)
+    np.testing.assert_array_equal(linear_steps(flow, flow.timesteps), expected)
+    assert type(flow.sigmas) is Elsewhere  # a copy was tried
 
 
 @pytest.mark.parametrize(
@@ -161,15 +184,22 @@ def test_pipelines_rewind(name, dtype):
             images.append(draw(pipe, call))
             assert torch.equal(draw(pipe, call), images[-1])
             assert cache.stats()["not_rewound"] == {}
+            assert cache.stats()["bytes"] > 0
+            assert [stream.run for stream in cache._attachment.finished.values()] == [None]  # which holds tensors
             assert (cache.stats()["rewound"] > 0) == ("false" not in spec)
     assert not torch.equal(*images)
 
 
-def test_a_state_that_the_pipeline_edits_ends_the_rewinding():
+@pytest.mark.parametrize(("dtype", "change"), [(torch.float32, 1e-3), (torch.bfloat16, 0.03)], ids=str)
+def test_a_state_that_the_pipeline_edits_ends_the_rewinding(dtype, change):
+    """In one image of two, and by little more than rounding may be."""
     pipe, call = rewinding_pipeline("sd3")
+    pipe = pipe.to(dtype)
+    call = {key: value.to(dtype) if torch.is_tensor(value) else value for key, value in call.items()}
 
     def edit(pipe, i, t, kept):
-        return {"latents": kept["latents"] + 0.1}
+        first, *others = kept["latents"]
+        return {"latents": torch.stack([first * (1 + change), *others])}
 
     call["callback_on_step_end"] = edit
     images = []
@@ -191,7 +221,7 @@ def test_what_cannot_rewind_says_so():
     pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     with enable(pipe, CacheConfig(adacorr="budget=3")) as cache:
         draw(pipe, call)
-        assert cache.stats()["not_rewound"] == {UNEXPECTED: 2}
+        assert cache.stats()["not_rewound"] == {APART: 2}
 
 
 def test_a_failure_while_a_step_is_taken_again_ends_the_run(monkeypatch):

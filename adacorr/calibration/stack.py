@@ -62,6 +62,8 @@ class StackCalibration:
         known = np.flatnonzero(self.asked)
         if not self.images or not len(known):
             raise ValueError("nothing was measured: give calls of more steps")
+        if not np.isfinite(self.power):
+            raise ValueError("the states of the measured calls are not finite: load the pipeline in float32")
         count, entries = self.basis.shape
         moments = (self.gram / self.images).reshape(self.halves, count, entries, self.halves, count, entries)
         values, vectors = np.linalg.eigh(self.gram / self.images)

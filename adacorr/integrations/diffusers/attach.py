@@ -19,7 +19,7 @@ from adacorr import compiled
 from adacorr.corrected_run import CorrectedRun
 from adacorr.integrations.diffusers.config import CacheConfig
 from adacorr.integrations.diffusers.families import KEYWORDS, Family
-from adacorr.integrations.diffusers.rewinding import Rewinding, linear_steps, scheduler_step
+from adacorr.integrations.diffusers.rewinding import APART, Rewinding, linear_steps, scheduler_step
 from adacorr.integrations.diffusers.rows import Rows
 from adacorr.integrations.diffusers.schedule import Grid, sampler_of, time_of
 from adacorr.integrations.diffusers.stack import Stack
@@ -68,15 +68,28 @@ class BlockHook(ModelHook):
 
 @dataclass
 class Stream:
-    """One sampling run: of a whole batch, or of one guidance half where these are called apart."""
+    """One sampling run: of a whole batch, or of one guidance half where these are called apart.
+
+    manager has its trace; run is None once it is over, since its tensors are large, and `held` what they were.
+    """
 
     manager: CacheManager
-    run: CachedRun
+    run: CachedRun | None
     grid: Grid
     key: tuple
     rewinding: Rewinding | None = None
     step: int = -1
     time: float = float("inf")
+    held: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of stored tensors."""
+        return self.held if self.run is None else self.run.bytes
+
+    def close(self) -> None:
+        """The run is over: its statistics stay, and no tensor."""
+        self.held, self.run, self.rewinding = self.bytes, None, None
 
 
 class Attachment:
@@ -169,6 +182,8 @@ class Attachment:
         self._given = self._result = self._now = None
         if why := self._outside(given):
             self.bypassed[why] += 1
+            for stream in self.streams.values():  # guidance by a further call
+                self._note(stream, f"calls with {why}")
         else:
             self._given = given
 
@@ -193,8 +208,8 @@ class Attachment:
             self.observe(stream, rows, out)
 
     def _note(self, stream: Stream, why: str) -> None:
-        """The run goes on without rewinding if there is a reason."""
-        if why:
+        """A run that rewinds goes on without it if there is a reason."""
+        if why and stream.rewinding is not None:
             self.not_rewound[why] += 1
             stream.rewinding, stream.run.rewinds = None, False
 
@@ -263,6 +278,8 @@ class Attachment:
     def _close(self) -> None:
         if self.streams:
             self.finished = dict(self.streams)
+        for stream in self.streams.values():
+            stream.close()
         self.streams.clear()
 
     def _run(self, args: tuple, kwargs: dict[str, Any], context: str | None) -> Any:
@@ -349,6 +366,8 @@ class Attachment:
                 self._close()
             self.runs += not self.streams
             stream = self.streams[name] = self._open(grid, key, halves, len(x), scheduler)
+            for one in self.streams.values() if len(self.streams) > 1 else ():
+                self._note(one, APART)
         stream.step, stream.time = stream.step + 1, time
         return stream
 
@@ -386,7 +405,8 @@ class Attachment:
             advance = getattr(self.pipe, "advance", scheduler_step)
             coefficients = linear_steps(scheduler, scheduler.timesteps[-len(grid.timesteps) :], advance)
             if coefficients is None:
-                self._note(stream, f"steps of {type(scheduler).__name__} that are not linear or remember others")
+                self.not_rewound[f"steps of {type(scheduler).__name__} that are not linear or remember others"] += 1
+                run.rewinds = False
             else:
                 first = self._layout() != "uncond_first"
                 stream.rewinding = Rewinding(run, coefficients, halves, first, self._scale() or 1.0)

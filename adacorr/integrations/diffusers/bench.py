@@ -147,6 +147,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     def run() -> None:
         if args.tiny and args.model is not None:
             raise ValueError("--tiny has random weights, so --model has no meaning: give one of the two")
+        if args.tiny and args.dtype is not None:
+            raise ValueError("--tiny is in fp32: leave --dtype out")
         args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         rows = compare(args, sys.stdout.write)
         if args.out is not None:

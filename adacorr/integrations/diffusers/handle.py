@@ -78,7 +78,7 @@ class Handle:
             "evaluations": flops / whole,
             "rewound": sum(trace.rewound for trace in traces),
             "fallbacks": sum(trace.fallbacks for trace in traces),
-            "bytes": sum(stream.run.bytes for stream in streams.values()),
+            "bytes": sum(stream.bytes for stream in streams.values()),
             "runs": self._attachment.runs,
             "bypassed": dict(self._attachment.bypassed),
             "not_rewound": dict(self._attachment.not_rewound),
@@ -157,6 +157,10 @@ def check_version(version: str) -> None:
 def check_transformer(transformer: nn.Module, family: Family) -> None:
     """ValueError for a transformer that is not as the family says, RuntimeError for one with a cache."""
     name = type(transformer).__name__
+    if len(set((getattr(transformer, "hf_device_map", None) or {}).values())) > 1:
+        raise ValueError(f"{name} lies on several devices (device_map), and the cache needs its blocks on one")
+    if transformer._compiled_call_impl is not None:
+        raise ValueError(f"{name} is compiled as a whole, by its compile(): compile its blocks, or give compile=True")
     for attribute in family.lists:
         blocks = getattr(transformer, attribute, None)
         if not blocks and attribute == family.lists[0]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from adacorr.calibration.stack import StackCalibration
 from adacorr.calibration.trajectory import ROUNDING
+from adacorr.files import check_writable
 from adacorr.integrations.diffusers.attach import Attachment, Stream
 from adacorr.integrations.diffusers.config import CacheConfig
 from adacorr.integrations.diffusers.handle import enable
@@ -46,6 +47,7 @@ def measure(
     """
     if path is not None:
         check_suffix(path)
+        check_writable("profile", Path(path))
     config, observer = config or CacheConfig(), None
     for number, call in enumerate(calls):
 
@@ -97,6 +99,8 @@ class _Observer:
             basis = np.ones((len(timesteps), 1)) if run.store.basis is None else run.store.basis.astype(np.float64)
             self.calibration = StackCalibration(timesteps, rewinding.coefficients, basis, scale)
         known, step = self.calibration, run.step
+        # Both halves are computed in every step: the clocks alone leave some out where steps lie close together.
+        run.controller.clock.due[:] = run.controller.difference_clock.due[:] = step + 1
         if not np.array_equal(known.timesteps, timesteps) or known.cfg_scale != scale:
             raise ValueError("the calls that measure a transformer must have the same steps and the same guidance")
         x, own, added = rewinding.state(rows), self.halves_of(stream, out, rows), run.newest_added
@@ -132,7 +136,6 @@ class _Observer:
     def end(self) -> None:
         """The run is over."""
         if self.calibration is None or len(self.stored) != len(self.calibration.timesteps):
-            raise ValueError(
-                "the pipeline took no whole run through the cache; stats()['bypassed'] of `enable` says why"
-            )
+            why = ", ".join(self.attachment.bypassed) or "not one call for each step"
+            raise ValueError(f"the pipeline took no whole run through the cache: {why}")
         self.calibration.add_run([torch.stack(own) for own in zip(*self.stored, strict=True)], self.final)

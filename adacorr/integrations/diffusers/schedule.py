@@ -36,7 +36,8 @@ class Grid:
             return cls(time * (1.0 - np.arange(config.num_steps) / config.num_steps), loose=True)
         if (np.diff(whole) >= 0).any():
             name = "the timesteps" if scheduler is None else type(scheduler).__name__
-            raise ValueError(f"{name} must fall from step to step: a scheduler of second order cannot be cached")
+            way = "take another spacing, or a scheduler that calls the network once in a step"
+            raise ValueError(f"{name} must fall from step to step, and one comes twice or rises: {way}")
         first = int(np.abs(whole - time).argmin())
         return cls(whole[first:]) if abs(whole[first] - time) <= TOLERANCE else None
 
