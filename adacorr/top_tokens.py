@@ -91,6 +91,11 @@ class TopTokens(Policy):
     predictor = Predictor("branches", order=0)
     bonus: float
     aging: float
+    ratio: float
+
+    def refreshes(self, info: RunInfo, layer: int) -> bool:
+        """Whether the MLP of a block ever runs for some tokens, which then need scores."""
+        return self.ratio > 0
 
     def predictor_of(self, unit: Unit, depth: int) -> Predictor | None:
         return self.predictor if unit.branch == "attn" else None  # MLP outputs change token by token: kept here
@@ -111,6 +116,8 @@ class TopTokens(Policy):
         if view.unit.branch == "mlp":
             self._mlp[layer] = ran.branch_output
             return
+        if not self.refreshes(view.info, layer):
+            return
         received = received_attention(view.block, view.modulated().flatten(0, 1)).unflatten(0, view.x.shape[:2])
         tokens, width, rows = view.info.tokens, view.info.width, view.x.shape[0] * view.images
         view.spend_flops(rows * 2 * (2 * tokens * width * width + tokens * tokens * width))  # q and k, and their map
@@ -119,6 +126,8 @@ class TopTokens(Policy):
     def refresh(self, view: View, count: int) -> Tensor:
         """What the MLP unit adds before its gate, (halves, n, T, D), after its `count` top tokens were computed."""
         layer = view.unit.start
+        if not self.refreshes(view.info, layer):
+            return self._mlp[layer]
         score = with_bonus(self._received[layer] + self.aging * self._age[layer], self.bonus)
         fresh = score.topk(count, dim=-1).indices
         self._age[layer] = (self._age[layer] + 1).scatter(-1, fresh, 0.0)
@@ -132,7 +141,6 @@ class VaryingInterval(TopTokens):
     """Computed steps by the interval of ToCa, which varies along the trajectory unless `ratio` is 0."""
 
     every: int
-    ratio: float
     age_weight: float
 
     @property

@@ -38,6 +38,12 @@ def test_steps(spec, steps, expected):
     assert kinds(spec, steps) == expected
 
 
+@pytest.mark.parametrize("spec", ["every=2,table=fms", "noisy=0", "between=m,table=f"])
+def test_options_that_would_change_nothing_are_refused(spec):
+    with pytest.raises(ValueError, match="feb_cache: .*every"):
+        make_policy(f"feb_cache:{spec}")
+
+
 def test_whole_run():
     model, table = tiny_dit(), "ffmsfmmssf"
     out = sample(model, cache=CacheManager(make_policy(f"feb_cache:table={table}")))

@@ -8,7 +8,7 @@ from test_policy_duca import Release
 from torch.testing import assert_close
 from toy import begun, sample, sample_with
 
-from adacorr import CacheManager, make_policy
+from adacorr import CacheManager, make_policy, top_tokens
 from adacorr.policies.procache import FULL, RELEASED, REUSED, SELECTIVE, intervals, spread
 
 
@@ -67,3 +67,11 @@ def test_whole_runs_are_the_releases(model, cfg_scale):
     assert not partial[:, :2].any()
     assert set(np.flatnonzero(partial[:, 2, 1])) <= set(np.flatnonzero(np.array(pattern) == SELECTIVE))
     assert partial.any()
+
+
+@pytest.mark.parametrize(("ratio", "blocks"), [(0.3, 1), (0, 0)])
+def test_only_blocks_that_refresh_make_scores(model, monkeypatch, ratio, blocks):
+    made, received = [], top_tokens.received_attention
+    monkeypatch.setattr(top_tokens, "received_attention", lambda *given: made.append(given[0]) or received(*given))
+    sample(model, 20, (1, 4), cache=CacheManager(make_policy(f"procache:budget=4,ratio={ratio}")))
+    assert made == [model.blocks[2]] * 4 * blocks  # in 4 computed steps, of 3 blocks

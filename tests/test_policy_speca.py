@@ -12,9 +12,12 @@ from adacorr import CacheManager, make_policy
 from adacorr.policies.speca import SpeCa
 from adacorr.policy import Ran, Unit
 
+FOR_FID = {"base_threshold": "0.3", "decay_rate": "0.05", "min_taylor": "3", "max_taylor": "8"}  # the release's script
+
 
 def schedule(model, options, steps, errors):
     """Steps computed if the check of step s finds errors(s); and the steps that are checked."""
+    options = ",".join(f"{k}={v}" for k, v in (FOR_FID | dict(item.split("=") for item in options.split(","))).items())
     policy, run = make_policy(f"speca:{options}"), make_run(model, steps=steps)
     policy.begin(run)
     last, computed, checked = -1, [], []
@@ -121,7 +124,8 @@ class Exact(SpeCa):
 @pytest.mark.parametrize("base", [0.3, 3.0, 30.0, 1e9])
 @pytest.mark.parametrize("order", [1, 4])
 def test_a_batch_is_decided_and_forecast_as_released(model, base, order):
-    manager = CacheManager(Exact(base_threshold=base, order=order, scope="batch"))
+    options = {"base_threshold": base, "decay_rate": 0.05, "min_taylor": 3, "max_taylor": 8}
+    manager = CacheManager(Exact(**options, order=order, scope="batch"))
     twin = Released(24, order, base, 0.05, 3, 8)
     expected, out = sample_with(twin, model, steps=24), sample(model, 24, cache=manager)
     torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
@@ -131,7 +135,7 @@ def test_a_batch_is_decided_and_forecast_as_released(model, base, order):
 
 
 def test_under_adacorr_only_the_count_proposes(model):
-    policy, run = make_policy("speca"), make_run(model, 2, 2, 20, corrected=True)
+    policy, run = make_policy("speca:max_taylor=8"), make_run(model, 2, 2, 20, corrected=True)
     policy.begin(run)
     views = (make_view(run, 12, torch.zeros(2, 2, 2, 3), Unit(0, 2), age=[age, 1]) for age in (0, 1, 5, 8, 9))
     assert [policy.propose(view).tolist()[0] for view in views] == [True, False, False, False, True]

@@ -45,6 +45,10 @@ class FEBCache(Policy):
         super().__post_init__()
         if self.table != "released" and not (self.table and set(self.table) <= set("fms")):
             raise ValueError(f"feb_cache: table={self.table!r} must be letters f, m and s, one a step, or released")
+        if self.every and self.table != "released":
+            raise ValueError("feb_cache: every stands in for the table: give one of the two")
+        if not self.every and (self.noisy, self.between) != (0.44, "s"):
+            raise ValueError("feb_cache: noisy and between go with every, since a table says all: give every, too")
 
     def begin(self, info: RunInfo) -> None:
         table = RELEASED if self.table == "released" else self.table

@@ -101,6 +101,8 @@ class LazyDiT(Policy):
     def computed(self, view: View, ran: Ran) -> None:
         for state in (self._drift, self._harm):
             state[self._index[view.unit], ran.images] = 0.0
+        if not view.info.corrected:  # `propose` alone asks for it
+            return
         known = self._mean.get(view.unit)
         self._mean[view.unit] = scatter(known, ran.images, mean_norm(view, ran.x), view.info.images)
 

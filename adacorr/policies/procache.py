@@ -55,11 +55,14 @@ class ProCache(TopTokens):
     def decide(self, view: View) -> np.ndarray:
         return view.everyone(self._kinds[view.step] == FULL)
 
+    def refreshes(self, info: RunInfo, layer: int) -> bool:
+        return super().refreshes(info, layer) and layer >= int(0.75 * info.depth + 0.5)
+
     def reuse(self, view: View, cached: Cached) -> Tensor:
         layer = view.unit.start
         if view.unit.branch == "attn":
             return cached.forecast
-        if self._kinds[view.step] == REUSED or layer < int(0.75 * view.info.depth + 0.5):
+        if self._kinds[view.step] == REUSED:
             return self._mlp[layer]
         return self.refresh(view, fresh_count(view.info, view.step, layer, self.ratio, "ddim50"))
 

@@ -25,7 +25,8 @@ class TaylorSeer(Policy):
     gate_error     largest relative error of the compressed gates; 0 keeps them exact, as released, and holds more sums
 
     The defaults are those of the release's sampling script for 50 DDIM steps (3.56x). Its table has its best FID at
-    every=3,order=3 (2.77x). As in the release, the last step is not forced, and gates are fresh.
+    every=3,order=3 (2.77x). As in the release, the last step is not forced, and gates are fresh. A departure, as in
+    SpeCa: with first_enhance of 3 or more the first forecasts have one order more.
     Stored for each image and half: the pre-gate branch outputs of order + 1 computed steps as values, compressed to the
     few sums of the gates' basis (adacorr/gates.py). Float32 by default: order 4 amplifies the rounding of bf16.
     """
