@@ -17,6 +17,7 @@ spread evenly over the classes. Runs from the root of a clone.
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pipeline
 import profiles
@@ -42,7 +43,11 @@ def run(args: argparse.Namespace, command_line: Sequence[str]) -> None:
         raise ValueError(f"--cache {args.cache}: only {', '.join(methods)} are measured on a model{close}")
     check_range("--seed", args.seed, 0, profiles.SEED_OFFSET - 1)
     check_suffix(args.out)
-    pipe, seed = pipeline.load(pipeline.ModelOptions.of(args)), profiles.SEED_OFFSET + args.seed
+    if args.cache != profiles.METHOD:
+        check_range("--num-images", args.num_images, calibrated()[args.cache].calibration.least, 10_000)
+    # No image is decoded, so no VAE is needed.
+    options, seed = replace(pipeline.ModelOptions.of(args), vae="none"), profiles.SEED_OFFSET + args.seed
+    pipe = pipeline.load(options)
     if args.cache == profiles.METHOD:
         profile = profiles.measure(pipe, args.num_images, seed)
     else:
@@ -50,7 +55,7 @@ def run(args: argparse.Namespace, command_line: Sequence[str]) -> None:
         observe(calibration, pipe, seed, args.num_images, args.batch_size)
         arrays, notes = calibration.fit()
         notes |= {"checkpoint": pipe.checkpoint.path.name, "seed": seed, "images": args.num_images}
-        made_for = pipe.checkpoint.sha256, args.sampler, args.num_sampling_steps, args.cfg_scale
+        made_for = pipe.checkpoint.sha256, pipe.sampler.spec, args.num_sampling_steps, args.cfg_scale
         profile = Profile(args.cache, arrays, *made_for, notes)
     shown = ", ".join(f"{key} {value}" for key, value in profile.notes.items())
     profile.notes["made_with"] = ["python", "calibrate.py", *command_line]

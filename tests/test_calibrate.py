@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,16 +22,6 @@ STEPS, IMAGES, CLASSES = 10, 6, 5
 NAMES = sorted(calibrated())
 JSON = ("teacache", "magcache")  # small arrays; the others are written as safetensors
 ROUNDING = {"fastcache": 0.3}  # it weighs pairs of steps by their mean change over the batch
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("calibrate")
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_dit(num_classes=CLASSES)
 
 
 @pytest.fixture(scope="module")
@@ -191,8 +182,8 @@ def test_a_calibration_that_saw_nothing_cannot_fit(name):
     ("name", "steps", "images", "words"),
     [
         *((name, 1, 4, "at least 2 steps") for name in NAMES),
-        ("fastcache", 10, 3, "3 images are too few"),
-        ("lazydit", 3, 1, "one image is too few"),
+        ("fastcache", 10, 3, "is outside 4..10000"),
+        ("lazydit", 3, 1, "is outside 2..10000"),
         ("teacache", 3, 2, "4 pairs cannot fit degree 4"),
     ],
 )
@@ -207,3 +198,11 @@ def test_help_names_every_method(capsys):
     assert code(calibrate.main, "--help") == 0
     text = capsys.readouterr().out
     assert all(name in text for name in NAMES)
+
+
+def test_what_is_not_finite_is_no_profile(monkeypatch):
+    calibration = calibrated()["magcache"].calibration()
+    calibration.images, calibration.info = 4, SimpleNamespace(num_steps=5)
+    calibration.fitted = lambda: ({"ratio": np.array([1.0, np.nan]), "other": np.zeros(2)}, {})
+    with pytest.raises(ValueError, match="^ratio came out infinite or undefined: calibrate with --dtype fp32"):
+        calibration.fit()

@@ -18,6 +18,7 @@ class Calibration(Policy):
 
     name = "calibration"
     predictor = None
+    least = 1  # images that it can be fitted to
 
     def __init__(self):
         self.images = 0  # of all batches
@@ -41,7 +42,12 @@ class Calibration(Policy):
         """(arrays of the profile, notes: plain numbers on how well they fit). ValueError for too little data."""
         if not self.images or self.info.num_steps < 2:
             raise ValueError("nothing was observed that could be fitted: calibrate on a run of at least 2 steps")
-        return self.fitted()
+        if self.images < self.least:
+            raise ValueError(f"{self.images} images are too few to be fitted to: calibrate on at least {self.least}")
+        arrays, notes = self.fitted()
+        if wrong := [name for name, array in arrays.items() if not np.isfinite(np.asarray(array)).all()]:
+            raise ValueError(f"{', '.join(wrong)} came out infinite or undefined: calibrate with --dtype fp32")
+        return arrays, notes
 
     def fitted(self) -> tuple[dict[str, np.ndarray], dict]:
         raise NotImplementedError

@@ -26,6 +26,7 @@ class FastCacheCalibration(Calibration):
     """
 
     split = "block"
+    least = HELD_OUT
 
     def start(self, info: RunInfo) -> None:
         groups = info.num_steps, info.num_steps * len(LAGS)
@@ -61,8 +62,6 @@ class FastCacheCalibration(Calibration):
         past.appendleft(pair)
 
     def fitted(self) -> tuple[dict[str, np.ndarray], dict]:
-        if self.images < HELD_OUT:
-            raise ValueError(f"fastcache: {self.images} images are too few, as every {HELD_OUT}th is held out")
         arrays, notes = {}, {"images": self.images, "held_out": self.images // HELD_OUT}
         for form in ("residual", "increment"):
             weight, bias, share = zip(*(fit_map(form, *moments) for moments in self._moments), strict=True)

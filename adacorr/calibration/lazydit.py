@@ -26,6 +26,7 @@ class LazyDiTCalibration(Calibration):
     """
 
     split = "branch"
+    least = 2  # better 8 or more
 
     def start(self, info: RunInfo) -> None:
         # For each batch the z (branches, S - 1, n, halves, D) and the log changes (branches, S - 1, n, halves).
@@ -51,8 +52,6 @@ class LazyDiTCalibration(Calibration):
     def fitted(self) -> tuple[dict[str, np.ndarray], dict]:
         changes = torch.cat([changes for _, changes in self._batches], dim=2)
         units, steps, images, _ = changes.shape
-        if images < 2:
-            raise ValueError("lazydit: one image is too few to fit gates; calibrate on at least 2, better 8 or more")
         fold = torch.arange(images) % min(FOLDS, images)
         missed, spread, everything = np.zeros(len(RIDGES)), 0.0, []
         for unit in range(units):  # one at a time, since in float64 all inputs at once are large
