@@ -55,6 +55,8 @@ def capture_graph(function: Function, inputs: Sequence[Tensor]) -> tuple[Replay,
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 result = function(*inputs)
+    except torch.OutOfMemoryError:  # smaller batches help there, and who called says so
+        raise
     except RuntimeError as error:
         raise RuntimeError(
             f"the step outside of the blocks cannot be captured: leave --compile out ({error})"

@@ -206,10 +206,11 @@ class BudgetClock(RefreshClock):
     def _due(self, images: np.ndarray, step: int) -> np.ndarray:
         left, steps = self.left[images], len(self.clock)
         due = super()._due(images, step)
-        if self.closing:  # one is kept for the end, and as many steps as are left to compute leave no choice
+        # As many steps as are left to compute leave no choice, and a clock that closes keeps one for the end.
+        if self.closing:
             due = np.where((left > 1) & (due >= self.last) & (step + 1 < self.last), self.last - 1, due)
             due = np.where(left == 1, max(self.last, step + 1), due)
-            due = np.where(left >= self.last - step, step + 1, due)
+        due = np.where(left >= self.last - step, step + 1, due)
         return np.where((left <= 0) | (due >= steps), steps, due)
 
 
@@ -299,7 +300,7 @@ class Controller:
         if correction.budget is None:
             rules = (
                 RefreshRule(correction.tolerance, warmup=correction.order + 1),
-                RefreshRule(correction.difference_tolerance, 1, 1.0, most_shrinking=0.6, min_scale=0.1),
+                RefreshRule(correction.difference_tolerance, 1, 1.0, most_shrinking=0.6),
             )
             kind, options = AdaptiveClock, [{"gamma": correction.gamma, "rule": own} for own in rules]
         else:

@@ -54,7 +54,7 @@ class AdaCorrection:
     gamma          more is more correction, fidelity and compute; 1 is the tuned middle
     spatial_weight lambda of Eq. 3, the share of the change of spatial variation in the offset; changes no image with a
                    profile
-    budget         full-evaluation equivalents (both guidance halves) for the whole run, or None: offsets decide alone.
+    budget         full-evaluation equivalents (both guidance halves) for the whole run, or None: gamma decides.
                    Exceeded only where measures are not finite, since what follows them is computed
     order          order of the forecast polynomial
     difference     carry the unconditional half by the guidance difference between its refreshes

@@ -1,7 +1,7 @@
 """What happened, for every image, step, layer, branch and guidance half: the source of every number that a run reports.
 
 A *hit* is an evaluation of a branch (attention or MLP of one block) of which nothing was executed. Compute is the
-executed share of block FLOPs, with whatever else the cache spent on top.
+executed share of block FLOPs, with the gates, probes and maps that the cache ran on top.
 """
 
 from dataclasses import dataclass, field

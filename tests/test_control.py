@@ -5,9 +5,11 @@ from functools import partial
 import numpy as np
 import pytest
 
+from adacorr import AdaCorrection
 from adacorr.control import (
     AdaptiveClock,
     BudgetClock,
+    Controller,
     RefreshRule,
     ScheduleClock,
     amplification,
@@ -207,3 +209,20 @@ def test_a_budget_yields_to_an_offset_that_is_not_finite():
     assert clock.due[0] == clock.newest[0] + 1  # and only there
     clock.restart(ONE, int(clock.due[0]), np.array([0.1]))
     assert clock.due[0] == 200
+
+
+def test_without_a_profile_a_budget_is_spent_on_uneven_timesteps_too():
+    """28 steps of flow matching, shifted by 3: a budget of 28 computes both halves of all."""
+    sigma = np.linspace(1, 1 / 28, 28)
+    sigma = 3 * sigma / (1 + 2 * sigma)
+    alpha_bar = (1 - sigma) ** 2 / ((1 - sigma) ** 2 + sigma**2)
+    no = np.zeros(1, dtype=bool)
+    for budget, halves in ((28, [28, 28]), (20, None)):
+        controller, computed = Controller(AdaCorrection(budget=budget), 1000 * sigma, alpha_bar, 1, 2, 7.0), []
+        for step in range(28):
+            _, *wanted = controller.decide(step, no, no)
+            cond, uncond = map(np.flatnonzero, wanted)
+            controller.learn(step, cond, np.full(len(cond), 0.01), uncond, np.full(len(uncond), 0.01))
+            computed.append([len(cond), len(uncond)])
+        assert np.sum(computed) == 2 * budget
+        assert halves is None or np.sum(computed, axis=0).tolist() == halves
