@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from adacorr.files import file_sha256, record_digest, recorded_digest, written_whole
@@ -216,8 +216,8 @@ def save_checkpoint(
     if class_names is not None:
         texts["class_names"] = json.dumps(class_names)
     with written_whole(path) as partial:
-        save_file({name: tensor.contiguous() for name, tensor in state_dict.items()}, partial, metadata=texts)
-        partial.chmod(0o644)  # safetensors writes private files
+        # By way of bytes: errors of safetensors' own writing are no OSErrors, and it leaves files of odd names.
+        partial.write_bytes(save({name: tensor.contiguous() for name, tensor in state_dict.items()}, metadata=texts))
 
 
 def build_model(

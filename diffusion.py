@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adacorr.spec import Value, hint, parse_spec
+from adacorr.spec import Value, hint, parse_spec, spell_value
 
 NUM_TRAIN = 1000  # timesteps the network was trained on
 BETAS = (1e-4, 2e-2)  # the first and the last
@@ -308,6 +308,10 @@ def make_sampler(spec: str, num_steps: int) -> Sampler:
     if name in _CLOSED_FORMS:
         check_arguments(name, _CLOSED_FORMS[name], options)
         sampler = _CLOSED_FORMS[name](num_steps, **options)
+        # Options at their defaults do not make another sampler, for which a model would be measured again.
+        known = inspect.signature(_CLOSED_FORMS[name]).parameters
+        given = ",".join(f"{k}={spell_value(v)}" for k, v in options.items() if v != known[k].default)
+        spec = f"{name}:{given}" if given else name
     elif name in SCHEDULERS or name.endswith("Scheduler"):
         from schedulers import SchedulerSampler  # late: diffusers takes seconds to load
 

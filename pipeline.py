@@ -121,8 +121,9 @@ def add_calibrate_flag(group: argparse._ActionsContainer) -> None:
         default="auto",
         metavar="auto|off|N|FILE",
         help="profile of the model for --adacorr. auto: the shipped one, or the one kept in $ADACORR_HOME/profiles "
-        "(default ~/.cache/adacorr/profiles), else one measured on 6 uncached images and kept; N: the same, measured "
-        "on N; off: none, at lower quality. Options of the polynomial (order, rewind, ...) run without a profile, too "
+        "(default ~/.cache/adacorr/profiles), else one measured on 6 uncached images and kept; N: the same, but "
+        "what has to be measured is measured on N (calibrate.py always measures); off: none, at lower quality. Options "
+        "of the polynomial (order, rewind, ...) run without a profile, too "
         "(default %(default)s)",
     )
 
@@ -196,13 +197,18 @@ class Pipeline:
             **options,
         )
 
+    def check_decodes(self) -> None:
+        """ValueError where `decode` has no images to give."""
+        channels = self.model.in_channels
+        if self.vae is None and channels != 3:
+            raise ValueError(f"the model gives {channels} channels, which are no RGB image: give --vae ema or mse")
+
     def decode(self, x: Tensor) -> Tensor:
         """Final state -> uint8 images (n, H, W, 3) on the CPU, quantised like the release: 127.5 x + 128, floored."""
+        self.check_decodes()
         if self.vae is not None:
             with torch.no_grad():
                 x = torch.cat([self.vae.decode(z[None] / VAE_SCALE).sample for z in x])
-        if x.shape[1] != 3:
-            raise ValueError(f"the model gives {x.shape[1]} channels, which are no RGB image: give --vae ema or mse")
         return (127.5 * x + 128.0).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
 
 
@@ -231,8 +237,19 @@ def load(options: ModelOptions, checkpoint: Checkpoint | None = None) -> Pipelin
     guided_channels(channels, model.in_channels, 2)
     vae_name = options.vae or ("mse" if latent else "none")
     vae = None if vae_name == "none" else load_vae(vae_name, offline=options.offline).to(device).eval()
+    if vae is not None and (scale := vae.config.scaling_factor) != VAE_SCALE:
+        raise ValueError(f"--vae {vae_name} scales its latents by {scale}: give one that scales by {VAE_SCALE}, as ema")
     model.to(device=device, dtype=DTYPES[options.dtype])
     return Pipeline(model, sampler, vae, checkpoint, options.cfg_scale, channels, device)
+
+
+def check_finite(x: Tensor) -> None:
+    """ValueError names the first of the final states (n, C, H, W) that overflowed."""
+    broken = [i for i, state in enumerate(x) if not state.isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"image {broken[0]} holds infinite or undefined values: sample with --dtype and --cache-dtype fp32"
+        )
 
 
 def caveat(sampler: Sampler, cache: CacheManager | None) -> str | None:

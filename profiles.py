@@ -20,7 +20,7 @@ from adacorr.profile import FOLDER, SUFFIXES, Profile, load_profile, mismatch, s
 from diffusion import make_sampler
 from download import cache_folder
 from models import guided_channels
-from pipeline import Pipeline, alpha_bar, gaussian
+from pipeline import Pipeline, alpha_bar, check_finite, gaussian
 from runtime import check_range, say
 
 METHOD = "adacorr"
@@ -70,8 +70,11 @@ def with_profile(
             count, path = int(calibrate) if calibrate.isdecimal() else IMAGES, kept_at(pipe)
             say(f"measuring the model on {count} uncached images, once; --calibrate off does without, at lower quality")
             profile = measure(pipe, count)
-            save_profile(path, profile)
-            say(f"kept in {path}")
+            try:
+                save_profile(path, profile)
+                say(f"kept in {path}")
+            except OSError as error:  # it was measured, and this run has it
+                say(f"not kept for other runs: {error}")
     return cache.knowing(profile)
 
 
@@ -103,7 +106,11 @@ def find_profile(pipe: Pipeline) -> Profile | None:
     """The shipped or kept profile of the pipeline's model, sampler and guidance, or None."""
     for path in [*sorted(FOLDER.glob(f"{METHOD}-*.safetensors")), kept_at(pipe)]:
         if path.is_file():
-            profile = load_profile(path)
+            try:
+                profile = load_profile(path)
+            except ValueError as error:  # a damaged one is measured anew
+                say(f"passed over: {error}")
+                continue
             if not misfit(profile, pipe):
                 return profile
     return None
@@ -132,7 +139,8 @@ def measure(pipe: Pipeline, images: int, seed: int = SEED_OFFSET) -> Profile:
         labels = None if labels is None else labels.to(pipe.device)
         cached: list[torch.Tensor] = []
         polynomial = CacheManager(correction=AdaCorrection())
-        own.sample(seed, indices, labels, polynomial, lambda step, x, cache, to=cached: to.append(x.clone()))
+        x = own.sample(seed, indices, labels, polynomial, lambda step, x, cache, to=cached: to.append(x.clone()))
+        check_finite(x)
         noise = gaussian(seed, indices, pipe.noise_shape).to(pipe.device)
         calibration.add(sampler.fresh(), noise, labels, cached)
     arrays, notes = calibration.fit()

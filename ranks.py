@@ -43,13 +43,15 @@ class Ranks:
 
     @classmethod
     def find(cls) -> "Ranks":
-        """As the variables of torchrun say, alone without them. ValueError for one that is no number."""
+        """As the variables of torchrun say, alone without them. ValueError for impossible ones."""
         values = []
         for name, alone in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}.items():
             value = os.environ.get(name, alone)
             if not value.isdecimal():
                 raise ValueError(f"the environment variable {name} is {value!r}, not a number as torchrun sets it")
             values.append(int(value))
+        if values[0] >= values[1]:
+            raise ValueError(f"RANK is {values[0]} and WORLD_SIZE {values[1]}: set both, as torchrun does, or neither")
         return cls(*values)
 
     def device(self, name: str | None) -> torch.device:

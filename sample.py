@@ -24,7 +24,7 @@ import pipeline
 import profiles
 import runtime
 from adacorr import CacheManager
-from adacorr.command import Parser, number, run_command, timed, writable
+from adacorr.command import Failure, Parser, number, run_command, timed, writable
 from adacorr.files import write_json
 from checkpoint import BUNDLED
 from evaluate.fidelity import fidelity
@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> None:
     check(args)
     cache = pipeline.make_cache(args)
     pipe = pipeline.load(pipeline.ModelOptions.of(args))
+    pipe.check_decodes()
     labels = parse_labels(args.class_labels, pipe.model)
     cache = profiles.with_profile(cache, pipe, args.calibrate)
     if doubt := pipeline.caveat(pipe.sampler, cache):
@@ -193,11 +194,7 @@ def draw(
 
 def decode(pipe: pipeline.Pipeline, x: Tensor) -> Tensor:
     """Final states (n, C, H, W) -> uint8 images (n, H, W, 3); ValueError names the first that overflowed."""
-    broken = [i for i, state in enumerate(x) if not state.isfinite().all()]
-    if broken:
-        raise ValueError(
-            f"image {broken[0]} holds infinite or undefined values: sample with --dtype and --cache-dtype fp32"
-        )
+    pipeline.check_finite(x)
     return pipe.decode(x)
 
 
@@ -234,7 +231,15 @@ def report(args: argparse.Namespace, record: dict[str, Any], method: str, names:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
-    return run_command("sample.py", lambda: run(args), args.debug)
+
+    def job() -> None:
+        try:
+            run(args)
+        except torch.OutOfMemoryError as error:
+            way = "lower --num-images, or give --dtype bf16 or --cache-dtype bf16"
+            raise Failure(f"the images do not fit into memory at once: {way} ({error})") from error
+
+    return run_command("sample.py", job, args.debug)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 
 Image i depends on (seed, i) alone: not on the number of processes or nodes, on the batch size or on restarts. The same
 command again goes on where the last one ended, also after a kill and on another number of processes. Other options in
-the same folder are refused. docs/fid.md describes the folder, the presets and what happens on every fault.
+the same folder are refused. docs/fid.md describes the folder and the presets, docs/faults.md each fault.
 
 Exit codes: 0 done, 1 failed (run it again once the cause is gone), 2 a mistake in the options, 75 stopped by SIGTERM or
 SIGUSR1 and to be started again, 130 Ctrl-C. A second Ctrl-C ends at once. torchrun passes none of them on but 0: after

@@ -17,15 +17,16 @@ import math
 import pickle
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -37,10 +38,11 @@ from data import Data, order, read_data
 from diffusion import NUM_TRAIN
 from models import DiT, DiT_models
 from objective import Objective
-from ranks import Ranks, started_again
+from ranks import Ranks, end_with_launcher, started_again
 from runtime import Interrupted, Progress, Signals, seed_words
 
 STEP = 1  # the random streams of a seed for the draws of a step; data.ORDER numbers those for the order of images
+ENDING = 5.0  # seconds that processes of an earlier start may take to end
 TIME_IS_UP = 1  # why a run stops early; the other reasons are numbers of signals, which are higher
 
 # ------------------------------------------------------------------------------------------------- options
@@ -273,7 +275,10 @@ def write_state(out: Path, trainer: Trainer) -> None:
     state |= {"class_names": data.class_names, "model": model.state_dict()}
     state |= {"ema": trainer.ema, "optimizer": trainer.optimizer.state_dict()}
     with written_whole(out / "state.pt") as temporary:
-        torch.save(state, temporary)
+        try:
+            torch.save(state, temporary)
+        except RuntimeError as error:  # torch's word for a disk that is full
+            raise OSError(f"{out / 'state.pt'} cannot be written: {error}") from error
     save_checkpoint(out / "ema.safetensors", trainer.ema, model.config, class_names=data.class_names, step=str(done))
 
 
@@ -298,6 +303,21 @@ def read_state(out: Path, recipe: Recipe) -> dict[str, Any] | None:
     return state
 
 
+@contextmanager
+def alone_in(out: Path, ranks: Ranks) -> Iterator[None]:
+    """Within, no other run works in the folder. ValueError if one does."""
+    if ranks.rank > 0:
+        yield
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(out / "lock").acquire(timeout=ENDING)
+    except Timeout:
+        raise ValueError(f"--out {out} is in use by another run: wait for its end, or take another folder") from None
+    with lock:
+        yield
+
+
 def prepare_folder(out: Path, start: int, overwrite: bool) -> None:
     """Clear what an overwritten run left, or one that was killed while it wrote or after its last checkpoint."""
     out.mkdir(parents=True, exist_ok=True)
@@ -317,21 +337,25 @@ def prepare_folder(out: Path, start: int, overwrite: bool) -> None:
 # ------------------------------------------------------------------------------------------------- the job
 
 
-def run(options: Options, ranks: Ranks, signals: Signals) -> None:
-    """The whole job. ValueError or OSError for a mistake, before heavy work where it shows by then."""
+def run(options: Options, ranks: Ranks, signals: Signals, stack: ExitStack) -> None:
+    """The whole job. ValueError or OSError for a mistake, before heavy work where it shows by then.
+
+    The folder is locked until the stack ends.
+    """
     began, out = time.perf_counter(), options.out
     check(options, ranks)
     device = ranks.device(options.device)
     if device.type == "cuda":
         runtime.allow_tf32(True)
     if options.overwrite and started_again():  # --overwrite was for the first start
-        options.overwrite = False
+        options = replace(options, overwrite=False)
+    data = read_data(options.data, options.image_size)
+    stack.enter_context(alone_in(out, ranks))
     state = None if options.overwrite else read_state(out, options)
     say = partial(print, flush=True) if ranks.rank == 0 else lambda *_: None
     if state is not None and state["step"] >= options.steps:
         say(f"{out} is done: {state['step']} steps; give more --steps or another --out")
         return
-    data = read_data(options.data, options.image_size)
     if state is not None and state["data"] != data.digest:
         raise ValueError(f"--out {out} was trained on other data than {options.data}: give that, or --overwrite")
     torch.manual_seed(int(seed_words(options.seed, STEP, 0xFFFFFFFF).generate_state(1)[0]))  # of the initial weights
@@ -380,8 +404,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def job() -> int:
         try:
-            with Signals() as signals:
-                run(options, ranks, signals)
+            with Signals() as signals, ExitStack() as stack:
+                run(options, ranks, signals, stack)
             return 0
         except Interrupted as stop:
             if ranks.rank == 0:
@@ -396,4 +420,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    end_with_launcher()
     sys.exit(main())

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from adacorr.files import written_whole
 
@@ -69,8 +69,8 @@ def save_profile(path: str | Path, profile: Profile) -> None:
             file.write_text(json.dumps({**profile.header, "arrays": arrays}) + "\n")
         else:
             arrays = {name: np.asarray(value, order="C") for name, value in profile.arrays.items()}
-            save_file(arrays, file, metadata={"profile": json.dumps(profile.header)})
-            file.chmod(0o644)  # safetensors writes private files
+            # By way of bytes: errors of safetensors' own writing are no OSErrors, and it leaves files of odd names.
+            file.write_bytes(save(arrays, metadata={"profile": json.dumps(profile.header)}))
 
 
 def load_profile(path: str | Path) -> Profile:

@@ -79,7 +79,7 @@ class Store:
             try:
                 image, label, _ = self._read(index, pixels=True)
             except Unusable as why:
-                way_out = "run the same command again with --verify"
+                way_out = "run sample_ddp.py on this run again with --verify"
                 raise Failure(f"image {index}: {self.path(index)}: {why}; {way_out}") from None
             yield image, label
 

@@ -23,7 +23,7 @@ from adacorr.compiled import compile_blocks
 from adacorr.profile import Profile, save_profile
 from fid_run.images import Store, pack
 from fid_run.labels import make_labels
-from fid_run.protocol import canonical, describe, folder_name, image_size, run_id
+from fid_run.protocol import canonical, describe, differences, folder_name, image_size, run_id
 from fid_run.record import WAYS_OUT, RunFolder, RunMismatch
 from fid_run.worker import Sampling, plan, statistics
 from pipeline import Pipeline
@@ -77,6 +77,9 @@ def run(args: argparse.Namespace | None, ranks: Ranks) -> None:
         if not leads:
             stack.enter_context(signals)
             pipe, cache = load(job.args, job.profile)
+            # Another node may have another file in the place of a checkpoint or a VAE.
+            if lines := differences(job.folder.record["protocol"], describe(job.args, pipe, cache)):
+                raise ValueError(f"process {ranks.rank} loads other files than process 0: {'; '.join(lines)}")
         work(job, ranks, signals, pipe, cache)
         if leads:
             job.folder.await_ranks(ranks.world)
@@ -170,12 +173,14 @@ def prepare(
     set_up(args, ranks)
     profiles.check_calibrate(args.calibrate)
     pipe, cache = load(args)
+    pipe.check_decodes()
     labels = make_labels(args.labels, args.seed, count, pipe.model.num_classes)
     folder = RunFolder(args.sample_dir / folder_name(args, pipe, cache))
     stack.enter_context(folder.lock(note))
     folder.tidy()
     # A run goes on with the profile that it began with, wherever it does.
-    own = args.calibrate == "auto" and not args.overwrite and folder.profile.is_file()
+    measured = args.calibrate == "auto" or args.calibrate.isdecimal()
+    own = measured and not args.overwrite and folder.profile.is_file()
     try:
         cache = profiles.with_profile(cache, pipe, str(folder.profile) if own else args.calibrate, note)
     except ValueError as error:

@@ -23,7 +23,7 @@ def describe(args: argparse.Namespace, pipe: Pipeline, cache: CacheManager | Non
     """The protocol: all that makes the images what they are, to rounding, and nothing else."""
     vae = None
     if pipe.vae is not None:
-        vae = {"name": args.vae or "mse", "sha256": digest(pipe.vae.state_dict())}
+        vae = {"name": Path(args.vae or "mse").name, "sha256": digest(pipe.vae.state_dict())}
     labels = args.labels if isinstance(args.labels, str) else f"sha256 {args.labels.sha256}"
     # Files that the method was given. None where a calibrated one finds the shipped profile itself, by the checkpoint.
     given = [str(getattr(cache and cache.policy, option, "auto")) for option in ("profile", "router", "gates")]

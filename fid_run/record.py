@@ -26,7 +26,7 @@ from fid_run.protocol import differences, run_id
 SCHEMA = 3  # of run.json
 WAIT = 120.0  # seconds for the lock of another job: a file server frees those of a dead host after 90 or so
 VISIBLE = 90.0  # seconds: a network file system may show a new file of another host only after a minute
-WAYS_OUT = "give another --sample-dir, or --overwrite to start it anew"
+WAYS_OUT = "give sample_ddp.py another --sample-dir, or --overwrite to start it anew"
 
 
 class RunMismatch(ValueError):

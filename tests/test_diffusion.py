@@ -12,9 +12,6 @@ import torch
 from diffusion import DDIM, DDPM, SCHEDULERS, linear_betas, make_sampler, names, respace, respaced_schedule
 from timesteps import optimized_steps
 
-# Of NumPy, about array protocols, in the diffusers modules.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
-
 ABAR = np.cumprod(1.0 - linear_betas())
 SHAPE = (3, 4, 2, 2)
 
@@ -343,6 +340,7 @@ def test_a_history_is_taken_in_order():
 def test_make_sampler():
     half = make_sampler("ddim:eta=0.5", 50)
     assert (half.eta, half.stochastic, half.spec) == (0.5, True, "ddim:eta=0.5")
+    assert make_sampler("ddim:eta=0.0,clip=false", 5).spec == "ddim"  # for which models are measured
     assert make_sampler("ddpm:clip=true", 50).clip
 
 

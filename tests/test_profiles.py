@@ -50,6 +50,22 @@ def test_an_unknown_model_is_measured_once_and_kept(checkpoint, tmp_path):
     assert (other.profile.cfg_scale, other.profile.notes["images"]) == (4.0, 3)
 
 
+def test_a_damaged_profile_is_measured_anew_and_one_that_cannot_be_kept_serves(checkpoint, tmp_path, capsys):
+    said, pipe, folder = [], load(checkpoint), tmp_path / "home" / "profiles"
+    first = profiles.with_profile(correct(), pipe, "auto", said.append)
+    (kept,) = folder.iterdir()
+    kept.write_bytes(kept.read_bytes()[:100])
+    again = profiles.with_profile(correct(), pipe, "auto", said.append)
+    assert f"passed over: profile {kept} cannot be read" in capsys.readouterr().err
+    assert said[2:] == said[:2]
+    kept.unlink()
+    folder.rmdir()
+    folder.write_text("a file in its place")
+    third = profiles.with_profile(correct(), pipe, "auto", said.append)
+    assert said[-1].startswith("not kept for other runs: ")
+    assert len({profiles.digest(cache.profile) for cache in (first, again, third)}) == 1
+
+
 def test_it_is_measured_on_noise_that_nobody_evaluates_and_the_same_again(checkpoint):
     pipe = load(checkpoint)
     one, two = profiles.measure(pipe, 2), profiles.measure(pipe, 2)
@@ -118,7 +134,7 @@ def test_a_run_takes_its_profile_along(checkpoint, tmp_path, capsys, monkeypatch
     record = json.loads((folder / "run.json").read_text())
     assert record["protocol"]["forecast"] == profiles.digest(load_profile(folder / "profile.safetensors"))
     monkeypatch.setenv("ADACORR_HOME", str(tmp_path / "elsewhere"))
-    assert sample_ddp.main([*argv, "--num-fid-samples", "3"]) == 0
+    assert sample_ddp.main([*argv, "--num-fid-samples", "3", "--calibrate", "5"]) == 0
     assert "measuring" not in capsys.readouterr().out
     with np.load(f"{folder}.npz") as packed:
         assert len(packed["arr_0"]) == 3

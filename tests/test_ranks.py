@@ -29,6 +29,9 @@ def test_the_variables_of_torchrun(variables):
     for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}.items():
         variables.setenv(name, value)
     assert Ranks.find() == Ranks(rank=5, world=8, local=1, local_world=4)
+    variables.setenv("RANK", "8")
+    with pytest.raises(ValueError, match="RANK is 8 and WORLD_SIZE 8: set both"):
+        Ranks.find()
     variables.setenv("RANK", "x")
     with pytest.raises(ValueError, match="RANK is 'x', not a number"):
         Ranks.find()

@@ -238,3 +238,12 @@ def test_a_calibrated_method_with_its_shipped_profile(tmp_path):
     """The profile is held to all 50 steps, the warm-up included, which runs the first few of them."""
     _, record = run(tmp_path, None, "--cache", "teacache:threshold=0.5", "--num-sampling-steps", 50, "--num-images", 1)
     assert 0 < record["hit_rate"] < 1
+
+
+def test_images_that_do_not_fit_into_memory_name_the_way_out(tiny, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(pipeline.Pipeline, "sample", full)
+    assert code(sample.main, "--ckpt", tiny, "--device", "cpu", "--out", tmp_path / "x.png") == 1
+    one_line(capsys, "do not fit into memory", "lower --num-images")

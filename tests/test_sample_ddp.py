@@ -8,7 +8,7 @@ import shutil
 import signal
 import time
 import zipfile
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from fid_run import images, job, record, worker
 from fid_run.labels import make_labels
 from models import DiT
 from pipeline import Pipeline
+from ranks import Ranks
 
 STEPS = 12
 
@@ -194,6 +195,14 @@ def test_a_latent_model_goes_through_its_vae(ddp, tmp_path):
     code, _, _, err = ddp(*flags, count=2, ckpt=tmp_path / "latent.safetensors")
     assert code == 2
     assert f'vae.sha256: "{before["sha256"]}" in the folder' in one_line(err)
+    vae.register_to_config(scaling_factor=0.13)
+    vae.save_pretrained(place)
+    code, _, _, err = ddp(*flags, count=2, ckpt=tmp_path / "latent.safetensors")
+    assert code == 2
+    assert "scales its latents by 0.13: give one that scales by 0.18215" in one_line(err)
+    code, _, _, err = ddp("--vae none", count=2, ckpt=tmp_path / "latent.safetensors")
+    assert code == 2
+    assert "4 channels, which are no RGB image" in one_line(err)
 
 
 def test_an_unconditional_model_has_no_labels(ddp, tmp_path):
@@ -549,6 +558,19 @@ def test_a_restart_by_torchrun_overwrites_nothing(ddp, monkeypatch):
     assert "--overwrite was for the first start" in out
     assert "2 of 3 are there" in out
     assert contents(folder).items() >= before.items()
+
+
+def test_a_process_with_another_checkpoint_says_so(tmp_path, monkeypatch):
+    """As on a node whose file of that name is an older one."""
+    path = save_tiny(tmp_path / "own.safetensors")
+    argv = ["--ckpt", str(path), "--device", "cpu", "--num-sampling-steps", "2", "--num-fid-samples", "2"]
+    with ExitStack() as stack:
+        made, _, _ = job.prepare(sample_ddp.parse([*argv, "--sample-dir", str(tmp_path)]), Ranks(), stack)
+        for name, answer in {"open": None, "from_leader": made, "barrier": None, "close": None}.items():
+            monkeypatch.setattr(Ranks, name, lambda *_, given=answer: given)
+        save_tiny(path, seed=2)
+        with pytest.raises(ValueError, match="process 1 loads other files than process 0: checkpoint.sha256: "):
+            job.run(None, Ranks(1, 2, 1, 2))
 
 
 def test_files_of_a_method_are_part_of_the_protocol(ddp, tmp_path):

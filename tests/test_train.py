@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from commands import code
+from filelock import FileLock
 from images import make_folder, pictures
 
 import models
@@ -120,7 +121,7 @@ def test_resumed_after_kill_is_bit_identical(tmp_path, data, death):
     assert code(train.main, *flags, "--out", broken) == 0
     assert_same(state(broken), state(whole))
     assert_same(lines(broken), lines(whole))
-    assert sorted(p.name for p in broken.iterdir()) == ["ema.safetensors", "log.jsonl", "run.json", "state.pt"]
+    assert sorted(p.name for p in broken.iterdir()) == ["ema.safetensors", "lock", "log.jsonl", "run.json", "state.pt"]
     torch.testing.assert_close(
         load_checkpoint(broken / "ema.safetensors").state_dict, state(whole)["ema"], rtol=0, atol=0
     )
@@ -403,7 +404,7 @@ def test_batch_must_divide(tmp_path, data, capsys, monkeypatch):
     assert capsys.readouterr().err == ""  # the first rank of the node has said it
 
 
-def test_resuming_another_run(tmp_path, data, capsys):
+def test_resuming_another_run(tmp_path, data, capsys, monkeypatch):
     out, flags = tmp_path / "run", ["--model", "tiny", *FEW, "--steps", 1]
     assert code(train.main, "--data", data, "--out", out, *flags) == 0
     before = (out / "state.pt").read_bytes()
@@ -420,8 +421,21 @@ def test_resuming_another_run(tmp_path, data, capsys):
     assert state(out)["step"] == 2
     assert code(train.main, "--data", other, "--out", out, *flags, *changed, "--overwrite") == 0
     assert state(out)["options"]["lr"] == 0.5
+    monkeypatch.setattr(train, "ENDING", 0)
+    with FileLock(out / "lock"):
+        capsys.readouterr()
+        assert code(train.main, "--data", other, "--out", out, *flags) == 2
+        assert "is in use by another run" in capsys.readouterr().err
     for content, message in ((before[:1000], "cannot be resumed"), (None, "ema.safetensors without state.pt")):
         capsys.readouterr()
         (out / "state.pt").write_bytes(content) if content else (out / "state.pt").unlink()
         assert code(train.main, "--data", other, "--out", out, *flags) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_restart_by_torchrun_overwrites_nothing(tmp_path, data, monkeypatch):
+    out, flags = tmp_path / "run", ["--data", data, "--model", "tiny", *FEW, "--overwrite", "--steps"]
+    assert code(train.main, *flags, 1, "--out", out) == 0
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert code(train.main, *flags, 2, "--out", out) == 0
+    assert [line["step"] for line in lines(out)] == [1, 2]
