@@ -180,10 +180,19 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         **{name: installed(name) for name in ("timm", "diffusers", "numpy", "pillow")},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_initialized() else processor(),
         "threads": torch.get_num_threads(),
         "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
+
+
+def processor() -> str:
+    """The name of the CPU, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
 def installed(package: str) -> str | None:

@@ -14,7 +14,7 @@ from adacorr import Algorithm1, CacheManager, make_policy
 from adacorr.command import timed
 from diffusion import make_sampler
 from evaluate.fidelity import fidelity
-from pipeline import Pipeline
+from pipeline import Pipeline, check_finite
 from profiles import with_profile
 
 NEAR = 0.03  # computes that differ by this share count as equal
@@ -149,6 +149,8 @@ class Bench:
             pipe = replace(pipe, sampler=make_sampler(setting.sampler, setting.steps))
         labels, cache = pipe.labels_in_turn(indices), self.cache(setting, pipe)
         x, seconds = timed(lambda: pipe.sample(self.seed, indices, labels, cache, stop=stop), pipe.device)
+        if stop is None and setting in self.references.values():  # else a black image would be a perfect match
+            check_finite(x)
         return x, cache, seconds
 
     def run(self, method: str, form: str, setting: Setting, few: bool = False) -> Row:

@@ -29,6 +29,7 @@ from evaluate.reference import (
     REFERENCES,
     Measured,
     add_network_flags,
+    as_published,
     evaluator,
     find_reference,
     measure,
@@ -163,28 +164,33 @@ def run(args: argparse.Namespace) -> None:
         (old,) = before["sets"]
         check_alike(images, SimpleNamespace(path=old["samples"], **old), "--baseline")
     network = network_for(args, sets[0])
+    alike, otherwise = evaluator(network), f"--baseline {args.baseline} was measured otherwise"
+    if before is not None and (lines := differing(before["evaluator"], alike)):
+        raise ValueError(f"{otherwise}: {'; '.join(lines)}")
     real = reference(path, network, args.batch_size)
-    alike = evaluator(network)
-    if before is not None:
-        theirs = {**before["evaluator"], "reference": before["reference"]["sha256"]}
-        if lines := differing(theirs, {**alike, "reference": real.sha256}):
-            raise ValueError(f"--baseline {args.baseline} was measured otherwise: {'; '.join(lines)}")
-    near = None if uncached is None else measure(uncached, network, args.batch_size)
+    if before is not None and before["reference"]["sha256"] != real.sha256:
+        raise ValueError(f"{otherwise}: the reference is another one")
+    doubts = [] if as_published(args.reference, real) else [f"this is not the {args.reference} that ADM published"]
+    near = None if uncached is None else measure(uncached, network, args.batch_size).moments
     name, records = ("fid" if network.name == "inception" else "fd"), []
-    for images in sets:
-        found = measure(images, network, args.batch_size)
-        values, notes = metrics(found, real, network, find_device(args.device))
-        if near is not None:
-            values["to_uncached"] = frechet_distance(found.moments, near.moments)
-        if before is not None:
-            values["change"] = values[name] - old["metrics"][name]
-        notes += cautions(images, found, network)
-        record = {"samples": str(images.path), "count": found.count, "sha256": found.sha256}
-        records.append(record | {"protocol": images.protocol, "metrics": values, "notes": notes})
-    notes = [
-        f"{network.name}, weights sha256 {network.sha256}; reference {path.name}, sha256 {real.sha256}",
-        *dict.fromkeys(note for record in records for note in record["notes"]),
-    ]
-    about = {"path": str(path), "sha256": real.sha256, "count": real.count}
-    lines = tabulate(records, network.name, args.seeds)
-    conclude(args, lines, notes, evaluator=alike, reference=about, sets=records)
+    try:
+        for images in sets:
+            found = measure(images, network, args.batch_size)
+            values, notes = metrics(found, real, network, find_device(args.device))
+            if near is not None:
+                values["to_uncached"] = frechet_distance(found.moments, near)
+            if before is not None:
+                values["change"] = values[name] - old["metrics"][name]
+            notes += cautions(images, found, network)
+            record = {"samples": str(images.path), "count": found.count, "sha256": found.sha256}
+            records.append(record | {"protocol": images.protocol, "metrics": values, "notes": notes})
+    finally:  # what was measured is not lost where a later set is damaged
+        if records:
+            notes = [
+                f"{network.name}, weights sha256 {network.sha256}; reference {path.name}, sha256 {real.sha256}",
+                *doubts,
+                *dict.fromkeys(note for record in records for note in record["notes"]),
+            ]
+            about = {"path": str(path), "sha256": real.sha256, "count": real.count}
+            lines = tabulate(records, network.name, args.seeds and len(records) == len(sets))
+            conclude(args, lines, notes, evaluator=alike, reference=about, sets=records)

@@ -24,6 +24,7 @@ from fid_run.record import RunFolder
 
 # Beginnings of the fields of a protocol by which sets of the same noise may differ and still be compared
 MAY_DIFFER = ("cache", "profile", "forecast", "sampler.steps", "format")
+MAY_DIFFER += ("checkpoint.name", "vae.name")  # their digests say which they are
 MAY_DIFFER += ("precision.compile", "precision.deterministic", "precision.threads")
 
 

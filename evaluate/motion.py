@@ -35,7 +35,7 @@ from evaluate.networks import Network, add_features_flags, network_of
 from evaluate.pages import spread
 from evaluate.results import conclude, protocol_line
 from fid_run.protocol import image_size
-from pipeline import Pipeline, gaussian
+from pipeline import Pipeline, check_finite, gaussian
 from profiles import check_calibrate, with_profile
 from runtime import Progress, check_range, say
 
@@ -112,7 +112,10 @@ def sample_clips(
     images, spent, counts = [], [], []
     for numbers in np.split(np.arange(clips * frames), range(batch_size, clips * frames, batch_size)):
         noise, labels = clip_noise(seed, frames, numbers, pipe.noise_shape), pipe.labels_in_turn(numbers // frames)
-        images.append(pipe.decode(pipe.sample_from(noise, labels, cache)))
+        states = pipe.sample_from(noise, labels, cache)
+        if cache is None:
+            check_finite(states)
+        images.append(pipe.decode(states))
         spent.append((1.0, 0.0) if cache is None else (cache.trace.compute, cache.trace.hit_rate))
         counts.append(len(numbers))
         progress.update(len(numbers))

@@ -161,8 +161,8 @@ class Study:
         """Score cached images beside the uncached ones."""
         features, near = [], []
         for first, images in batches:
-            before = self._kept(first, len(images))
-            near.append(torch.stack([psnr(before, images), ssim(before, images)]))
+            pair = [x.to(self.bench.pipe.device) for x in (self._kept(first, len(images)), images)]
+            near.append(torch.stack([psnr(*pair), ssim(*pair)]))
             features.append(self.network.features(images).pool)
         own, (decibels, similar) = Moments.of(torch.cat(features)), torch.cat(near, dim=1)
         summary = summarise_psnr(decibels)

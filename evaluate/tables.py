@@ -43,7 +43,7 @@ from evaluate.results import differing, read_result, write_result
 from evaluate.study import EVERY, UNCACHED, Row, Study
 from fid_run.protocol import image_size
 from pipeline import ModelOptions, Pipeline
-from profiles import check_calibrate
+from profiles import check_calibrate, digest
 from runtime import Progress, check_range, environment, say
 
 METHODS = ("teacache", "adacache", "lazydit", "first_block", "fastcache")  # of Table I; first_block is FBCache
@@ -291,6 +291,7 @@ def sweep(
         "checkpoint_sha256": [study.bench.pipe.checkpoint.sha256 for study in studies],
         "reference_sha256": list(digests),
         "guidance": [study.bench.pipe.cfg_scale for study in studies],
+        "profile": [digest(study.bench.cache(Setting(adacorr="")).profile) for study in studies],
         "features": network.name,
         "features_sha256": network.sha256,
         **{key: getattr(args, key) for key in SAME},

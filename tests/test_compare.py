@@ -64,6 +64,13 @@ def flags(ckpt):
     return f"compare --num-sampling-steps {STEPS} --device cpu --ckpt", ckpt
 
 
+def test_an_uncached_run_that_overflows_is_no_reference(bench, monkeypatch):
+    monkeypatch.setattr(pipeline.Pipeline, "sample", lambda own, seed, indices, *_, **__: torch.full(
+        (len(indices), *own.noise_shape), torch.nan))  # fmt: skip
+    with pytest.raises(ValueError, match="image 0 holds infinite or undefined values"):
+        bench.run("interval", "alone", Setting("interval:every=2"))
+
+
 @pytest.mark.parametrize("few", [1, 2])
 def test_a_row_on_all_images_is_timed_whether_or_not_a_search_asks_for_it(bench, few):
     bench.few, bench.timed = few, True

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -404,3 +405,14 @@ def test_damaged_statistics_are_named(sets, tmp_path, colours, capsys):
     capsys.readouterr()
     assert code(main, "fid", sets[0], "--reference", stats) == 2
     one_line(capsys, "b.npz")
+
+
+def test_what_was_measured_is_kept_where_a_later_set_is_damaged(sampled, tmp_path, colours, capsys):
+    copy, out = tmp_path / "damaged", tmp_path / "kept.json"
+    shutil.copytree(sampled("cached"), copy)
+    picture = sorted((copy / "images").iterdir())[-1]
+    picture.write_bytes(picture.read_bytes()[:-20])
+    sets = sampled("uncached"), copy
+    assert code(main, "fid", *sets, "--reference", sampled("seed"), "--out", out) != 0
+    assert len(values(out)) == 1
+    assert "run sample_ddp.py on this run again with --verify" in capsys.readouterr().err

@@ -156,6 +156,8 @@ def test_a_sweep_that_was_stopped_goes_on(tiny32, tmp_path, monkeypatch):
     measured.clear()
     assert table1(tiny32, out) == 0
     assert measured == []  # nothing is left to do
+    monkeypatch.setattr(tables, "digest", lambda profile: "of another profile")
+    assert table1(tiny32, out) == 2
     monkeypatch.undo()
     assert run("table1", tiny32, "--methods", "never", "--out", out) == 0  # the uncached images are sampled anew
     assert {*settings(content(out)["rows"])} == {*ROWS, Setting("never"), Setting("never", "")}
