@@ -3,15 +3,9 @@
 import pytest
 import torch
 from torch.testing import assert_close
-from toy import tiny_dit
 
 from adacorr.gates import fit_gate_basis
 from diffusion import make_sampler
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_dit(depth=3)
 
 
 def conditions(model, labels, steps=20):

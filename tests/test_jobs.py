@@ -1,5 +1,6 @@
 """Work on a bench in several processes: it finds what one process finds."""
 
+import multiprocessing
 import os
 import time
 from dataclasses import replace
@@ -26,6 +27,12 @@ def make(tmp_path):
     save_checkpoint(tmp_path / "tiny.safetensors", model.state_dict(), model.config)
     options = ModelOptions(ckpt=str(tmp_path / "tiny.safetensors"), num_sampling_steps=8, device="cpu")
     return partial(make_bench, options, seed=7, count=3, solution_steps=16)
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Processes that have imported everything; those of the first test start anew."""
+    monkeypatch.setattr("evaluate.jobs.get_context", lambda _: multiprocessing.get_context("fork"))
 
 
 def threads(bench):
@@ -59,7 +66,7 @@ def mistaken(bench):
     raise ValueError("a mistake")
 
 
-def test_what_other_processes_find_is_kept_when_one_job_fails(make):
+def test_what_other_processes_find_is_kept_when_one_job_fails(make, forked):
     bench, found = make(), []
     with pytest.raises(ValueError, match="a mistake"):
         found.extend(run_jobs(bench, [mistaken, slow], 2, make))
@@ -72,6 +79,6 @@ def die(bench):
     os._exit(9)
 
 
-def test_a_process_that_dies_is_told(make):
+def test_a_process_that_dies_is_told(make, forked):
     with pytest.raises(Failure, match="one of 2 processes died.*try fewer"):
         list(run_jobs(make(), [die], 2, make))

@@ -33,11 +33,6 @@ LABELS = (3, 0, 3)
 CORRECTIONS = [AdaCorrection(gamma=0.3), AdaCorrection(budget=4), Algorithm1(gamma=0.05)]
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny_dit()
-
-
 def corrected(**options):
     return CacheManager(correction=AdaCorrection(**options))
 

@@ -15,11 +15,6 @@ from pipeline import VAE_SCALE, Pipeline, gaussian, sample_latents
 SHAPE = (3, 8, 8)
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny_dit()
-
-
 def practical(**options):
     return CacheManager(correction=AdaCorrection(**options))
 

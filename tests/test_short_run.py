@@ -21,11 +21,6 @@ STEPS = 24
 BAR = 15  # operations of a skipped step and of one that is taken again
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny_dit()
-
-
 @contextmanager
 def by_the_loop(monkeypatch):
     """All steps go through the model and the sampler."""

@@ -10,9 +10,6 @@ from scipy.integrate import quad
 from diffusion import make_sampler
 from timesteps import expected_error, half_log_snr, optimized_steps, step_weights
 
-# Of NumPy, about array protocols, in the diffusers modules.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
-
 LAMBDAS = torch.tensor([-4.0, -2.5, -1.9, 0.3, 1.0, 2.2], dtype=torch.float64)
 SIGMA = 1 / math.sqrt(1 + math.exp(2 * 2.2))  # at the end
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from toy import alphas, run_all, timed_dit, tiny_dit
+from toy import alphas, run_all, timed_dit
 
 from adacorr import AdaCorrection, CacheManager
 from adacorr.calibration import trajectory
@@ -58,11 +58,6 @@ def branch_sums(model, basis, cfg_scale=1.5):
         added.append(torch.stack([stack[0], stack[0] - stack[1]]))
         x = sampler.step(step, x, decoded[1] + cfg_scale * (decoded[0] - decoded[1]))
     return torch.stack(sums, dim=1), torch.stack(added, dim=1)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_dit()
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,5 @@
 """Tiny random transformers of every diffusers family, their inputs, and a sampling loop as short as can be."""
 
-from functools import partial
-
 import diffusers
 import torch
 
@@ -17,14 +15,7 @@ def _dit(rows, generator):
 
 
 def _pixart(rows, generator):
-    mask = torch.ones(rows, TEXT)
-    mask[:, -1] = 0
-    added = {"resolution": None, "aspect_ratio": None}
-    return {
-        "encoder_hidden_states": _text(rows, 24, generator),
-        "encoder_attention_mask": mask,
-        "added_cond_kwargs": added,
-    }
+    return {**_masked(rows, generator), "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
 
 
 def _sd3(rows, generator):
@@ -57,135 +48,52 @@ def _only_text(rows, generator):
     return {"encoder_hidden_states": _text(rows, 24, generator)}
 
 
-_HEADS = {"num_attention_heads": 2, "num_layers": 3}
-# name -> (class, arguments, shape of one latent, other inputs, scale from 0..1000 to the transformer's timestep)
+# Arguments that several have: of one list of blocks, of two, and what goes with them.
+_ONE = {"num_attention_heads": 2, "num_layers": 3, "attention_head_dim": 12, "in_channels": 4}
+_TWO = {"num_attention_heads": 2, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "in_channels": 4}
+_OUT, _POOLED = {"out_channels": 4}, {"joint_attention_dim": 24, "pooled_projection_dim": 12}
+_CROSS = {"cross_attention_dim": 24, "caption_channels": 24}
+# name -> (class, arguments, shape of one latent, other inputs)
 TINY = {
-    "dit": (
-        "DiTTransformer2DModel",
-        {**_HEADS, "attention_head_dim": 12, "in_channels": 4, "sample_size": 8, "num_embeds_ada_norm": 7},
-        (4, 8, 8),
-        _dit,
-    ),
+    "dit": ("DiTTransformer2DModel", {**_ONE, "sample_size": 8, "num_embeds_ada_norm": 7}, (4, 8, 8), _dit),
     "pixart": (
         "PixArtTransformer2DModel",
-        {
-            **_HEADS,
-            "attention_head_dim": 12,
-            "in_channels": 4,
-            "out_channels": 4,
-            "cross_attention_dim": 24,
-            "sample_size": 8,
-            "caption_channels": 24,
-            "use_additional_conditions": False,
-        },
+        {**_ONE, **_OUT, **_CROSS, "sample_size": 8, "use_additional_conditions": False},
         (4, 8, 8),
         _pixart,
     ),
     "sd3": (
         "SD3Transformer2DModel",
-        {
-            **_HEADS,
-            "attention_head_dim": 12,
-            "in_channels": 4,
-            "out_channels": 4,
-            "sample_size": 8,
-            "joint_attention_dim": 24,
-            "caption_projection_dim": 24,
-            "pooled_projection_dim": 12,
-            "pos_embed_max_size": 8,
-            "dual_attention_layers": (0,),
-        },
+        {**_ONE, **_OUT, **_POOLED, "sample_size": 8, "caption_projection_dim": 24}
+        | {"pos_embed_max_size": 8, "dual_attention_layers": (0,)},
         (4, 8, 8),
         _sd3,
     ),
-    "flux": (
-        "FluxTransformer2DModel",
-        {
-            "num_attention_heads": 2,
-            "num_layers": 2,
-            "num_single_layers": 2,
-            "attention_head_dim": 16,
-            "in_channels": 4,
-            "joint_attention_dim": 24,
-            "pooled_projection_dim": 12,
-            "axes_dims_rope": (4, 6, 6),
-        },
-        (SIZE * SIZE, 4),
-        _flux,
-    ),
+    "flux": ("FluxTransformer2DModel", {**_TWO, **_POOLED, "axes_dims_rope": (4, 6, 6)}, (SIZE * SIZE, 4), _flux),
     "wan": (
         "WanTransformer3DModel",
-        {
-            **_HEADS,
-            "attention_head_dim": 12,
-            "in_channels": 4,
-            "out_channels": 4,
-            "text_dim": 24,
-            "freq_dim": 16,
-            "ffn_dim": 48,
-            "rope_max_seq_len": 16,
-        },
+        {**_ONE, **_OUT, "text_dim": 24, "freq_dim": 16, "ffn_dim": 48, "rope_max_seq_len": 16},
         (4, 2, 8, 8),
         _only_text,
     ),
     "cogvideox": (
         "CogVideoXTransformer3DModel",
-        {
-            **_HEADS,
-            "attention_head_dim": 16,
-            "in_channels": 4,
-            "out_channels": 4,
-            "time_embed_dim": 8,
-            "text_embed_dim": 24,
-            "sample_width": 8,
-            "sample_height": 8,
-            "sample_frames": 5,
-            "max_text_seq_length": TEXT,
-        },
+        {**_ONE, **_OUT, "attention_head_dim": 16, "time_embed_dim": 8, "text_embed_dim": 24}
+        | {"sample_width": 8, "sample_height": 8, "sample_frames": 5, "max_text_seq_length": TEXT},
         (2, 4, 8, 8),
         _only_text,
     ),
-    "ltx": (
-        "LTXVideoTransformer3DModel",
-        {
-            **_HEADS,
-            "attention_head_dim": 12,
-            "in_channels": 4,
-            "out_channels": 4,
-            "cross_attention_dim": 24,
-            "caption_channels": 24,
-        },
-        (2 * SIZE * SIZE, 4),
-        _ltx,
-    ),
+    "ltx": ("LTXVideoTransformer3DModel", {**_ONE, **_OUT, **_CROSS}, (2 * SIZE * SIZE, 4), _ltx),
     "hunyuan": (
         "HunyuanVideoTransformer3DModel",
-        {
-            "num_attention_heads": 2,
-            "num_layers": 2,
-            "num_single_layers": 2,
-            "num_refiner_layers": 1,
-            "attention_head_dim": 16,
-            "in_channels": 4,
-            "out_channels": 4,
-            "text_embed_dim": 24,
-            "pooled_projection_dim": 12,
-            "rope_axes_dim": (4, 6, 6),
-        },
+        {**_TWO, **_OUT, "num_refiner_layers": 1, "text_embed_dim": 24, "pooled_projection_dim": 12}
+        | {"rope_axes_dim": (4, 6, 6)},
         (4, 2, 8, 8),
         _hunyuan,
     ),
     "mochi": (
         "MochiTransformer3DModel",
-        {
-            **_HEADS,
-            "attention_head_dim": 12,
-            "in_channels": 4,
-            "text_embed_dim": 24,
-            "pooled_projection_dim": 24,
-            "time_embed_dim": 8,
-            "max_sequence_length": TEXT,
-        },
+        {**_ONE, "text_embed_dim": 24, "pooled_projection_dim": 24, "time_embed_dim": 8, "max_sequence_length": TEXT},
         (4, 2, 8, 8),
         _masked,
     ),
@@ -235,6 +143,3 @@ def sample(model, name, latents, other, steps=8, evaluate=None):
             out = evaluate(x, t)[:, : x.shape[1]]
             x = x - 0.3 * (t - after) / 1000.0 * out
     return x
-
-
-loop = partial(sample, steps=8)
