@@ -127,7 +127,9 @@ def test_what_cannot_be_measured():
     with pytest.raises(ValueError, match="give calls of more steps"):
         measure(pipe, [{**calls[0], "num_inference_steps": 1}])
     pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
-    with pytest.raises(ValueError, match="cannot be measured: steps of FlowMatchEulerDiscreteScheduler that are not"):
+    with pytest.raises(
+        ValueError, match="cannot be measured: steps of FlowMatchEulerDiscreteScheduler that are not known"
+    ):
         measure(pipe, calls)
     pipe, call = whole_pipeline("wan")  # halves in calls of their own
     pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()

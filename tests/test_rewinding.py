@@ -1,5 +1,6 @@
 """Taking steps again under a pipeline: which schedulers allow it, how the state moves, and what switches it off."""
 
+import copy
 from types import SimpleNamespace
 
 import diffusers
@@ -10,10 +11,11 @@ from test_diffusers_pipelines import STEPS, draw, whole_pipeline
 
 from adacorr.corrected_run import CorrectedRun
 from adacorr.integrations.diffusers import CacheConfig, enable
-from adacorr.integrations.diffusers.rewinding import APART, UNEXPECTED, Rewinding, linear_steps
+from adacorr.integrations.diffusers.rewinding import APART, UNEXPECTED, LinearSteps, Rewinding, linear_steps, remembered
 from adacorr.integrations.diffusers.tiny import random_transformer
 
-PLAIN = {"clip_sample": False, "beta_schedule": "linear"}
+PLAIN_BETAS = {"beta_schedule": "linear"}
+PLAIN = {"clip_sample": False, **PLAIN_BETAS}
 
 
 def ddim(**options):
@@ -27,13 +29,15 @@ def test_steps_of_ddim_and_of_flow_matching():
     after = np.append(known[1:], 1.0)
     keep = np.sqrt(after / known)
     expected = np.stack([keep, np.sqrt(1 - after) - keep * np.sqrt(1 - known)], axis=1)
-    np.testing.assert_allclose(linear_steps(scheduler, scheduler.timesteps), expected, rtol=1e-5)
+    steps = linear_steps(scheduler, scheduler.timesteps)
+    np.testing.assert_allclose(np.stack([steps.carry[:, 0, 0], steps.gain[:, 0]], axis=1), expected, rtol=1e-5)
+    np.testing.assert_allclose(steps.first, expected, rtol=1e-5)
 
     flow = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     flow.set_timesteps(5)
     found = linear_steps(flow, flow.timesteps[2:])  # a run may begin with a later step
-    np.testing.assert_allclose(found[:, 0], 1.0)
-    np.testing.assert_allclose(found[:, 1], np.diff(flow.sigmas.numpy())[2:], rtol=1e-5)
+    np.testing.assert_allclose(found.carry, 1.0)
+    np.testing.assert_allclose(found.gain[:, 0], np.diff(flow.sigmas.numpy())[2:], rtol=1e-5)
     assert flow.step_index is None  # a copy was tried
 
 
@@ -56,7 +60,7 @@ def test_tables_that_a_pipeline_put_on_its_device_are_brought_back():
     flow.set_timesteps(5)
     expected = linear_steps(flow, flow.timesteps)
     flow.sigmas, flow.timesteps = flow.sigmas.as_subclass(Elsewhere), flow.timesteps.as_subclass(Elsewhere)
-    np.testing.assert_array_equal(linear_steps(flow, flow.timesteps), expected)
+    np.testing.assert_array_equal(linear_steps(flow, flow.timesteps).gain, expected.gain)
     assert type(flow.sigmas) is Elsewhere  # a copy was tried
 
 
@@ -68,14 +72,74 @@ def test_tables_that_a_pipeline_put_on_its_device_are_brought_back():
         ("DDIMScheduler", {**PLAIN, "thresholding": True}, False),
         ("CogVideoXDDIMScheduler", {"clip_sample": False}, True),
         ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, False),
-        ("DPMSolverMultistepScheduler", {}, False),
+        ("DPMSolverMultistepScheduler", {}, True),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, False),
+        ("DPMSolverMultistepScheduler", {"thresholding": True}, False),
+        ("UniPCMultistepScheduler", {"solver_order": 3}, True),
+        ("DEISMultistepScheduler", {}, True),
         ("DDPMScheduler", PLAIN, False),
     ],
 )
 def test_which_schedulers_take_linear_steps(kind, options, linear):
     scheduler = getattr(diffusers, kind)(**options)
     scheduler.set_timesteps(6)
+    before = torch.get_rng_state()
     assert (linear_steps(scheduler, scheduler.timesteps) is not None) == linear
+    assert torch.equal(torch.get_rng_state(), before)  # nobody else's noise is another
+
+
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+MULTISTEP = [
+    ("DPMSolverMultistepScheduler", {}),
+    ("DPMSolverMultistepScheduler", {"solver_order": 3, "use_karras_sigmas": True}),
+    ("UniPCMultistepScheduler", {}),
+    ("UniPCMultistepScheduler", {"solver_order": 3, **FLOW}),
+    ("DEISMultistepScheduler", {}),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), MULTISTEP)
+def test_a_multistep_scheduler_is_followed_with_what_it_remembers(kind, options):
+    scheduler = getattr(diffusers, kind)(**options)
+    scheduler.set_timesteps(8)
+    steps, x = linear_steps(scheduler, scheduler.timesteps), torch.randn(2, 3, 4, 4)
+    z = torch.cat([x, *(torch.zeros_like(x) for _ in remembered(scheduler))], dim=1)
+    for step, t in enumerate(scheduler.timesteps):
+        out = torch.randn_like(x)
+        z, x = steps.take(step, z, out), scheduler.step(out, t, x, return_dict=False)[0]
+        there = torch.cat([x, *(torch.zeros_like(x) if m is None else m for m in remembered(scheduler))], dim=1)
+        torch.testing.assert_close(z, there, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("kind", "options"), MULTISTEP)
+def test_a_pipeline_with_a_memory_goes_on_as_one_that_was_better_all_along(kind, options):
+    """From step 4 on, in which the core learns what another run is like."""
+    count, learnt = 25, 4
+    shape, scheduler = (2, 3, 4, 4), getattr(diffusers, kind)(**options)
+    scheduler.set_timesteps(count)
+    better, x = copy.deepcopy(scheduler), torch.randn(shape)
+    steps, other = linear_steps(scheduler, scheduler.timesteps), x + 0.3 * torch.randn(shape)
+
+    def network(step, state):
+        return torch.tanh(state * (1 + step / count))
+
+    def correct(z, out, evaluate, advance):
+        if run.step != learnt:
+            return z, out
+        return torch.cat([other, *remembered(better)], dim=1), network(learnt, other)
+
+    run = SimpleNamespace(step=0, info=SimpleNamespace(images=2), correct=correct)
+    own = Rewinding(run, steps, scheduler, 1, True, 1.0)
+    for step, t in enumerate(scheduler.timesteps):
+        run.step, out = step, network(step, x)
+        assert own.begin(x, t) == ""
+        assert own.correct(x, out, None) == ""
+        x = scheduler.step(out, t, x, return_dict=False)[0]
+        other = better.step(network(step, other), t, other, return_dict=False)[0]
+        if step >= learnt:
+            torch.testing.assert_close(x, other, rtol=1e-3, atol=1e-3)
+    memories = zip(remembered(scheduler), remembered(better), strict=True)
+    assert all((mine - its).norm() < 0.1 * its.norm() for mine, its in memories)
 
 
 @pytest.mark.parametrize("conditional_first", [True, False])
@@ -92,7 +156,8 @@ def test_the_scheduler_makes_the_better_state_of_the_output(halves, channels, co
         return better, answer
 
     run = SimpleNamespace(step=1, info=SimpleNamespace(images=n), correct=correct)
-    own = Rewinding(run, np.array([[2.0, 3.0], [a, b]]), halves, conditional_first, scale)
+    steps = LinearSteps(np.array([[[2.0]], [[a]]]), np.array([[3.0], [b]]), np.zeros((2, 2)))
+    own = Rewinding(run, steps, None, halves, conditional_first, scale)
     rows, out = torch.cat([x] * halves), torch.randn(halves * n, channels, 4, 4)
     given, again = out.clone(), torch.randn(halves * n, channels, 4, 4)
 
@@ -122,7 +187,7 @@ def test_the_scheduler_makes_the_better_state_of_the_output(halves, channels, co
 
 def test_an_output_of_other_tokens_is_left_alone():
     run = SimpleNamespace(step=0, info=SimpleNamespace(images=1))
-    own, rows = Rewinding(run, np.ones((1, 2)), 1, True, 1.0), torch.zeros(1, 4, 2, 2)
+    own, rows = Rewinding(run, None, None, 1, True, 1.0), torch.zeros(1, 4, 2, 2)
     assert "(2, 2, 2)" in own.correct(rows, torch.zeros(1, 2, 2, 2), None)
 
 
@@ -137,9 +202,12 @@ def dit_pipeline():
 
 
 def rewinding_pipeline(name):
+    name, _, solver = name.partition(" ")
     pipe, call = dit_pipeline() if name == "dit" else whole_pipeline(name)
-    if name == "pixart":
+    if name == "pixart" and not solver:  # its own is DPM-Solver++
         pipe.scheduler = ddim()
+    if solver == "unipc":
+        pipe.scheduler = diffusers.UniPCMultistepScheduler(**(FLOW if name == "sd3" else PLAIN_BETAS))
     return pipe, call
 
 
@@ -163,7 +231,10 @@ def replays(monkeypatch):
     return done
 
 
-@pytest.mark.parametrize("name", ["dit", "pixart", "sd3", "flux"])
+REWINDING = ["dit", "dit unipc", "pixart", "pixart dpmsolver++", "sd3", "sd3 unipc", "flux"]
+
+
+@pytest.mark.parametrize("name", REWINDING)
 def test_a_step_that_is_taken_again_gives_what_it_gave(name, replays):
     pipe, call = rewinding_pipeline(name)
     with enable(pipe, CacheConfig(adacorr="budget=3")) as cache:
@@ -172,7 +243,7 @@ def test_a_step_that_is_taken_again_gives_what_it_gave(name, replays):
     assert replays == sorted([*range(STEPS)] * 2)
 
 
-@pytest.mark.parametrize("name", ["dit", "pixart", "sd3", "flux"])
+@pytest.mark.parametrize("name", REWINDING)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_pipelines_rewind(name, dtype):
     pipe, call = rewinding_pipeline(name)
@@ -211,12 +282,13 @@ def test_a_state_that_the_pipeline_edits_ends_the_rewinding(dtype, change):
 
 
 def test_what_cannot_rewind_says_so():
-    pipe, call = whole_pipeline("pixart")  # DPM-Solver++
+    pipe, call = whole_pipeline("pixart")
+    pipe.scheduler = diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++")
     with enable(pipe, CacheConfig(adacorr="budget=3")) as cache:
         draw(pipe, call)
         stats = cache.stats()
     assert stats["rewound"] == 0
-    assert stats["not_rewound"] == {"steps of DPMSolverMultistepScheduler that are not linear or remember others": 1}
+    assert stats["not_rewound"] == {"steps of DPMSolverMultistepScheduler that are not known to be linear": 1}
     pipe, call = whole_pipeline("wan")  # halves in calls of their own
     pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     with enable(pipe, CacheConfig(adacorr="budget=3")) as cache:

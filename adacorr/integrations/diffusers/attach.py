@@ -403,11 +403,11 @@ class Attachment:
         stream = Stream(manager, run, grid, key)
         if isinstance(run, CorrectedRun) and run.rewinds:
             advance = getattr(self.pipe, "advance", scheduler_step)
-            coefficients = linear_steps(scheduler, scheduler.timesteps[-len(grid.timesteps) :], advance)
-            if coefficients is None:
-                self.not_rewound[f"steps of {type(scheduler).__name__} that are not linear or remember others"] += 1
+            steps = linear_steps(scheduler, scheduler.timesteps[-len(grid.timesteps) :], advance)
+            if steps is None:
+                self.not_rewound[f"steps of {type(scheduler).__name__} that are not known to be linear"] += 1
                 run.rewinds = False
             else:
                 first = self._layout() != "uncond_first"
-                stream.rewinding = Rewinding(run, coefficients, halves, first, self._scale() or 1.0)
+                stream.rewinding = Rewinding(run, steps, scheduler, halves, first, self._scale() or 1.0)
         return stream
