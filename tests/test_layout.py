@@ -4,8 +4,6 @@ import ast
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"sample", "sample_ddp", "train", "calibrate"}
 FOLDERS = [f for f in ROOT.iterdir() if f.is_dir() and f.name[0] != "." and f.name not in ("tests", "build")]
@@ -13,7 +11,6 @@ FOLDERS = [f for f in FOLDERS if not (f / "pyvenv.cfg").exists()]
 FILES = sorted([*ROOT.glob("*.py"), *(file for folder in FOLDERS for file in folder.rglob("*.py"))])
 OURS = {f.relative_to(ROOT).parts[0].removesuffix(".py") for f in FILES}
 PACKAGE = [f for f in FILES if f.is_relative_to(ROOT / "adacorr")]
-sources = pytest.mark.parametrize("file", FILES, ids=[str(f.relative_to(ROOT)) for f in FILES])
 
 
 def imported(file):
@@ -31,29 +28,27 @@ def test_the_files_are_found():
     assert len(PACKAGE) > 20
 
 
-@sources
-def test_imports(file):
-    names = set(imported(file))
-    roots = {name.partition(".")[0] for name in names}
-    assert not roots & SCRIPTS, "a script is imported by no module"
-    if file in PACKAGE:
-        others = (
-            {file.relative_to(ROOT / "adacorr" / "integrations").parts[0]} if "integrations" in file.parts else set()
-        )
-        assert roots <= {"torch", "numpy", "safetensors", "adacorr", *others, *sys.stdlib_module_names}
-    if file == ROOT / "diffusion.py":
-        ours = [name for name in names if name.partition(".")[0] in OURS]
-        assert all(name.startswith(("adacorr.spec.", "schedulers.")) for name in ours)
+def test_imports():
+    for file in FILES:
+        names = set(imported(file))
+        roots = {name.partition(".")[0] for name in names}
+        assert not roots & SCRIPTS, f"{file}: a script is imported by no module"
+        if file in PACKAGE:
+            kind = file.relative_to(ROOT / "adacorr" / "integrations").parts[0] if "integrations" in file.parts else ""
+            others = roots - {"torch", "numpy", "safetensors", "adacorr", kind, *sys.stdlib_module_names}
+            assert not others, file
+        if file == ROOT / "diffusion.py":
+            ours = [name for name in names if name.partition(".")[0] in OURS]
+            assert all(name.startswith(("adacorr.spec.", "schedulers.")) for name in ours)
 
 
-@sources
-def test_no_file_is_long(file):
-    limit = 160 if file.parent == ROOT / "adacorr" / "policies" else 450
-    length = file.read_text().count("\n")
-    assert length <= limit
+def test_no_file_is_long():
+    for file in FILES:
+        limit = 160 if file.parent == ROOT / "adacorr" / "policies" else 450
+        assert file.read_text().count("\n") <= limit, file
 
 
-@pytest.mark.parametrize("file", PACKAGE, ids=[str(f.relative_to(ROOT)) for f in PACKAGE])
-def test_the_package_prints_nothing(file):
-    calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
-    assert not any(isinstance(call.func, ast.Name) and call.func.id == "print" for call in calls)
+def test_the_package_prints_nothing():
+    for file in PACKAGE:
+        calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+        assert not any(isinstance(call.func, ast.Name) and call.func.id == "print" for call in calls), file

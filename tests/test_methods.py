@@ -5,6 +5,7 @@ import sys
 from dataclasses import fields, make_dataclass
 
 import pytest
+from commands import code
 
 from adacorr import AdaCorrection, Algorithm1, policies
 from adacorr.__main__ import allowed, assignment, main
@@ -15,17 +16,9 @@ HEADS = [*(f"--cache {name}" for name in policies.policies()), "--adacorr", "--a
 KINDS = [*policies.policies().values(), AdaCorrection, Algorithm1]
 
 
-def code(*argv):
-    """Exit code of `main`, argparse's own included."""
-    try:
-        return main(argv)
-    except SystemExit as stop:
-        return stop.code
-
-
 def listing(capsys):
     """Head -> (source, summary, *options) of what is printed."""
-    assert code("methods") == 0
+    assert code(main, "methods") == 0
     out, err = capsys.readouterr()
     assert err == ""
     paragraphs = [[" ".join(line.split()) for line in text.splitlines()] for text in out.split("\n\n")]
@@ -67,7 +60,7 @@ def test_defaults_and_ranges(field, shown):
 
 @pytest.mark.parametrize(("head", "kind"), list(zip(HEADS, KINDS, strict=True)), ids=HEADS)
 def test_one_method_is_described_in_full(capsys, head, kind):
-    assert code("methods", head.rpartition(" ")[2].removeprefix("--")) == 0
+    assert code(main, "methods", head.rpartition(" ")[2].removeprefix("--")) == 0
     out = capsys.readouterr().out
     assert out.startswith(f"{head}\n")
     assert inspect.getdoc(kind) in out
@@ -82,7 +75,7 @@ def test_one_method_is_described_in_full(capsys, head, kind):
     ],
 )
 def test_mistakes_are_one_line(capsys, argv, words):
-    assert code(*argv) == 2
+    assert code(main, *argv) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("adacorr")

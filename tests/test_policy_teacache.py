@@ -1,12 +1,11 @@
 """TeaCache: its decisions by hand, its polynomial, and whole runs."""
 
 import numpy as np
-import pytest
 import torch
 from by_hand import column, compute, show, start, walk
-from toy import make_run, make_view, ran, sample
+from toy import make_run, make_view, ran
 
-from adacorr import CacheManager, make_policy
+from adacorr import make_policy
 from adacorr.calibration.teacache import TeaCacheCalibration, fit_polynomial, rescale
 from adacorr.policy import Ran
 
@@ -73,14 +72,10 @@ def test_the_fit_finds_the_polynomial():
     fit = fit_polynomial(change, np.polyval(wanted, change))
     np.testing.assert_allclose(fit["coefficients"], wanted, atol=1e-8)
     assert fit["range"].tolist() == [0.1, 0.9]
-    with pytest.raises(ValueError, match="4 pairs cannot fit degree 4"):
-        fit_polynomial(change[:4], change[:4])
 
 
 def test_the_calibration_pairs_each_images_changes_within_a_batch(model):
     calibration = TeaCacheCalibration()
-    with pytest.raises(ValueError, match="nothing was observed"):
-        calibration.fit()
     for first in (1.0, 50.0):  # two batches: the step from one to the other is no pair
         run = make_run(model, images=2, halves=2, steps=4)
         calibration.begin(run)
@@ -98,9 +93,3 @@ def test_the_calibration_pairs_each_images_changes_within_a_batch(model):
     seen = np.linspace(0.1, 0.6, 7)
     np.testing.assert_allclose(rescale(seen, arrays), seen + seen**2, rtol=1e-3)
     assert notes["relative_error"] < 1e-4
-
-
-def test_at_threshold_infinity_both_ends_are_computed(model):
-    manager = CacheManager(make_policy("teacache:threshold=inf,profile=none"))
-    sample(model, cache=manager)
-    assert [manager.trace.computed_steps(i) for i in range(3)] == [[0, 9]] * 3
