@@ -12,7 +12,7 @@ import pytest
 import torch
 from commands import code
 from tiny_diffusers import TINY, inputs, tiny
-from toy import save_tiny
+from toy import save_tiny, tiny_dit
 
 import pipeline
 from adacorr import CacheManager, bench
@@ -20,6 +20,8 @@ from adacorr.integrations.diffusers import CacheConfig, PixelDiTPipeline, apply_
 from adacorr.integrations.diffusers.tiny import tiny_pipeline
 from adacorr.profile import load_profile
 from benchmarks import peers
+from checkpoint import diffusers_pipeline, save_checkpoint
+from models import DiT
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERVAL = CacheConfig(adacorr=None, cache="interval:every=2,align=start")
@@ -48,28 +50,49 @@ def ours():
     return pipeline.load(pipeline.ModelOptions(num_sampling_steps=8))
 
 
-def both(ours, converted, spec, config, labels=(3, 8), cfg_scale=1.5):
-    """(our states, the pipeline's, our trace's summary, the pipeline's) of the same noise."""
-    noise = pipeline.gaussian(5, np.arange(len(labels)), ours.noise_shape)
-    cache = None if spec is None else CacheManager.of(*spec)
-    state = ours.sample_from(noise, torch.tensor(labels), cache)
-    options = {"num_inference_steps": 8, "guidance_scale": cfg_scale, "latents": noise, "output_type": "pt"}
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """(ours, the pipeline) of a tiny model with the positions that diffusers computes."""
+    model, path = tiny_dit(num_classes=10), tmp_path_factory.mktemp("small") / "tiny.safetensors"
+    model.pos_embed.copy_(DiT(**model.config).pos_embed)
+    save_checkpoint(path, model.state_dict(), model.config)
+    own = pipeline.load(pipeline.ModelOptions(ckpt=str(path), num_sampling_steps=8))
+    pipe = diffusers_pipeline(own.checkpoint)
+    pipe.set_progress_bar_config(disable=True)
+    return own, pipe
+
+
+LABELS = [3, 8]
+
+
+def noise_for(ours):
+    return pipeline.gaussian(5, np.arange(2), ours.noise_shape)
+
+
+def in_ours(ours, cache=None):
+    """Our final states."""
+    return ours.sample_from(noise_for(ours), torch.tensor(LABELS), cache)
+
+
+def in_diffusers(ours, pipe, config=None):
+    """(final states of the pipeline from the same noise, the statistics of its stream)."""
+    options = {"num_inference_steps": 8, "guidance_scale": 1.5, "latents": noise_for(ours), "output_type": "pt"}
     if config is None:
-        return state, converted(list(labels), **options).images, None, None
-    with enable(converted, config) as handle:
-        images = converted(list(labels), **options).images
+        return pipe(LABELS, **options).images, None
+    with enable(pipe, config) as handle:
+        images = pipe(LABELS, **options).images
         (stream,) = handle.stats()["streams"].values()
-    return state, images, cache.trace.summary(), stream
+    return images, stream
 
 
 def test_the_converted_model_gives_the_same_images(ours, converted, folder, tmp_path):
-    state, images, _, _ = both(ours, converted, None, None)
+    state, images = in_ours(ours), in_diffusers(ours, converted)[0]
     assert (ours.decode(state).int() - ours.decode(images).int()).abs().max() <= 1  # a value may lie at an edge
     torch.testing.assert_close(images, state, atol=1e-4, rtol=1e-4)
     converted.save_pretrained(tmp_path / "again")
     again = PixelDiTPipeline.from_pretrained(tmp_path / "again")
     again.set_progress_bar_config(disable=True)
-    assert torch.equal(both(ours, again, None, None)[1], images)
+    assert torch.equal(in_diffusers(ours, again)[0], images)
     assert pipeline.load(pipeline.ModelOptions(ckpt=str(folder))).model.config == ours.model.config
 
 
@@ -85,9 +108,14 @@ def test_the_converted_model_gives_the_same_images(ours, converted, folder, tmp_
         ("toca", None),
     ],
 )
-def test_cached_runs_decide_as_our_own(ours, converted, policy, correction):
-    config = CacheConfig(adacorr=correction, cache=policy)
-    state, images, own, there = both(ours, converted, (policy, correction), config)
+def test_cached_runs_decide_as_our_own(ours, converted, small, policy, correction):
+    # Thresholds are of the bundled model.
+    bundled = policy == "first_block:threshold=0.4" or correction == "gamma=0.3,tolerance=0.4"
+    mine, pipe = (ours, converted) if bundled else small
+    cache = CacheManager.of(policy, correction)
+    state = in_ours(mine, cache)
+    images, there = in_diffusers(mine, pipe, CacheConfig(adacorr=correction, cache=policy))
+    own = cache.trace.summary()
     assert there["computed_steps"] == own["computed_steps"]
     assert own["compute"] < 0.95
     np.testing.assert_allclose(there["executed_per_step"], own["executed_per_step"], atol=0.01)
@@ -96,14 +124,13 @@ def test_cached_runs_decide_as_our_own(ours, converted, policy, correction):
 
 def test_a_profile_of_the_model_serves_as_in_our_own(ours, converted):
     path = ROOT / "adacorr/profiles/adacorr-dit-ti-2-cifar10-cfg1.5.safetensors"
-    plain = both(ours, converted, None, None)[1]
-    config = CacheConfig(adacorr="budget=4", profile=str(path))
-    noise, labels = pipeline.gaussian(5, np.arange(2), ours.noise_shape), torch.tensor([3, 8])
+    plain = in_diffusers(ours, converted)[0]
     known = CacheManager.of(None, "budget=4").knowing(load_profile(path))
-    state, images = ours.sample_from(noise, labels, known), both(ours, converted, (None, "budget=4"), config)[1]
+    state = in_ours(ours, known)
+    images = in_diffusers(ours, converted, CacheConfig(adacorr="budget=4", profile=str(path)))[0]
     assert known.trace.rewound > 0
     torch.testing.assert_close(images, state, atol=1e-4, rtol=1e-4)
-    without = both(ours, converted, (None, "budget=4"), CacheConfig(adacorr="budget=4"))[1]
+    without = in_diffusers(ours, converted, CacheConfig(adacorr="budget=4"))[0]
     assert (images - plain).square().mean() < 0.5 * (without - plain).square().mean()
     with enable(converted, CacheConfig(profile=str(path))), pytest.raises(ValueError, match="guidance 1.5 there, 2"):
         converted([1], guidance_scale=2.0, num_inference_steps=10)
