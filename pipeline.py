@@ -197,15 +197,15 @@ class Pipeline:
             **options,
         )
 
-    def check_decodes(self) -> None:
-        """ValueError where `decode` has no images to give."""
-        channels = self.model.in_channels
+    def check_decodes(self, channels: int | None = None) -> None:
+        """ValueError where `decode` has no images to give, of the model or of states with so many channels."""
+        channels = channels or self.model.in_channels
         if self.vae is None and channels != 3:
             raise ValueError(f"the model gives {channels} channels, which are no RGB image: give --vae ema or mse")
 
     def decode(self, x: Tensor) -> Tensor:
         """Final state -> uint8 images (n, H, W, 3) on the CPU, quantised like the release: 127.5 x + 128, floored."""
-        self.check_decodes()
+        self.check_decodes(x.shape[1])
         if self.vae is not None:
             with torch.no_grad():
                 x = torch.cat([self.vae.decode(z[None] / VAE_SCALE).sample for z in x])

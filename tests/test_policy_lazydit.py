@@ -71,7 +71,7 @@ def trained(path, logits, depth=2, steps=4, width=WIDTH, edit=None):
 
 
 def begun(plain, spec, images=1, halves=1, steps=10):
-    run, policy = make_run(plain, images, halves, steps, **KNOWN), make_policy(spec)
+    run, policy = make_run(plain, images, halves, steps, corrected=True, **KNOWN), make_policy(spec)
     policy.begin(run)
     return policy, run
 
