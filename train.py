@@ -320,7 +320,6 @@ def alone_in(out: Path, ranks: Ranks) -> Iterator[None]:
 
 def prepare_folder(out: Path, start: int, overwrite: bool) -> None:
     """Clear what an overwritten run left, or one that was killed while it wrote or after its last checkpoint."""
-    out.mkdir(parents=True, exist_ok=True)
     leftovers = [*out.glob(".*.tmp")]
     if overwrite:
         leftovers += [out / "state.pt", out / "ema.safetensors"]

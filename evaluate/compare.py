@@ -28,7 +28,7 @@ from typing import Any
 from scipy.optimize import brentq
 
 import pipeline
-from adacorr import CacheManager, available, make_policy
+from adacorr import available, make_policy
 from adacorr.command import number
 from adacorr.files import check_writable, write_json, written_whole
 from adacorr.policy import Knob
@@ -39,7 +39,7 @@ from evaluate.leaderboard import markdown, plot, read_comparison, tables
 from evaluate.pages import table
 from evaluate.plots import check_matplotlib
 from evaluate.results import differing, protocol_line
-from profiles import check_calibrate, digest, with_profile
+from profiles import check_calibrate, digest
 from runtime import check_range, environment
 from timesteps import MOST
 
@@ -293,7 +293,7 @@ def run(args: argparse.Namespace) -> None:
     for method in methods:  # one that refuses the model or has no profile for it says so now, not after hours
         bench.sample(Setting(method), count=1, stop=1)
     identity = {key: str(getattr(args, key)) for key in SAME} | {"checkpoint_sha256": pipe.checkpoint.sha256}
-    profile = digest(with_profile(CacheManager.of(None, ""), pipe, args.calibrate).profile)
+    profile = digest(bench.cache(Setting(adacorr="")).profile)
     for file in args.known:
         bench.rows |= known_rows(file, identity, profile)
     found: dict[int, list[Row]] = {}  # by the job

@@ -31,7 +31,15 @@ def test_steps_of_ddim_and_of_flow_matching():
     expected = np.stack([keep, np.sqrt(1 - after) - keep * np.sqrt(1 - known)], axis=1)
     steps = linear_steps(scheduler, scheduler.timesteps)
     np.testing.assert_allclose(np.stack([steps.carry[:, 0, 0], steps.gain[:, 0]], axis=1), expected, rtol=1e-5)
-    np.testing.assert_allclose(steps.first, expected, rtol=1e-5)
+    alone = linear_steps(scheduler, scheduler.timesteps, remembers=False)
+    np.testing.assert_allclose(np.stack([alone.carry[:, 0, 0], alone.gain[:, 0]], axis=1), expected, rtol=1e-5)
+    multistep = diffusers.DPMSolverMultistepScheduler(**PLAIN_BETAS, final_sigmas_type="zero")
+    multistep.set_timesteps(10)
+    first = linear_steps(multistep, multistep.timesteps, remembers=False)  # by its first order it is DDIM
+    known = multistep.alphas_cumprod.double().numpy()[multistep.timesteps.numpy()]
+    keep = np.sqrt(np.append(known[1:], 1.0) / known)
+    np.testing.assert_allclose(first.carry[:, 0, 0], keep, rtol=1e-3)
+    assert not first.carry[:, 0, 1:].any()
 
     flow = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     flow.set_timesteps(5)
@@ -156,7 +164,7 @@ def test_the_scheduler_makes_the_better_state_of_the_output(halves, channels, co
         return better, answer
 
     run = SimpleNamespace(step=1, info=SimpleNamespace(images=n), correct=correct)
-    steps = LinearSteps(np.array([[[2.0]], [[a]]]), np.array([[3.0], [b]]), np.zeros((2, 2)))
+    steps = LinearSteps(np.array([[[2.0]], [[a]]]), np.array([[3.0], [b]]))
     own = Rewinding(run, steps, None, halves, conditional_first, scale)
     rows, out = torch.cat([x] * halves), torch.randn(halves * n, channels, 4, 4)
     given, again = out.clone(), torch.randn(halves * n, channels, 4, 4)

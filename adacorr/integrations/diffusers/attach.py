@@ -19,7 +19,7 @@ from adacorr import compiled
 from adacorr.corrected_run import CorrectedRun
 from adacorr.integrations.diffusers.config import CacheConfig
 from adacorr.integrations.diffusers.families import KEYWORDS, Family
-from adacorr.integrations.diffusers.rewinding import APART, Rewinding, linear_steps, scheduler_step
+from adacorr.integrations.diffusers.rewinding import APART, LinearSteps, Rewinding, linear_steps, scheduler_step
 from adacorr.integrations.diffusers.rows import Rows
 from adacorr.integrations.diffusers.schedule import Grid, sampler_of, time_of
 from adacorr.integrations.diffusers.stack import Stack
@@ -209,7 +209,7 @@ class Attachment:
 
     def _note(self, stream: Stream, why: str) -> None:
         """A run that rewinds goes on without it if there is a reason."""
-        if why and stream.rewinding is not None:
+        if why and isinstance(stream.run, CorrectedRun) and stream.run.rewinds:
             self.not_rewound[why] += 1
             stream.rewinding, stream.run.rewinds = None, False
 
@@ -323,6 +323,11 @@ class Attachment:
         rows = torch.from_numpy(self._replayed).to(x.device)
         return x.index_copy(0, rows, self._now.run.run_blocks(self.stack.blocks, x[rows], None))
 
+    def linear_steps(self, grid: Grid, *, remembers: bool = True) -> LinearSteps | None:
+        """Those of the pipeline's scheduler on a grid, as `rewinding.linear_steps` finds them."""
+        scheduler, advance = self.pipe.scheduler, getattr(self.pipe, "advance", scheduler_step)
+        return linear_steps(scheduler, scheduler.timesteps[-len(grid.timesteps) :], advance, remembers=remembers)
+
     def _layout(self) -> str:
         return self.config.guidance or self.family.layout
 
@@ -402,11 +407,8 @@ class Attachment:
         )
         stream = Stream(manager, run, grid, key)
         if isinstance(run, CorrectedRun) and run.rewinds:
-            advance = getattr(self.pipe, "advance", scheduler_step)
-            steps = linear_steps(scheduler, scheduler.timesteps[-len(grid.timesteps) :], advance)
-            if steps is None:
-                self.not_rewound[f"steps of {type(scheduler).__name__} that are not known to be linear"] += 1
-                run.rewinds = False
+            if (steps := self.linear_steps(grid)) is None:
+                self._note(stream, f"steps of {type(scheduler).__name__} that are not known to be linear")
             else:
                 first = self._layout() != "uncond_first"
                 stream.rewinding = Rewinding(run, steps, scheduler, halves, first, self._scale() or 1.0)

@@ -97,7 +97,9 @@ class _Observer:
         timesteps, scale = stream.grid.timesteps, rewinding.scale if rewinding.halves == 2 else 1.0
         if self.calibration is None:
             basis = np.ones((len(timesteps), 1)) if run.store.basis is None else run.store.basis.astype(np.float64)
-            self.calibration = StackCalibration(timesteps, rewinding.steps.first, basis, scale)
+            first = self.attachment.linear_steps(stream.grid, remembers=False)
+            steps = np.stack([first.carry[:, 0, 0], first.gain[:, 0]], axis=1)
+            self.calibration = StackCalibration(timesteps, steps, basis, scale)
         known, step = self.calibration, run.step
         # Both halves are computed in every step: the clocks alone leave some out where steps lie close together.
         run.controller.clock.due[:] = run.controller.difference_clock.due[:] = step + 1

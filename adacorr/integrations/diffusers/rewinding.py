@@ -53,14 +53,10 @@ def scheduler_step(scheduler: Any, out: Tensor, t: Tensor, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LinearSteps:
-    """The steps z <- A z + b out of a scheduler, where z (K,) is the state and what the scheduler remembers.
-
-    first: the coefficients of x <- a x + b out if it remembered nothing.
-    """
+    """The steps z <- A z + b out of a scheduler, where z (K,) is the state and what the scheduler remembers."""
 
     carry: np.ndarray  # (S, K, K)
     gain: np.ndarray  # (S, K)
-    first: np.ndarray  # (S, 2)
 
     @property
     def size(self) -> int:
@@ -104,29 +100,31 @@ def forget(scheduler: Any) -> None:
         scheduler.lower_order_nums = 0
 
 
-def linear_steps(scheduler: Any, timesteps: Sequence[Tensor], advance: Advance = scheduler_step) -> LinearSteps | None:
+def linear_steps(
+    scheduler: Any, timesteps: Sequence[Tensor], advance: Advance = scheduler_step, *, remembers: bool = True
+) -> LinearSteps | None:
     """The scheduler's steps at each of the timesteps, found by trying; None where a step is no linear one.
 
     A copy of the scheduler takes the steps from states, outputs and memories of its own: for each of the K + 1 inputs
-    one where it alone is 1, and two that are drawn, which hold the result to what was found.
+    one where it alone is 1, and two that are drawn, which hold the result to what was found. Without `remembers` each
+    step is taken as if it were the first.
     """
     if not any(kind.__name__ in LINEAR for kind in type(scheduler).__mro__):
         return None
     scheduler, generator = copy.deepcopy(scheduler), torch.Generator().manual_seed(0)
     tables = {name: value.cpu() for name, value in vars(scheduler).items() if isinstance(value, Tensor)}
     vars(scheduler).update(tables)  # pipelines put them on their device
-    single, size = copy.deepcopy(scheduler), 1 + len(remembered(scheduler))
-    carry, gain, first = [], [], []
+    size, carry, gain = 1 + len(remembered(scheduler)), [], []
     with torch.random.fork_rng(devices=[]):  # a stochastic one draws
         for t in timesteps:
+            if not remembers:
+                forget(scheduler)
             known = [True, *(value is not None for value in remembered(scheduler)), True]
             z = torch.randn(size + 1, size + 3, 4, 2, 2, generator=generator, dtype=torch.float64)
             z[:, : size + 1] = torch.eye(size + 1, dtype=torch.float64)[:, :, None, None, None]
             z *= torch.tensor(known)[:, None, None, None, None]
             x, *memory, out = z
             remember(scheduler, [value if given else None for value, given in zip(memory, known[1:], strict=False)])
-            forget(single)
-            alone = advance(single, out, t.cpu(), x).double()
             after = [advance(scheduler, out, t.cpu(), x), *remembered(scheduler)]
             after = torch.stack([torch.zeros_like(x) if value is None else value.double() for value in after])
             found = after[:, : size + 1].flatten(2).mean(dim=2)  # (K, K + 1)
@@ -135,8 +133,7 @@ def linear_steps(scheduler: Any, timesteps: Sequence[Tensor], advance: Advance =
                 return None
             carry.append(found[:, :-1])
             gain.append(found[:, -1])
-            first.append(torch.stack([alone[0].mean(), alone[size].mean()]))
-    return LinearSteps(*(torch.stack(own).numpy() for own in (carry, gain, first)))
+    return LinearSteps(torch.stack(carry).numpy(), torch.stack(gain).numpy())
 
 
 def sizes(x: Tensor) -> Tensor:
