@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adacorr.linear_steps import LinearSteps
 from adacorr.spec import Value, hint, parse_spec, spell_value
 
 NUM_TRAIN = 1000  # timesteps the network was trained on
@@ -72,6 +73,8 @@ class Sampler:
     stochastic   `step` wants `noise`
     eta          how much of it goes in, as in DDIM: 0 is none, 1 what DDPM injects, about
     rewindable   `step` depends on its arguments only, so that any step may be taken again
+    remembers    how many former outputs or states a state carries in its channels, after the image: (N, (1 + remembers)
+                 C, H, W)
     """
 
     name: str
@@ -80,29 +83,34 @@ class Sampler:
     stochastic: bool
     eta: float = 0.0
     rewindable: bool
+    remembers: int = 0
 
     @property
     def num_steps(self) -> int:
         return len(self.timesteps)
 
     def prepare(self, noise: Tensor) -> Tensor:
-        """The initial state from unit Gaussian `noise`; same shape and dtype."""
+        """The initial state from unit Gaussian `noise` (N, C, H, W); same dtype."""
         return noise
 
     @property
-    def linear(self) -> np.ndarray | None:
-        """(S, 2) float64: a and b of a sampler whose step is a * x + b * (predicted noise); None for any other."""
+    def linear(self) -> LinearSteps | None:
+        """The steps of a sampler that are linear in the state and the predicted noise; None for any other."""
         return None
 
+    def image(self, x: Tensor) -> Tensor:
+        """(N, C, H, W): the part of a state that becomes the image."""
+        return x[:, : x.shape[1] // (1 + self.remembers)]
+
     def model_input(self, i: int, x: Tensor) -> Tensor:
-        """What the network is given for the state `x` at step `i`; same shape and dtype."""
-        return x
+        """(N, C, H, W): what the network is given for the state `x` at step `i`; same dtype."""
+        return self.image(x)
 
     def step(self, i: int, x: Tensor, out: Tensor, noise: Tensor | None = None) -> Tensor:
         """The state after step `i`, in the shape and dtype of `x`.
 
         i      0..S-1 in sampling order
-        x      (N, C, H, W) state
+        x      state
         out    (N, C, H, W) or (N, 2C, H, W) network output, already guided: the predicted noise, then the learned
                variance, which only ddpm uses
         noise  (N, C, H, W) unit Gaussian, ignored unless `stochastic`
@@ -110,6 +118,10 @@ class Sampler:
         Raises ValueError for a step out of range or turn, shapes that do not fit, or missing noise.
         """
         raise NotImplementedError
+
+    def _check(self, i: int) -> None:
+        if not 0 <= i < self.num_steps:
+            raise ValueError(f"step {i} is outside 0..{self.num_steps - 1}")
 
     def fresh(self) -> Sampler:
         """An instance without history, for a new run."""
@@ -161,8 +173,7 @@ class _ClosedForm(Sampler):
 
     def _at(self, i: int, x: Tensor) -> tuple[Tensor, ...]:
         """The tables at step `i`, a number each, in the dtype to compute in."""
-        if not 0 <= i < self.num_steps:
-            raise ValueError(f"step {i} is outside 0..{self.num_steps - 1}")
+        self._check(i)
         # Kept per device, because a copy to the device in every step would make the host wait for it.
         key = x.device, torch.promote_types(x.dtype, torch.float32)
         if key not in self._copies:
@@ -199,12 +210,12 @@ class DDIM(_ClosedForm):
         super().__init__(num_steps, clip)
 
     @property
-    def linear(self) -> np.ndarray | None:
+    def linear(self) -> LinearSteps | None:
         """See `Sampler.linear`: neither clipped nor noisy, Eq. 12 is sqrt(abar_s) x_0 + sqrt(1 - abar_s) eps."""
         if self.stochastic or self.clip:
             return None
         from_x, from_eps, of_x0, of_eps, _ = self._tables.numpy()
-        return np.stack([of_x0 * from_x, of_eps - of_x0 * from_eps], axis=1)
+        return LinearSteps((of_x0 * from_x)[:, None, None], (of_eps - of_x0 * from_eps)[:, None])
 
     def _coefficients(self, beta: np.ndarray, abar: np.ndarray, before: np.ndarray) -> list[np.ndarray]:
         sigma = self.eta * np.sqrt((1.0 - before) / (1.0 - abar)) * np.sqrt(1.0 - abar / before)
@@ -313,9 +324,9 @@ def make_sampler(spec: str, num_steps: int) -> Sampler:
         given = ",".join(f"{k}={spell_value(v)}" for k, v in options.items() if v != known[k].default)
         spec = f"{name}:{given}" if given else name
     elif name in SCHEDULERS or name.endswith("Scheduler"):
-        from schedulers import SchedulerSampler  # late: diffusers takes seconds to load
+        from schedulers import scheduler_sampler  # late: diffusers takes seconds to load
 
-        sampler = SchedulerSampler(name, num_steps, **options)
+        sampler = scheduler_sampler(name, num_steps, **options)
     else:
         raise unknown_sampler(name)
     sampler.spec = spec

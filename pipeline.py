@@ -304,10 +304,10 @@ def sample_latents(
     """The sampling loop, cached or not.
 
     noise (n, C, H, W) unit Gaussian; labels (n,) int64 or None; step_noise(step, rows (m,)) -> (m, C, H, W) for
-    stochastic samplers; observe(step, x, cache) is called after each step; predicted(step, rows (m,), x0 (m, C, H, W))
-    whenever a step is taken, so for some rows anew when it is rewound (`predicted_final`); model_id, the checkpoint's
-    sha256, is what profiles of caching methods are held to; `stop` ends the run after that many steps. Returns the
-    final state (n, C, H, W) float32.
+    stochastic samplers; observe(step, x (n, C, H, W), cache) is called after each step; predicted(step, rows (m,),
+    x0 (m, C, H, W)) whenever a step is taken, so for some rows anew when it is rewound (`predicted_final`); model_id,
+    the checkpoint's sha256, is what profiles of caching methods are held to; `stop` ends the run after that many steps.
+    Returns the final state (n, C, H, W) float32.
 
     Under AdaCorrection the steps before a computed one are taken once more with activations that are interpolated
     instead of extrapolated (`CachedRun.correct`). They cost no block, and the image goes on from the corrected state.
@@ -369,8 +369,8 @@ def sample_latents(
                     x, out = run.correct(x, out, evaluate, advance)
                 x = advance(step, x, out, everyone)
             if observe is not None:
-                observe(step, x, cache)
-    return x
+                observe(step, sampler.image(x), cache)
+    return sampler.image(x)
 
 
 def alpha_bar(sampler: Sampler) -> np.ndarray:
@@ -386,4 +386,4 @@ def predicted_final(sampler: Sampler, step: int, x: Tensor, out: Tensor) -> Tens
     network x_t (`Sampler.model_input`), so that all have one.
     """
     abar = float(alpha_bar(sampler)[step])
-    return (sampler.model_input(step, x) - (1 - abar) ** 0.5 * split_output(x, out)[0]) / abar**0.5
+    return (sampler.model_input(step, x) - (1 - abar) ** 0.5 * split_output(sampler.image(x), out)[0]) / abar**0.5

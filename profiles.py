@@ -1,8 +1,8 @@
 """What AdaCorrection is to know of a model: a profile that is found, or measured on the spot and kept.
 
 Profiles of the bundled checkpoint ship with the package. Another model is measured on a few uncached images when it is
-first sampled with --adacorr, and what was found is kept in the user's cache folder. A profile is made for a checkpoint,
-a sampler and a guidance, and serves any number of steps.
+first sampled with --adacorr, and what was found is kept in the user's cache folder. A profile is made for a checkpoint
+and a guidance, and serves every sampler and number of steps.
 """
 
 import hashlib
@@ -24,6 +24,7 @@ from pipeline import Pipeline, alpha_bar, check_finite, gaussian
 from runtime import check_range, say
 
 METHOD = "adacorr"
+SAMPLER = "ddim"  # that a model is measured under; the others go along nearly the same states
 FORMAT = 5  # of the arrays: profiles that earlier versions kept are not looked at
 SEED_OFFSET = 2**31  # calibrations draw their noise from seeds above it, on which nobody evaluates
 IMAGES = 6
@@ -51,18 +52,16 @@ def with_profile(
     off     none: the polynomial
     FILE    this one
 
-    A profile serves AdaCorrection without options of the polynomial, under DDIM and under every sampler that injects
-    noise. `say` takes a line of text where a model is measured; stderr by default. ValueError for a FILE that does not
-    fit.
+    A profile serves AdaCorrection without options of the polynomial, under every sampler. `say` takes a line of text
+    where a model is measured; stderr by default. ValueError for a FILE that does not fit.
     """
     if cache is None or not isinstance(cache.correction, AdaCorrection) or calibrate == "off":
         return cache
-    serves = not cache.correction.polynomial_options and re.match(r"ddim(:|$)", measured_under(pipe))
     if calibrate.endswith(SUFFIXES):
         profile = load_profile(calibrate)
         if why := misfit(profile, pipe):
             raise ValueError(f"--calibrate {calibrate} does not fit this run ({why}): give auto")
-    elif not serves:
+    elif cache.correction.polynomial_options:
         return cache
     else:
         profile = find_profile(pipe)
@@ -78,11 +77,6 @@ def with_profile(
     return cache.knowing(profile)
 
 
-def measured_under(pipe: Pipeline) -> str:
-    """The spec of the sampler that the model is measured under: deterministic DDIM for one that injects noise."""
-    return "ddim" if pipe.sampler.stochastic else pipe.sampler.spec
-
-
 def measured_channels(pipe: Pipeline) -> int:
     """How many channels of the noise are guided, all of them without guidance."""
     channels = pipe.model.in_channels
@@ -96,7 +90,7 @@ def dtype(pipe: Pipeline) -> str:
 
 def misfit(profile: Profile, pipe: Pipeline) -> str:
     """What keeps a profile from serving the pipeline; empty if nothing does."""
-    why = mismatch(profile, METHOD, pipe.checkpoint.sha256, measured_under(pipe), pipe.cfg_scale)
+    why = mismatch(profile, METHOD, pipe.checkpoint.sha256, SAMPLER, pipe.cfg_scale)
     guided = measured_channels(pipe)
     there = profile.notes.get("guided_channels", guided)  # the first profiles do not say
     return why or (f"{there} guided channels there, {guided} here" if there != guided else "")
@@ -118,7 +112,7 @@ def find_profile(pipe: Pipeline) -> Profile | None:
 
 def kept_at(pipe: Pipeline) -> Path:
     """The file in the user's cache folder that holds the profile of the pipeline's model, sampler and guidance."""
-    name = f"{METHOD}{FORMAT}-{pipe.checkpoint.sha256[:12]}-{measured_under(pipe)}-cfg{pipe.cfg_scale:g}"
+    name = f"{METHOD}{FORMAT}-{pipe.checkpoint.sha256[:12]}-{SAMPLER}-cfg{pipe.cfg_scale:g}"
     name += f"-{measured_channels(pipe)}ch-{dtype(pipe)}"
     return cache_folder() / "profiles" / (re.sub(r"[^A-Za-z0-9._=+-]", "-", name) + ".safetensors")
 
@@ -126,9 +120,8 @@ def kept_at(pipe: Pipeline) -> Path:
 def measure(pipe: Pipeline, images: int, seed: int = SEED_OFFSET) -> Profile:
     """The profile of the pipeline's model, from uncached images that are spread evenly over the classes."""
     model = pipe.model
-    spec = measured_under(pipe)
-    runs = [make_sampler(spec, steps) for steps in RUNS]
-    sampler = make_sampler(spec, STEPS)
+    runs = [make_sampler(SAMPLER, steps) for steps in RUNS]
+    sampler = make_sampler(SAMPLER, STEPS)
     sampler = sampler.on(np.array(sorted({*sampler.timesteps.tolist(), *LAST}, reverse=True)))
     guided = measured_channels(pipe)
     timesteps = sampler.timesteps.to(pipe.device)
@@ -145,7 +138,7 @@ def measure(pipe: Pipeline, images: int, seed: int = SEED_OFFSET) -> Profile:
         calibration.add(sampler.fresh(), noise, labels, cached)
     arrays, notes = calibration.fit()
     notes |= {"checkpoint": pipe.checkpoint.path.name, "seed": seed, "guided_channels": guided, "dtype": dtype(pipe)}
-    return Profile(METHOD, arrays, pipe.checkpoint.sha256, spec, len(timesteps), pipe.cfg_scale, notes)
+    return Profile(METHOD, arrays, pipe.checkpoint.sha256, SAMPLER, len(timesteps), pipe.cfg_scale, notes)
 
 
 def batches(images: int, at_once: int, classes: int) -> Iterator[tuple[np.ndarray, torch.Tensor | None]]:

@@ -9,6 +9,7 @@ import torch
 from diffusers import schedulers
 from torch import Tensor
 
+from adacorr.linear_steps import LinearSteps, linear_steps
 from adacorr.spec import Value, hint
 from diffusion import BETAS, NUM_TRAIN, SCHEDULERS, Sampler, check_arguments, names, split_output, unknown_sampler
 from timesteps import optimized_steps
@@ -38,15 +39,52 @@ _AGAINST = {
 }
 
 
-class SchedulerSampler(Sampler):
+def scheduler_sampler(name: str, num_steps: int, **options: Value) -> Sampler:
     """A diffusers scheduler: a key of SCHEDULERS or a class name, 1..1000 steps, and the scheduler's own options.
 
     `grid` lays out the 2..100 steps of dpmsolver++ or unipc by timesteps.py: "optimized" is for a model of pixels,
-    "optimized-latent" for one of latents.
+    "optimized-latent" for one of latents. ValueError for an unknown name, option or value, and for a scheduler that
+    calls the network more than once a step, has no discrete beta schedule, or draws noise itself.
+    """
+    sampler = SchedulerSampler(name, num_steps, **options)
+    steps = None if sampler.stochastic else linear_steps(sampler.scheduler, sampler.scheduler.timesteps)
+    return sampler if steps is None else LinearSampler(name, sampler.timesteps, steps)
+
+
+class LinearSampler(Sampler):
+    """A scheduler whose steps are linear, by their coefficients. What it remembers is part of the state.
+
+    Computes in float32, or float64 for such a state.
+    """
+
+    stochastic = False
+    rewindable = True
+
+    def __init__(self, name: str, timesteps: Tensor, steps: LinearSteps) -> None:
+        self.name, self.timesteps, self._steps = name, timesteps, steps
+        self.remembers = steps.size - 1
+
+    @property
+    def linear(self) -> LinearSteps:
+        return self._steps
+
+    def prepare(self, noise: Tensor) -> Tensor:
+        """The noise, with nothing to remember."""
+        return torch.cat([noise, *[torch.zeros_like(noise)] * self.remembers], dim=1)
+
+    def step(self, i: int, x: Tensor, out: Tensor, noise: Tensor | None = None) -> Tensor:
+        """See `Sampler.step`."""
+        self._check(i)
+        eps = split_output(self.image(x), out)[0]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return self._steps.take(i, x.to(wide), eps.to(wide)).to(x.dtype)
+
+
+class SchedulerSampler(Sampler):
+    """A scheduler that takes its steps itself; arguments and errors are those of `scheduler_sampler`.
 
     It remembers past steps, so they are taken in order, each once. If stochastic it wants noise in every step, the last
-    included. It computes in float32. ValueError for an unknown name, option or value, and for a scheduler that calls
-    the network more than once a step, has no discrete beta schedule, or draws noise itself.
+    included. It computes in float32.
     """
 
     rewindable = False
@@ -72,27 +110,27 @@ class SchedulerSampler(Sampler):
 
     def _restart(self, num_steps: int) -> None:
         try:
-            self._scheduler = self._class(**self._options)
-            self._scheduler.set_timesteps(num_steps)
+            self.scheduler = self._class(**self._options)
+            self.scheduler.set_timesteps(num_steps)
         except (ValueError, NotImplementedError) as error:
             raise ValueError(f"{self.name} refuses its options for {num_steps} steps: {error}") from error
         if self._power is not None:
-            timesteps, levels = optimized_steps(num_steps, self._scheduler.config.solver_order, self._power)
-            self._scheduler.timesteps = torch.tensor(timesteps)
-            self._scheduler.sigmas[:-1] = torch.tensor(levels)  # the last, 0 unless asked for, stays
+            timesteps, levels = optimized_steps(num_steps, self.scheduler.config.solver_order, self._power)
+            self.scheduler.timesteps = torch.tensor(timesteps)
+            self.scheduler.sigmas[:-1] = torch.tensor(levels)  # the last, 0 unless asked for, stays
         for key, value in self._options.items():  # some schedulers put another value for one they do not know
-            used = self._scheduler.config[key]
+            used = self.scheduler.config[key]
             if used != value:
                 raise ValueError(f"{self.name} has no {key}={value!r}; give {used!r}, which it would use")
-        self.timesteps = self._scheduler.timesteps.clone()
+        self.timesteps = self.scheduler.timesteps.clone()
         if self.num_steps != num_steps:
             calls = f"{self.name} calls the network {self.num_steps} times in {num_steps} steps"
             raise ValueError(f"{calls}; valid: {', '.join(names())}")
-        sigmas = getattr(self._scheduler, "sigmas", torch.empty(0))
+        sigmas = getattr(self.scheduler, "sigmas", torch.empty(0))
         if bool((sigmas.diff() >= 0).any()):
             levels = f"{self.name} has no {num_steps} distinct noise levels"
             raise ValueError(f"{levels}; take fewer steps or timestep_spacing=trailing")
-        self._scheduler.set_begin_index(0)
+        self.scheduler.set_begin_index(0)
         self._due = 0
 
     def _probe(self) -> bool:
@@ -116,9 +154,9 @@ class SchedulerSampler(Sampler):
         return stochastic
 
     def _advance(self, eps: Tensor, x: Tensor, given: dict[str, object]) -> Tensor:
-        timestep = self._scheduler.timesteps[self._due]
+        timestep = self.scheduler.timesteps[self._due]
         self._due += 1
-        return self._scheduler.step(eps.float(), timestep, x.float(), **given).prev_sample
+        return self.scheduler.step(eps.float(), timestep, x.float(), **given).prev_sample
 
     def _expect(self, i: int) -> None:
         if i != self._due or i >= self.num_steps:
@@ -127,13 +165,13 @@ class SchedulerSampler(Sampler):
 
     def prepare(self, noise: Tensor) -> Tensor:
         """Noise of the scheduler's own initial standard deviation."""
-        return (noise.float() * float(self._scheduler.init_noise_sigma)).to(noise.dtype)
+        return (noise.float() * float(self.scheduler.init_noise_sigma)).to(noise.dtype)
 
     def model_input(self, i: int, x: Tensor) -> Tensor:
         """The state brought to x_t, for schedulers that step through x_t / sqrt(abar_t)."""
         self._expect(i)
-        timestep = self._scheduler.timesteps[self._due]
-        return self._scheduler.scale_model_input(x.float(), timestep).to(x.dtype)
+        timestep = self.scheduler.timesteps[self._due]
+        return self.scheduler.scale_model_input(x.float(), timestep).to(x.dtype)
 
     def step(self, i: int, x: Tensor, out: Tensor, noise: Tensor | None = None) -> Tensor:
         """See `Sampler.step`; `i` is the step after the one taken last."""

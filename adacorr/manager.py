@@ -181,8 +181,9 @@ class CacheManager:
         difference, whole = infers_unconditional(self.correction, trace.halves), Unit(0, info.depth)
         noise = injected = None
         if self.profile is not None:
-            # Under noise it is that of deterministic DDIM.
-            made_for = info.model_id, "ddim" if eta else info.sampler, info.cfg_scale
+            # A model is measured under DDIM, whatever it is sampled with.
+            sampler = "ddim" if isinstance(self._known, ModelProfile) else info.sampler
+            made_for = info.model_id, sampler, info.cfg_scale
             if why := mismatch(self.profile, self.profile.method, *made_for):
                 raise ValueError(f"adacorr: the profile of the model does not fit this run ({why}); make one for it")
         if not isinstance(self._known, ModelProfile):

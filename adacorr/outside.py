@@ -4,11 +4,12 @@ Outside of its blocks the network embeds the state, norms and projects the token
 norm. What goes into it besides the state depends on the step and the label alone, so it is known before the run starts.
 With P the patches of the state x and A_h what the stack adds to guidance half h, computed or forecast, a step is
 
-    eps = sum_h W_h (shift_h + scale_h norm(E P + positions + A_h))        x <- a x + b eps
+    eps = sum_h W_h (shift_h + scale_h norm(E P + positions + A_h))        z <- A z + b eps
 
-where E is the embedding, W_h the final projection with guidance in it, and a, b the sampler's update. This is what the
-model's `forward`, guidance and the sampler give one after the other, which remain the definition, in a quarter of the
-operations. A model of 16 bits is followed in float32 here.
+where E is the embedding, W_h the final projection with guidance in it, and z the state x with what the sampler
+remembers, of which A and b make the next one. This is what the model's `forward`, guidance and the sampler give one
+after the other, which remain the definition, in a quarter of the operations. A model of 16 bits is followed in float32
+here.
 """
 
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from adacorr.gates import conditions, distinct
+from adacorr.linear_steps import LinearSteps
 from adacorr.store import ComputedRows
 
 
@@ -25,11 +27,11 @@ from adacorr.store import ComputedRows
 class Update:
     """What a sampling loop does with the network's output, where it is linear.
 
-    coefficients (S, 2): the state x becomes a x + b eps at each step. eps is the first channels of the output; under
-    guidance its first `guided` channels are uncond + cfg_scale (cond - uncond), and those after them conditional ones.
+    steps: those of the sampler. Their eps is the first channels of the network's output; under guidance its first
+    `guided` channels are uncond + cfg_scale (cond - uncond), and those after them conditional ones.
     """
 
-    coefficients: np.ndarray
+    steps: LinearSteps
     cfg_scale: float
     guided: int
 
@@ -61,32 +63,34 @@ class Outside:
         self._conditions = known.transpose(0, 1)  # (S, labels, D)
         shift, scale = final.modulation(self._conditions)
         self._modulation = torch.stack([shift.to(self.dtype), 1 + scale.to(self.dtype)], dim=2)  # (S, labels, 2, D)
-        self._update = torch.from_numpy(update.coefficients).to(device, self.dtype)
+        coefficients = np.concatenate([update.steps.carry, update.steps.gain[..., None]], axis=2)
+        self._update = torch.from_numpy(coefficients).to(device, self.dtype)  # (S, K, K + 1)
 
-    def enter(self, x: Tensor, step: int, computed: ComputedRows) -> tuple[Tensor, Tensor]:
-        """What the blocks take for the rows [cond; uncond] of the state x (n, C, H, W): tokens, conditioning."""
-        tokens = embed(self.model, x.to(self.dtype), self._positions, self._embedding).to(self._conditions.dtype)
+    def enter(self, z: Tensor, step: int, computed: ComputedRows) -> tuple[Tensor, Tensor]:
+        """What the blocks take for the rows [cond; uncond] of the state z (n, K * C, H, W): tokens, conditioning."""
+        x = z[:, : self.model.in_channels].to(self.dtype)
+        tokens = embed(self.model, x, self._positions, self._embedding).to(self._conditions.dtype)
         rows = [tokens if len(own) == len(x) else tokens[torch.from_numpy(own).to(x.device)] for own in computed.halves]
         label = np.concatenate([own[images] for own, images in zip(self._labels, computed.halves, strict=False)])
         c = self._conditions[step].index_select(0, torch.from_numpy(label).to(x.device))
         return torch.cat(rows) if len(computed.uncond) else rows[0], c
 
-    def walk(self, x: Tensor, start: int, added: Tensor, images: np.ndarray) -> Tensor:
-        """The states (s, m, C, H, W) after each of s steps from `start` on, for `images` (m,) with the state x before.
+    def walk(self, z: Tensor, start: int, added: Tensor, images: np.ndarray) -> Tensor:
+        """The states (s, m, K * C, H, W) after each of s steps from `start` on, for `images` (m,) with z before them.
 
         added (halves, m, s, T, D): what the stack adds in these steps.
         """
-        steps, label = slice(start, start + added.shape[2]), torch.from_numpy(self._labels[:, images].T).to(x.device)
+        steps, label = slice(start, start + added.shape[2]), torch.from_numpy(self._labels[:, images].T).to(z.device)
         modulation = self._modulation[steps].index_select(1, label.flatten()).unflatten(1, label.shape)
         weights = self._positions, self._embedding, self._projection, self._bias
         # Graphs of some of the images would be many, each for a few calls.
         take = self.model.walk if self.model.walk is not None and len(images) == self._labels.shape[1] else walk
-        return take(self.model, x.to(self.dtype), added, modulation, self._update[steps], *weights).to(x.dtype)
+        return take(self.model, z.to(self.dtype), added, modulation, self._update[steps], *weights).to(z.dtype)
 
 
 def walk(
     model: nn.Module,
-    x: Tensor,
+    z: Tensor,
     added: Tensor,
     modulation: Tensor,
     update: Tensor,
@@ -95,22 +99,25 @@ def walk(
     projection: Tensor,
     bias: Tensor,
 ) -> Tensor:
-    """The states (s, m, C, H, W) after each of s steps. No value is looked at, so that it can be captured.
+    """The states (s, m, K * C, H, W) after each of s steps. No value is looked at, so that it can be captured.
 
-    x (m, C, H, W), added (halves, m, s, T, D), modulation (s, m, halves, 2, D) shift and 1 + scale, update (s, 2);
-    positions (1, T, D), embedding (C * p * p, D), projection (p * p * C, halves * D), bias (p * p * C,).
+    z (m, K * C, H, W), added (halves, m, s, T, D), modulation (s, m, halves, 2, D) shift and 1 + scale, update (s, K,
+    K + 1) the coefficients of the state's parts and of eps; positions (1, T, D), embedding (C * p * p, D), projection
+    (p * p * C, halves * D), bias (p * p * C,).
     """
     states = []
     for i in range(len(update)):
-        tokens = embed(model, x, positions, embedding)  # (m, T, D)
+        tokens = embed(model, z[:, : model.in_channels], positions, embedding)  # (m, T, D)
         h = tokens.new_empty(*tokens.shape[:2], len(added), tokens.shape[2])
         torch.add(tokens.unsqueeze(2), added[:, :, i].permute(1, 2, 0, 3), out=h)  # (m, T, halves, D)
         shift, scale = modulation[i].unsqueeze(1).unbind(3)  # (m, 1, halves, D) each
         h = torch.addcmul(shift, model.final_layer.norm_final(h), scale)
         eps = model.unpatch(nn.functional.linear(h.flatten(2), projection, bias))  # (m, C, H, W)
-        x = torch.addcmul(x * update[i, 0], eps, update[i, 1])
-        states.append(x)
-    return torch.stack(states) if len(states) > 1 else x[None]
+        carry, gain = update[i].split([update.shape[1], 1], dim=1)
+        carried = carry @ z.reshape(len(z), update.shape[1], -1)
+        z = torch.addcmul(carried, eps.flatten(1).unsqueeze(1), gain).view(z.shape)
+        states.append(z)
+    return torch.stack(states) if len(states) > 1 else z[None]
 
 
 def embed(model: nn.Module, x: Tensor, positions: Tensor, embedding: Tensor) -> Tensor:

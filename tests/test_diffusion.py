@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from diffusion import DDIM, DDPM, SCHEDULERS, linear_betas, make_sampler, names, respace, respaced_schedule
+from schedulers import SchedulerSampler, scheduler_sampler
 from timesteps import optimized_steps
 
 ABAR = np.cumprod(1.0 - linear_betas())
@@ -231,7 +232,7 @@ def gaussian_run(sampler, unit, std=0.5, seed=0):
         eps = seen * math.sqrt(1 - a) / (a * std**2 + 1 - a)
         noise = torch.randn(x.shape, generator=rng, dtype=x.dtype) if sampler.stochastic else None
         x = sampler.step(i, x, torch.cat([eps, torch.zeros_like(eps)], dim=1), noise)
-    return x
+    return sampler.image(x)
 
 
 # How far the standard deviation is off at 20 steps; the first-order samplers have the largest error.
@@ -273,7 +274,8 @@ def test_optimised_time_steps(name):
     assert off["optimized", 6] < off["own", 6]
     sampler = make_sampler(f"{name}:grid=optimized", 12)
     assert sampler.timesteps.tolist() == pytest.approx(optimized_steps(12, 2, 1)[0])
-    assert sampler._scheduler.sigmas.tolist() == pytest.approx([*optimized_steps(12, 2, 1)[1], 0])
+    scheduler = SchedulerSampler(name, 12, grid="optimized").scheduler
+    assert scheduler.sigmas.tolist() == pytest.approx([*optimized_steps(12, 2, 1)[1], 0])
     third = make_sampler(f"{name}:grid=optimized-latent,solver_order=3", 6)
     assert third.timesteps.tolist() == pytest.approx(optimized_steps(6, 3, 2)[0])
 
@@ -291,7 +293,7 @@ def test_the_interface_of_every_sampler(name):
     for steps in (2, 3, 50):
         sampler = make_sampler(name, steps)
         assert (sampler.name, sampler.spec, sampler.num_steps) == (name, name, steps)
-        assert sampler.rewindable == (name not in SCHEDULERS)
+        assert sampler.rewindable == (name not in ("sde-dpmsolver++", "euler", "lms"))
         assert sampler.stochastic == (name in ("sde-dpmsolver++", "ddpm"))
         assert sampler.timesteps.diff().max() < 0
         result = gaussian_run(sampler, gauss(2, 4, 2, 2, dtype=torch.bfloat16))
@@ -318,7 +320,8 @@ def test_fresh_instances_are_independent():
         expected = gaussian_run(first.fresh(), unit)
         other = first.fresh()
         x = first.prepare(unit)
-        other.step(0, other.prepare(unit), other.model_input(0, unit), unit)  # runs that overlap are apart
+        z = other.prepare(unit)
+        other.step(0, z, other.model_input(0, z), unit)  # runs that overlap are apart
         for i in (0, 1):
             x = first.step(i, x, first.model_input(i, x), unit)
         assert torch.equal(gaussian_run(first.fresh(), unit), expected)
@@ -326,7 +329,7 @@ def test_fresh_instances_are_independent():
 
 
 def test_a_history_is_taken_in_order():
-    sampler, x = make_sampler("unipc", 2), gauss(*SHAPE, dtype=torch.float32)
+    sampler, x = make_sampler("lms", 2), gauss(*SHAPE, dtype=torch.float32)
     with pytest.raises(ValueError, match="step 0 is due, not step 1; fresh"):
         sampler.step(1, x, x)
     sampler.step(0, x, x)
@@ -398,12 +401,35 @@ def test_repeated_timesteps():
     assert torch.allclose(gaussian_run(sampler, unit), 0.5 * unit, atol=2e-3)
 
 
-@pytest.mark.parametrize(("spec", "linear"), [("ddim", True), ("ddim:eta=0.1", False), ("ddim:clip=true", False)])
-def test_a_linear_step_is_known_by_its_coefficients(spec, linear):
-    sampler = make_sampler(spec, 10)
-    assert (sampler.linear is not None) == linear
-    assert make_sampler("ddpm", 10).linear is None
-    if linear:
-        x, out = (torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(i)).double() for i in range(2))
-        for step, (a, b) in enumerate(sampler.linear):
-            torch.testing.assert_close(sampler.step(step, x, out), a * x + b * out, rtol=1e-9, atol=1e-9)
+def test_a_linear_step_is_known_by_its_coefficients():
+    sampler = make_sampler("ddim", 10)
+    x, out = (gauss(2, 3, 4, 4, seed=seed) for seed in range(2))
+    for step in range(10):
+        torch.testing.assert_close(sampler.step(step, x, out), sampler.linear.take(step, x, out), rtol=1e-9, atol=1e-9)
+    for spec in ("ddim:eta=0.1", "ddim:clip=true", "ddpm", "lms", "unipc:thresholding=true"):
+        assert make_sampler(spec, 10).linear is None
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("dpmsolver++", {}),
+        ("dpmsolver++", {"solver_order": 3, "use_lu_lambdas": True}),
+        ("dpmsolver++", {"grid": "optimized"}),
+        ("unipc", {"solver_order": 3}),
+        ("deis", {}),
+    ],
+)
+def test_the_coefficients_of_a_scheduler_are_the_scheduler(name, options):
+    """Its memory is part of the state, so that any step may be taken again."""
+    there, (x, *outs) = SchedulerSampler(name, 8, **options), (gauss(*SHAPE, seed=seed).float() for seed in range(9))
+    here = scheduler_sampler(name, 8, **options)
+    z = here.prepare(x)
+    for i, out in enumerate(outs):
+        assert torch.equal(here.model_input(i, z), here.image(z))
+        before, z, x = z, here.step(i, z, out), there.step(i, x, out)
+        torch.testing.assert_close(here.image(z), x, rtol=1e-4, atol=1e-4)
+        assert torch.equal(here.step(i, before, out), z)
+    assert here.step(0, z.bfloat16(), out.bfloat16()).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"step 8 is outside 0\.\.7"):
+        here.step(8, z, out)

@@ -61,15 +61,16 @@ def test_uncached_loop_is_the_plain_loop_bit_for_bit(model, name):
         step_noise=step_noise,
         observe=lambda step, x, cache: seen.append((step, x, cache)),
     )
-    x, own = noise, sampler.fresh()
+    own = sampler.fresh()
+    x = own.prepare(noise)
     for i in range(5):
-        out = model(torch.cat([x, x]), own.timesteps[i].view(1), torch.tensor([3, 0, 5, 5]))
+        out = model(torch.cat([own.image(x)] * 2), own.timesteps[i].view(1), torch.tensor([3, 0, 5, 5]))
         cond, uncond = out.chunk(2)
         eps = uncond + 2.0 * (cond - uncond)
         x = own.step(i, x, eps, step_noise(i, np.arange(2)) if own.stochastic else None)
         assert (seen[i][0], seen[i][2]) == (i, None)  # it is told the states after every step
-        assert torch.equal(seen[i][1], x)
-    assert torch.equal(found, x)
+        assert torch.equal(seen[i][1], own.image(x))
+    assert torch.equal(found, own.image(x))
     assert len(seen) == 5
 
 

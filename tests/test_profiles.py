@@ -83,7 +83,6 @@ def test_it_is_measured_on_noise_that_nobody_evaluates_and_the_same_again(checkp
         (correct("literal"), "auto", {}),
         (CacheManager(make_policy("interval")), "auto", {}),
         (correct("order=1"), "auto", {"sampler": "ddpm"}),
-        (correct(), "auto", {"sampler": "unipc"}),
         (None, "auto", {}),
     ],
 )
@@ -91,10 +90,10 @@ def test_where_no_profile_serves_nothing_is_measured(checkpoint, cache, calibrat
     assert profiles.with_profile(cache, load(checkpoint, **options), calibrate, pytest.fail) is cache
 
 
-def test_under_noise_a_model_is_known_as_under_ddim(checkpoint, tmp_path):
+def test_a_model_is_known_as_under_ddim_whatever_it_is_sampled_with(checkpoint, tmp_path):
     known = profiles.with_profile(correct(), load(checkpoint, sampler="ddpm"), "auto", lambda line: None)
     assert known.profile.sampler == "ddim"
-    for sampler in ("ddim", "ddim:eta=0.5", "sde-dpmsolver++"):
+    for sampler in ("ddim", "ddim:clip=true", "ddim:eta=0.5", "sde-dpmsolver++", "unipc", "lms"):
         again = profiles.with_profile(correct(), load(checkpoint, sampler=sampler), "auto", pytest.fail)
         assert profiles.digest(again.profile) == profiles.digest(known.profile)
 

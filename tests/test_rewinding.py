@@ -11,8 +11,9 @@ from test_diffusers_pipelines import STEPS, draw, whole_pipeline
 
 from adacorr.corrected_run import CorrectedRun
 from adacorr.integrations.diffusers import CacheConfig, enable
-from adacorr.integrations.diffusers.rewinding import APART, UNEXPECTED, LinearSteps, Rewinding, linear_steps, remembered
+from adacorr.integrations.diffusers.rewinding import APART, UNEXPECTED, Rewinding
 from adacorr.integrations.diffusers.tiny import random_transformer
+from adacorr.linear_steps import LinearSteps, linear_steps, remembered
 
 PLAIN_BETAS = {"beta_schedule": "linear"}
 PLAIN = {"clip_sample": False, **PLAIN_BETAS}

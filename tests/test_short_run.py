@@ -70,7 +70,9 @@ def test_a_model_without_labels(monkeypatch):
     check(*both_ways(monkeypatch, model, CacheManager(correction=AdaCorrection(gamma=0.3)), cfg_scale=1.0))
 
 
-def test_a_learned_variance_is_left_out_and_some_channels_are_not_guided(monkeypatch):
+@pytest.mark.parametrize("sampler", ["ddim", "unipc:solver_order=3"])
+def test_a_learned_variance_is_left_out_and_some_channels_are_not_guided(monkeypatch, sampler):
+    """With a sampler that has a memory, too."""
     model = DiT(input_size=8, in_channels=4, hidden_size=32, depth=2, num_heads=2, num_classes=5).eval()
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
@@ -80,7 +82,7 @@ def test_a_learned_variance_is_left_out_and_some_channels_are_not_guided(monkeyp
 
     def draw():
         return sample_latents(
-            model, make_sampler("ddim", STEPS), noise, labels, cfg_scale=4.0, cfg_channels="3", cache=cache
+            model, make_sampler(sampler, STEPS), noise, labels, cfg_scale=4.0, cfg_channels="3", cache=cache
         )
 
     found = draw()
@@ -97,7 +99,7 @@ def test_half_precision_is_within_its_rounding(monkeypatch):
     assert 0 < missed < 1.2 * allowed
 
 
-@pytest.mark.parametrize("sampler", ["ddim:eta=0.5", "ddim:clip=true", "ddpm", "unipc"])
+@pytest.mark.parametrize("sampler", ["ddim:eta=0.5", "ddim:clip=true", "ddpm", "lms"])
 def test_what_is_not_linear_goes_through_the_loop(monkeypatch, model, sampler):
     def fail(run, make):
         raise AssertionError("asked for a short run")

@@ -19,10 +19,11 @@ from adacorr import compiled
 from adacorr.corrected_run import CorrectedRun
 from adacorr.integrations.diffusers.config import CacheConfig
 from adacorr.integrations.diffusers.families import KEYWORDS, Family
-from adacorr.integrations.diffusers.rewinding import APART, LinearSteps, Rewinding, linear_steps, scheduler_step
+from adacorr.integrations.diffusers.rewinding import APART, Rewinding
 from adacorr.integrations.diffusers.rows import Rows
 from adacorr.integrations.diffusers.schedule import Grid, sampler_of, time_of
 from adacorr.integrations.diffusers.stack import Stack
+from adacorr.linear_steps import LinearSteps, linear_steps, scheduler_step
 from adacorr.manager import CacheManager
 from adacorr.run import CachedRun
 
@@ -324,7 +325,7 @@ class Attachment:
         return x.index_copy(0, rows, self._now.run.run_blocks(self.stack.blocks, x[rows], None))
 
     def linear_steps(self, grid: Grid, *, remembers: bool = True) -> LinearSteps | None:
-        """Those of the pipeline's scheduler on a grid, as `rewinding.linear_steps` finds them."""
+        """Those of the pipeline's scheduler on a grid, as `adacorr.linear_steps` finds them."""
         scheduler, advance = self.pipe.scheduler, getattr(self.pipe, "advance", scheduler_step)
         return linear_steps(scheduler, scheduler.timesteps[-len(grid.timesteps) :], advance, remembers=remembers)
 

@@ -11,8 +11,8 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from adacorr.integrations.diffusers.rewinding import scheduler_step
 from adacorr.integrations.diffusers.schedule import linear_alphas
+from adacorr.linear_steps import scheduler_step
 
 
 def ddim_step(scheduler: DDIMScheduler, out: Tensor, t: Tensor, x: Tensor) -> Tensor:
