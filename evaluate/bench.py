@@ -52,11 +52,6 @@ class Setting:
         remark = "" if self.cache is None else make_policy(self.cache).remark
         return f"`{self}` ({remark})" if remark else f"`{self}`"
 
-    def at(self, value: float) -> Setting:
-        """The setting with a number in the place of {} in its specs."""
-        specs = {"cache": self.cache, "adacorr": self.adacorr}
-        return replace(self, **{key: spec and spec.replace("{}", f"{value:g}") for key, spec in specs.items()})
-
     def __str__(self) -> str:
         flags = ("--cache", self.cache), ("--adacorr", self.adacorr)
         flags += ("--sampler", self.sampler), ("--num-sampling-steps", self.steps)
@@ -96,6 +91,9 @@ class Row:
         return cls(**{**plain, "setting": Setting(**plain["setting"])})
 
 
+Rows = dict[tuple[Setting, int], Row]  # by setting and number of images
+
+
 @dataclass
 class Bench:
     """The model, the noise and both references; runs settings and remembers their rows.
@@ -113,7 +111,7 @@ class Bench:
     few: int = 1
     calibrate: str = "auto"
     timed: bool = False
-    rows: dict[tuple[Setting, int], Row] = field(default_factory=dict)  # by setting and number of images
+    rows: Rows = field(default_factory=dict)
 
     @property
     def references(self) -> dict[str, Setting]:

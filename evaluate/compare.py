@@ -23,19 +23,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from scipy.optimize import brentq
 
 import pipeline
 from adacorr import available, make_policy
 from adacorr.command import number
-from adacorr.files import check_writable, write_json, written_whole
+from adacorr.files import check_writable, write_json
 from adacorr.policy import Knob
 from adacorr.spec import hint, parse_value
-from evaluate.bench import NEAR, REACHED, Bench, Row, Setting
+from evaluate.bench import NEAR, REACHED, Bench, Row, Rows, Setting
 from evaluate.jobs import Job, run_jobs, threads_of
-from evaluate.leaderboard import markdown, plot, read_comparison, tables
+from evaluate.leaderboard import read_comparison, tables, write_page
 from evaluate.pages import table
 from evaluate.plots import check_matplotlib
 from evaluate.results import differing, protocol_line
@@ -117,15 +116,17 @@ def tune(bench: Bench, method: str, spec: str, knob: Knob, target: float, best: 
     Rows of the same knob narrow it, whether another search ran them or they are --known. The search ends where the
     spec is clearly behind the `best` row of another one, though it spends as much.
     """
-    template = Setting(spec)
-    pattern = re.compile(re.escape(str(template)).replace(r"\{\}", r"([-+.\de]+)"))
+    pattern = re.compile(re.escape(str(Setting(spec))).replace(r"\{\}", r"([-+.\de]+)"))
     found = [(pattern.fullmatch(str(setting)), row) for (setting, n), row in bench.rows.items() if n == bench.few]
     tried = {float(match[1]): row for match, row in found if match}
 
     def hopeless(row: Row) -> bool:
         return best is not None and row.compute >= best.compute and row.score < best.score - CLEAR
 
-    return search(lambda value: bench.run(method, "alone", template.at(value), few=True), knob, target, tried, hopeless)
+    def run(value: float) -> Row:
+        return bench.run(method, "alone", Setting(spec.replace("{}", f"{value:g}")), few=True)
+
+    return search(run, knob, target, tried, hopeless)
 
 
 def reached(row: Row, level: float) -> bool:
@@ -152,10 +153,10 @@ def sweep(bench: Bench, method: str, level: float) -> tuple[Row, Row] | None:
 
 def correct(bench: Bench, method: str, alone: Row) -> Row:
     """The method under AdaCorrection, with the largest budget at which it spends at most NEAR more than alone."""
-    most, template = alone.compute * (1 + NEAR), Setting(alone.setting.cache, "budget={}")
+    most = alone.compute * (1 + NEAR)
 
     def run(evaluations: float, few: bool = True) -> Row:
-        return bench.run(method, "adacorr", template.at(evaluations), few)
+        return bench.run(method, "adacorr", Setting(alone.setting.cache, f"budget={evaluations:g}"), few)
 
     # In halves of an evaluation, of which the gates may leave one unused.
     budget = max(math.floor(2 * most * bench.pipe.sampler.num_steps) / 2 + 0.5, LEAST)
@@ -227,12 +228,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--search-images", type=int, default=2, help="settings are searched on so many of them (default %(default)s)")
     add("--solution-steps", type=number(0, 1000), default=1000, help="of DDIM, for the solution, or 0 (default 1000)")
     add("--out", type=Path, required=True, metavar="STEM", help="writes STEM.json and STEM.md, STEM.png with --plot")
-    add(
-        "--jobs",
-        type=number(1, 256),
-        default=1,
-        help="processes side by side, each with its model (default 1)",
-    )
+    add("--jobs", type=number(1, 256), default=1, help="processes side by side, each with its model (default 1)")
     known = "JSON of earlier runs, whose rows are taken over"
     add("--known", type=Path, nargs="+", default=[], metavar="FILE", help=known)
     add("--plot", action="store_true", help="needs matplotlib")
@@ -257,7 +253,7 @@ def parse_levels(text: str) -> list[float]:
     return sorted(set(levels.values()), reverse=True)
 
 
-def known_rows(file: Path, identity: dict[str, str], profile: str | None) -> dict[tuple[Setting, int], Row]:
+def known_rows(file: Path, identity: dict[str, str], profile: str | None) -> Rows:
     """The rows that an earlier run tried, those under AdaCorrection only if it had the same profile of the model.
 
     profile: its digest. ValueError for a file of another model, noise or protocol.
@@ -269,9 +265,11 @@ def known_rows(file: Path, identity: dict[str, str], profile: str | None) -> dic
     return {(row.setting, row.images): row for row in rows if same or row.setting.adacorr in (None, "literal")}
 
 
-def make_bench(options: pipeline.ModelOptions, **others: Any) -> Bench:
-    """The bench of a comparison."""
-    return Bench(pipeline.load(options), timed=True, **others)
+def make_bench(args: argparse.Namespace, rows: Rows) -> Bench:
+    """The bench of a comparison, with the rows that are known."""
+    pipe = pipeline.load(pipeline.ModelOptions.of(args))
+    given = args.seed, args.num_images, args.solution_steps, args.search_images, args.calibrate
+    return Bench(pipe, *given, timed=True, rows=rows)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -285,35 +283,31 @@ def run(args: argparse.Namespace) -> None:
         check_writable("--out", file)
     if args.plot:
         check_matplotlib("--plot")
-    options = pipeline.ModelOptions.of(args)
-    shared = {"seed": args.seed, "count": args.num_images, "few": args.search_images}
-    shared |= {"solution_steps": args.solution_steps, "calibrate": args.calibrate}
-    bench = make_bench(options, **shared)
-    pipe = bench.pipe
+    bench = make_bench(args, {})
+    pipe, machine = bench.pipe, environment()
     for method in methods:  # one that refuses the model or has no profile for it says so now, not after hours
         bench.sample(Setting(method), count=1, stop=1)
     identity = {key: str(getattr(args, key)) for key in SAME} | {"checkpoint_sha256": pipe.checkpoint.sha256}
     profile = digest(bench.cache(Setting(adacorr="")).profile)
     for file in args.known:
         bench.rows |= known_rows(file, identity, profile)
-    found: dict[int, list[Row]] = {}  # by the job
-    record = {
-        "identity": identity,
-        "profile": profile,
-        "arguments": {k: str(v) for k, v in vars(args).items() if k not in ("made_with", "command")},
-        "made_with": args.made_with,
-        "environment": environment(),
-    }
-
     intro = (
         f"`{' '.join(args.made_with)}`: {protocol_line(pipe, f'{args.num_images} images of seed {args.seed}')}, "
-        f"{args.dtype} on {record['environment']['device']}, {time.strftime('%Y-%m-%d')}. Alone → under "
+        f"{args.dtype} on {machine['device']}, {time.strftime('%Y-%m-%d')}. Alone → under "
         f"AdaCorrection, at most {NEAR:.0%} more compute. Settings were searched on the first {args.search_images} "
         f"images; seconds are of one run, against uncached steps right before it."
     )
     if args.jobs > 1:
         intro += f" {args.jobs} processes ran side by side; threads of each: {threads_of(args.jobs)}."
-    record["intro"] = intro
+    record = {
+        "identity": identity,
+        "profile": profile,
+        "arguments": {k: str(v) for k, v in vars(args).items() if k not in ("made_with", "command")},
+        "made_with": args.made_with,
+        "environment": machine,
+        "intro": intro,
+    }
+    found: dict[int, list[Row]] = {}  # by the job
 
     def save() -> list[Row]:
         rows = [row for _, own in sorted(found.items()) for row in own]
@@ -322,16 +316,12 @@ def run(args: argparse.Namespace) -> None:
         write_json(files["json"], content, indent=None)  # thousands of rows: indents are a sixth of the file
         return rows
 
-    make = partial(make_bench, options, rows=bench.rows, **shared)
     try:
-        for number, own in run_jobs(bench, jobs_of(methods, levels), args.jobs, make):
+        for number, own in run_jobs(bench, jobs_of(methods, levels), args.jobs, partial(make_bench, args, bench.rows)):
             found[number] = own
             save()
     finally:
         rows = save()  # what a run that is stopped has found is not lost: --known takes it over
-    with written_whole(files["md"]) as temporary:
-        temporary.write_text(markdown(rows, levels, intro))
-    if args.plot:
-        plot(rows, files["png"])
-    say(table(*next(tables(rows, levels))))
+    write_page(rows, intro, files["md"], args.plot)
+    say(table(*next(tables(rows))))
     say(", ".join(str(file) for kind, file in files.items() if kind != "png" or args.plot))

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from adacorr.command import Failure
-from evaluate.bench import WARM_UP, Bench, Row, Setting
+from evaluate.bench import WARM_UP, Bench, Rows, Setting
 
 T = TypeVar("T")
 Job = Callable[[Bench], T]
-Rows = dict[tuple[Setting, int], Row]
 _bench: Bench  # of a process of `run_jobs`
 
 

@@ -56,8 +56,8 @@ def family(method: str) -> str:
 
 
 def curve(rows: Sequence[Row], measure: Measure, axis: Measure = compute) -> list[tuple[float, float]]:
-    """(axis, measure) of the rows that have both, in the order of the axis."""
-    return sorted((axis(row), measure(row)) for row in rows if axis(row) and measure(row) is not None)
+    """(axis, measure) of the rows that have a place on the axis, in its order."""
+    return sorted((axis(row), measure(row)) for row in rows if axis(row))
 
 
 def at(points: Sequence[tuple[float, float]], place: float) -> tuple[float, float] | None:
@@ -91,28 +91,30 @@ def summary(
     rows: Sequence[Row], places: Sequence[float], title: str, measure: Measure, axis: Measure = compute
 ) -> tuple[list[str], list[list[str]]]:
     """A measure of each method at each place, family by family: the columns of a table and its cells."""
-    methods = sorted(dict.fromkeys(row.method for row in rows if row.level is not None), key=family)
-    lines = []
-    for method in methods:
-        own = [row for row in rows if row.method == method and row.level is not None]
+    rows, lines = [row for row in rows if row.level is not None], []
+    for method in sorted(dict.fromkeys(row.method for row in rows), key=family):
+        own = [row for row in rows if row.method == method]
         lines.append([family(method), method, *(cell(own, place, measure, axis) for place in places)])
     return ["", title, *(f"{place:g}" for place in places)], lines
 
 
-def tables(rows: Sequence[Row], levels: Sequence[float]) -> Iterator[tuple[list[str], list[list[str]]]]:
+def levels_of(rows: Sequence[Row]) -> list[float]:
+    """The compute levels of a comparison, most compute first."""
+    return sorted({row.level for row in rows if row.level is not None}, reverse=True)
+
+
+def tables(rows: Sequence[Row]) -> Iterator[tuple[list[str], list[list[str]]]]:
     """The tables of the page, the one at equal compute first."""
     for title, measure in MEASURES.items():
-        yield summary(rows, levels, title, measure)
+        yield summary(rows, levels_of(rows), title, measure)
     if any(row.speedup for row in rows):
         yield summary(rows, SPEEDUPS, "Mean PSNR (dB) at a speed-up of", lambda row: row.score, speedup)
 
 
-def markdown(rows: Sequence[Row], levels: Sequence[float], intro: str) -> str:
+def markdown(rows: Sequence[Row], intro: str) -> str:
     """The whole page."""
-    parts = ["# Every method at equal compute", intro, HOW]
-    for columns, lines in tables(rows, levels):
-        parts.append(table(columns, lines))
-    for level in levels:
+    parts = ["# Every method at equal compute", intro, HOW, *(table(*each) for each in tables(rows))]
+    for level in levels_of(rows):
         parts += [f"## Compute {level:g}", level_table([row for row in rows if row.level == level])]
     if literal := [row for row in rows if row.method == "literal"]:
         share = literal[0].weights_at_1
@@ -136,7 +138,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     families = sorted(dict.fromkeys(map(family, methods))) or ["no other method yet"]
     figure = Figure(figsize=(10, 4 * math.ceil(len(families) / 2)), layout="constrained")
     panels = figure.subplots(math.ceil(len(families) / 2), 2, sharex=True, sharey=True, squeeze=False)
-    levels = sorted({row.level for row in own})
+    levels = levels_of(rows)
     for axes, kind in zip(panels.flat, families, strict=False):
         axes.set(xscale="log", title=kind)
         for name in SOLVERS:
@@ -181,6 +183,14 @@ def label(axes: Any, ends: Sequence[tuple[tuple[float, float], str, str]]) -> No
         axes.annotate(name, (x, y), **place, color=colour, fontsize="small")
 
 
+def write_page(rows: Sequence[Row], intro: str, page: Path, plotted: bool) -> None:
+    """Write the page, and its plot beside it where one is wanted."""
+    with written_whole(page) as temporary:
+        temporary.write_text(markdown(rows, intro))
+    if plotted:
+        plot(rows, page.with_suffix(".png"))
+
+
 # ------------------------------------------------------------------------------------------- command line
 
 
@@ -208,9 +218,5 @@ def run(args: argparse.Namespace) -> None:
     rows, content = read_comparison(args.comparison)
     if not rows:
         raise ValueError(f"{args.comparison} has no rows yet: let the comparison go on")
-    levels = sorted({row.level for row in rows if row.level is not None}, reverse=True)
-    with written_whole(args.out) as temporary:
-        temporary.write_text(markdown(rows, levels, content["intro"]))
-    if args.plot:
-        plot(rows, args.out.with_suffix(".png"))
+    write_page(rows, content["intro"], args.out, args.plot)
     print(args.out)

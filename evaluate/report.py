@@ -116,8 +116,7 @@ def result_section(path: Path) -> Section:
 def compare_section(path: Path) -> Section:
     """The rows of `evaluate compare`, and its plot if it lies beside them."""
     rows, content = read_comparison(path)
-    levels = sorted({row.level for row in rows if row.level is not None}, reverse=True)
-    parts = [made_with(content), *(table(*each) for each in tables(rows, levels))]
+    parts = [made_with(content), *(table(*each) for each in tables(rows))]
     if (plot := path.with_suffix(".png")).is_file():
         parts.append(figure(read_png(path, plot.name), plot.name))
     columns = ["setting", "method", "form", "level", *(measures(rows[0]) if rows else [])]

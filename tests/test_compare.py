@@ -13,7 +13,6 @@ import pytest
 import torch
 from commands import code, one_line
 from PIL import Image
-from toy import tiny_dit
 
 import pipeline
 import profiles
@@ -24,7 +23,6 @@ from adacorr.policies.never import Never
 from adacorr.policies.taylorseer import TaylorSeer
 from adacorr.policy import Knob
 from adacorr.spec import parse_spec
-from checkpoint import save_checkpoint
 from evaluate import compare, leaderboard, pages
 from evaluate.__main__ import main
 from evaluate.bench import NEAR, Bench, Row, Setting
@@ -46,22 +44,10 @@ def _knobs():
         yield
 
 
-@pytest.fixture(scope="module")
-def ckpt(tmp_path_factory):
-    model = tiny_dit(input_size=16, patch_size=4)  # SSIM needs 11 pixels
-    path = tmp_path_factory.mktemp("compare") / "tiny.safetensors"
-    save_checkpoint(path, model.state_dict(), model.config)
-    return path
-
-
 @pytest.fixture
-def bench(ckpt):
-    pipe = pipeline.load(pipeline.ModelOptions(ckpt=str(ckpt), num_sampling_steps=STEPS, device="cpu"))
+def bench(tiny32):
+    pipe = pipeline.load(pipeline.ModelOptions(ckpt=str(tiny32), num_sampling_steps=STEPS, device="cpu"))
     return Bench(pipe, 4242, 2, few=2)
-
-
-def flags(ckpt):
-    return f"compare --num-sampling-steps {STEPS} --device cpu --ckpt", ckpt
 
 
 def test_an_uncached_run_that_overflows_is_no_reference(bench, monkeypatch):
@@ -95,15 +81,6 @@ class Law:
 
 def distance(row, target):
     return abs(math.log(row.compute / target))
-
-
-def test_search_stops_at_the_first_value_that_is_near():
-    law = Law(lambda x: 0.1 / x)
-    row = search(law, Knob("x", 0.1, 1.0), 0.3)
-    assert all(abs(0.1 / x / 0.3 - 1) > CLOSE for x in law.asked[:-1])
-    assert row.value == law.asked[-1]
-    assert abs(row.compute / 0.3 - 1) <= CLOSE
-    assert len(law.asked) == len(set(law.asked)) < TRIES
 
 
 def test_search_goes_on_from_what_is_known():
@@ -152,7 +129,8 @@ def test_search_of_numbers(knob, compute, target):
     row = search(law, knob, target)
     reachable = np.array([compute(x) for x in np.geomspace(knob.low, knob.high, 2000)])
     assert distance(row, target) <= np.abs(np.log(reachable / target)).min() + 2 * CLOSE
-    assert len(law.asked) <= TRIES
+    assert all(abs(compute(x) / target - 1) > CLOSE for x in law.asked[:-1])  # it stops at the first that is near
+    assert len(law.asked) == len(set(law.asked)) <= TRIES
     low, high = sorted((knob.low, knob.high))
     assert all(low <= x <= high and float(f"{x:g}") == x for x in law.asked)  # what is printed is what ran
 
@@ -190,13 +168,7 @@ def test_search_of_what_is_out_of_reach_gives_the_nearest(knob):
 def test_parse_methods(monkeypatch):
     assert compare.parse_methods("taylorseer, interval,taylorseer") == ["taylorseer", "interval"]
     assert {"interval", "taylorseer"} <= set(compare.parse_methods("all")) <= set(available()) - {"never"}
-    for text, words in {
-        "intervall": "'intervall' is .*did you mean interval",
-        "interval,": "''",
-        "interval,nothing": "'nothing' .*taylorseer",
-        "never": "'never'",  # a method without a knob cannot be swept
-        "": "''",
-    }.items():
+    for text, words in {"interval,": "''", "interval,nothing": "'nothing' .*taylorseer", "": "''"}.items():
         with pytest.raises(ValueError, match=f"--methods: {words}"):
             compare.parse_methods(text)
     monkeypatch.setattr(Never, "knob", Knob("every", 1, 2))
@@ -226,8 +198,7 @@ def test_every_knob_and_variant_is_an_option_of_its_method(kind):
 @pytest.mark.parametrize(
     ("setting", "text"),
     [
-        (Setting("interval:every={}").at(3), "--cache interval:every=3"),
-        (Setting("interval", "gamma={}").at(0.02), "--cache interval --adacorr gamma=0.02"),
+        (Setting("interval:every=3", "gamma=0.02"), "--cache interval:every=3 --adacorr gamma=0.02"),
         (Setting(None, ""), "--adacorr"),
         (Setting(None, "literal"), "--adacorr literal"),
         (Setting(sampler="unipc", steps=5), "--sampler unipc --num-sampling-steps 5"),
@@ -238,9 +209,8 @@ def test_every_knob_and_variant_is_an_option_of_its_method(kind):
 def test_a_setting_reads_as_flags_and_runs_as_them(setting, text, bench):
     assert str(setting) == text
     x, cache, seconds = bench.sample(setting)
-    options = {"cache": None, "adacorr": setting.adacorr, "cache_dtype": "fp32"}
-    expected = pipeline.make_cache(SimpleNamespace(**options | {"cache": setting.cache}))
-    expected = profiles.with_profile(expected, bench.pipe)
+    given = SimpleNamespace(cache=setting.cache, adacorr=setting.adacorr, cache_dtype="fp32")
+    expected = profiles.with_profile(pipeline.make_cache(given), bench.pipe)
     assert (cache.spec if cache else None) == (expected.spec if expected else None)
     pipe = bench.pipe
     if setting.sampler:
@@ -364,47 +334,42 @@ def test_what_is_out_of_reach_is_left_out(bench, monkeypatch, capsys):
 
 def swept(stem, ckpt, levels, images, few, solution, methods="interval"):
     """Arguments of one comparison."""
-    given = f"--methods {methods} --levels {levels} --num-images {images} --search-images {few}"
-    return *flags(ckpt), f"{given} --solution-steps {solution} --out", stem
+    given = f"compare --num-sampling-steps {STEPS} --device cpu --methods {methods} --levels {levels}"
+    given += f" --num-images {images} --search-images {few} --solution-steps {solution} --ckpt"
+    return given, ckpt, "--out", stem
 
 
 @pytest.fixture(scope="module")
-def result(ckpt):
-    """(exit code, files by suffix) of one comparison."""
-    torch.set_num_threads(1)
-    out = ckpt.parent / "new" / "compare"
-    arguments = swept(out, ckpt, "0.5,0.3", 3, 2, 24, "taylorseer,interval")
-    return code(main, *arguments, "--plot" if find_spec("matplotlib") else ""), {
-        p.suffix[1:]: p for p in out.parent.iterdir()
-    }
+def result(tiny32, tmp_path_factory):
+    """The files of one comparison by their suffix."""
+    out = tmp_path_factory.mktemp("compare") / "new" / "compare"
+    arguments = swept(out, tiny32, "0.5,0.3", 3, 2, 24, "taylorseer,interval")
+    assert code(main, *arguments, "--plot" if find_spec("matplotlib") else "") == 0
+    assert {path.stem for path in out.parent.iterdir()} == {"compare"}
+    return {path.suffix: path for path in out.parent.iterdir()}
 
 
 @pytest.fixture
 def content(result):
-    return json.loads(result[1]["json"].read_text(), parse_constant=pytest.fail)  # no NaN, no Infinity
+    return json.loads(result[".json"].read_text(), parse_constant=pytest.fail)  # no NaN, no Infinity
 
 
 def test_files(result):
-    exit_code, files = result
-    assert exit_code == 0
-    assert set(files) == {"json", "md"} | ({"png"} if find_spec("matplotlib") else set())
-    assert {path.stem for path in files.values()} == {"compare"}
-    if "png" in files:
-        with Image.open(files["png"]) as picture:
+    assert set(result) == {".json", ".md"} | ({".png"} if find_spec("matplotlib") else set())
+    if ".png" in result:
+        with Image.open(result[".png"]) as picture:
             assert picture.format == "PNG"
             assert min(picture.size) > 400
 
 
 def test_rows(content):
     by_key = {(row["method"], row["form"], row["level"]): row for row in content["rows"]}
-    solvers = ["ddim", "dpmsolver++", "dpmsolver++ (log-SNR)", "dpmsolver++ (optimised steps)"]
-    solvers += ["unipc", "unipc (optimised steps)"]
-    assert solvers == [*SOLVERS]
+    assert {*leaderboard.SOLVERS} <= {*SOLVERS}
     assert list(by_key) == [
         *(("adacorr", "adacorr", x) for x in (0.5, 0.3)),
         ("literal", "adacorr", None),
         *((name, form, x) for name in ("taylorseer", "interval") for x in (0.5, 0.3) for form in ("alone", "adacorr")),
-        *((solver, "fewer steps", x) for solver in solvers for x in (0.5, 0.3)),
+        *((solver, "fewer steps", x) for solver in SOLVERS for x in (0.5, 0.3)),
     ]
     for (method, form, level), row in by_key.items():
         assert set(row) == {f.name for f in fields(Row)}
@@ -429,10 +394,10 @@ def test_rows(content):
     assert unipc[0] > unipc[1]  # more steps come nearer to the solution
 
 
-def test_the_record_says_what_was_run(content, ckpt):
+def test_the_record_says_what_was_run(content, tiny32):
     assert content["made_with"][:4] == ["python", "-m", "evaluate", "compare"]
     assert content["arguments"]["seed"] == "4242"  # no seed of a calibration, nor the default of sample.py
-    assert content["arguments"]["ckpt"] == str(ckpt)
+    assert content["arguments"]["ckpt"] == str(tiny32)
     assert not {"run", "command", "made_with"} & set(content["arguments"])
     assert content["environment"]["torch"] == torch.__version__
     shipped = json.loads(SHIPPED.read_text())
@@ -443,13 +408,6 @@ def test_the_record_says_what_was_run(content, ckpt):
     assert len(tried) == len(set(tried))  # nothing ran twice
     assert {images for _, images in tried} == {2, 3}  # searched on a few, then run on all
     assert {(json.dumps(row["setting"], sort_keys=True), 3) for row in content["rows"]} <= set(tried)
-
-
-def nothing_but_probes(monkeypatch):
-    """Sampling fails, except for the first step by which each method is asked whether it takes the model."""
-    sample = Bench.sample
-    probe = lambda *a, stop=None, **k: sample(*a, stop=stop, **k) if stop == 1 else pytest.fail("sampled")  # noqa: E731
-    monkeypatch.setattr(Bench, "sample", probe)
 
 
 def test_the_shipped_comparison_can_be_taken_over():
@@ -469,15 +427,15 @@ def test_the_shipped_comparison_can_be_taken_over():
         assert row.setting.cache.count(",") == 0  # not a row of another variant
 
 
-def test_a_run_that_was_stopped_goes_on(ckpt, tmp_path, monkeypatch):
-    assert code(main, *swept(tmp_path / "whole", ckpt, "0.5,0.3", 2, 1, 0)) == 0
+def test_a_run_that_was_stopped_goes_on(tiny32, tmp_path, monkeypatch):
+    assert code(main, *swept(tmp_path / "whole", tiny32, "0.5,0.3", 2, 1, 0)) == 0
 
     def stopped(bench, method, level):
         if level == 0.3:
             raise KeyboardInterrupt
         return sweep(bench, method, level)
 
-    arguments = swept(tmp_path / "stopped", ckpt, "0.5,0.3", 2, 1, 0)
+    arguments = swept(tmp_path / "stopped", tiny32, "0.5,0.3", 2, 1, 0)
     with monkeypatch.context() as patch:
         patch.setattr(compare, "sweep", stopped)
         assert code(main, *arguments) == 130
@@ -494,9 +452,9 @@ def test_a_run_that_was_stopped_goes_on(ckpt, tmp_path, monkeypatch):
     assert not set(ran) & {(Setting(**row["setting"]), row["images"]) for row in found["tried"]}
 
 
-def test_rows_of_another_comparison_are_refused(result, ckpt, tmp_path, capsys):
-    arguments = swept(tmp_path / "x", ckpt, "0.5", 2, 2, 24)
-    assert code(main, *arguments, "--known", result[1]["json"]) == 2
+def test_rows_of_another_comparison_are_refused(result, tiny32, tmp_path, capsys):
+    arguments = swept(tmp_path / "x", tiny32, "0.5", 2, 2, 24)
+    assert code(main, *arguments, "--known", result[".json"]) == 2
     assert "is of another comparison: num_images '3' there, '2' here" in capsys.readouterr().err
     for text in ("{}", "[]", "nothing", '{"tried": [], "identity": 3}'):
         (tmp_path / "broken.json").write_text(text)
@@ -505,7 +463,7 @@ def test_rows_of_another_comparison_are_refused(result, ckpt, tmp_path, capsys):
 
 
 def test_the_page_shows_every_row(result, content):
-    page = result[1]["md"].read_text()
+    page = result[".md"].read_text()
     for row in content["rows"]:
         shown = str(Setting(**row["setting"]))
         line = f"| `{shown}` | {row['compute']:.3f} | {row['hit_rate']:.3f} | {float(row['psnr']['mean']):.1f} / "
@@ -599,11 +557,17 @@ def test_the_page_is_made_again_from_the_json(tmp_path, capsys):
 # ----------------------------------------------------------------------------------------------------------- errors
 
 
-def test_a_method_without_a_profile_is_named_before_the_work(ckpt, tmp_path, monkeypatch, capsys):
-    name = sorted(calibrated())[0]
+def test_a_method_without_a_profile_is_named_before_the_work(tiny32, tmp_path, monkeypatch, capsys):
+    name, sample = sorted(calibrated())[0], Bench.sample
+
+    def probe(bench, *given, stop=None, **more):
+        """Each method is asked for its first step whether it takes the model."""
+        assert stop == 1, "sampled"
+        return sample(bench, *given, stop=stop, **more)
+
     monkeypatch.setattr(calibrated()[name], "knob", Knob("threshold", 0.01, 1.0))
     monkeypatch.setattr(profile, "FOLDER", tmp_path)
-    nothing_but_probes(monkeypatch)
-    assert code(main, *swept(tmp_path / "x", ckpt, "0.5", 2, 1, 0, methods=f"interval,{name}")) == 2
+    monkeypatch.setattr(Bench, "sample", probe)
+    assert code(main, *swept(tmp_path / "x", tiny32, "0.5", 2, 1, 0, methods=f"interval,{name}")) == 2
     one_line(capsys, name, "no profile for this run", "calibrate.py")
     assert list(tmp_path.iterdir()) == []

@@ -3,15 +3,14 @@
 import multiprocessing
 import os
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
-from toy import tiny_dit
 
 from adacorr.command import Failure
-from checkpoint import save_checkpoint
 from evaluate.bench import Bench, Setting
 from evaluate.compare import make_bench
 from evaluate.jobs import run_jobs
@@ -22,11 +21,10 @@ KNOWN = SETTINGS[0]
 
 
 @pytest.fixture
-def make(tmp_path):
-    model = tiny_dit(input_size=16, patch_size=4)
-    save_checkpoint(tmp_path / "tiny.safetensors", model.state_dict(), model.config)
-    options = ModelOptions(ckpt=str(tmp_path / "tiny.safetensors"), num_sampling_steps=8, device="cpu")
-    return partial(make_bench, options, seed=7, count=3, solution_steps=16)
+def make(tiny32):
+    options = asdict(ModelOptions(ckpt=str(tiny32), num_sampling_steps=8, device="cpu"))
+    return partial(make_bench, SimpleNamespace(
+        **options, seed=7, num_images=3, solution_steps=16, search_images=1, calibrate="auto"))  # fmt: skip
 
 
 @pytest.fixture
@@ -41,11 +39,11 @@ def threads(bench):
 
 def test_two_processes_find_what_one_does(make, monkeypatch):
     jobs = [partial(Bench.run, method="m", form="alone", setting=setting) for setting in SETTINGS]
-    alone, spread = make(), make()
-    expected = [row for _, row in run_jobs(alone, jobs, 1, make)]
+    alone, spread = make({}), make({})
+    expected = [row for _, row in run_jobs(alone, jobs, 1, None)]
     known = {(KNOWN, 3): replace(expected[0], method="known")}
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
-    found = dict(run_jobs(spread, [*jobs, threads], 2, partial(make, rows=known)))
+    found = dict(run_jobs(spread, [*jobs, threads], 2, partial(make, known)))
     assert found.pop(3) == 3  # its share of them
     assert found[0] == known[KNOWN, 3]  # not run again
     for number in (1, 2):
@@ -67,9 +65,9 @@ def mistaken(bench):
 
 
 def test_what_other_processes_find_is_kept_when_one_job_fails(make, forked):
-    bench, found = make(), []
+    bench, found = make({}), []
     with pytest.raises(ValueError, match="a mistake"):
-        found.extend(run_jobs(bench, [mistaken, slow], 2, make))
+        found.extend(run_jobs(bench, [mistaken, slow], 2, partial(make, {})))
     ((number, row),) = found
     assert number == 1
     assert bench.rows == {(SETTINGS[1], 3): row}
@@ -81,4 +79,4 @@ def die(bench):
 
 def test_a_process_that_dies_is_told(make, forked):
     with pytest.raises(Failure, match="one of 2 processes died.*try fewer"):
-        list(run_jobs(make(), [die], 2, make))
+        list(run_jobs(make({}), [die], 2, partial(make, {})))
