@@ -19,6 +19,7 @@ from evaluate.fidelity import psnr, ssim, summarise_psnr
 from evaluate.frechet import Moments, frechet_distance
 from evaluate.motion import difference_distance, frame_features, trajectory_frames
 from evaluate.networks import Network
+from evaluate.reference import Measured
 from fid_run.protocol import image_size
 from runtime import Progress
 
@@ -86,7 +87,7 @@ class Study:
     """A model with its noise, on which settings are measured.
 
     network       gives the features
-    reference     moments of the reference's features, None without one
+    reference     features of the reference, None without one
     batch         images at once, at most bench.count
     repeats       batches that are timed at least; 0 leaves times out
     trajectories  images that t-FID is taken on
@@ -95,7 +96,7 @@ class Study:
 
     bench: Bench
     network: Network
-    reference: Moments | None
+    reference: Measured | None
     batch: int
     repeats: int
     trajectories: int
@@ -207,7 +208,7 @@ class Study:
         return Moments.of(torch.cat(parts))
 
     def _to_reference(self, own: Moments) -> float | None:
-        return None if self.reference is None else frechet_distance(own, self.reference)
+        return None if self.reference is None else frechet_distance(own, self.reference.moments)
 
     def _tfid(self, setting: Setting, progress: Progress) -> float:
         if setting == UNCACHED:

@@ -9,6 +9,7 @@ corrected form.
 """
 
 import argparse
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,9 @@ TABLES = {"figure3": "table1", "figure4": "table4"}
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     table = TABLES[parser.get_default("command")]
-    parser.add_argument(
-        "--from", type=Path, required=True, dest="source", metavar="FILE.json", help=f"that {table} --out wrote"
-    )
-    parser.add_argument("--out", type=writable, required=True, metavar="FILE.png")
+    add = parser.add_argument
+    add("--from", type=Path, required=True, dest="source", metavar="FILE.json", help=f"that {table} --out wrote")
+    add("--out", type=writable, required=True, metavar="FILE.png")
 
 
 def quality(content: dict[str, Any]) -> tuple[str, str]:
@@ -54,12 +54,8 @@ def figure3(content: dict[str, Any]) -> Any:
         corrected = setting["adacorr"] is not None
         if setting["cache"] is None:
             label = "uncached" if not corrected else f"--adacorr {setting['adacorr']}".strip()
-            axes.plot(
-                *point(row),
-                "k*" if corrected else "kx",
-                fillstyle="none" if setting["adacorr"] else "full",
-                label=label,
-            )
+            fill = "none" if setting["adacorr"] else "full"
+            axes.plot(*point(row), "k*" if corrected else "kx", fillstyle=fill, label=label)
         else:
             ends.setdefault(setting["cache"], []).append(point(row))
     for i, (cache, points) in enumerate(ends.items()):
@@ -82,15 +78,13 @@ def figure4(content: dict[str, Any]) -> Any:
     figure = Figure(figsize=(9, 6), layout="constrained")
     figure.suptitle(_title(content), fontsize="medium")
     panels = figure.subplots(2, 2, sharex="col", sharey="row")
-    lines = dict.fromkeys((row["setting"]["cache"], row["setting"]["adacorr"].startswith("literal")) for row in rows)
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        literal = row["setting"]["adacorr"].startswith("literal")
+        lines.setdefault("literal" if literal else row["setting"]["cache"] or "--adacorr", []).append(row)
     for column, (key, fixed) in enumerate((("gamma", "lambda"), ("lambda", "gamma"))):
-        for cache, literal in lines:
-            own = [row for row in rows if row[fixed] == 1 and row["setting"]["cache"] == cache]
-            own = sorted(
-                (row for row in own if row["setting"]["adacorr"].startswith("literal") == literal),
-                key=lambda row: row[key],
-            )
-            label = "literal" if literal else cache or "--adacorr"
+        for label, along in lines.items():
+            own = sorted((row for row in along if row[fixed] == 1), key=itemgetter(key))
             at = [row[key] for row in own]
             panels[0, column].plot(at, [row[field] for row in own], "o-", label=label)
             panels[1, column].plot(at, [100 * row["hit_rate"] for row in own], "o-")

@@ -23,6 +23,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -215,8 +216,8 @@ def known_rows(path: Path, command: str, identity: dict[str, Any]) -> list[Row]:
     return [Row.of(plain) for plain in content["rows"]]
 
 
-def studies_of(args: argparse.Namespace, folder: Path) -> tuple[list[Study], list[str]]:
-    """A study of each model, with the uncached images in `folder`, and the digests of their references."""
+def studies_of(args: argparse.Namespace, folder: Path) -> list[Study]:
+    """A study of each model, with the uncached images in `folder`."""
     several = args.command == "table2"
     ckpts = (args.ckpt if several else [args.ckpt]) or [None]
     references = (args.reference if several or not args.reference else [args.reference]) or []
@@ -229,37 +230,32 @@ def studies_of(args: argparse.Namespace, folder: Path) -> tuple[list[Study], lis
         raise ValueError("--ckpt: two of the files hold the same weights; give each once")
     sizes = [image_size(pipe.model.config, pipe.vae) for pipe in pipes]
     network = network_of(args, sizes[0], pipes[0].device)
-    studies, digests = [], []
+    studies = []
     for i, pipe in enumerate(pipes):
         black = torch.zeros(1, sizes[i], sizes[i], 3, dtype=torch.uint8)
         network.features(black)  # ValueError for a size that the network is not for
-        real = None
-        if references:
-            found = reference(paths[i], network, pool=False)
-            real = found.moments
-            digests.append(found.sha256)
+        real = reference(paths[i], network, pool=False) if paths else None
         bench = Bench(pipe, args.seed, args.num_images, calibrate=args.calibrate)
         stem = args.command if args.out is None else args.out.stem
         spool = folder / f"{stem}.uncached-{pipe.checkpoint.sha256[:8]}.npy"
         batch = min(args.batch_size, args.num_images)
         studies.append(Study(bench, network, real, batch, args.repeats, trajectories, spool))
-    return studies, digests
+    return studies
 
 
-def refusals(study: Study, settings: Sequence[Setting], allowed: bool) -> dict[str, str]:
-    """Methods that refuse the model, for want of a profile most often, and why: each is asked for one step.
+def refusals(studies: Sequence[Study], settings: Sequence[Setting], allowed: bool) -> dict[str, str]:
+    """Methods that refuse a model, for want of a profile most often, and why: each is asked for one step.
 
     Unless that is `allowed`, the first refusal is raised.
     """
     refused = {}
-    for setting in settings:
-        if setting.adacorr is None:
-            try:
-                study.bench.sample(setting, 1, stop=1)
-            except ValueError as error:
-                if setting == UNCACHED or not allowed:
-                    raise
-                refused[setting.cache] = str(error)
+    for study, setting in product(studies, (setting for setting in settings if setting.adacorr is None)):
+        try:
+            study.bench.sample(setting, 1, stop=1)
+        except ValueError as error:
+            if setting == UNCACHED or not allowed:
+                raise
+            refused[setting.cache] = str(error)
     return refused
 
 
@@ -271,25 +267,19 @@ def run(args: argparse.Namespace) -> None:
     settings = plan(args)
     with ExitStack() as stack:
         folder = args.out.parent if args.out else Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        studies, digests = studies_of(args, folder)
-        refused = {}
-        for study in studies:
-            refused |= refusals(study, settings, allowed=args.command == "table3")
-        sweep(args, studies, [setting for setting in settings if setting.cache not in refused], digests, refused)
+        studies = studies_of(args, folder)
+        refused = refusals(studies, settings, allowed=args.command == "table3")
+        sweep(args, studies, [setting for setting in settings if setting.cache not in refused], refused)
 
 
 def sweep(
-    args: argparse.Namespace,
-    studies: Sequence[Study],
-    settings: Sequence[Setting],
-    digests: Sequence[str],
-    refused: dict[str, str],
+    args: argparse.Namespace, studies: Sequence[Study], settings: Sequence[Setting], refused: dict[str, str]
 ) -> None:
     """Measure what --out does not hold yet, row by row, and print the table."""
     network = studies[0].network
     identity = {
         "checkpoint_sha256": [study.bench.pipe.checkpoint.sha256 for study in studies],
-        "reference_sha256": list(digests),
+        "reference_sha256": [study.reference.sha256 for study in studies if study.reference],
         "guidance": [study.bench.pipe.cfg_scale for study in studies],
         "profile": [digest(study.bench.cache(Setting(adacorr="")).profile) for study in studies],
         "features": network.name,
