@@ -163,15 +163,16 @@ class Bench:
         x, cache, seconds = self.sample(setting, count)
         images = self.pipe.decode(x)
         near = fidelity(reference, images)
-        compute, hit_rate, held = (setting.steps or own) / own, 0.0, 0
-        if cache is not None:
-            compute, hit_rate, held = cache.trace.compute, cache.trace.hit_rate, cache.bytes // count
-        row = Row(method, form, None, setting, count, compute, hit_rate, _summary(near["psnr"]), _summary(near["ssim"]))
-        row.bytes_per_image, row.speedup = held, uncached / seconds if timed else None
+        scores = _summary(near["psnr"]), _summary(near["ssim"])
+        row = Row(method, form, None, setting, count, (setting.steps or own) / own, 0.0, *scores)
+        row.speedup = uncached / seconds if timed else None
         if self.solution_steps:
             row.solution_psnr = _summary(fidelity(self.solution[:count], images)["psnr"])
-        if cache is not None and isinstance(cache.correction, Algorithm1):
-            row.weights_at_1 = float((cache.trace.weight[1:] == 1).mean())
+        if cache is not None:
+            trace = cache.trace
+            row.compute, row.hit_rate, row.bytes_per_image = trace.compute, trace.hit_rate, cache.bytes // count
+            if isinstance(cache.correction, Algorithm1):
+                row.weights_at_1 = float((trace.weight[1:] == 1).mean())
         self.rows[setting, count] = row
         return row
 

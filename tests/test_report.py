@@ -16,7 +16,7 @@ from PIL import Image
 
 from evaluate import report
 from evaluate.__main__ import main
-from evaluate.bench import Row, Setting
+from evaluate.bench import Row
 from evaluate.fidelity import psnr
 from evaluate.imagesets import ImageSet, open_images
 from evaluate.leaderboard import summary
@@ -91,16 +91,8 @@ def test_results_are_on_the_page_and_everything_is_escaped(page, tmp_path):
     Image.fromarray(pictures(1)[0]).save(tmp_path / name)
     table = {"columns": ["method", EVIL], "rows": [["`--cache x`", "1.5"], [EVIL, "2"]]}
     first, second = tmp_path / "first.json", tmp_path / "<i>.json"
-    result_file(
-        first,
-        "fidelity",
-        ["python", EVIL, "$title"],
-        table=table,
-        notes=[EVIL],
-        images=[name],
-        identity={},
-        rows=[{"checkpoint": "x"}],
-    )
+    shown = {"table": table, "notes": [EVIL], "images": [name]}
+    result_file(first, "fidelity", ["python", EVIL, "$title"], **shown, identity={}, rows=[{"checkpoint": "x"}])
     result_file(second)
     content, found = page(first, second)
     assert found.rows == [["method", EVIL], ["--cache x", "1.5"], [EVIL, "2"]]
@@ -115,8 +107,7 @@ def test_the_shipped_comparison(page):
     rows = json.loads(SHIPPED.read_text())["rows"]
     content, found = page(SHIPPED)
     assert len(found.pictures) == 1  # the plot beside it
-    own = [Row(**{**row, "setting": Setting(**row["setting"])}) for row in rows]
-    table = summary(own, (0.5, 0.35, 0.25, 0.15), "", lambda row: row.score)[1]
+    table = summary([*map(Row.of, rows)], (0.5, 0.35, 0.25, 0.15), "", lambda row: row.score)[1]
     assert found.rows[1 : 1 + len(table)] == table
     every = found.rows[-len(rows) :]
     assert [row[1:4] for row in every] == [[row["method"], row["form"], str(row["level"] or "")] for row in rows]
@@ -171,31 +162,29 @@ def test_sets_of_one_noise_are_compared_with_the_uncached_one():
     assert (scores.tolist(), len(first), len(worst)) == ([np.inf], 1, 1)
 
 
-def test_bad_input_is_one_line(tmp_path, capsys):
-    broken = tmp_path / "broken.json"
-    broken.write_text('{"kind": "cost"')
-    outside, missing, odd = (tmp_path / f"{name}.json" for name in ("outside", "missing", "odd"))
-    result_file(outside, images=["../secret.png"])
-    result_file(missing, images=["none.png"])
-    result_file(odd, table={"columns": ["a"], "rows": [[1]]})
-    (tmp_path / "text.png").write_text("no picture")
-    text = tmp_path / "text.json"
-    result_file(text, images=["text.png"])
-    a, b = (folder(tmp_path / name, pictures(count, size=16)) for name, count in (("a", 2), ("b", 3)))
+def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("broken.json").write_text('{"kind": "cost"')
+    Path("text.png").write_text("no picture")
+    for name in ("../secret.png", "none.png", "text.png"):
+        result_file(Path(name).with_suffix(".json").name, images=[name])
+    result_file("odd.json", table={"columns": ["a"], "rows": [[1]]})
+    folder(tmp_path / "a", pictures(2, size=16))
+    folder(tmp_path / "b", pictures(3, size=16))
     cases = {
-        (broken,): "not a whole one",
-        (outside,): "not beside it",
-        (missing,): "none.png",
-        (odd,): "not as `python -m evaluate` writes it",
-        (text,): "no PNG",
-        (a, b): "lacks 1 of the 3",
-        (tmp_path / "nothing",): "does not exist",
-        (a, "--images", 0): "--images: 0",
+        "broken.json": "not a whole one",
+        "secret.json": "not beside it",
+        "none.json": "none.png",
+        "odd.json": "not as `python -m evaluate` writes it",
+        "text.json": "no PNG",
+        "a b": "lacks 1 of the 3",
+        "nothing": "does not exist",
+        "a --images 0": "--images: 0",
     }
     for words, part in cases.items():
-        assert code(main, "report", *words, "--out", tmp_path / "report.html") == 2
+        assert code(main, "report", words, "--out report.html") == 2
         one_line(capsys, part)
-        assert not (tmp_path / "report.html").exists()
+        assert not Path("report.html").exists()
 
 
 def test_what_a_run_spent_is_found_beside_its_npz(sampled):
