@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,6 +25,7 @@ from evaluate.networks import load_network
 from evaluate.published import TABLE_1, TABLE_4
 from evaluate.study import UNCACHED, Row, Study
 from evaluate.tables import cells, plan, tabulate, unlike
+from runtime import Progress
 
 STEPS = 8
 BIG = {"input_size": 32, "patch_size": 8}  # the features are of 32 x 32 pixels
@@ -120,8 +122,7 @@ def test_latency_is_the_median_of_whole_batches(tiny32, tmp_path, monkeypatch):
     monkeypatch.setattr(Bench, "sample", timed)
     pipe = pipeline.load(pipeline.ModelOptions(ckpt=str(tiny32), num_sampling_steps=STEPS, device="cpu"))
     study = Study(Bench(pipe, 1, 5), load_network("cifar10"), None, 2, 3, 0, tmp_path / "spool.npy")
-    progress = SimpleNamespace(done=0)
-    progress.update = lambda count, text="": setattr(progress, "done", progress.done + count)
+    progress = Progress(7, "image")
     row = study.measure(UNCACHED, progress)
     assert (row.latency, row.images_per_second) == (5.0, 2 / 5)
     assert progress.done == study.units([UNCACHED]) == 5 + 2
@@ -166,9 +167,9 @@ def test_a_sweep_that_was_stopped_goes_on(tiny32, tmp_path, monkeypatch):
 
 def test_rows_of_another_run_are_refused(tiny32, tmp_path, capsys, monkeypatch, references):
     out = tmp_path / "x.json"
-    assert run("table4", tiny32, "--gammas", "1", "--lambdas", "1", "--out", out) == 0
-    kept = out.read_text()
     sweep = ("table4", tiny32, "--gammas", "1", "--lambdas", "1", "--out", out)
+    assert run(*sweep) == 0
+    kept = out.read_text()
     monkeypatch.setattr(Study, "measure", lambda *_: pytest.fail("measured"))
     capsys.readouterr()
     for more, counts, words in (
@@ -191,17 +192,13 @@ def test_rows_of_another_run_are_refused(tiny32, tmp_path, capsys, monkeypatch, 
 # ------------------------------------------------------------------------------------------------- published values
 
 
-def study_of_the_paper(**changes):
+def study_of_the_paper(
+    name="DiT-XL-2-256x256.pt", spec="ddim", steps=50, cfg=1.5, count=50_000, network="inception", reference=()
+):
     """What `unlike` looks at."""
-    values = {"name": "DiT-XL-2-256x256.pt", "spec": "ddim", "steps": 50, "cfg": 1.5, "count": 50_000}
-    values |= {"network": "inception", "reference": (), **changes}
-    pipe = SimpleNamespace(
-        checkpoint=SimpleNamespace(path=SimpleNamespace(name=values["name"])),
-        sampler=SimpleNamespace(spec=values["spec"], num_steps=values["steps"]),
-        cfg_scale=values["cfg"],
-    )
-    network = SimpleNamespace(name=values["network"])
-    return Study(SimpleNamespace(pipe=pipe, count=values["count"]), network, values["reference"], 1, 0, 0, None)
+    checkpoint, sampler = SimpleNamespace(path=Path(name)), SimpleNamespace(spec=spec, num_steps=steps)
+    pipe = SimpleNamespace(checkpoint=checkpoint, sampler=sampler, cfg_scale=cfg)
+    return Study(SimpleNamespace(pipe=pipe, count=count), SimpleNamespace(name=network), reference, 1, 0, 0, None)
 
 
 def test_published_values_stand_beside_the_same_setting_only():
