@@ -48,4 +48,4 @@ def measures(row: Row) -> dict[str, str]:
 
 def level_table(rows: Sequence[Row]) -> str:
     """Every measure of the rows of one level."""
-    return table(["", *measures(rows[0])], ([row.setting.named, *measures(row).values()] for row in rows))
+    return table(**columns_of([{"": row.setting.named, **measures(row)} for row in rows]))

@@ -150,10 +150,9 @@ def notes(args: argparse.Namespace, studies: Sequence[Study], refused: dict[str,
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    command, several = parser.get_default("command"), {}
+    command = parser.get_default("command")
     if command == "table2":
-        parser.conflict_handler = "resolve"  # --ckpt and --reference take several there
-        several = {"nargs": "+"}
+        parser.conflict_handler = "resolve"  # --ckpt takes several there
     pipeline.add_model_flags(parser)
     pipeline.add_calibrate_flag(parser)
     parser.set_defaults(seed=4242)
@@ -173,7 +172,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--num-images", type=number(2, 1_000_000), default=10, help="default %(default)s; the paper's tables: 50000")
     add("--batch-size", type=number(1, 100_000), default=5, help="images at once (default %(default)s)")
     names = ", ".join(REFERENCES)
-    add("--reference", **several, metavar="REF", help=f"{names}, images or statistics, one for each --ckpt")
+    add("--reference", nargs="+", default=[], metavar="REF", help=f"{names}, images or statistics, one for each --ckpt")
     add_features_flags(group)
     add("--repeats", type=number(0, 1000), default=3, help="batches that are timed, or 0 (default %(default)s)")
     add("--out", type=writable, metavar="FILE.json", help="the table as JSON; an unfinished one is resumed")
@@ -218,12 +217,10 @@ def known_rows(path: Path, command: str, identity: dict[str, Any]) -> list[Row]:
 
 def studies_of(args: argparse.Namespace, folder: Path) -> list[Study]:
     """A study of each model, with the uncached images in `folder`."""
-    several = args.command == "table2"
-    ckpts = (args.ckpt if several else [args.ckpt]) or [None]
-    references = (args.reference if several or not args.reference else [args.reference]) or []
-    if references and len(references) != len(ckpts):
-        raise ValueError(f"--reference: {len(references)} given for {len(ckpts)} --ckpt; give one for each, or none")
-    paths = [find_reference(name, args.offline) for name in references]
+    ckpts = (args.ckpt if args.command == "table2" else [args.ckpt]) or [None]
+    if args.reference and (given := len(args.reference)) != len(ckpts):
+        raise ValueError(f"--reference: {given} given for {len(ckpts)} --ckpt; give one for each, or none")
+    paths = [find_reference(name, args.offline) for name in args.reference]
     options, trajectories = ModelOptions.of(args), 0 if args.command == "table3" else min(args.num_images, TRAJECTORIES)
     pipes = [load(replace(options, ckpt=ckpt)) for ckpt in ckpts]
     if len({pipe.checkpoint.sha256 for pipe in pipes}) < len(pipes):
