@@ -23,10 +23,9 @@ from torch import Tensor
 import pipeline
 from adacorr import CacheManager
 from adacorr.command import number, writable
-from adacorr.files import check_writable
 from adacorr.offset import channel_deviation, offset_score, spatial_variation, temporal_deviation
 from evaluate.bench import Setting
-from evaluate.plots import check_matplotlib, save
+from evaluate.plots import check_matplotlib, picture_beside, save
 from evaluate.results import protocol_line, write_result
 from models import DiT
 from pipeline import Pipeline
@@ -224,8 +223,7 @@ def _protocol(args: argparse.Namespace, pipe: Pipeline) -> str:
 def run(args: argparse.Namespace) -> None:
     """Measure and draw. ValueError or OSError for a mistake, before the work."""
     check_matplotlib(args.command)
-    picture = args.out.with_suffix(".png")
-    check_writable("--out", picture)
+    picture = picture_beside(args.out)
     content, figure = (measure_figure2 if args.command == "figure2" else measure_figure5)(args)
     write_result(args, **content, images=[picture.name])
     save(figure, picture)

@@ -24,7 +24,7 @@ from adacorr.files import written_whole
 from adacorr.policies import available, make_policy
 from evaluate.bench import NEAR, REACHED, Row
 from evaluate.pages import level_table, table
-from evaluate.plots import check_matplotlib, save
+from evaluate.plots import check_matplotlib, picture_beside, save
 
 HOW = (
     "A cell is the value of the method's curve at that place, linear in the logarithm of the axis between the two rows "
@@ -215,6 +215,7 @@ def run(args: argparse.Namespace) -> None:
     """The whole job. OSError or ValueError for a mistake."""
     if args.plot:
         check_matplotlib("--plot")
+        picture_beside(args.out)
     rows, content = read_comparison(args.comparison)
     if not rows:
         raise ValueError(f"{args.comparison} has no rows yet: let the comparison go on")

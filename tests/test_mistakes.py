@@ -134,7 +134,9 @@ CASES = {
         "--out x.json --steps 50": "--steps 50 is outside 0..49",
         "--out x.json --num-images 65": "--num-images: 65",
         "--out x.json --setting adacorr": "--setting",
+        "--out x.png": "--out x.png: the picture takes this name",
     },
+    "evaluate leaderboard docs/compare.json": {"--out x.png --plot": "--out x.png: the picture takes this name"},
     "evaluate figure5 --out x.json": {
         "--setting intervall": "did you mean interval",
         "--calibrate never": "--calibrate never",
