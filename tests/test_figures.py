@@ -28,7 +28,8 @@ def pipe(tiny32, request):
 @torch.no_grad()
 def states_by_hand(pipe, cache=None, seed=3, count=2):
     """(steps, layers + 1, rows [conditional; unconditional], T, D): the uncached stack on the states of a run."""
-    entered, labels = [pipe.sampler.prepare(pipeline.gaussian(seed, np.arange(count), pipe.noise_shape))], [0, 1]
+    begun = pipe.sampler.prepare(pipeline.gaussian(seed, np.arange(count), pipe.noise_shape))
+    entered, labels = [pipe.sampler.image(begun)], [0, 1]
     pipe.sample(seed, np.arange(count), torch.tensor(labels), cache, lambda step, x, cache: entered.append(x))
     rows, model = [], pipe.model
     for t, x in zip(pipe.sampler.timesteps, entered[:-1], strict=True):
