@@ -203,10 +203,11 @@ def rows(peers: Peers) -> Iterator[tuple[str, str, dict]]:
     for spec in specs:
         cache = with_profile(CacheManager.of(None, spec), peers.ours, "auto")
         yield "AdaCorrection, sample.py", spec, peers.in_sample(cache)
-    known = [peers.ours_in_diffusers(adacorr=spec, profile=str(PROFILE)) for spec in specs]
-    yield from (
-        ("AdaCorrection, in diffusers", f"{spec}, profile", row) for spec, row in zip(specs, known, strict=True)
-    )
+    curve = []
+    for spec in specs:
+        row = peers.ours_in_diffusers(adacorr=spec, profile=str(PROFILE))
+        curve.append((row["compute"], float(row["psnr"]["mean"])))
+        yield "AdaCorrection, in diffusers", f"{spec}, profile", row
     with tempfile.TemporaryDirectory() as folder:
         peers.measured_profile(path := Path(folder) / "measured.safetensors")
         for spec in specs:
@@ -214,7 +215,7 @@ def rows(peers: Peers) -> Iterator[tuple[str, str, dict]]:
             yield "AdaCorrection, in diffusers", f"{spec}, profile of two calls", row
     for spec in specs:
         yield "AdaCorrection, in diffusers", spec, peers.ours_in_diffusers(adacorr=spec)
-    curve = sorted((row["compute"], float(row["psnr"]["mean"])) for row in known)
+    curve.sort()
     others = [(f"{name}, of diffusers", *rest) for name, *rest in diffusers_caches(peers)]
     others += [(f"{name}, of cache-dit", *rest) for name, *rest in cache_dit_caches(peers)]
     for name, setting, attach in others:
@@ -241,11 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=number(1, 1000), default=1)
     parser.add_argument("--out", type=writable, help="JSON file")
     args = parser.parse_args(argv)
-
-    def run() -> None:
-        show(lines(Peers(load(ModelOptions()), args)), args)
-
-    return run_command("benchmarks.peers", run)
+    return run_command("benchmarks.peers", lambda: show(lines(Peers(load(ModelOptions()), args)), args))
 
 
 if __name__ == "__main__":

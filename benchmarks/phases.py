@@ -37,6 +37,7 @@ PARTS = {
     "offsets": (CorrectedRun, "learn"),
     "the rest of computed and skipped steps": (ShortRun, "take"),
 }
+FEW = 4  # steps of an uncached run that are timed
 
 
 class Clock:
@@ -70,7 +71,7 @@ class Clock:
         return call
 
 
-def measure(pipe: Pipeline, cache: CacheManager, batch: int, repeats: int, few: int = 4) -> list[str]:
+def measure(pipe: Pipeline, cache: CacheManager, batch: int, repeats: int) -> list[str]:
     """Lines of the report: medians over the repeats."""
     images = np.arange(batch)
 
@@ -81,7 +82,7 @@ def measure(pipe: Pipeline, cache: CacheManager, batch: int, repeats: int, few: 
             return Counter({"all": time.process_time() - start, **clock.seconds})
 
     steps, rows = pipe.sampler.num_steps, []
-    few = min(few, steps)
+    few = min(FEW, steps)
     run(cache, few)
     for _ in range(repeats):
         before, cached, after = run(None, few), run(cache, None), run(None, few)

@@ -119,9 +119,14 @@ def inputs(name, rows, seed=0):
     made = [make(1, g) for g in parts]
     other = make(rows, parts[0])
     for key, value in other.items():
-        if isinstance(value, torch.Tensor) and len(value) == rows and key not in ("img_ids", "txt_ids", "class_labels"):
+        if by_row(key, value) and key != "class_labels":
             other[key] = torch.cat([one[key] for one in made])
     return latents, other
+
+
+def by_row(key, value):
+    """Whether an input has a row for each image."""
+    return torch.is_tensor(value) and key not in ("img_ids", "txt_ids")
 
 
 def timesteps(steps):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from adacorr import compiled
 from adacorr.corrected_run import CorrectedRun
+from adacorr.integrations.diffusers.blocks import argument_names
 from adacorr.integrations.diffusers.config import CacheConfig
 from adacorr.integrations.diffusers.families import KEYWORDS, Family
 from adacorr.integrations.diffusers.rewinding import APART, Rewinding
@@ -49,13 +50,13 @@ class BlockHook(ModelHook):
 
     _is_stateful = True  # so that contexts and resets of diffusers reach it
 
-    def __init__(self, attachment: Attachment, index: int):
+    def __init__(self, attachment: Attachment, first: bool):
         super().__init__()
-        self.attachment, self.index, self.context = attachment, index, ContextName()
+        self.attachment, self.first, self.context = attachment, first, ContextName()
         self.compiled: Any = None
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return self.attachment.enter(self.index, args, kwargs)
+        return self.attachment.enter(self, args, kwargs)
 
     def forward(self) -> Any:
         """The block's forward without this hook."""
@@ -71,7 +72,7 @@ class BlockHook(ModelHook):
 class Stream:
     """One sampling run: of a whole batch, or of one guidance half where these are called apart.
 
-    manager has its trace; run is None once it is over, since its tensors are large, and `held` what they were.
+    manager has its trace; run is None once it is over, since its tensors are large.
     """
 
     manager: CacheManager
@@ -81,16 +82,15 @@ class Stream:
     rewinding: Rewinding | None = None
     step: int = -1
     time: float = float("inf")
-    held: int = 0
 
     @property
     def bytes(self) -> int:
         """Bytes of stored tensors."""
-        return self.held if self.run is None else self.run.bytes
+        return self.manager.bytes if self.run is None else self.run.bytes
 
     def close(self) -> None:
         """The run is over: its statistics stay, and no tensor."""
-        self.held, self.run, self.rewinding = self.bytes, None, None
+        self.manager.bytes, self.run, self.rewinding = self.bytes, None, None
 
 
 class Attachment:
@@ -104,8 +104,8 @@ class Attachment:
     def __init__(self, transformer: nn.Module, family: Family, config: CacheConfig, pipe: Any = None):
         self.transformer, self.family, self.config, self.pipe = transformer, family, config, pipe
         self.manager = config.manager()
+        self.layout = config.guidance or family.layout
         self.guidance_scale: float | None = None
-        self.names = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
         self.modules = [block for name in family.lists for block in getattr(transformer, name)]
         self.stack: Stack | None = None
         self.streams: dict[str, Stream] = {}
@@ -121,38 +121,35 @@ class Attachment:
         self._time: float | None = None
         self._nth = 0  # call at the same timestep
         self._doubled: tuple[int, float, bool] | None = None  # rows and timestep of the last call, whether both halves
-        self._undo: list[Any] = []
+        self._undo = ExitStack()
 
     # ------------------------------------------------------------------ hooks
 
     def install(self) -> None:
         """Put the hooks on; on an exception none stays."""
-        try:
-            hooks = [self._hook(index, module) for index, module in enumerate(self.modules)]
+        with ExitStack() as undo:
+            hooks = [self._hook(module, index == 0, undo) for index, module in enumerate(self.modules)]
             self.stack = Stack(self.transformer, self.family, self.modules, [hook.forward for hook in hooks])
-            self._undo += [block.remove for block in self.stack.blocks]
+            for block in self.stack.blocks:
+                undo.callback(block.remove)
             # torch's own hooks: those of diffusers and accelerate on a whole model replace each other.
-            before = self.transformer.register_forward_pre_hook(self._before, with_kwargs=True)
-            after = self.transformer.register_forward_hook(self._after, always_call=True)
-            self._undo += [before.remove, after.remove]
-            self._renew_registries()
-        except BaseException:
-            self.remove()
-            raise
+            undo.enter_context(self.transformer.register_forward_pre_hook(self._before, with_kwargs=True))
+            undo.enter_context(self.transformer.register_forward_hook(self._after, always_call=True))
+            self._undo = undo.pop_all()
+        self._renew_registries()
 
     def remove(self) -> None:
         """Take the hooks off; the modules are as they were found."""
-        while self._undo:
-            self._undo.pop()()
+        self._undo.close()
         self._renew_registries()
         self.reset()
 
-    def _hook(self, index: int, module: nn.Module) -> BlockHook:
+    def _hook(self, module: nn.Module, first: bool, undo: ExitStack) -> BlockHook:
         own_forward, own_registry = "forward" in vars(module), hasattr(module, "_diffusers_hook")
         own_call = module._compiled_call_impl
-        registry, hook = HookRegistry.check_if_exists_or_initialize(module), BlockHook(self, index)
+        registry, hook = HookRegistry.check_if_exists_or_initialize(module), BlockHook(self, first)
 
-        def undo() -> None:
+        def take_off() -> None:
             registry.remove_hook(HOOK, recurse=False)  # nothing, if it is not there
             if own_call is not None:
                 module._compiled_call_impl = own_call
@@ -161,7 +158,7 @@ class Attachment:
             if not registry.hooks and not own_registry:
                 del module._diffusers_hook
 
-        self._undo.append(undo)
+        undo.callback(take_off)
         registry.register_hook(hook, HOOK)
         if own_call is not None:
             # A compiled block would trace its way into the cache: the graph is made of what lies behind the hook.
@@ -179,7 +176,8 @@ class Attachment:
     @torch.compiler.disable
     def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """The transformer is called: see whether the cache takes the call."""
-        given = {name: None for name in self.names} | dict(zip(self.names, args, strict=False)) | kwargs
+        names = argument_names(type(module))
+        given = dict.fromkeys(names) | dict(zip(names, args, strict=False)) | kwargs
         self._given = self._result = self._now = None
         if why := self._outside(given):
             self.bypassed[why] += 1
@@ -238,7 +236,7 @@ class Attachment:
 
     def _outside(self, given: dict[str, Any]) -> str:
         """Why a call runs uncached; empty if it does not."""
-        for name in (*self.family.bypass, *self.family.extra):
+        for name in self.family.bypass:
             if given.get(name) is not None:
                 return name
         for name in KEYWORDS:
@@ -249,12 +247,11 @@ class Attachment:
         return ""
 
     @torch.compiler.disable
-    def enter(self, index: int, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Block `index` is called."""
-        hook = self._block_hook(index)
+    def enter(self, hook: BlockHook, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The block of a hook is called."""
         if self._given is None:
             return hook.forward()(*args, **kwargs)
-        if index == 0:
+        if hook.first:
             try:
                 with torch.no_grad():
                     self._result = self._run(args, kwargs, hook.context.name)
@@ -265,9 +262,6 @@ class Attachment:
                 self._given = None
                 return hook.forward()(*args, **kwargs)
         return self._result
-
-    def _block_hook(self, index: int) -> BlockHook:
-        return self.modules[index]._diffusers_hook.get_hook(HOOK)
 
     # ------------------------------------------------------------------ runs
 
@@ -286,15 +280,12 @@ class Attachment:
     def _run(self, args: tuple, kwargs: dict[str, Any], context: str | None) -> Any:
         """The whole stack for the first block's call -> what its last block would give."""
         full = {**dict(enumerate(args)), **kwargs}
-        image_key, text_key = 0 if 0 in full else "hidden_states", 1 if 1 in full else "encoder_hidden_states"
-        image, text = full[image_key], full[text_key] if self.family.joint else None
-        full[image_key] = None
-        if text is not None:
-            full[text_key] = None
-        x = image if text is None else torch.cat([text, image], dim=1)
-        start = 0 if text is None else text.shape[1]
+        x, start = full[0 if 0 in full else "hidden_states"], 0
+        if self.family.joint:
+            text = full[1 if 1 in full else "encoder_hidden_states"]
+            x, start = torch.cat([text, x], dim=1), text.shape[1]
         x = self._step(x, full, start, context) if self._replayed is None else self._add_replayed(x)
-        if x is None or text is None:
+        if x is None or not self.family.joint:
             return x
         text, image = x[:, :start], x[:, start:]
         return (image, text) if self.family.returns == "image, text" else (text, image)
@@ -304,9 +295,8 @@ class Attachment:
         c = Rows.of(full, self.stack.blocks[0].keys(self.family.by_row), len(x), text)
         self.stack.describe(x, c, self._given)
         time = time_of(self._given["timestep"], self.family)
-        halves, swap = self._halves(len(x), time), self._layout() == "uncond_first"
-        order = None
-        if halves == 2 and swap:  # the core wants the conditional half first
+        halves, order = self._halves(len(x), time), None
+        if halves == 2 and self.layout == "uncond_first":  # the core wants the conditional half first
             order = torch.arange(len(x), device=x.device).roll(len(x) // 2)
             x, c = x[order], c[order]
         stream = self._stream(x, c, halves, context or self._ordinal(time), time)
@@ -324,18 +314,20 @@ class Attachment:
         rows = torch.from_numpy(self._replayed).to(x.device)
         return x.index_copy(0, rows, self._now.run.run_blocks(self.stack.blocks, x[rows], None))
 
+    @property
+    def scheduler(self) -> Any:
+        """The pipeline's, or None."""
+        return None if self.pipe is None else self.pipe.scheduler
+
     def linear_steps(self, grid: Grid, *, remembers: bool = True) -> LinearSteps | None:
         """Those of the pipeline's scheduler on a grid, as `adacorr.linear_steps` finds them."""
-        scheduler, advance = self.pipe.scheduler, getattr(self.pipe, "advance", scheduler_step)
+        scheduler, advance = self.scheduler, getattr(self.pipe, "advance", scheduler_step)
         return linear_steps(scheduler, scheduler.timesteps[-len(grid.timesteps) :], advance, remembers=remembers)
-
-    def _layout(self) -> str:
-        return self.config.guidance or self.family.layout
 
     def _halves(self, rows: int, time: float) -> int:
         """2 where the call's rows are both guidance halves of each image; looked at once in a run."""
         scale = self._scale()
-        if self._layout() == "separate" or scale is None or scale <= 1.0 or rows % 2:
+        if self.layout == "separate" or scale is None or scale <= 1.0 or rows % 2:
             return 1
         before = self._doubled
         known = before is not None and before[0] == rows and time < before[1]  # a run's timesteps fall
@@ -352,7 +344,7 @@ class Attachment:
         if not self.stack.num_classes:
             return True
         first, second = self._given["class_labels"].chunk(2)
-        null = second if self._layout() == "cond_first" else first
+        null = second if self.layout == "cond_first" else first
         return bool((null == self.stack.num_classes).all())
 
     def _scale(self) -> float | None:
@@ -363,15 +355,14 @@ class Attachment:
         key = (x.shape, x.dtype, x.device, c.text, halves, self._scale())
         stream = self.streams.get(name)
         if stream is None or stream.key != key or not stream.grid.follows(stream.step, stream.time, time):
-            scheduler = None if self.pipe is None else self.pipe.scheduler
-            grid = Grid.of(time, self.family, self.config, scheduler)
+            grid = Grid.of(time, self.family, self.config, self.scheduler)
             if grid is None:
                 self.bypassed["a timestep that is none of the scheduler's"] += 1
                 return None
             if stream is not None:
                 self._close()
             self.runs += not self.streams
-            stream = self.streams[name] = self._open(grid, key, halves, len(x), scheduler)
+            stream = self.streams[name] = self._open(grid, key, halves, len(x) // halves)
             for one in self.streams.values() if len(self.streams) > 1 else ():
                 self._note(one, APART)
         stream.step, stream.time = stream.step + 1, time
@@ -380,7 +371,7 @@ class Attachment:
     def _ordinal(self, time: float) -> str:
         """The name of a call without a context: the first at a timestep is the conditional half, the next the other."""
         # The loop of a bare transformer may break off and begin again at the same timestep: it has to say so.
-        if (self.config.guidance if self.pipe is None else self._layout()) != "separate":
+        if (self.config.guidance if self.pipe is None else self.layout) != "separate":
             return "batch"
         self._nth = self._nth + 1 if time == self._time else 0
         if self._nth == 2:
@@ -389,12 +380,11 @@ class Attachment:
         self._time = time
         return ("cond", "uncond")[self._nth]
 
-    def _open(self, grid: Grid, key: tuple, halves: int, rows: int, scheduler: Any) -> Stream:
-        images = rows // halves
-        labels = self._given["class_labels"][-images:] if self.stack.num_classes else None
-        if labels is not None and (halves == 1 or self._layout() == "cond_first"):
-            labels = self._given["class_labels"][:images]
-        manager = copy.copy(self.manager)
+    def _open(self, grid: Grid, key: tuple, halves: int, images: int) -> Stream:
+        manager, scheduler, cond_first = copy.copy(self.manager), self.scheduler, self.layout != "uncond_first"
+        labels = self._given["class_labels"] if self.stack.num_classes else None
+        if labels is not None:
+            labels = labels[:images] if cond_first else labels[-images:]
         run = manager.open(
             self.stack,
             labels,
@@ -411,6 +401,5 @@ class Attachment:
             if (steps := self.linear_steps(grid)) is None:
                 self._note(stream, f"steps of {type(scheduler).__name__} that are not known to be linear")
             else:
-                first = self._layout() != "uncond_first"
-                stream.rewinding = Rewinding(run, steps, scheduler, halves, first, self._scale() or 1.0)
+                stream.rewinding = Rewinding(run, steps, scheduler, halves, cond_first, self._scale() or 1.0)
         return stream

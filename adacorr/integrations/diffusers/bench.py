@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -122,12 +121,12 @@ def compare(args: argparse.Namespace, say: Callable[[str], object]) -> list[dict
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             runs = [timed(partial(draw, args.num_inference_steps), device) for _ in range(args.repeats)]
-            stats = {"compute": 1.0, "hit_rate": 0.0} if handle is None else handle.stats()
+            stats = {"compute": 1.0, "hit_rate": 0.0, "bypassed": {}} if handle is None else handle.stats()
         if method == "None":
             reference = runs[0][0]
         row = {"method": method, "seconds": statistics.median(seconds for _, seconds in runs)}
-        row |= {key: stats[key] for key in ("compute", "hit_rate")}
-        row |= {"psnr": psnr(reference, runs[0][0]), "bypassed": stats.get("bypassed", {}), **_memory(device)}
+        row |= {key: stats[key] for key in ("compute", "hit_rate", "bypassed")}
+        row |= {"psnr": psnr(reference, runs[0][0]), **_memory(device)}
         rows.append(row)
         cells = [method, f"{row['seconds']:.2f}", f"{rows[0]['seconds'] / row['seconds']:.2f}x"]
         cells += [f"{row['compute']:.3f}", f"{row['hit_rate']:.3f}", f"{row['psnr']:.1f}"]
@@ -152,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         rows = compare(args, sys.stdout.write)
         if args.out is not None:
-            options = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+            options = vars(args) | {"out": str(args.out)}
             finite = [{k: "inf" if v == math.inf else v for k, v in row.items()} for row in rows]
             versions = {"torch": torch.__version__, "device": args.device}
             write_json(args.out, {"arguments": options, "versions": versions, "rows": finite})

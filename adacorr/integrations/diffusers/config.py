@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from adacorr.files import written_whole
 from adacorr.integrations.diffusers.families import LAYOUTS
 from adacorr.manager import CacheManager
 from adacorr.profile import load_profile
+from adacorr.spec import check_options, option
 
 VERSION = 1  # of the JSON form
 
@@ -39,12 +39,12 @@ class CacheConfig:
 
     adacorr: str | None = ""
     cache: str | None = None
-    dtype: str = "fp32"
+    dtype: str = option("fp32", choices=tuple(CACHE_DTYPES))
     profile: str | None = None
     model_id: str | None = None
-    guidance_scale: float | None = None
-    guidance: str | None = None
-    num_steps: int | None = None
+    guidance_scale: float | None = option(None, low=0, high=100)
+    guidance: str | None = option(None, choices=(None, *LAYOUTS))
+    num_steps: int | None = option(None, low=1, high=1000)
     timesteps: tuple[float, ...] | None = None
     compile: bool = False
 
@@ -56,12 +56,7 @@ class CacheConfig:
                 raise ValueError("timesteps must fall from noise to image within 0..1000, each once")
             if self.num_steps not in (None, len(self.timesteps)):
                 raise ValueError(f"num_steps={self.num_steps} contradicts {len(self.timesteps)} timesteps; give one")
-        _check("dtype", self.dtype in CACHE_DTYPES, self.dtype, f"one of {', '.join(CACHE_DTYPES)}")
-        _check("guidance", self.guidance in (None, *LAYOUTS), self.guidance, f"one of {', '.join(LAYOUTS)}")
-        scale, steps = self.guidance_scale, self.num_steps
-        good = scale is None or (math.isfinite(scale) and 0 <= scale <= 100)
-        _check("guidance_scale", good, scale, "within 0..100")
-        _check("num_steps", steps is None or 1 <= steps <= 1000, steps, "within 1..1000")
+        check_options("CacheConfig", self)
         self.manager(profile=False)
 
     def manager(self, profile: bool = True) -> CacheManager:
@@ -97,8 +92,3 @@ class CacheConfig:
     def load(cls, path: str | Path) -> CacheConfig:
         """ValueError as `from_json`, OSError for a file that cannot be read."""
         return cls.from_json(Path(path).read_text(encoding="utf-8"))
-
-
-def _check(name: str, good: bool, value: object, allowed: str) -> None:
-    if not good:
-        raise ValueError(f"{name}={value!r} must be {allowed}")

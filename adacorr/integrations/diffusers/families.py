@@ -23,7 +23,6 @@ class Family:
     layout     of guidance in its pipelines: one of LAYOUTS
     returns    what a block gives: "image", "image, text" or "text, image"
     bypass     arguments of the transformer's forward with which it runs uncached, unless they are None
-    extra      the same for calls that are no sampling step of their own
     flow       trained by flow matching: x_t = (1 - t) x_0 + t noise; else with a discrete beta schedule
     time       the transformer's timestep -> 1000 (noise) to 0; rising: the scheduler's own timesteps rise
     modulated  (block, image, text, arguments) -> input of its attention
@@ -35,7 +34,6 @@ class Family:
     block: type[Block] = WholeBlock
     returns: str = "image"
     bypass: tuple[str, ...] = ()
-    extra: tuple[str, ...] = ()
     flow: bool = True
     time: Callable[[float], float] = float
     rising: bool = False
@@ -102,8 +100,7 @@ FAMILIES = {
         ("temb",),
         "uncond_first",
         returns="text, image",
-        bypass=("block_controlnet_hidden_states",),
-        extra=("skip_layers",),
+        bypass=("block_controlnet_hidden_states", "skip_layers"),
         modulated=_adaln,
     ),
     "FluxTransformer2DModel": Family(

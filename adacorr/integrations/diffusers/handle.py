@@ -48,17 +48,16 @@ def enable(pipe: Any, config: CacheConfig | None = None, *, component: str = "tr
         raise ValueError(f"{name} calls the network more than once in a step: take a scheduler of first order calls")
     attachment = Attachment(transformer, family, config, None if bare else pipe)
     attachment.install()
-    return Handle(attachment, None if bare else pipe)
+    return Handle(attachment)
 
 
 class Handle:
     """A cache that is attached; leaving its `with` block disables it."""
 
-    def __init__(self, attachment: Attachment, pipe: Any):
-        self.config, self._attachment, self._pipe = attachment.config, attachment, pipe
-        self.enabled = True
-        if pipe is not None:
-            _watch(pipe, self)
+    def __init__(self, attachment: Attachment):
+        self.config, self._attachment, self.enabled = attachment.config, attachment, True
+        if attachment.pipe is not None:
+            _watch(attachment.pipe, self)
 
     def stats(self) -> dict[str, Any]:
         """Of the newest run: compute (share of the block FLOPs), hit_rate, evaluations, rewound (steps of images that
@@ -95,8 +94,8 @@ class Handle:
             return
         self.enabled = False
         self._attachment.remove()
-        if self._pipe is not None:
-            _unwatch(self._pipe, self)
+        if self._attachment.pipe is not None:
+            _unwatch(self._attachment.pipe, self)
 
     def __enter__(self) -> Handle:
         return self

@@ -48,29 +48,28 @@ def measure(
     if path is not None:
         check_suffix(path)
         check_writable("profile", Path(path))
-    config, observer = config or CacheConfig(), None
-    for number, call in enumerate(calls):
-
-        def run(call: Mapping[str, Any] = call, seed: int = SEED + number) -> None:
-            pipe(**{**call, "generator": torch.Generator().manual_seed(seed)})
-
-        wrong = replace(config, adacorr=None, cache=WRONG, profile=None)
-        cached: list[Tensor] = []
-        with enable(pipe, wrong, component=component) as cache:
-            cache._attachment.observe = lambda stream, rows, out, to=cached: to.append(rows)
-            run()
-        whole = replace(config, adacorr=EVERYTHING, cache=None, profile=None)
-        with enable(pipe, whole, component=component) as cache:
-            observer = observer or _Observer()
-            observer.begin(cache._attachment, cached)
-            run()
-            observer.end()
-    if observer is None:
+    if not calls:
         raise ValueError("measure needs the arguments of one call of the pipeline at least; give two")
-    arrays, notes = observer.calibration.fit()
-    model, steps = cache.config.model_id or "unknown", len(observer.calibration.timesteps)
-    name = sampler_of(pipe.scheduler)
-    profile = Profile(METHOD, arrays, model, name, steps, observer.calibration.cfg_scale, notes)
+    config, observer = config or CacheConfig(), _Observer()
+    wrong = replace(config, adacorr=None, cache=WRONG, profile=None)
+    whole = replace(config, adacorr=EVERYTHING, cache=None, profile=None)
+
+    def draw(call: Mapping[str, Any], seed: int) -> None:
+        pipe(**{**call, "generator": torch.Generator().manual_seed(seed)})
+
+    for seed, call in enumerate(calls, SEED):
+        with enable(pipe, wrong, component=component) as cache:
+            cached: list[Tensor] = []
+            cache._attachment.observe = lambda stream, rows, out, to=cached: to.append(rows)
+            draw(call, seed)
+        with enable(pipe, whole, component=component) as cache:
+            observer.begin(cache._attachment, cached)
+            draw(call, seed)
+            observer.end()
+    known, model = observer.calibration, cache.config.model_id or "unknown"
+    arrays, notes = known.fit()
+    name, steps = sampler_of(pipe.scheduler), len(known.timesteps)
+    profile = Profile(METHOD, arrays, model, name, steps, known.cfg_scale, notes)
     if path is not None:
         save_profile(path, profile)
     return profile

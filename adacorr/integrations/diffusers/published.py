@@ -23,7 +23,7 @@ METHODS: dict[str, tuple[str, dict[str, str]]] = {
 PROFILED = ("fastcache", "teacache")  # which do without a profile of the model, if they are told to
 
 
-def method_spec(transformer: nn.Module, name: str, model_id: str | None = None, **thresholds: float | None) -> str:
+def method_spec(transformer: nn.Module, name: str, thresholds: dict[str, float], model_id: str | None) -> str:
     """The spec of a method under the authors' name and thresholds, for a transformer.
 
     Without a model_id methods run without a profile of the model. FastCache passes all tokens through blocks that are
@@ -32,17 +32,16 @@ def method_spec(transformer: nn.Module, name: str, model_id: str | None = None, 
     if name not in METHODS:
         raise ValueError(f"use_cache={name!r} is unknown{hint(name, METHODS)}; there are {', '.join(METHODS)} and None")
     method, known = METHODS[name]
-    options: dict[str, Any] = {}
     for theirs, value in thresholds.items():
-        if value is not None and theirs not in known:
+        if theirs not in known:
             raise ValueError(f"{theirs}={value} means nothing to use_cache={name!r}; leave it out")
-        if value is not None:
-            options[known[theirs]] = value
+    options: dict[str, Any] = {known[theirs]: value for theirs, value in thresholds.items()}
     if method in PROFILED and model_id is None:
         options["profile"] = None
     if method == "fastcache" and not issubclass(family_of(transformer).block, GatedBlock):
         options.setdefault("tau", 0)
-    return ":".join([method, *filter(None, [",".join(f"{k}={spell_value(v)}" for k, v in options.items())])])
+    text = ",".join(f"{key}={spell_value(value)}" for key, value in options.items())
+    return f"{method}:{text}" if text else method
 
 
 def apply_cache_on_transformer(
@@ -83,10 +82,11 @@ def apply_cache_on_transformer(
             "enable_adacorrection=False leaves adacorr_gamma and adacorr_lambda no meaning: leave them out"
         )
     thresholds = {"rel_l1_thresh": rel_l1_thresh, "motion_threshold": motion_threshold}
+    thresholds = {name: value for name, value in thresholds.items() if value is not None}
     if use_cache is None:
         if correction is None:
             raise ValueError("use_cache=None with enable_adacorrection=False caches nothing; give one of the two")
-        if given := [name for name, value in thresholds.items() if value is not None]:
-            raise ValueError(f"{given[0]} means nothing with use_cache=None; leave it out")
-    spec = None if use_cache is None else method_spec(model, use_cache, model_id, **thresholds)
+        if thresholds:
+            raise ValueError(f"{next(iter(thresholds))} means nothing with use_cache=None; leave it out")
+    spec = None if use_cache is None else method_spec(model, use_cache, thresholds, model_id)
     return enable(transformer, CacheConfig(adacorr=correction, cache=spec, num_steps=num_steps, model_id=model_id))

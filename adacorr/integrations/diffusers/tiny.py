@@ -8,49 +8,27 @@ import diffusers
 import torch
 from torch import nn
 
+from adacorr.integrations.diffusers.pixel import PixelDiTPipeline
+
 TEXT, WIDTH, POOLED = 6, 24, 12  # tokens of the prompt, their width, and that of the pooled embedding
-_HEADS = {"num_attention_heads": 2, "num_layers": 4, "in_channels": 4}
+_HEADS = {"num_attention_heads": 2, "num_layers": 4, "attention_head_dim": 12, "in_channels": 4}
+_LATENT = {"out_channels": 4, "sample_size": 8}
 _JOINT = {"joint_attention_dim": WIDTH, "pooled_projection_dim": POOLED}
 _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "dit": (
-        "DiTTransformer2DModel",
-        {**_HEADS, "in_channels": 3, "attention_head_dim": 12, "sample_size": 16, "num_embeds_ada_norm": 10},
-    ),
+    "dit": ("DiTTransformer2DModel", {**_HEADS, "in_channels": 3, "sample_size": 16, "num_embeds_ada_norm": 10}),
     "pixart": (
         "PixArtTransformer2DModel",
-        {
-            **_HEADS,
-            "out_channels": 4,
-            "attention_head_dim": 12,
-            "cross_attention_dim": WIDTH,
-            "caption_channels": WIDTH,
-            "sample_size": 8,
-            "use_additional_conditions": False,
-        },
+        {**_HEADS, **_LATENT, "cross_attention_dim": WIDTH, "caption_channels": WIDTH}
+        | {"use_additional_conditions": False},
     ),
     "sd3": (
         "SD3Transformer2DModel",
-        {
-            **_HEADS,
-            **_JOINT,
-            "out_channels": 4,
-            "attention_head_dim": 12,
-            "caption_projection_dim": WIDTH,
-            "sample_size": 8,
-            "pos_embed_max_size": 8,
-        },
+        {**_HEADS, **_LATENT, **_JOINT, "caption_projection_dim": WIDTH, "pos_embed_max_size": 8},
     ),
     "flux": (
         "FluxTransformer2DModel",
-        {
-            **_HEADS,
-            **_JOINT,
-            "num_layers": 2,
-            "num_single_layers": 2,
-            "in_channels": 16,
-            "attention_head_dim": 16,
-            "axes_dims_rope": (4, 6, 6),
-        },
+        {**_HEADS, **_JOINT, "num_layers": 2, "num_single_layers": 2, "in_channels": 16}
+        | {"attention_head_dim": 16, "axes_dims_rope": (4, 6, 6)},
     ),
 }
 
@@ -62,15 +40,13 @@ def random_transformer(kind: str, arguments: dict[str, Any], seed: int = 0) -> n
     for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.normal_(std=0.15, generator=generator)
-        else:
-            parameter.fill_(1.0 if parameter.ndim == 1 and bool(parameter.eq(1).all()) else 0.0)
+        elif not parameter.eq(1).all():
+            parameter.zero_()
     return model
 
 
 def tiny_pipeline(name: str, images: int = 1) -> tuple[Any, dict[str, Any]]:
     """(pipeline, arguments of its call) of dit, pixart, sd3 or flux; those with text get random embeddings."""
-    from adacorr.integrations.diffusers.pixel import PixelDiTPipeline
-
     transformer = random_transformer(*_MODELS[name])
     if name == "dit":
         scheduler = diffusers.DDIMScheduler(timestep_spacing="linspace", clip_sample=False)
