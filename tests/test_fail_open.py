@@ -1,5 +1,6 @@
 """Measures that are not finite: the image is computed in full and counted, and its batch mates notice nothing."""
 
+from contextlib import nullcontext
 from importlib import import_module
 
 import numpy as np
@@ -17,35 +18,31 @@ from diffusion import make_sampler
 from pipeline import gaussian
 
 NAMES = sorted(adacorr.available())
-# What the rule measures with: a function in its module, or all that it hands to `View.measured`. The others follow a
-# schedule.
-MEASURES = dict.fromkeys(["adacache", "dicache", "first_block", "rfc", "teacache"], "relative_change")
-MEASURES |= {"fastcache": "moved"}
-MEASURES |= dict.fromkeys(["easycache", "h2_cache", "lazydit", "precisecache", "sencache", "speca"], "measured")
-# Settings that skip on a model whose features turn as fast as this one's.
-OPTIONS = {
-    "adacache": "scale=10",
-    "dicache": "threshold=2",
-    "easycache": "threshold=1,warmup=1",
-    "fastcache": "threshold=1",
-    "first_block": "threshold=1",
-    "h2_cache": "threshold=1,detail=1",
-    "lazydit": "threshold=1",
-    "precisecache": "threshold=1",
-    "rfc": "threshold=2",
-    "sencache": "threshold=1,start=1",
-    "speca": "base_threshold=1000000",
-    "teacache": "threshold=1",
+# For the methods that measure; the others follow a schedule:
+# - the function of its module that a method measures with, or "measured" where `View.measured` gets all of it,
+# - settings that skip on a model whose features turn as fast as this one's,
+# - a call of the measure in whose step image BAD would reuse (for `lazydit`: the branch in question).
+MEASURING = {
+    "adacache": ("relative_change", "scale=10", 1),
+    "dicache": ("relative_change", "threshold=2", 2),
+    "easycache": ("measured", "threshold=1,warmup=1", 4),
+    "fastcache": ("moved", "threshold=1", 3),
+    "first_block": ("relative_change", "threshold=1", 3),
+    "h2_cache": ("measured", "threshold=1,detail=1", 2),
+    "lazydit": ("measured", "threshold=1", 14),
+    "precisecache": ("measured", "threshold=1", 2),
+    "rfc": ("relative_change", "threshold=2", 2),
+    "sencache": ("measured", "threshold=1,start=1", 3),
+    "speca": ("measured", "base_threshold=1000000", 7),
+    "teacache": ("relative_change", "threshold=1", 3),
 }
-# A call of the measure in whose step image BAD would reuse (for `lazydit`: the branch in question).
-CALL = {"adacache": 1, "dicache": 2, "fastcache": 3, "first_block": 3, "lazydit": 14, "rfc": 2, "teacache": 3}
-CALL |= {"easycache": 4, "h2_cache": 2, "precisecache": 2, "sencache": 3, "speca": 7}
 LATE = {"adacache", "speca"}  # the decision rests on what was measured in an earlier step
 LABELS, BAD, MATES, STEPS, FROM = (3, 0, 1), 1, [0, 2], 20, 9
 
 
 def make(name, model, folder, options=""):
-    return fitted(name, model, folder, STEPS, options=",".join(filter(None, [OPTIONS.get(name), options])))
+    _, own, _ = MEASURING.get(name, (None, None, None))
+    return fitted(name, model, folder, STEPS, options=",".join(filter(None, [own, options])))
 
 
 def run(model, manager, value=None, row=None, step=FROM, **arguments):
@@ -62,17 +59,13 @@ def run(model, manager, value=None, row=None, step=FROM, **arguments):
         if model.cache.step == step:
             args[0][row] = value
 
-    handle = None
-    if value is not None:
-        whole = row is None
-        handle = (
-            model.register_forward_pre_hook(poison) if whole else model.blocks[0].register_forward_pre_hook(poison_row)
-        )
-    try:
+    hook = nullcontext()
+    if row is not None:
+        hook = model.blocks[0].register_forward_pre_hook(poison_row)
+    elif value is not None:
+        hook = model.register_forward_pre_hook(poison)
+    with hook:
         return sample(model, STEPS, LABELS, cache=manager, **arguments), manager.trace
-    finally:
-        if handle is not None:
-            handle.remove()
 
 
 def same_for_mates(found, expected):
@@ -98,15 +91,14 @@ def broken(original, at, value, image=(..., BAD)):
 
 def break_measure(monkeypatch, name, value, at):
     """Put `value` for image BAD in the place of what method `name` measures in its call of number `at`."""
-    if MEASURES[name] == "measured":
+    measure, _, _ = MEASURING[name]
+    if measure == "measured":
         take = broken(lambda view, score: score, at, value)
         measured = View.measured
         monkeypatch.setattr(View, "measured", lambda view, score: measured(view, take(view, score)))
         return
-    module = import_module(f"adacorr.policies.{name}")
-    original = getattr(module, MEASURES[name])
-    image = BAD if name == "fastcache" else (..., BAD)
-    monkeypatch.setattr(module, MEASURES[name], broken(original, at, value, image))
+    module, image = import_module(f"adacorr.policies.{name}"), BAD if name == "fastcache" else (..., BAD)
+    monkeypatch.setattr(module, measure, broken(getattr(module, measure), at, value, image))
 
 
 def break_innovation(monkeypatch, value, at, row=BAD):
@@ -122,11 +114,11 @@ def test_a_lost_image_is_computed_and_its_mates_notice_nothing(name, folder, mod
     policy = make(name, model, folder)
     clean = run(model, CacheManager(policy))
     assert clean[1].fallbacks == 0
-    for value in (np.nan, np.inf) if name in MEASURES else (np.nan,):
+    for value in (np.nan, np.inf) if name in MEASURING else (np.nan,):
         out, trace = found = run(model, CacheManager(policy), value)
         same_for_mates(found, clean)
         assert torch.isnan(out[BAD]).all()
-        if name not in MEASURES:  # a schedule is a schedule
+        if name not in MEASURING:  # a schedule is a schedule
             assert np.array_equal(trace.executed, clean[1].executed)
             assert trace.fallbacks == 0
             continue
@@ -150,7 +142,7 @@ def test_a_lost_image_is_computed_under_adacorrection(name, folder, model):
     same_for_mates(found, clean)
     assert torch.isnan(out[BAD]).all()
     start = FROM
-    if name not in set(MEASURES) - {"lazydit", *LATE}:  # the others look at computed steps alone
+    if name not in set(MEASURING) - {"lazydit", *LATE}:  # the others look at computed steps alone
         start = next(s for s in clean[1].computed_steps(BAD) if s >= FROM) + 1
     assert start < STEPS - 1
     assert (trace.executed[start:, :, :, BAD] == 1).all()
@@ -159,7 +151,7 @@ def test_a_lost_image_is_computed_under_adacorrection(name, folder, model):
     assert clean[1].fallbacks == clean[1].summary()["fallbacks"] == 0
 
 
-@pytest.mark.parametrize("name", sorted(set(MEASURES) - {"fastcache", *LATE}))
+@pytest.mark.parametrize("name", sorted(set(MEASURING) - {"fastcache", *LATE}))
 def test_one_decision_for_all_computes_all(name, folder, model):
     """fastcache measures tokens image by image in any scope."""
     _, trace = run(model, CacheManager(make(name, model, folder, "scope=batch")), np.nan)
@@ -171,15 +163,15 @@ def test_one_decision_for_all_computes_all(name, folder, model):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("name", sorted(MEASURES))
+@pytest.mark.parametrize("name", MEASURING)
 def test_a_broken_measure_is_as_one_beyond_all_thresholds(monkeypatch, name, value, folder, model):
     """The same decisions, in this step and in those that follow, and the same images to the bit."""
-    policy = make(name, model, folder)
+    policy, (_, _, call) = make(name, model, folder), MEASURING[name]
     clean = run(model, CacheManager(policy))
     found = []
     for bad in (value, 1e30):
         with monkeypatch.context() as patch:
-            break_measure(patch, name, bad, CALL[name])
+            break_measure(patch, name, bad, call)
             found.append(run(model, CacheManager(policy)))
     (out, trace), (expected, expected_trace) = found
     assert trace.fallbacks == {"adacache": 2}.get(name, 1)  # its first two units decide before it looks again
@@ -188,14 +180,14 @@ def test_a_broken_measure_is_as_one_beyond_all_thresholds(monkeypatch, name, val
     assert bool(torch.isfinite(out).all())
     if name in ("fastcache", "teacache"):
         # A large saliency says that few others count, and the fitted polynomial ends: these have no such measure.
-        assert (trace.executed[CALL[name], :, :, BAD] == 1).all()
+        assert (trace.executed[call, :, :, BAD] == 1).all()
         return
     assert np.array_equal(trace.executed, expected_trace.executed)
     assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("name", sorted(MEASURES))
+@pytest.mark.parametrize("name", MEASURING)
 def test_a_broken_proposal_is_taken_whatever_the_clock_says(monkeypatch, name, value, folder, model):
     policy, correction = make(name, model, folder), AdaCorrection(gamma=0.05)
     clean = run(model, CacheManager(policy, correction))

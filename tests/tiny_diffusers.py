@@ -1,51 +1,49 @@
 """Tiny random transformers of every diffusers family, their inputs, and a sampling loop as short as can be."""
 
+from itertools import pairwise
+
 import diffusers
 import torch
 
 TEXT, SIZE = 5, 4  # text tokens; latent height and width
 
 
-def _text(rows, width, generator):
-    return torch.randn(rows, TEXT, width, generator=generator)
+# Inputs of one image beside its latent, from a generator.
 
 
-def _dit(rows, generator):
-    return {"class_labels": torch.arange(rows) % 7}
+def _dit(generator):
+    return {"class_labels": torch.tensor([generator.initial_seed() % 7])}
 
 
-def _pixart(rows, generator):
-    return {**_masked(rows, generator), "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+def _text(generator):
+    return {"encoder_hidden_states": torch.randn(1, TEXT, 24, generator=generator)}
 
 
-def _sd3(rows, generator):
-    pooled = torch.randn(rows, 12, generator=generator)
-    return {"encoder_hidden_states": _text(rows, 24, generator), "pooled_projections": pooled}
+def _masked(generator):
+    return {**_text(generator), "encoder_attention_mask": (torch.arange(TEXT) < TEXT - 1).float()[None]}
 
 
-def _flux(rows, generator):
+def _pixart(generator):
+    return {**_masked(generator), "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+
+
+def _sd3(generator):
+    return {**_text(generator), "pooled_projections": torch.randn(1, 12, generator=generator)}
+
+
+def _flux(generator):
     ids = torch.zeros(SIZE * SIZE, 3)
     ids[:, 1:] = torch.cartesian_prod(torch.arange(SIZE), torch.arange(SIZE))
-    return {**_sd3(rows, generator), "img_ids": ids, "txt_ids": torch.zeros(TEXT, 3)}
+    return {**_sd3(generator), "img_ids": ids, "txt_ids": torch.zeros(TEXT, 3)}
 
 
-def _masked(rows, generator):
-    mask = torch.ones(rows, TEXT)
-    mask[:, -1] = 0
-    return {"encoder_hidden_states": _text(rows, 24, generator), "encoder_attention_mask": mask}
+def _ltx(generator):
+    return {**_masked(generator), "num_frames": 2, "height": SIZE, "width": SIZE}
 
 
-def _ltx(rows, generator):
-    return {**_masked(rows, generator), "num_frames": 2, "height": SIZE, "width": SIZE}
-
-
-def _hunyuan(rows, generator):
-    pooled, guidance = torch.randn(rows, 12, generator=generator), torch.full((rows,), 6000.0)
-    return {**_masked(rows, generator), "pooled_projections": pooled, "guidance": guidance}
-
-
-def _only_text(rows, generator):
-    return {"encoder_hidden_states": _text(rows, 24, generator)}
+def _hunyuan(generator):
+    pooled = torch.randn(1, 12, generator=generator)
+    return {**_masked(generator), "pooled_projections": pooled, "guidance": torch.tensor([6000.0])}
 
 
 # Arguments that several have: of one list of blocks, of two, and what goes with them.
@@ -74,14 +72,14 @@ TINY = {
         "WanTransformer3DModel",
         {**_ONE, **_OUT, "text_dim": 24, "freq_dim": 16, "ffn_dim": 48, "rope_max_seq_len": 16},
         (4, 2, 8, 8),
-        _only_text,
+        _text,
     ),
     "cogvideox": (
         "CogVideoXTransformer3DModel",
         {**_ONE, **_OUT, "attention_head_dim": 16, "time_embed_dim": 8, "text_embed_dim": 24}
         | {"sample_width": 8, "sample_height": 8, "sample_frames": 5, "max_text_seq_length": TEXT},
         (2, 4, 8, 8),
-        _only_text,
+        _text,
     ),
     "ltx": ("LTXVideoTransformer3DModel", {**_ONE, **_OUT, **_CROSS}, (2 * SIZE * SIZE, 4), _ltx),
     "hunyuan": (
@@ -113,24 +111,16 @@ def tiny(name, seed=0):
 
 def inputs(name, rows, seed=0):
     """(latents of `rows` rows, everything else that the transformer takes), each row from its own seed."""
-    parts = [torch.Generator().manual_seed(1000 * seed + row) for row in range(rows)]
     _, _, shape, make = TINY[name]
+    parts = [torch.Generator().manual_seed(1000 * seed + row) for row in range(rows)]
     latents = torch.stack([torch.randn(shape, generator=g) for g in parts])
-    made = [make(1, g) for g in parts]
-    other = make(rows, parts[0])
-    for key, value in other.items():
-        if by_row(key, value) and key != "class_labels":
-            other[key] = torch.cat([one[key] for one in made])
-    return latents, other
+    made = [make(g) for g in parts]
+    return latents, {k: torch.cat([one[k] for one in made]) if by_row(k, v) else v for k, v in made[0].items()}
 
 
 def by_row(key, value):
     """Whether an input has a row for each image."""
     return torch.is_tensor(value) and key not in ("img_ids", "txt_ids")
-
-
-def timesteps(steps):
-    return [1000.0 * (1 - k / steps) for k in range(steps)]
 
 
 def call(model, name, latents, t, other):
@@ -142,9 +132,9 @@ def call(model, name, latents, t, other):
 def sample(model, name, latents, other, steps=8, evaluate=None):
     """Euler steps; evaluate(x, t) in place of the plain call, for guidance."""
     evaluate = evaluate or (lambda x, t: call(model, name, x, t, other))
-    x, grid = latents, [*timesteps(steps), 0.0]
+    x, grid = latents, [1000.0 * (1 - k / steps) for k in range(steps + 1)]
     with torch.no_grad():
-        for t, after in zip(grid, grid[1:], strict=False):
+        for t, after in pairwise(grid):
             out = evaluate(x, t)[:, : x.shape[1]]
             x = x - 0.3 * (t - after) / 1000.0 * out
     return x

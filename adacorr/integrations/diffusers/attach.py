@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,7 +106,6 @@ class Attachment:
         self.manager = config.manager()
         self.layout = config.guidance or family.layout
         self.guidance_scale: float | None = None
-        self.modules = [block for name in family.lists for block in getattr(transformer, name)]
         self.stack: Stack | None = None
         self.streams: dict[str, Stream] = {}
         self.finished: dict[str, Stream] = {}  # those of the last run, for its statistics
@@ -127,9 +126,10 @@ class Attachment:
 
     def install(self) -> None:
         """Put the hooks on; on an exception none stays."""
+        modules = [block for name in self.family.lists for block in getattr(self.transformer, name)]
         with ExitStack() as undo:
-            hooks = [self._hook(module, index == 0, undo) for index, module in enumerate(self.modules)]
-            self.stack = Stack(self.transformer, self.family, self.modules, [hook.forward for hook in hooks])
+            hooks = [self._hook(module, module is modules[0], undo) for module in modules]
+            self.stack = Stack(self.transformer, self.family, modules, [hook.forward for hook in hooks])
             for block in self.stack.blocks:
                 undo.callback(block.remove)
             # torch's own hooks: those of diffusers and accelerate on a whole model replace each other.
@@ -192,19 +192,23 @@ class Attachment:
         if out is None:
             self.reset()
         elif self._now is not None:
-            try:
-                with torch.no_grad():
-                    self._finish(self._now, self._given["hidden_states"], out[0])
-            except BaseException:
-                self.reset()
-                raise
+            stream, rows = self._now, self._given["hidden_states"]
+            with self._state_or_none():
+                if stream.rewinding is not None:
+                    self._note(stream, stream.rewinding.correct(rows, out[0], self.replay))
+                if self.observe is not None:
+                    self.observe(stream, rows, out[0])
         self._given = self._result = self._now = None
 
-    def _finish(self, stream: Stream, rows: Tensor, out: Tensor) -> None:
-        if stream.rewinding is not None:
-            self._note(stream, stream.rewinding.correct(rows, out, self.replay))
-        if self.observe is not None:
-            self.observe(stream, rows, out)
+    @contextmanager
+    def _state_or_none(self) -> Iterator[None]:
+        """What changes the state of a run, without gradients; where it fails, the run is over."""
+        try:
+            with torch.no_grad():
+                yield
+        except BaseException:
+            self.reset()
+            raise
 
     def _note(self, stream: Stream, why: str) -> None:
         """A run that rewinds goes on without it if there is a reason."""
@@ -217,7 +221,7 @@ class Attachment:
         rewinding = self._now.rewinding
         self._replayed = rewinding.rows_of(images)
         try:
-            return self._forward(hidden_states=rows, timestep=rewinding.timesteps[step])
+            return self._forward(self._given, hidden_states=rows, timestep=rewinding.timesteps[step])
         finally:
             self._replayed = None
 
@@ -229,9 +233,9 @@ class Attachment:
         finally:
             self._given = given
 
-    def _forward(self, given: dict[str, Any] | None = None, **others: Any) -> Tensor:
-        """The output for the arguments of the call under way, with others in their place."""
-        known = {name: value for name, value in (given or self._given).items() if value is not None}
+    def _forward(self, given: dict[str, Any], **others: Any) -> Tensor:
+        """The output for the arguments of a call, with others in their place."""
+        known = {name: value for name, value in given.items() if value is not None}
         return self.transformer.forward(**known | others | {"return_dict": False})[0]
 
     def _outside(self, given: dict[str, Any]) -> str:
@@ -252,12 +256,8 @@ class Attachment:
         if self._given is None:
             return hook.forward()(*args, **kwargs)
         if hook.first:
-            try:
-                with torch.no_grad():
-                    self._result = self._run(args, kwargs, hook.context.name)
-            except BaseException:
-                self.reset()
-                raise
+            with self._state_or_none():
+                self._result = self._run(args, kwargs, hook.context.name)
             if self._result is None:  # no step of a run: the call goes on without the cache
                 self._given = None
                 return hook.forward()(*args, **kwargs)
