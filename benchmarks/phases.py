@@ -10,9 +10,11 @@ import argparse
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -40,35 +42,28 @@ PARTS = {
 FEW = 4  # steps of an uncached run that are timed
 
 
-class Clock:
-    """Within it, CPU seconds by part; what a part calls of another counts for that one alone."""
+@contextmanager
+def clock() -> Iterator[Counter[str]]:
+    """CPU seconds by part, within; what a part calls of another counts for that one alone."""
+    seconds, inner = Counter(), [0.0]
 
-    def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
-        self._inner = [0.0]
-        self._originals = {name: getattr(*part) for name, part in PARTS.items()}
-
-    def __enter__(self) -> "Clock":
-        for name, (owner, method) in PARTS.items():
-            setattr(owner, method, self._timed(self._originals[name], name))
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for name, (owner, method) in PARTS.items():
-            setattr(owner, method, self._originals[name])
-
-    def _timed(self, original: Callable[..., Any], name: str) -> Callable[..., Any]:
+    def timed(original: Callable[..., Any], name: str) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
             start = time.process_time()
-            self._inner.append(0.0)
+            inner.append(0.0)
             try:
                 return original(*args, **options)
             finally:
                 spent = time.process_time() - start
-                self.seconds[name] += spent - self._inner.pop()
-                self._inner[-1] += spent
+                seconds[name] += spent - inner.pop()
+                inner[-1] += spent
 
         return call
+
+    with ExitStack() as patches:
+        for name, (owner, method) in PARTS.items():
+            patches.enter_context(patch.object(owner, method, timed(getattr(owner, method), name)))
+        yield seconds
 
 
 def measure(pipe: Pipeline, cache: CacheManager, batch: int, repeats: int) -> list[str]:
@@ -76,10 +71,10 @@ def measure(pipe: Pipeline, cache: CacheManager, batch: int, repeats: int) -> li
     images = np.arange(batch)
 
     def run(manager: CacheManager | None, stop: int | None) -> Counter[str]:
-        with Clock() as clock:
+        with clock() as seconds:
             start = time.process_time()
             pipe.sample(0, images, pipe.labels_in_turn(images), manager, stop=stop)
-            return Counter({"all": time.process_time() - start, **clock.seconds})
+            return Counter({"all": time.process_time() - start, **seconds})
 
     steps, rows = pipe.sampler.num_steps, []
     few = min(FEW, steps)

@@ -7,11 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import FirstBlockCacheConfig
+from diffusers.hooks import HookRegistry, ModelHook
 from tiny_diffusers import TINY, by_row, call, inputs, sample, tiny
 
 from adacorr import available, compiled
 from adacorr.integrations.diffusers import CacheConfig, enable
 from adacorr.integrations.diffusers import handle as handles
+from adacorr.integrations.diffusers.families import FAMILIES
 from adacorr.integrations.diffusers.schedule import TOLERANCE
 
 families = pytest.mark.parametrize("name", TINY)
@@ -33,6 +36,10 @@ def traces(model):
     return [
         (set(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks), m._compiled_call_impl) for m in model.modules()
     ]
+
+
+def test_every_family_is_tried():
+    assert {kind for kind, *_ in TINY.values()} == set(FAMILIES)
 
 
 @families
@@ -288,30 +295,25 @@ def test_dtype_and_timesteps_that_jump_begin_a_run():
 
 
 @pytest.mark.parametrize(
-    ("name", "argument"),
+    ("name", "argument", "value"),
     [
-        ("sd3", "block_controlnet_hidden_states"),
-        ("sd3", "skip_layers"),
-        ("flux", "controlnet_block_samples"),
-        ("flux", "joint_attention_kwargs"),
+        ("sd3", "block_controlnet_hidden_states", [torch.ones(2, 16, 24)]),
+        ("sd3", "skip_layers", [1]),
+        ("flux", "controlnet_block_samples", [torch.ones(2, 16, 32)]),
+        ("flux", "joint_attention_kwargs", {"attention_mask": None}),
     ],
 )
-def test_calls_that_the_cache_does_not_know_run_as_they_are(name, argument):
+def test_calls_that_the_cache_does_not_know_run_as_they_are(name, argument, value):
     model, (latents, other) = tiny(name), inputs(name, 2)
-    given = {
-        "skip_layers": [1],
-        "joint_attention_kwargs": {"attention_mask": None},
-        "controlnet_block_samples": [torch.ones(2, 16, 32)],
-        "block_controlnet_hidden_states": [torch.ones(2, 16, 24)],
-    }[argument]
+    given = {**other, argument: value}
     with torch.no_grad():
-        plain = call(model, name, latents, 1000.0, {**other, argument: given})
+        plain = call(model, name, latents, 1000.0, given)
     with enable(model, config(**INTERVAL)) as cache, torch.no_grad():
         expected = sample(model, name, latents, other, STEPS)
 
         def evaluate(x, t):
             out = call(model, name, x, t, other)
-            assert torch.equal(call(model, name, latents, 1000.0, {**other, argument: given}), plain)
+            assert torch.equal(call(model, name, latents, 1000.0, given), plain)
             return out
 
         assert torch.equal(sample(model, name, latents, other, STEPS, evaluate), expected)
@@ -322,8 +324,6 @@ def test_calls_that_the_cache_does_not_know_run_as_they_are(name, argument):
 
 
 def test_a_failed_attach_leaves_nothing(monkeypatch):
-    from diffusers.hooks import HookRegistry
-
     model, count = tiny("sd3"), []
     before, register = traces(model), HookRegistry.register_hook
 
@@ -348,8 +348,6 @@ def with_attribute(name, attribute, value):
 
 def with_other_cache():
     model = tiny("flux")
-    from diffusers import FirstBlockCacheConfig
-
     model.enable_cache(FirstBlockCacheConfig())
     return model
 
@@ -418,8 +416,6 @@ def test_versions():
 
 
 def test_disable_keeps_hooks_that_others_put_on_top():
-    from diffusers.hooks import HookRegistry, ModelHook
-
     model, (latents, other) = tiny("flux"), inputs("flux", 1)
     plain = sample(model, "flux", latents, other, STEPS)
     seen = []

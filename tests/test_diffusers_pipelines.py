@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from commands import code
-from tiny_diffusers import TINY, inputs, tiny
+from tiny_diffusers import inputs, tiny
 from toy import save_tiny, tiny_dit
 
 import pipeline
@@ -216,22 +216,26 @@ def test_a_scheduler_of_second_order_is_refused_at_the_call_too():
 
 # ------------------------------------------------------------------------------------------- the published call
 
+PUBLISHED = "gamma=1.0,lambda=1.0"
+
 
 @pytest.mark.parametrize(
     ("arguments", "cache", "adacorr"),
     [
-        ({"rel_l1_thresh": 0.1, "motion_threshold": 0.2}, "fastcache:threshold=0.1,tau=0.2,profile=none", "gamma=1.0"),
-        ({"use_cache": "Tea", "adacorr_gamma": 2.0, "adacorr_lambda": 0.5}, "teacache:profile=none", "gamma=2.0"),
+        ({"rel_l1_thresh": 0.1, "motion_threshold": 0.2}, "fastcache:threshold=0.1,tau=0.2,profile=none", PUBLISHED),
+        (
+            {"use_cache": "Tea", "adacorr_gamma": 2.0, "adacorr_lambda": 0.5},
+            "teacache:profile=none",
+            "gamma=2.0,lambda=0.5",
+        ),
         ({"use_cache": "Fb", "enable_adacorrection": False}, "first_block", None),
-        ({"use_cache": "Ada", "return_hidden_states_first": True}, "adacache", "gamma=1.0"),
-        ({"use_cache": None}, None, "gamma=1.0"),
+        ({"use_cache": "Ada", "return_hidden_states_first": True}, "adacache", PUBLISHED),
+        ({"use_cache": None}, None, PUBLISHED),
     ],
 )
 def test_the_published_call(arguments, cache, adacorr):
     with apply_cache_on_transformer(tiny("dit"), num_steps=STEPS, **arguments) as handle:
-        assert handle.config.cache == cache
-        assert (handle.config.adacorr or "none").startswith(adacorr or "none")
-        assert f"lambda={arguments.get('adacorr_lambda', 1.0)}" in (handle.config.adacorr or "lambda=1.0")
+        assert (handle.config.cache, handle.config.adacorr) == (cache, adacorr)
 
 
 @pytest.mark.parametrize(
@@ -313,20 +317,13 @@ def test_the_comparison_attaches_diffusers_own_caches(tmp_path):
     assert share == pytest.approx(6 / 12, abs=0.05)
 
 
-def test_every_family_is_tried():
-    from adacorr.integrations.diffusers.families import FAMILIES
-
-    assert {kind for kind, *_ in TINY.values()} == set(FAMILIES)
-
-
 def test_halves_that_a_pipeline_calls_apart_without_a_name_are_told_apart():
     """As the pipelines of Flux for editing do: two calls at each timestep, without `cache_context`."""
     pipe, call = whole_pipeline("flux")
     extra = {"negative_prompt_embeds": call["prompt_embeds"].flip(1), "true_cfg_scale": 3.0}
     extra["negative_pooled_prompt_embeds"] = call["pooled_prompt_embeds"].flip(1)
-    nameless = lambda *_: nullcontext()  # noqa: E731
     with enable(pipe, INTERVAL) as cache:
-        pipe.transformer.cache_context = nameless
+        pipe.transformer.cache_context = lambda *_: nullcontext()
         draw(pipe, {**call, **extra})
         stats = cache.stats()
     assert stats["streams"].keys() == {"cond", "uncond"}

@@ -58,9 +58,9 @@ class BlockHook(ModelHook):
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return self.attachment.enter(self, args, kwargs)
 
-    def forward(self) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The block's forward without this hook."""
-        return self.compiled or self.fn_ref.original_forward
+        return (self.compiled or self.fn_ref.original_forward)(*args, **kwargs)
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         self.context.reset()
@@ -254,13 +254,13 @@ class Attachment:
     def enter(self, hook: BlockHook, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The block of a hook is called."""
         if self._given is None:
-            return hook.forward()(*args, **kwargs)
+            return hook.forward(*args, **kwargs)
         if hook.first:
             with self._state_or_none():
                 self._result = self._run(args, kwargs, hook.context.name)
             if self._result is None:  # no step of a run: the call goes on without the cache
                 self._given = None
-                return hook.forward()(*args, **kwargs)
+                return hook.forward(*args, **kwargs)
         return self._result
 
     # ------------------------------------------------------------------ runs

@@ -25,9 +25,9 @@ def argument_names(kind: type[nn.Module]) -> tuple[str, ...]:
 
 
 class Block:
-    """A diffusers block. forward() gives its own forward, as it was before the cache came."""
+    """A diffusers block, with its own forward as it was before the cache came."""
 
-    def __init__(self, module: nn.Module, family: Family, forward: Callable[[], Forward]):
+    def __init__(self, module: nn.Module, family: Family, forward: Forward):
         self.module, self.family, self.forward = module, family, forward
 
     def run(self, image: Tensor, text: Tensor | None, c: Rows) -> Any:
@@ -37,7 +37,7 @@ class Block:
         if text is not None:
             full[1 if 1 in full else "encoder_hidden_states"] = text
         positional = [full[key] for key in sorted(key for key in full if isinstance(key, int))]
-        return self.forward()(*positional, **{key: value for key, value in full.items() if isinstance(key, str)})
+        return self.forward(*positional, **{key: value for key, value in full.items() if isinstance(key, str)})
 
     def keys(self, names: Iterable[str]) -> set[Key]:
         """Under which keys a call may give these arguments: by name or by position."""
@@ -102,7 +102,7 @@ class GatedBlock(Block):
 
     captured: tuple[str, ...]
 
-    def __init__(self, module: nn.Module, family: Family, forward: Callable[[], Forward]):
+    def __init__(self, module: nn.Module, family: Family, forward: Forward):
         super().__init__(module, family, forward)
         self._caught: list[Tensor] | None = None
         self._hooks = [module.get_submodule(name).register_forward_hook(self._catch) for name in self.captured]
@@ -144,7 +144,7 @@ class DiTBlock(GatedBlock):
 
     captured = ("attn1", "ff")
 
-    def __init__(self, module: nn.Module, family: Family, forward: Callable[[], Forward]):
+    def __init__(self, module: nn.Module, family: Family, forward: Forward):
         super().__init__(module, family, forward)
         self.norm1, self.norm2 = module.norm1.norm, module.norm3
 
@@ -189,7 +189,7 @@ class PixArtBlock(GatedBlock):
 
     captured = ("attn1", "attn2", "ff")
 
-    def __init__(self, module: nn.Module, family: Family, forward: Callable[[], Forward]):
+    def __init__(self, module: nn.Module, family: Family, forward: Forward):
         super().__init__(module, family, forward)
         self.norm1, self.norm2 = module.norm1, module.norm2
 

@@ -24,7 +24,8 @@ class Family:
     returns    what a block gives: "image", "image, text" or "text, image"
     bypass     arguments of the transformer's forward with which it runs uncached, unless they are None
     flow       trained by flow matching: x_t = (1 - t) x_0 + t noise; else with a discrete beta schedule
-    time       the transformer's timestep -> 1000 (noise) to 0; rising: the scheduler's own timesteps rise
+    scale      of the transformer's timesteps to 0..1000, where 1000 is noise
+    rising     0 is noise, and the scheduler's own timesteps rise
     modulated  (block, image, text, arguments) -> input of its attention
     """
 
@@ -35,7 +36,7 @@ class Family:
     returns: str = "image"
     bypass: tuple[str, ...] = ()
     flow: bool = True
-    time: Callable[[float], float] = float
+    scale: float = 1.0
     rising: bool = False
     modulated: Modulated | None = None
 
@@ -109,7 +110,7 @@ FAMILIES = {
         "separate",
         returns="text, image",
         bypass=("controlnet_block_samples", "controlnet_single_block_samples"),
-        time=lambda t: 1000.0 * t,
+        scale=1000.0,
         modulated=_adaln,
     ),
     "WanTransformer3DModel": Family(("blocks",), _TOKENS[:2], "separate", modulated=_wan),
@@ -129,7 +130,6 @@ FAMILIES = {
         ("temb", "encoder_attention_mask"),
         "uncond_first",
         returns="image, text",
-        time=lambda t: 1000.0 - t,
         rising=True,
         modulated=_mochi,
     ),

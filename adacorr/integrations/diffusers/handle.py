@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import nn
 
-from adacorr.correct import Algorithm1
 from adacorr.integrations.diffusers.attach import HOOK, Attachment
 from adacorr.integrations.diffusers.blocks import GatedBlock, argument_names
 from adacorr.integrations.diffusers.config import CacheConfig
@@ -39,9 +38,10 @@ def enable(pipe: Any, config: CacheConfig | None = None, *, component: str = "tr
     family = family_of(transformer)
     check_transformer(transformer, family)
     check_config(config, family)
-    if bare and config.num_steps is None and config.timesteps is None:
+    has_steps = config.num_steps is not None or config.timesteps is not None
+    if bare and not has_steps:
         raise ValueError("a bare transformer needs num_steps or timesteps in the configuration; or give the pipeline")
-    if not bare and (config.num_steps is not None or config.timesteps is not None):
+    if has_steps and not bare:
         raise ValueError("num_steps and timesteps are for a bare transformer; the pipeline's scheduler has its own")
     if not bare and getattr(pipe.scheduler, "order", 1) != 1:
         name = type(pipe.scheduler).__name__
@@ -183,9 +183,9 @@ def check_transformer(transformer: nn.Module, family: Family) -> None:
 
 def check_config(config: CacheConfig, family: Family) -> None:
     """ValueError for a method that the family's blocks cannot serve."""
-    manager = config.manager()
+    manager = config.manager(profile=False)
     policy, alone = manager.policy, manager.correction is None
-    if isinstance(manager.correction, Algorithm1) or policy is None:
+    if policy is None:
         return
     if policy.name == "fastcache" and alone and policy.tau and not issubclass(family.block, GatedBlock):
         raise ValueError(f"fastcache:tau={policy.tau:g} runs blocks for some tokens, and these need all: give tau=0")

@@ -74,4 +74,4 @@ def time_of(timestep: Tensor | float, family: Family) -> float:
     """A transformer's timestep, (N,) or (N, T) or one number, as one in 1000..0: that of its noisiest token."""
     if isinstance(timestep, Tensor):
         timestep = float(timestep.min() if family.rising else timestep.max())
-    return family.time(timestep)
+    return 1000.0 - family.scale * timestep if family.rising else family.scale * timestep

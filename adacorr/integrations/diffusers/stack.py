@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,11 +16,7 @@ class Stack:
     """See `adacorr.model.CachedModel`. `describe` tells it what a call looks like, before a run is opened."""
 
     def __init__(
-        self,
-        transformer: nn.Module,
-        family: Family,
-        modules: Sequence[nn.Module],
-        forwards: Sequence[Callable[[], Forward]],
+        self, transformer: nn.Module, family: Family, modules: Sequence[nn.Module], forwards: Sequence[Forward]
     ):
         self.transformer, self.family = transformer, family
         self.blocks = [family.block(m, family, forward) for m, forward in zip(modules, forwards, strict=True)]
