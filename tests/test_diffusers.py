@@ -77,44 +77,41 @@ def test_cached_runs_leave_nothing_to_the_next_one_nor_to_other_images(name, opt
     torch.testing.assert_close(alone, first[2:], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "fresh"), [("dit", True), ("pixart", True), ("sd3", False), ("wan", False)])
-def test_a_skipped_step_adds_old_branches_under_new_gates_where_there_are_gates(name, fresh):
-    model, (latents, other) = tiny(name), inputs(name, 2)
-    ends, starts, branches = [], [], []
+def gates_at(t, model, other):
+    """The gate (2, D) of every branch of a DiT or a PixArt, in order."""
+    t, blocks = torch.full((2,), t), model.transformer_blocks
+    if "class_labels" in other:
+        conditions = [(b.norm1, b.norm1.emb(t, other["class_labels"])) for b in blocks]
+        return [gate for norm, c in conditions for gate in norm.linear(norm.silu(c)).chunk(6, dim=1)[2::3]]
+    emb = model.adaln_single(t, other["added_cond_kwargs"], batch_size=2)[0].view(2, 6, -1)
+    sixes = [(b.scale_shift_table + emb).unbind(1) for b in blocks]
+    return [gate for six in sixes for gate in (six[2], torch.ones_like(six[2]), six[5])]
 
-    def catch(to, value):
-        to.append(value[0] if isinstance(value, tuple) else value)
 
-    model.norm_out.register_forward_pre_hook(lambda m, args: catch(ends, args))
+@pytest.mark.parametrize("name", ["dit", "pixart", "sd3", "wan"])
+def test_a_skipped_step_adds_old_branches_under_new_gates_where_there_are_gates(name):
+    model, (latents, other), times = tiny(name), inputs(name, 2), (1000.0, 1000.0 * 5 / 6)
+    parts = {"dit": ("attn1", "ff"), "pixart": ("attn1", "attn2", "ff")}.get(name, ())
     blocks = model.blocks if name == "wan" else model.transformer_blocks
+    starts, ends, branches = [], [], []
     blocks[0].register_forward_pre_hook(
-        lambda m, args, kw: catch(starts, args or kw["hidden_states"]), with_kwargs=True
+        lambda m, args, kw: starts.append(args[0] if args else kw["hidden_states"]), with_kwargs=True
     )
-    for block in blocks if fresh else []:
-        for part in ("attn1", *["attn2"] * (name == "pixart"), "ff"):
-            block.get_submodule(part).register_forward_hook(lambda m, args, out: catch(branches, out))
-    times = (1000.0, 1000.0 * 5 / 6)
+    model.norm_out.register_forward_pre_hook(lambda m, args: ends.append(args[0]))
+    for block, part in product(blocks, parts):
+        block.get_submodule(part).register_forward_hook(lambda m, args, out: branches.append(out))
     with torch.no_grad(), enable(model, config(**INTERVAL)):
         for t in times:
             call(model, name, latents, t, other)
-        if not fresh:
-            return torch.testing.assert_close(ends[1] - starts[1], ends[0] - starts[0])
-        expected = []
-        for t in times:
-            c = torch.full((2,), t)
-            if name == "dit":
-                given = (c, other["class_labels"])
-                gates = [norm.linear(norm.silu(norm.emb(*given))).chunk(6, dim=1) for norm in (b.norm1 for b in blocks)]
-                gates = [gate for six in gates for gate in six[2::3]]
-            else:
-                emb = model.adaln_single(c, other["added_cond_kwargs"], batch_size=2)[0].view(2, 6, -1)
-                six = [(block.scale_shift_table + emb).unbind(1) for block in blocks]
-                gates = [gate for s in six for gate in (s[2], torch.ones_like(s[2]), s[5])]
-            expected.append(sum(g[:, None] * f for g, f in zip(gates, branches, strict=True)))
-    torch.testing.assert_close(ends[0] - starts[0], expected[0], atol=1e-4, rtol=1e-4)
-    off = [float((ends[1] - starts[1] - one).norm() / one.norm()) for one in expected]
-    assert off[1] < 0.03
-    assert off[1] < off[0] / 3
+    added = [end - start for start, end in zip(starts, ends, strict=True)]
+    if not parts:
+        torch.testing.assert_close(added[1], added[0])
+        return
+    old, new = (sum(g[:, None] * f for g, f in zip(gates_at(t, model, other), branches, strict=True)) for t in times)
+    torch.testing.assert_close(added[0], old, atol=1e-4, rtol=1e-4)
+    error = float((added[1] - new).norm() / new.norm())
+    assert error < 0.03
+    assert error < float((added[1] - old).norm() / old.norm()) / 3
 
 
 # HunyuanVideo differs from Flux where some images compute and others do not.
