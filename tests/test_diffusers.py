@@ -525,7 +525,10 @@ def test_bad_configurations(options, message):
         ("{", "no cache configuration in JSON"),
         ("[1]", "no cache configuration in JSON"),
         ('{"version": 7}', "of version 7; this one reads version 1"),
-        ('{"version": 1, "gamma": 2}', "has no gamma"),
+        ('{"version": 1, "gamma": 2}', "unexpected keyword argument 'gamma'"),
+        ('{"version": 1, "num_steps": "9"}', "no cache configuration in JSON"),
+        ('{"version": 1, "adacorr": 2}', "no cache configuration in JSON"),
+        ('{"version": 1, "dtype": "int4"}', "dtype='int4' must be one of"),
     ],
 )
 def test_bad_json(text, message):

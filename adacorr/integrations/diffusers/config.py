@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from adacorr.command import CACHE_DTYPES
@@ -51,7 +52,7 @@ class CacheConfig:
     def __post_init__(self):
         if self.timesteps is not None:
             object.__setattr__(self, "timesteps", tuple(float(t) for t in self.timesteps))
-            falls = all(a > b for a, b in zip(self.timesteps, self.timesteps[1:], strict=False))
+            falls = all(a > b for a, b in pairwise(self.timesteps))
             if not self.timesteps or not falls or not all(0 <= t <= 1000 for t in self.timesteps):
                 raise ValueError("timesteps must fall from noise to image within 0..1000, each once")
             if self.num_steps not in (None, len(self.timesteps)):
@@ -75,13 +76,12 @@ class CacheConfig:
         try:
             values = dict(json.loads(text))
             version = values.pop("version", None)
-        except (ValueError, TypeError) as error:
+            made = cls(**values) if version == VERSION else None
+        except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"this is no cache configuration in JSON: {error}") from error
-        if version != VERSION:
+        if made is None:
             raise ValueError(f"a cache configuration of version {version!r}; this one reads version {VERSION}")
-        if unknown := sorted(values.keys() - {f.name for f in fields(cls)}):
-            raise ValueError(f"a cache configuration has no {', '.join(unknown)}")
-        return cls(**values)
+        return made
 
     def save(self, path: str | Path) -> None:
         """As JSON; the file appears whole or not at all."""

@@ -51,8 +51,7 @@ class PixelDiTPipeline(DiffusionPipeline):
     ):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler)
-        names = {"id2label": id2label, "timestep_shift": timestep_shift, "checkpoint_sha256": checkpoint_sha256}
-        self.register_to_config(**names)
+        self.register_to_config(id2label=id2label, timestep_shift=timestep_shift, checkpoint_sha256=checkpoint_sha256)
         for block in transformer.transformer_blocks:
             block.norm1.emb.time_proj.downscale_freq_shift = timestep_shift
 
