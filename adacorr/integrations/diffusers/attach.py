@@ -117,9 +117,6 @@ class Attachment:
         self._result: Any = None
         self._now: Stream | None = None  # that of the call under way
         self._replayed: np.ndarray | None = None  # rows of the call for which a step is taken again
-        self._time: float | None = None
-        self._nth = 0  # call at the same timestep
-        self._doubled: tuple[int, float, bool] | None = None  # rows and timestep of the last call, whether both halves
         self._undo = ExitStack()
 
     # ------------------------------------------------------------------ hooks
@@ -267,15 +264,10 @@ class Attachment:
 
     def reset(self) -> None:
         """Forget the run under way; its statistics stay."""
-        self._close()
-        self._time = self._doubled = None
-
-    def _close(self) -> None:
-        if self.streams:
-            self.finished = dict(self.streams)
         for stream in self.streams.values():
             stream.close()
-        self.streams.clear()
+        if self.streams:
+            self.finished, self.streams = self.streams, {}
 
     def _run(self, args: tuple, kwargs: dict[str, Any], context: str | None) -> Any:
         """The whole stack for the first block's call -> what its last block would give."""
@@ -295,11 +287,12 @@ class Attachment:
         c = Rows.of(full, self.stack.blocks[0].keys(self.family.by_row), len(x), text)
         self.stack.describe(x, c, self._given)
         time = time_of(self._given["timestep"], self.family)
-        halves, order = self._halves(len(x), time), None
+        name, order = context or self._ordinal(time), None
+        halves = self._halves(name, len(x), time)
         if halves == 2 and self.layout == "uncond_first":  # the core wants the conditional half first
             order = torch.arange(len(x), device=x.device).roll(len(x) // 2)
             x, c = x[order], c[order]
-        stream = self._stream(x, c, halves, context or self._ordinal(time), time)
+        stream = self._stream(x, c, halves, name, time)
         if stream is None:
             return None
         if stream.rewinding is not None:
@@ -324,15 +317,16 @@ class Attachment:
         scheduler, advance = self.scheduler, getattr(self.pipe, "advance", scheduler_step)
         return linear_steps(scheduler, scheduler.timesteps[-len(grid.timesteps) :], advance, remembers=remembers)
 
-    def _halves(self, rows: int, time: float) -> int:
+    def _halves(self, name: str, rows: int, time: float) -> int:
         """2 where the call's rows are both guidance halves of each image; looked at once in a run."""
         scale = self._scale()
         if self.layout == "separate" or scale is None or scale <= 1.0 or rows % 2:
             return 1
-        before = self._doubled
-        known = before is not None and before[0] == rows and time < before[1]  # a run's timesteps fall
-        self._doubled = rows, time, before[2] if known else self._is_doubled()
-        return 2 if self._doubled[2] else 1
+        if (stream := self.streams.get(name)) is not None and time < stream.time:  # a run's timesteps fall
+            trace = stream.manager.trace
+            if rows == trace.halves * trace.images:
+                return trace.halves
+        return 2 if self._is_doubled() else 1
 
     def _is_doubled(self) -> bool:
         """Whether both halves of the batch are the same images, and one of them has the null label, where there is one.
@@ -360,7 +354,7 @@ class Attachment:
                 self.bypassed["a timestep that is none of the scheduler's"] += 1
                 return None
             if stream is not None:
-                self._close()
+                self.reset()
             self.runs += not self.streams
             stream = self.streams[name] = self._open(grid, key, halves, len(x) // halves)
             for one in self.streams.values() if len(self.streams) > 1 else ():
@@ -373,12 +367,10 @@ class Attachment:
         # The loop of a bare transformer may break off and begin again at the same timestep: it has to say so.
         if (self.config.guidance if self.pipe is None else self.layout) != "separate":
             return "batch"
-        self._nth = self._nth + 1 if time == self._time else 0
-        if self._nth == 2:
-            self._close()
-            self._nth = 0
-        self._time = time
-        return ("cond", "uncond")[self._nth]
+        called = [name for name, stream in self.streams.items() if stream.time == time]
+        if len(called) == 2:
+            self.reset()
+        return "uncond" if len(called) == 1 else "cond"
 
     def _open(self, grid: Grid, key: tuple, halves: int, images: int) -> Stream:
         manager, scheduler, cond_first = copy.copy(self.manager), self.scheduler, self.layout != "uncond_first"
