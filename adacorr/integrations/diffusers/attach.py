@@ -105,6 +105,7 @@ class Attachment:
         self.transformer, self.family, self.config, self.pipe = transformer, family, config, pipe
         self.manager = config.manager()
         self.layout = config.guidance or family.layout
+        self.cond_first = self.layout != "uncond_first"
         self.guidance_scale: float | None = None
         self.stack: Stack | None = None
         self.streams: dict[str, Stream] = {}
@@ -289,7 +290,7 @@ class Attachment:
         time = time_of(self._given["timestep"], self.family)
         name, order = context or self._ordinal(time), None
         halves = self._halves(name, len(x), time)
-        if halves == 2 and self.layout == "uncond_first":  # the core wants the conditional half first
+        if halves == 2 and not self.cond_first:  # the core wants the conditional half first
             order = torch.arange(len(x), device=x.device).roll(len(x) // 2)
             x, c = x[order], c[order]
         stream = self._stream(x, c, halves, name, time)
@@ -338,7 +339,7 @@ class Attachment:
         if not self.stack.num_classes:
             return True
         first, second = self._given["class_labels"].chunk(2)
-        null = second if self.layout == "cond_first" else first
+        null = second if self.cond_first else first
         return bool((null == self.stack.num_classes).all())
 
     def _scale(self) -> float | None:
@@ -373,10 +374,10 @@ class Attachment:
         return "uncond" if len(called) == 1 else "cond"
 
     def _open(self, grid: Grid, key: tuple, halves: int, images: int) -> Stream:
-        manager, scheduler, cond_first = copy.copy(self.manager), self.scheduler, self.layout != "uncond_first"
-        labels = self._given["class_labels"] if self.stack.num_classes else None
-        if labels is not None:
-            labels = labels[:images] if cond_first else labels[-images:]
+        manager, scheduler, labels = copy.copy(self.manager), self.scheduler, None
+        if self.stack.num_classes:
+            labels = self._given["class_labels"]
+            labels = labels[:images] if self.cond_first else labels[-images:]
         run = manager.open(
             self.stack,
             labels,
@@ -393,5 +394,5 @@ class Attachment:
             if (steps := self.linear_steps(grid)) is None:
                 self._note(stream, f"steps of {type(scheduler).__name__} that are not known to be linear")
             else:
-                stream.rewinding = Rewinding(run, steps, scheduler, halves, cond_first, self._scale() or 1.0)
+                stream.rewinding = Rewinding(run, steps, scheduler, halves, self.cond_first, self._scale() or 1.0)
         return stream
