@@ -50,7 +50,7 @@ def measure(
         check_writable("profile", Path(path))
     if not calls:
         raise ValueError("measure needs the arguments of one call of the pipeline at least; give two")
-    config, observer = config or CacheConfig(), _Observer()
+    config, known = config or CacheConfig(), None
     wrong = replace(config, adacorr=None, cache=WRONG, profile=None)
     whole = replace(config, adacorr=EVERYTHING, cache=None, profile=None)
 
@@ -63,12 +63,11 @@ def measure(
             cache._attachment.observe = lambda stream, rows, out, to=cached: to.append(rows)
             draw(call, seed)
         with enable(pipe, whole, component=component) as cache:
-            observer.begin(cache._attachment, cached)
+            observer = _Observer(cache._attachment, cached, known)
             draw(call, seed)
-            observer.end()
-    known, model = observer.calibration, cache.config.model_id or "unknown"
+            known = observer.end()
     arrays, notes = known.fit()
-    name, steps = sampler_of(pipe.scheduler), len(known.timesteps)
+    model, name, steps = cache.config.model_id or "unknown", sampler_of(pipe.scheduler), len(known.timesteps)
     profile = Profile(METHOD, arrays, model, name, steps, known.cfg_scale, notes)
     if path is not None:
         save_profile(path, profile)
@@ -76,14 +75,13 @@ def measure(
 
 
 class _Observer:
-    """Sees every step of uncached runs, and asks the transformer what it would make of others."""
+    """Sees every step of an uncached run, and asks the transformer what it would make of others.
 
-    def __init__(self):
-        self.calibration: StackCalibration | None = None
+    cached: the rows (halves * n, C, ...) that the steps of a cached run began with. calibration: of the runs before.
+    """
 
-    def begin(self, attachment: Attachment, cached: Sequence[Tensor]) -> None:
-        """A run begins; cached: the rows (halves * n, C, ...) that the steps of a cached run of it began with."""
-        self.attachment, self.cached = attachment, cached
+    def __init__(self, attachment: Attachment, cached: Sequence[Tensor], calibration: StackCalibration | None):
+        self.attachment, self.cached, self.calibration = attachment, cached, calibration
         self.stored: list[list[Tensor]] = []  # for each step, of each process (n, E, T', D)
         self.before: Tensor | None = None  # what the stack added in the step before
         attachment.observe = self.see
@@ -134,9 +132,10 @@ class _Observer:
             out = self.attachment.replay(stream.run.step, rows, np.arange(stream.run.info.images))
         return self.halves_of(stream, out, rows)
 
-    def end(self) -> None:
-        """The run is over."""
+    def end(self) -> StackCalibration:
+        """The run is over: the calibration with it."""
         if self.calibration is None or len(self.stored) != len(self.calibration.timesteps):
             why = ", ".join(self.attachment.bypassed) or "not one call for each step"
             raise ValueError(f"the pipeline took no whole run through the cache: {why}")
         self.calibration.add_run([torch.stack(own) for own in zip(*self.stored, strict=True)], self.final)
+        return self.calibration
