@@ -27,8 +27,8 @@ class Rows:
         """Sort a call's arguments; those in `by_row` have `rows` rows, or one for all. ValueError for others."""
         own, shared = {}, {}
         for key, value in arguments.items():
-            found = {len(v) for v in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(v, Tensor)}
-            if key not in by_row or found <= {1} - {rows}:
+            found = {len(v) for v in _leaves({key: value}) if isinstance(v, Tensor)} if key in by_row else set()
+            if found <= {1} - {rows}:
                 shared[key] = value
             elif found == {rows}:
                 own[key] = value
