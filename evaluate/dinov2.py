@@ -47,9 +47,7 @@ class DinoV2:
 
     name, convention = "dinov2", f"Pillow bicubic to {SIZE} px, ImageNet mean and deviation, class token, float32"
 
-    def __init__(
-        self, weights: Path | None, device: torch.device | str = "cpu", offline: bool = False, model: str = MODEL
-    ):
+    def __init__(self, weights: Path | None, device: torch.device | str, offline: bool, model: str):
         if offline and weights is None:
             raise ValueError(f"--offline forbids fetching {model}: give its file with --weights")
         try:

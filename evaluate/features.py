@@ -11,14 +11,12 @@ same weights (`network.sha256`) and about the same number of images: few images 
 import os
 from pathlib import Path
 
-import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor
 
-from adacorr.files import file_sha256, recorded_digest
+from checkpoint import load_checkpoint
 
 WEIGHTS = Path(__file__).resolve().with_name("cifar10-features.safetensors")
 SIZE = 32  # pixels on each side
@@ -30,10 +28,10 @@ FEATURES = WIDTHS[-1]
 class SqueezeExcite(nn.Module):
     """Scales each channel by what all channels hold on average (Hu et al., arXiv 1709.01507)."""
 
-    def __init__(self, channels: int, reduction: int = 8):
+    def __init__(self, channels: int):
         super().__init__()
-        self.down = nn.Linear(channels, channels // reduction)
-        self.up = nn.Linear(channels // reduction, channels)
+        self.down = nn.Linear(channels, channels // 8)
+        self.up = nn.Linear(channels // 8, channels)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> the same
         scale = self.up(F.relu(self.down(x.mean((2, 3))))).sigmoid()
@@ -126,21 +124,14 @@ def extract(images: Tensor, network: CifarFeatures | None = None, *, batch_size:
 
 
 def load_features(path: str | os.PathLike = WEIGHTS, device: str | torch.device = "cpu") -> CifarFeatures:
-    """The network with the weights of a .safetensors file (default: the packaged one), in float32 and eval mode.
+    """The network with the weights of a file (default: the packaged one), in float32 and eval mode.
 
-    The file must have the digest in FILE.sha256, where there is one. FileNotFoundError or ValueError, in one line.
+    ValueError for a file that is missing, damaged, not the one of FILE.sha256, or of another network.
     """
-    path, network = Path(path), CifarFeatures()
-    if not path.is_file():
-        way = "check the clone is whole, or make them with `python -m evaluate.train_features`"
-        raise FileNotFoundError(f"the feature weights {path} are missing: {way}")
-    network.sha256 = file_sha256(path)
-    if (recorded := recorded_digest(path)) not in (None, network.sha256):
-        raise ValueError(f"{path} is not the file that was recorded: {network.sha256} is not {recorded}")
+    checkpoint, network = load_checkpoint(path), CifarFeatures()
     try:
-        network.load_state_dict({key: t.float() for key, t in safetensors.torch.load_file(path).items()})
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file, or not a whole one ({error}); fetch it again") from error
+        network.load_state_dict(checkpoint.state_dict)
     except RuntimeError as error:
-        raise ValueError(f"{path} is for another network: its tensors have other names or shapes") from error
+        raise ValueError(f"{checkpoint.path} is for another network: its tensors have other names or shapes") from error
+    network.sha256 = checkpoint.sha256
     return network.to(device).eval().requires_grad_(False)

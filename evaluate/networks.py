@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from evaluate.features import CifarFeatures, extract, load_features
+from evaluate.features import WEIGHTS, extract, load_features
 
 NAMES = ("inception", "dinov2", "cifar10")
 
@@ -44,8 +44,9 @@ class Cifar10:
 
     name, convention, dim = "cifar10", "32 x 32 pixels as they are", 128
 
-    def __init__(self, network: CifarFeatures):
-        self.network, self.sha256 = network, network.sha256
+    def __init__(self, weights: Path | None, device: torch.device | str):
+        self.network = load_features(weights or WEIGHTS, device)
+        self.sha256 = self.network.sha256
 
     def features(self, images: Tensor) -> Features:
         return Features(extract(images, self.network)[0])
@@ -79,11 +80,11 @@ def load_network(
     if kind not in NAMES or (model and kind != "dinov2"):
         raise ValueError(f"--features {name} is unknown: choose one of {', '.join(NAMES)}, or dinov2:MODEL of timm")
     if kind == "cifar10":
-        return Cifar10(load_features(*([] if weights is None else [weights]), device=device))
+        return Cifar10(weights, device)
     if kind == "dinov2":
-        from evaluate.dinov2 import DinoV2
+        from evaluate.dinov2 import MODEL, DinoV2
 
-        return DinoV2(weights, device, offline, *([model] if model else []))
+        return DinoV2(weights, device, offline, model or MODEL)
     from evaluate.inception import Inception
 
     return Inception(weights, device, offline)

@@ -41,19 +41,15 @@ class Perceptual:
         except OSError as error:
             way = "give a file with --lpips-weights"
             raise ValueError(f"--lpips {name}: torchvision could not download the backbone ({error}): {way}") from None
-        if state is not None:
-            self._load(name, weights, state)
+        if state is not None:  # of torchvision: features.3.weight becomes slice2.3.weight and so on
+            backbone = self.network.net
+            names = {key: f"features.{key.partition('.')[2]}" for key in backbone.state_dict()}
+            try:
+                backbone.load_state_dict({key: state[stored] for key, stored in names.items()})
+            except (KeyError, RuntimeError):
+                raise ValueError(f"--lpips-weights {weights} is not torchvision's backbone of --lpips {name}") from None
         self.name, self.sha256 = name, digest(self.network.state_dict())  # heads and backbone
         self.network.to(device)
-
-    def _load(self, name: str, weights: Path, state: dict[str, Tensor]) -> None:
-        """The backbone from a state dict of torchvision: features.3.weight becomes slice2.3.weight and so on."""
-        backbone = self.network.net
-        names = {key: f"features.{key.partition('.')[2]}" for key in backbone.state_dict()}
-        try:
-            backbone.load_state_dict({key: state[name] for key, name in names.items()})
-        except (KeyError, RuntimeError):
-            raise ValueError(f"--lpips-weights {weights} is not torchvision's backbone of --lpips {name}") from None
 
     @torch.no_grad()
     def __call__(self, reference: Tensor, images: Tensor) -> Tensor:

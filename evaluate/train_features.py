@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
@@ -40,10 +41,8 @@ def load_images(path: Path) -> tuple[Tensor, Data]:
     return data.images.permute(0, 2, 3, 1).contiguous(), data
 
 
-def padded(images: Tensor) -> Tensor:  # (N, H, W, 3) -> (N, H + 2 PAD, W + 2 PAD, 3), reflected at the border
-    near, far = torch.arange(PAD, 0, -1), torch.arange(SIZE - 2, SIZE - 2 - PAD, -1)
-    index = torch.cat([near, torch.arange(SIZE), far]).to(images.device)
-    return images[:, index][:, :, index]
+def padded(images: Tensor) -> Tensor:  # (N, H, W, 3) -> (N, H + 2 PAD, W + 2 PAD, 3)
+    return torch.from_numpy(np.pad(images.numpy(), ((0, 0), (PAD, PAD), (PAD, PAD), (0, 0)), "reflect"))
 
 
 def augmented(images: Tensor, rows: Tensor, generator: torch.Generator) -> Tensor:
@@ -70,14 +69,7 @@ def one_cycle(progress: float) -> float:
 
 
 def fit(
-    network: CifarFeatures,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    epochs: int,
-    batch_size: int = 512,
-    rate: float | None = None,
-    seed: int = 0,
+    network: CifarFeatures, images: Tensor, labels: Tensor, *, epochs: int, batch_size: int, seed: int = 0
 ) -> list[float]:
     """Train in place on uint8 images (N, 32, 32, 3) and int64 labels (N,), by SGD under a one-cycle rate.
 
@@ -86,28 +78,28 @@ def fit(
     """
     device = network.head.weight.device
     batch_size = min(batch_size, len(images))
-    rate = RATE * batch_size / 128 if rate is None else rate
+    rate = RATE * batch_size / 128
     generator = torch.Generator(device).manual_seed(seed)
-    images, labels = padded(images.to(device)), labels.to(device)
+    images, labels = padded(images).to(device), labels.to(device)
     matrices, vectors = ([p for p in network.parameters() if (p.ndim > 1) == wide] for wide in (True, False))
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.SGD(groups, lr=rate, momentum=MOMENTUM, nesterov=True)
     per_epoch = len(images) // batch_size  # the last images of an epoch that fill no batch wait for another
-    losses = []
+    steps, losses = epochs * per_epoch, []
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: one_cycle((step + 0.5) / steps))
     network.train()
     with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=True):
         for epoch in range(epochs):
             total = torch.zeros((), device=device)
             order = torch.randperm(len(images), device=device, generator=generator)
-            for step, rows in enumerate(order[: per_epoch * batch_size].split(batch_size)):
-                for group in optimizer.param_groups:
-                    group["lr"] = rate * one_cycle((epoch * per_epoch + step + 0.5) / (epochs * per_epoch))
+            for rows in order[: per_epoch * batch_size].split(batch_size):
                 x, y = augmented(images, rows, generator), labels[rows]
                 with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
                     loss = F.cross_entropy(network.trunk(x)[1].float(), y, label_smoothing=SMOOTHING)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
+                schedule.step()
                 total += loss.detach()
             losses.append(total.item() / per_epoch)  # the one wait for the device in an epoch
             print(f"epoch {epoch + 1:3}/{epochs}  loss {losses[-1]:.4f}", flush=True)
@@ -131,7 +123,7 @@ def save_features(network: CifarFeatures, path: Path, **metadata: str) -> str:
     for name, tensor in network.state_dict().items():
         if not name.endswith("num_batches_tracked"):  # a counter of the norms, which matters in training only
             stored[name] = tensor.to("cpu", torch.float16 if tensor.ndim > 1 else torch.float32).contiguous()
-    network.load_state_dict({name: tensor.float() for name, tensor in stored.items()})
+    network.load_state_dict(stored)
     with written_whole(path) as temporary:
         safetensors.torch.save_file(stored, temporary, {"format": "pt", **metadata})
         temporary.chmod(0o644)  # safetensors writes private files

@@ -94,18 +94,12 @@ def test_weights_survive_the_file(tmp_path, network):
 def test_damaged_weights_are_refused(tmp_path):
     path = tmp_path / "w.safetensors"
     save_features(CifarFeatures(), path)
-    content = path.read_bytes()
-    path.write_bytes(content[:-1] + b"?")
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
     with pytest.raises(ValueError, match="is not the file that was recorded"):
         load_features(path)
-    path.with_name("w.safetensors.sha256").unlink()
-    load_features(path)  # nothing recorded, nothing to hold it to
-    path.write_bytes(content[:-1])
-    with pytest.raises(ValueError, match="not a whole one"):
-        load_features(path)
-    save_file({"a": torch.zeros(1)}, path)
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="for another network"):
-        load_features(path)
+        load_features(tmp_path / "other.safetensors")
 
 
 # ---- training
@@ -149,17 +143,19 @@ def test_one_cycle():
 def test_training_lowers_the_loss(monkeypatch):
     monkeypatch.setattr(features, "WIDTHS", (16, 32, features.FEATURES))  # a quarter of the work
     monkeypatch.setattr(features, "DEPTHS", (1, 1, 1))
+    monkeypatch.setattr(train_features, "RATE", 0.16)
     images, labels = coloured(32)
     runs = []
     for _ in range(2):
         torch.manual_seed(1)
         net = CifarFeatures()
-        runs.append(train_features.fit(net, images, labels, epochs=4, batch_size=16, rate=0.02))
+        runs.append(train_features.fit(net, images, labels, epochs=4, batch_size=16))
         assert not net.training
     assert runs[0] == pytest.approx(runs[1], rel=1e-4)  # the same seed
     assert runs[0][-1] < runs[0][0] - 0.3
+    monkeypatch.setattr(train_features, "RATE", 1e31)
     with pytest.raises(ValueError, match="diverged in epoch 1"):
-        train_features.fit(net, images, labels, epochs=1, batch_size=16, rate=1e30)
+        train_features.fit(net, images, labels, epochs=1, batch_size=16)
 
 
 def test_other_data_are_refused(tmp_path):
@@ -183,7 +179,6 @@ def test_command(tmp_path, capsys):
     assert wrote.endswith(f"sha256 {network.sha256}")
 
 
-@pytest.mark.skipif(not features.WEIGHTS.is_file(), reason="no packaged weights")
 def test_the_packaged_weights_can_tell_the_classes(tmp_path):
     network = load_features()
     assert features.WEIGHTS.stat().st_size <= 3_000_000
