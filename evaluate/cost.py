@@ -107,8 +107,10 @@ def measure(
                 peaks[kind] = max(peaks[kind], torch.cuda.max_memory_allocated(pipe.device))
             if kind in peaks:
                 progress.update()
-    shares = {kind: np.percentile(own, (50, 10, 90)).tolist() for kind, own in seconds.items()}
-    found = {kind: dict(zip(QUANTILES, own, strict=True)) for kind, own in shares.items()}
+    found = {
+        kind: dict(zip(QUANTILES, np.percentile(own, (50, 10, 90)).tolist(), strict=True))
+        for kind, own in seconds.items()
+    }
     return {
         "batch_size": batch,
         "seconds": {kind: {**own, "all": seconds[kind]} for kind, own in found.items()},
@@ -161,15 +163,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--out", type=writable, metavar="FILE", help="JSON of the table and its numbers")
 
 
-def load(args: argparse.Namespace) -> pipeline.Pipeline:
-    """The pipeline of the flags, of a checkpoint or of random weights."""
-    options = pipeline.ModelOptions.of(args)
-    if args.random_weights is None:
-        return pipeline.load(options)
-    options = replace(options, vae=args.vae or "none")
-    return pipeline.load(options, random_checkpoint(args.random_weights, args.image_size or 256))
-
-
 def check(args: argparse.Namespace, cache: CacheManager | None) -> None:
     """Mistakes that show without a model: ValueError names the flag and the value."""
     if cache is None:
@@ -192,9 +185,13 @@ def run(args: argparse.Namespace) -> None:
     """The whole measurement. ValueError or OSError for a mistake, before anything is sampled."""
     cache = pipeline.make_cache(args)
     check(args, cache)
-    pipe = load(args)
+    options = pipeline.ModelOptions.of(args)
     if args.random_weights is None:
+        pipe = pipeline.load(options)
         cache = with_profile(cache, pipe, args.calibrate)
+    else:
+        checkpoint = random_checkpoint(args.random_weights, args.image_size or 256)
+        pipe = pipeline.load(replace(options, vae=args.vae or "none"), checkpoint)
     if args.compile:
         compile_blocks(pipe.model)
     notes = [f"{pipe.checkpoint.path.name}: `{Setting(args.cache, args.adacorr)}` beside the uncached run."]

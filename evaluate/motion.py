@@ -193,19 +193,18 @@ def measure(
 
 
 def cells(row: dict[str, Any]) -> dict[str, str]:
-    """A row as text, by column; the uncached clips are not compared with themselves."""
-    text = {
+    """A row as text, by column."""
+    compared = "psnr" in row  # the uncached clips are not, with themselves
+    return {
         "setting": f"`{row['setting']}`",
         "frames": f"{row['frames']}",
         "compute": f"{row['compute']:.3f}",
         "hit rate": f"{row['hit_rate']:.3f}",
         "flicker": f"{row['flicker']:.3f}",
+        "t-FID": f"{row['t_fid']:.4g}" if compared else "",
+        "motion ratio": f"{row['motion_ratio']:.4f}" if compared else "",
+        "PSNR mean / p5 / min (dB)": spread(row["psnr"]) if compared else "",
     }
-    near = dict.fromkeys(("t-FID", "motion ratio", "PSNR mean / p5 / min (dB)"), "")
-    if "psnr" in row:
-        values = f"{row['t_fid']:.4g}", f"{row['motion_ratio']:.4f}", spread(row["psnr"])
-        near = dict(zip(near, values, strict=True))
-    return text | near
 
 
 def run(args: argparse.Namespace) -> None:

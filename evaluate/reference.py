@@ -82,11 +82,6 @@ def find_reference(name: str, offline: bool = False) -> Path:
     return Path(name)
 
 
-def as_published(name: str, found: Measured) -> bool:
-    """Whether a name of REFERENCES led to the published file, as far as its digest is known; True of a path."""
-    return name not in REFERENCES or found.sha256.startswith(REFERENCES[name][1])
-
-
 def evaluator(network: Network) -> dict[str, Any]:
     """What must be equal for two numbers to be comparable."""
     return {
