@@ -1,4 +1,4 @@
-"""Small sets of images on disk, as data.py reads them."""
+"""Small sets of images on disk, as data.py reads them, and a network that measures images by hand."""
 
 import io
 import os
@@ -7,10 +7,22 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from evaluate.networks import Features
+
 # The packed test set is not part of the repository; the default is a folder beside the clone.
 BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data" / "cifar10-test.npz"
 CIFAR10_TEST = Path(os.environ.get("ADACORR_CIFAR10_TEST", BESIDE))
 CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
+class Colours:
+    """A network whose features are the mean colour."""
+
+    name, sha256, convention, dim = "inception", "0" * 64, "mean colour", 3
+
+    def features(self, images):
+        pool = images.float().mean((1, 2))
+        return Features(pool, pool[:, :2], pool)
 
 
 def pictures(count, size=8, seed=0):

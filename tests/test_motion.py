@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from commands import code
+from images import Colours
 from toy import tiny_dit
 
 import pipeline
@@ -17,7 +18,6 @@ from evaluate import motion
 from evaluate.__main__ import main
 from evaluate.bench import Setting
 from evaluate.motion import clip_noise, difference_distance, flicker, motion_ratio, sample_clips, trajectory_frames
-from evaluate.networks import Features
 from pipeline import gaussian, sample_latents
 
 STEPS = 6
@@ -182,13 +182,7 @@ def test_settings_of_specs(spec, setting):
 
 
 def test_a_whole_run(tiny32, tmp_path, monkeypatch, capsys):
-    class Mean:
-        name, sha256, convention, dim = "mean", "0" * 64, "colours", 3
-
-        def features(self, images):
-            return Features(images.float().mean((1, 2)))
-
-    monkeypatch.setattr(motion, "network_of", lambda *_, **__: Mean())
+    monkeypatch.setattr(motion, "network_of", lambda *_: Colours())
     out = tmp_path / "motion.json"
     given = f"--frames 3 4 --clips 2 --batch-size 5 --num-sampling-steps {STEPS} --device cpu --ckpt", tiny32
     assert code(main, "motion", *given, "--out", out, "--settings never interval:every=2 interval:every=2") == 0
