@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +14,6 @@ from toy import sample, save_tiny
 import pipeline
 from adacorr import AdaCorrection, CacheManager, Policy
 from adacorr.store import GateSumStore
-from checkpoint import Checkpoint
 from diffusion import make_sampler
 from evaluate import cost
 from evaluate.__main__ import main
@@ -75,9 +73,8 @@ def test_a_row_by_hand(model, monkeypatch):
     turns = [1.0, 0.5, 1.5, 0.1, 2.0, 0.25, 12.0, 0.3, 10.0, 0.5, 10.2, 0.2]  # uncached, cached, every step, decoding
     spent = iter(turns)
     monkeypatch.setattr(cost, "timed", lambda job, device: (job(), next(spent)))
-    ckpt = Checkpoint({}, model.config, Path("toy"), "toy", "toy", None)
-    vae = SimpleNamespace(decode=lambda z: SimpleNamespace(sample=z))
-    pipe = pipeline.Pipeline(model, make_sampler("ddim", STEPS), vae, ckpt, 1.5, "all", torch.device("cpu"))
+    vae, origin = SimpleNamespace(decode=lambda z: SimpleNamespace(sample=z)), SimpleNamespace(sha256="toy")
+    pipe = pipeline.Pipeline(model, make_sampler("ddim", STEPS), vae, origin, 1.5, "all", torch.device("cpu"))
     runs = []
     progress = SimpleNamespace(update=lambda: runs.append(1))
     record = cost.measure(pipe, CacheManager.of("interval:every=4", None), 2, 0, 3, progress)

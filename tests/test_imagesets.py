@@ -58,10 +58,10 @@ def fortran(path):
     return adm(path / "x.npz", np.asfortranarray(IMAGES))
 
 
-def cut(path, at=400):
+def cut(path):
     """An archive whose directory is whole, but whose images end early."""
-    with zipfile.ZipFile(path / "x.npz", "w") as archive:
-        archive.writestr("arr_0.npy", (adm(path / "y.npz") and zipfile.ZipFile(path / "y.npz").read("arr_0.npy"))[:at])
+    with zipfile.ZipFile(adm(path / "y.npz")) as whole, zipfile.ZipFile(path / "x.npz", "w") as archive:
+        archive.writestr("arr_0.npy", whole.read("arr_0.npy")[:400])
     return path / "x.npz"
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,6 @@ import pytest
 import torch
 from commands import code
 from images import Colours
-from toy import tiny_dit
 
 import pipeline
 from adacorr import CacheManager
@@ -18,7 +18,7 @@ from evaluate import motion
 from evaluate.__main__ import main
 from evaluate.bench import Setting
 from evaluate.motion import clip_noise, difference_distance, flicker, motion_ratio, sample_clips, trajectory_frames
-from pipeline import gaussian, sample_latents
+from pipeline import gaussian
 
 STEPS = 6
 
@@ -108,18 +108,11 @@ def test_clips_do_not_depend_on_batches(pipe):
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "euler", "dpmsolver++"])
-def test_predicted_images_follow_from_what_the_network_saw(sampler):
-    pipe = SimpleNamespace(model=tiny_dit(), sampler=make_sampler(sampler, STEPS))
-    seen, given, shape = [], [], (3, 8, 8)
-    pipe.model.register_forward_hook(lambda model, args, out: given.append((args[0], out)))
-    x = sample_latents(
-        pipe.model,
-        pipe.sampler,
-        gaussian(0, np.arange(2), shape),
-        torch.tensor([0, 3]),
-        step_noise=lambda step, rows: gaussian(0, rows, shape, step + 1),
-        predicted=lambda step, rows, x0: seen.append((step, x0)),
-    )
+def test_predicted_images_follow_from_what_the_network_saw(pipe, sampler):
+    pipe = replace(pipe, sampler=make_sampler(sampler, STEPS), cfg_scale=1.0)
+    seen, given = [], []
+    with pipe.model.register_forward_hook(lambda model, args, out: given.append((args[0], out))):
+        x = pipe.sample(0, np.arange(2), torch.tensor([0, 3]), predicted=lambda step, _, x0: seen.append((step, x0)))
     assert [step for step, _ in seen] == list(range(STEPS))
     abar = np.cumprod(1 - np.linspace(1e-4, 2e-2, 1000))
     for t, (_, x0), (z, eps) in zip(pipe.sampler.timesteps.tolist(), seen, given, strict=True):
@@ -143,24 +136,14 @@ def test_trajectories_end_with_the_image(pipe):
         trajectory_frames(pipe, 5, indices, labels, every=6)
 
 
-def test_a_step_that_was_taken_again_counts_as_it_was_taken_last():
-    model, steps, seen = tiny_dit(), 20, []
-    pipe = SimpleNamespace(noise_shape=(3, 8, 8), device=torch.device("cpu"), decode=lambda x0: x0)
-    pipe.sampler = make_sampler("ddim", steps)
-
-    def sample(seed, indices, labels, cache, predicted):
-        def keep(step, rows, x0):
-            seen.append((step, x0))
-            predicted(step, rows, x0)
-
-        noise = gaussian(seed, indices, (3, 8, 8))
-        sample_latents(model, pipe.sampler, noise, labels, cache=cache, predicted=keep)
-
-    pipe.sample = sample
-    frames = trajectory_frames(pipe, 0, np.arange(2), torch.tensor([0, 3]), CacheManager.of(None, "budget=6"), 1)
-    assert len(seen) > steps
+def test_a_step_that_was_taken_again_counts_as_it_was_taken_last(pipe):
+    pipe, seen = replace(pipe, sampler=make_sampler("ddim", 20)), []
+    run = 0, np.arange(2), torch.tensor([0, 3]), CacheManager.of(None, "budget=6")
+    pipe.sample(*run, predicted=lambda step, rows, x0: seen.append((step, x0)))
+    frames = trajectory_frames(pipe, *run, every=1)
+    assert len(seen) > 20
     for step, x0 in dict(seen).items():
-        assert torch.equal(frames[:, step], x0)
+        assert torch.equal(frames[:, step], pipe.decode(x0))
 
 
 # ------------------------------------------------------------------------------------------------ specs, command

@@ -1,7 +1,6 @@
 """`python -m evaluate theory`: a linear block whose Lipschitz constant is known, the bound by hand, the command."""
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +11,6 @@ from torch.testing import assert_close
 from toy import TINY, TimedDiT, redraw, rows_at, save_tiny, show, tiny_dit
 
 from adacorr import Algorithm1, CacheManager
-from checkpoint import Checkpoint
 from diffusion import make_sampler
 from evaluate.__main__ import main
 from evaluate.theory import NORMS, Observer, lipschitz, observe, proposition, theorem
@@ -101,9 +99,8 @@ def test_linear_blocks_by_hand(drift):
 
 
 def toy_pipe(sampler):
-    model = tiny_dit()
-    ckpt = Checkpoint({}, model.config, Path("toy"), "toy", "toy", None)
-    return Pipeline(model, make_sampler(sampler, 6), None, ckpt, 1.5, "all", torch.device("cpu"))
+    origin = SimpleNamespace(sha256="toy")
+    return Pipeline(tiny_dit(), make_sampler(sampler, 6), None, origin, 1.5, "all", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
