@@ -9,7 +9,7 @@ import pytest
 import torch
 from commands import printed
 from torch.testing import assert_close
-from toy import sample, save_tiny
+from toy import sample
 
 import pipeline
 from adacorr import AdaCorrection, CacheManager, Policy
@@ -103,9 +103,9 @@ def test_a_row_by_hand(model, monkeypatch):
     }
 
 
-def test_the_command_writes_what_it_prints(tmp_path, capsys):
-    ckpt, out = save_tiny(tmp_path / "tiny.safetensors"), tmp_path / "cost.json"
-    common = f"--num-sampling-steps {STEPS} --device cpu --repeats 1 --ckpt {ckpt} --out {out}"
+def test_the_command_writes_what_it_prints(tiny32, tmp_path, capsys):
+    out = tmp_path / "cost.json"
+    common = f"--num-sampling-steps {STEPS} --device cpu --repeats 1 --ckpt {tiny32} --out {out}"
     assert main(f"cost --adacorr gamma=0.1 --calibrate off --batch-size 1 3 {common}".split()) == 0
     content, table = json.loads(out.read_text()), printed(capsys)
     assert content["kind"] == "cost"
@@ -116,10 +116,10 @@ def test_the_command_writes_what_it_prints(tmp_path, capsys):
     assert content["protocol"]["adacorr"] == "gamma=0.1"
 
 
-def test_a_cache_that_does_not_pay_is_named(tmp_path, monkeypatch, capsys):
+def test_a_cache_that_does_not_pay_is_named(tiny32, monkeypatch, capsys):
     spent = iter([1.0, 1.5, 1.5, 1.0, 0.5, 1.5])  # batch 1, then batch 2
     monkeypatch.setattr(cost, "timed", lambda job, device: (job(), next(spent)))
-    common = f"--num-sampling-steps {STEPS} --device cpu --repeats 1 --ckpt {save_tiny(tmp_path / 'x.safetensors')}"
+    common = f"--num-sampling-steps {STEPS} --device cpu --repeats 1 --ckpt {tiny32}"
     assert main(f"cost --cache interval --batch-size 1 2 {common}".split()) == 0
     assert [line for line in capsys.readouterr().out.splitlines() if "slower" in line] == [
         "At batch 1 the cached run is slower: its own work eats the gain."
@@ -127,12 +127,12 @@ def test_a_cache_that_does_not_pay_is_named(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.gpu
-def test_peak_memory(tmp_path):
-    ckpt, out = save_tiny(tmp_path / "tiny.safetensors"), tmp_path / "cost.json"
-    given = f"cost --cache interval --device cuda --repeats 1 --batch-size 1 64 --ckpt {ckpt} --out {out}"
+def test_peak_memory(tiny32, tmp_path):
+    out = tmp_path / "cost.json"
+    given = f"cost --cache interval --device cuda --repeats 1 --batch-size 1 64 --ckpt {tiny32} --out {out}"
     assert main(given.split()) == 0
     few, many = (row["peak_bytes"] for row in json.loads(out.read_text())["rows"])
-    assert many["uncached"] > few["uncached"] > ckpt.stat().st_size / 2
+    assert many["uncached"] > few["uncached"] > tiny32.stat().st_size / 2
     assert many["cached"] > many["uncached"]  # what the cache holds
 
 

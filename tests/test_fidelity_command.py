@@ -10,7 +10,6 @@ import torch
 import torchvision
 from commands import code, one_line, printed
 from PIL import Image
-from toy import save_tiny
 
 import pipeline
 from adacorr import CacheManager
@@ -23,11 +22,6 @@ from evaluate.perceptual import Perceptual
 
 STEPS, COUNT = 12, 6
 needs_lpips = pytest.mark.skipif(not find_spec("lpips"), reason="needs lpips")
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("fidelity") / "tiny.safetensors", input_size=16, patch_size=4)
 
 
 def images_of(path):
@@ -134,11 +128,11 @@ def test_lpips(backbone, capsys, tmp_path):
 
 
 @needs_lpips
-def test_lpips_is_refused_what_it_cannot_use(backbone, tiny, capsys, tmp_path, monkeypatch):
+def test_lpips_is_refused_what_it_cannot_use(backbone, tiny32, capsys, tmp_path, monkeypatch):
     small, large = plain(tmp_path / "small", size=30), plain(tmp_path / "large", size=32)
     for folder, words, part in (
         (small, ["--lpips", "alex", "--lpips-weights", backbone], "31 x 31"),
-        (large, ["--lpips", "alex", "--lpips-weights", tiny], "not torchvision's backbone of --lpips alex"),
+        (large, ["--lpips", "alex", "--lpips-weights", tiny32], "not torchvision's backbone of --lpips alex"),
         (large, ["--lpips", "alex", "--lpips-weights", tmp_path / "none.pth"], "none.pth does not exist"),
         (large, ["--lpips-weights", backbone], "needs --lpips"),
     ):
@@ -152,12 +146,12 @@ def test_lpips_is_refused_what_it_cannot_use(backbone, tiny, capsys, tmp_path, m
 # -------------------------------------------------------------------------------------------------------- drift
 
 
-def test_drift_is_the_relative_error_of_each_state(tiny, capsys, tmp_path):
-    words = ["drift", "--ckpt", tiny, "--num-sampling-steps", STEPS, "--device", "cpu", "--num-images", 3]
+def test_drift_is_the_relative_error_of_each_state(tiny32, capsys, tmp_path):
+    words = ["drift", "--ckpt", tiny32, "--num-sampling-steps", STEPS, "--device", "cpu", "--num-images", 3]
     assert code(main, *words, "--cache interval:every=3 --seed 7 --out", tmp_path / "drift.json") == 0
     result = json.loads((tmp_path / "drift.json").read_text())
     errors = np.array(result["relative_error"])
-    pipe = pipeline.load(pipeline.ModelOptions(ckpt=str(tiny), num_sampling_steps=STEPS, device="cpu"))
+    pipe = pipeline.load(pipeline.ModelOptions(ckpt=str(tiny32), num_sampling_steps=STEPS, device="cpu"))
     for step in (0, 1, 5, STEPS - 1):
         x, y = (
             pipe.sample(7, np.arange(3), torch.arange(3) % 4, cache, stop=step + 1).double().numpy()

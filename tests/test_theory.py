@@ -8,7 +8,7 @@ import pytest
 import torch
 from commands import printed
 from torch.testing import assert_close
-from toy import TINY, TimedDiT, redraw, rows_at, save_tiny, show, tiny_dit
+from toy import TINY, TimedDiT, redraw, rows_at, show, tiny_dit
 
 from adacorr import Algorithm1, CacheManager
 from diffusion import make_sampler
@@ -139,9 +139,9 @@ def test_inputs_that_stay_say_nothing_of_a_block():
     assert lipschitz(log).tolist() == [3.0]
 
 
-def test_the_command_writes_what_it_prints(tmp_path, capsys):
-    ckpt, out = save_tiny(tmp_path / "tiny.safetensors"), tmp_path / "theory.json"
-    flags = f"--num-sampling-steps 6 --gammas 1000000,0.05 --num-images 1 --device cpu --ckpt {ckpt} --out {out}"
+def test_the_command_writes_what_it_prints(tiny32, tmp_path, capsys):
+    out = tmp_path / "theory.json"
+    flags = f"--num-sampling-steps 6 --gammas 1000000,0.05 --num-images 1 --device cpu --ckpt {tiny32} --out {out}"
     assert main(f"theory {flags}".split()) == 0
     content, table = json.loads(out.read_text()), printed(capsys)
     assert [content["table"]["columns"], *content["table"]["rows"]] == table
