@@ -83,8 +83,8 @@ def metrics(
 
 def cautions(images: ImageSet, found: Measured, network: Network) -> list[str]:
     """What a reader of the numbers must know."""
-    short = next((least for least in FEW if found.count < least), None)
-    notes = [] if short is None else [f"{images.path.name} has {found.count} images, not {short}: {FEW[short]}"]
+    short = next((least for least in FEW if images.count < least), None)
+    notes = [] if short is None else [f"{images.path.name} has {images.count} images, not {short}: {FEW[short]}"]
     if network.name == "inception" and not network.sha256.startswith(DIGEST):
         notes.append("the weights are not those of published FIDs: values compare with each other only")
     if network.name == "cifar10":
@@ -183,7 +183,7 @@ def run(args: argparse.Namespace) -> None:
             if before is not None:
                 values["change"] = values[name] - old["metrics"][name]
             notes += cautions(images, found, network)
-            record = {"samples": str(images.path), "count": found.count, "sha256": found.sha256}
+            record = {"samples": str(images.path), "count": images.count, "sha256": found.sha256}
             records.append(record | {"protocol": images.protocol, "metrics": values, "notes": notes})
     finally:  # what was measured is not lost where a later set is damaged
         if records:
@@ -192,6 +192,6 @@ def run(args: argparse.Namespace) -> None:
                 *doubts,
                 *dict.fromkeys(note for record in records for note in record["notes"]),
             ]
-            about = {"path": str(path), "sha256": real.sha256, "count": real.count}
+            about = {"path": str(path), "sha256": real.sha256, "count": real.moments.count}
             lines = tabulate(records, network.name, args.seeds and len(records) == len(sets))
             conclude(args, lines, notes, evaluator=alike, reference=about, sets=records)

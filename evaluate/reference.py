@@ -43,7 +43,6 @@ class Measured:
     spatial: Moments | None
     pool: Tensor | None  # (n, D); of a set as reference at most REAL of them, of ADM's .npz all
     logits: Tensor | None  # (n, classes)
-    count: int | None
     sha256: str  # of the pixels in their order, or of the file of statistics
 
 
@@ -69,7 +68,7 @@ def measure(images: ImageSet, network: Network, batch_size: int = 64) -> Measure
     except ValueError as error:
         raise ValueError(f"{images.path}: {error}") from None
     spatial = None if spatial is None else Moments.of(spatial)
-    return Measured(moments, spatial, pool, logits, images.count, sha.hexdigest())
+    return Measured(moments, spatial, pool, logits, sha.hexdigest())
 
 
 def find_reference(name: str, offline: bool = False) -> Path:
@@ -103,7 +102,7 @@ def reference(path: Path, network: Network, batch_size: int = 64, *, pool: bool 
     held = npz_arrays(path) if path.is_file() else {}
     if not {"mu", "sigma"} <= held.keys():
         found = measure(open_images(path), network, batch_size)
-        found.pool = found.pool[_spaced(found.count)]
+        found.pool = _spaced(found.pool)
         return found
     arrays = read_arrays(path, held.keys() - {"arr_0", "arr_1"})
     own = json.loads(str(arrays["evaluator"])) if "evaluator" in arrays else None
@@ -123,23 +122,24 @@ def reference(path: Path, network: Network, batch_size: int = 64, *, pool: bool 
         features = torch.from_numpy(arrays["features"])
     elif "arr_0" in held and pool:  # ADM's images are there for this alone
         features = measure(open_images(path), network, batch_size).pool
-    return Measured(moments, spatial, features, None, count, file_sha256(path))
+    return Measured(moments, spatial, features, None, file_sha256(path))
 
 
 def save_statistics(path: Path, found: Measured, network: Network) -> None:
     """Write what `reference` reads: moments, features of evenly spaced images, and the evaluator."""
-    arrays = {"mu": found.moments.mean, "sigma": found.moments.covariance, "count": np.array(found.count)}
+    moments = found.moments
+    arrays = {"mu": moments.mean, "sigma": moments.covariance, "count": np.array(moments.count)}
     if found.spatial is not None:
         arrays |= {"mu_s": found.spatial.mean, "sigma_s": found.spatial.covariance}
-    arrays["features"] = found.pool[_spaced(found.count)].numpy()
+    arrays["features"] = _spaced(found.pool).numpy()
     arrays["evaluator"] = np.array(json.dumps(evaluator(network)))
     with written_whole(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)
 
 
-def _spaced(count: int) -> np.ndarray:
-    """At most REAL indices, evenly spaced, since folders are often sorted by class."""
-    return np.linspace(0, count - 1, min(count, REAL)).round().astype(int)
+def _spaced(pool: Tensor) -> Tensor:
+    """At most REAL of the rows, evenly spaced, since folders are often sorted by class."""
+    return pool[np.linspace(0, len(pool) - 1, min(len(pool), REAL)).round().astype(int)]
 
 
 def add_network_flags(parser: argparse.ArgumentParser) -> None:
@@ -170,4 +170,4 @@ def run(args: argparse.Namespace) -> None:
     network = network_for(args, images)
     found = measure(images, network, args.batch_size)
     save_statistics(args.out, found, network)
-    print(f"{args.out}: {found.count} images, {network.name}, pixels sha256 {found.sha256}")
+    print(f"{args.out}: {images.count} images, {network.name}, pixels sha256 {found.sha256}")
