@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save
 from torch import Tensor
 
 from adacorr.command import Parser, number, run_command, writable
@@ -125,8 +125,8 @@ def save_features(network: CifarFeatures, path: Path, **metadata: str) -> str:
             stored[name] = tensor.to("cpu", torch.float16 if tensor.ndim > 1 else torch.float32).contiguous()
     network.load_state_dict(stored)
     with written_whole(path) as temporary:
-        safetensors.torch.save_file(stored, temporary, {"format": "pt", **metadata})
-        temporary.chmod(0o644)  # safetensors writes private files
+        # By way of bytes: errors of safetensors' own writing are no OSErrors.
+        temporary.write_bytes(save(stored, {"format": "pt", **metadata}))
         digest = file_sha256(temporary)
         record_digest(path, digest)
     return digest

@@ -10,7 +10,7 @@ import pytest
 import scipy.linalg
 import timm
 import torch
-from commands import code, one_line
+from commands import code, one_line, printed
 from images import Colours, pictures
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -221,7 +221,7 @@ def test_dinov2_takes_the_class_token_at_224_pixels(tmp_path):
 
 @pytest.fixture
 def colours(monkeypatch):
-    monkeypatch.setattr(reference, "network_of", lambda *_, **__: Colours())
+    monkeypatch.setattr(reference, "network_of", lambda *_: Colours())
     return Colours()
 
 
@@ -307,10 +307,9 @@ def test_the_change_since_an_earlier_result_and_the_uncached_set(sampled, sets, 
 
 def test_seeds_give_the_spread(sampled, sets, colours, capsys):
     assert code(main, "fid", sampled("uncached"), sampled("seed"), "--reference", sets[0], "--seeds") == 0
-    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:5]]
-    a, b = (float(row[2]) for row in rows[:2])
-    mean, deviation = map(float, rows[2][2].split(" ± "))
-    assert (mean, deviation) == pytest.approx(((a + b) / 2, abs(a - b) / 2**0.5), rel=0.01)
+    a, b, both = (row[2] for row in printed(capsys)[1:])
+    a, b = float(a), float(b)
+    assert [*map(float, both.split(" ± "))] == pytest.approx([(a + b) / 2, abs(a - b) / 2**0.5], rel=0.01)
     assert code(main, "fid", sampled("uncached"), sampled("cached"), "--reference", sets[0], "--seeds") == 2
     one_line(capsys, "--seeds", "differ in cache")
     assert code(main, "fid", sampled("uncached"), "--reference", sets[0], "--seeds") == 2
