@@ -100,13 +100,7 @@ def clip_noise(seed: int, frames: int, numbers: np.ndarray, shape: tuple[int, ..
 
 
 def sample_clips(
-    pipe: Pipeline,
-    seed: int,
-    clips: int,
-    frames: int,
-    cache: CacheManager | None,
-    progress: Progress,
-    batch_size: int = 16,
+    pipe: Pipeline, seed: int, clips: int, frames: int, cache: CacheManager | None, progress: Progress, batch_size: int
 ) -> Sampled:
     """The first `clips` clips of a seed, with the labels in turn. The sampler must inject no noise."""
     images, spent, counts = [], [], []
@@ -158,13 +152,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(seed=4242)
     group = parser.add_argument_group("motion")
     add = group.add_argument
-    add(
-        "--settings",
-        nargs="+",
-        default=["adacorr"],
-        metavar="SPEC",
-        help="caches as METHOD[:key=value,...][+adacorr[:key=value,...]], adacorr or literal (default adacorr)",
-    )
+    forms = "METHOD[:key=value,...][+adacorr[:key=value,...]], adacorr or literal"
+    add("--settings", nargs="+", default=["adacorr"], metavar="SPEC", help=f"caches as {forms} (default adacorr)")
     add("--frames", type=number(3, 1000), nargs="+", default=[32, 64], help="of a clip, 3..1000 (default 32 64)")
     add("--clips", type=number(1, 100_000), default=4, help="67 of 32 frames make 2048 changes (default %(default)s)")
     add("--batch-size", type=number(1, 100_000), default=16, help="frames at a time (default %(default)s)")

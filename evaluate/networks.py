@@ -55,11 +55,8 @@ class Cifar10:
 def add_features_flags(parser: argparse._ActionsContainer) -> None:
     """Which network measures the images."""
     add = parser.add_argument
-    add(
-        "--features",
-        metavar="NAME",
-        help="inception, dinov2 or cifar10 (default: cifar10 for images of 32 pixels, else inception)",
-    )
+    names = "inception, dinov2 or cifar10 (default: cifar10 for images of 32 pixels, else inception)"
+    add("--features", metavar="NAME", help=names)
     add("--weights", type=Path, metavar="FILE", help="local weights of it (default: its own, downloaded once)")
 
 

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from commands import printed
 from torch.testing import assert_close
 from toy import sample
 
@@ -103,27 +102,20 @@ def test_a_row_by_hand(model, monkeypatch):
     }
 
 
-def test_the_command_writes_what_it_prints(tiny32, tmp_path, capsys):
-    out = tmp_path / "cost.json"
+def test_the_command_writes_what_it_prints(tiny32, tmp_path, monkeypatch, capsys):
+    spent, out = iter([1.0, 1.5, 1.5, 1.0, 0.5, 1.5]), tmp_path / "cost.json"  # batch 1, then batch 3
+    monkeypatch.setattr(cost, "timed", lambda job, device: (job(), next(spent)))
     common = f"--num-sampling-steps {STEPS} --device cpu --repeats 1 --ckpt {tiny32} --out {out}"
     assert main(f"cost --adacorr gamma=0.1 --calibrate off --batch-size 1 3 {common}".split()) == 0
-    content, table = json.loads(out.read_text()), printed(capsys)
-    assert content["kind"] == "cost"
-    assert [content["table"]["columns"], *content["table"]["rows"]] == table
-    assert [row[0] for row in table[1:]] == ["1", "3"]
-    assert "decode s" not in table[0]
+    content, lines = json.loads(out.read_text()), capsys.readouterr().out.splitlines()
+    columns, rows = content["table"]["columns"], content["table"]["rows"]
+    assert [f"| {' | '.join(cells)} |" for cells in (columns, *rows)] == [lines[0], *lines[2:4]]
+    assert content["notes"] == lines[5:]
+    assert lines[6:] == ["At batch 1 the cached run is slower: its own work eats the gain."]
+    assert (content["kind"], content["protocol"]["adacorr"]) == ("cost", "gamma=0.1")
+    assert [row[0] for row in rows] == ["1", "3"]
+    assert "decode s" not in columns
     assert [row["batch_size"] for row in content["rows"]] == [1, 3]
-    assert content["protocol"]["adacorr"] == "gamma=0.1"
-
-
-def test_a_cache_that_does_not_pay_is_named(tiny32, monkeypatch, capsys):
-    spent = iter([1.0, 1.5, 1.5, 1.0, 0.5, 1.5])  # batch 1, then batch 2
-    monkeypatch.setattr(cost, "timed", lambda job, device: (job(), next(spent)))
-    common = f"--num-sampling-steps {STEPS} --device cpu --repeats 1 --ckpt {tiny32}"
-    assert main(f"cost --cache interval --batch-size 1 2 {common}".split()) == 0
-    assert [line for line in capsys.readouterr().out.splitlines() if "slower" in line] == [
-        "At batch 1 the cached run is slower: its own work eats the gain."
-    ]
 
 
 @pytest.mark.gpu
