@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import reduce
 
 import numpy as np
 from torch import Tensor
@@ -30,18 +29,17 @@ class Moments:
         features = np.asarray(features)
         if features.ndim != 2 or len(features) < 2:
             raise ValueError(f"features: expected shape (n, D) of at least 2 images, got {features.shape}")
-        parts = range(0, len(features), CHUNK)
-        return reduce(Moments.merged, (cls._of_chunk(features[i : i + CHUNK], i) for i in parts))
-
-    @classmethod
-    def _of_chunk(cls, features: np.ndarray, first: int) -> Moments:
-        rows = features.astype(np.float64)
-        bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
-        if len(bad):
-            raise ValueError(f"features of image {first + bad[0]} are infinite or undefined")
-        mean = rows.mean(axis=0)
-        rows -= mean
-        return cls(mean, rows.T @ rows / max(len(rows) - 1, 1), len(rows))
+        whole = None
+        for first in range(0, len(features), CHUNK):
+            rows = features[first : first + CHUNK].astype(np.float64)
+            bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+            if len(bad):
+                raise ValueError(f"features of image {first + bad[0]} are infinite or undefined")
+            mean = rows.mean(axis=0)
+            rows -= mean
+            part = cls(mean, rows.T @ rows / max(len(rows) - 1, 1), len(rows))
+            whole = part if whole is None else whole.merged(part)
+        return whole
 
     def merged(self, other: Moments) -> Moments:
         """Of the rows of both."""

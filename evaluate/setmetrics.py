@@ -38,8 +38,7 @@ def precision_recall(generated: Tensor, real: Tensor, device: torch.device | str
 def _share_within(points: Tensor, centres: Tensor) -> float:
     """Share of `points` that lie in a ball around one of the `centres`."""
     # The first neighbour of a centre is itself.
-    radii = [torch.cdist(rows, centres).kthvalue(NEIGHBOUR + 1).values for rows in centres.split(TILE)]
-    radii = torch.cat(radii)
+    radii = torch.cat([torch.cdist(rows, centres).kthvalue(NEIGHBOUR + 1).values for rows in centres.split(TILE)])
     inside = [(torch.cdist(rows, centres) <= radii).any(dim=1) for rows in points.split(TILE)]
     return torch.cat(inside).double().mean().item()
 
