@@ -118,16 +118,17 @@ def run(args: argparse.Namespace) -> None:
         least = "{0} x {0}".format(SMALLEST[args.lpips])
         raise ValueError(f"--lpips {args.lpips} needs images of at least {least} pixels, these have {width} x {height}")
     perceptual = None if args.lpips is None else Perceptual(args.lpips, args.lpips_weights, device)
-    results = [compare_sets(reference, other, device, perceptual) for other in others]
     notes = ["Image i against image i of the reference; equal images are left out of the PSNR."]
     if perceptual is not None:
         notes.append(f"LPIPS 0.1, {perceptual.name}; sha256 of heads and backbone {perceptual.sha256}.")
-    pairs, head = [*zip(others, results, strict=True)], f"against {reference.path}"
-    conclude(
-        args,
-        [{head: f"`{other.path}`", **cells(result)} for other, result in pairs],
-        notes,
-        reference={"path": str(reference.path), "protocol": reference.protocol},
-        sets=[{"path": str(other.path), "protocol": other.protocol, **result} for other, result in pairs],
-        lpips_sha256=None if perceptual is None else perceptual.sha256,
-    )
+    sets: list[dict[str, Any]] = []
+    try:
+        for other in others:
+            scores = compare_sets(reference, other, device, perceptual)
+            sets.append({"path": str(other.path), "protocol": other.protocol, **scores})
+    finally:  # what was compared is not lost where a later set is damaged
+        if sets:
+            lines = [{f"against {reference.path}": f"`{own['path']}`", **cells(own)} for own in sets]
+            about = {"path": str(reference.path), "protocol": reference.protocol}
+            sha256 = None if perceptual is None else perceptual.sha256
+            conclude(args, lines, notes, reference=about, sets=sets, lpips_sha256=sha256)

@@ -82,6 +82,14 @@ def test_unlike_sets_are_refused(sampled, capsys, tmp_path):
     assert code(main, "fidelity", sampled("uncached"), tmp_path / "images") == 0
 
 
+def test_what_was_compared_is_kept_where_a_later_set_is_damaged(capsys, tmp_path):
+    a, b, out = plain(tmp_path / "a"), plain(tmp_path / "b"), tmp_path / "result.json"
+    (b / "3.png").write_bytes((b / "3.png").read_bytes()[:-40])
+    assert code(main, "fidelity", a, a, b, "--out", out) == 2
+    assert [own["path"] for own in json.loads(out.read_text())["sets"]] == [str(a)]
+    assert "3.png cannot be read" in capsys.readouterr().err
+
+
 # -------------------------------------------------------------------------------------------------------- LPIPS
 
 
