@@ -9,6 +9,7 @@ import pytest
 import torch
 import torchvision
 from commands import code, one_line, printed
+from images import pictures
 from PIL import Image
 
 import pipeline
@@ -53,7 +54,7 @@ def test_sets_are_scored_as_their_images(sampled, capsys, tmp_path, monkeypatch)
 
 def plain(path, count=4, size=16, first=0, **arrays):
     """A folder of images 0.png, 1.png, ..., or with labels an .npz."""
-    images = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+    images = pictures(count, size)
     if arrays:
         np.savez(path.with_suffix(".npz"), arr_0=images, **arrays)
         return path.with_suffix(".npz")
