@@ -107,10 +107,8 @@ def measure(
                 peaks[kind] = max(peaks[kind], torch.cuda.max_memory_allocated(pipe.device))
             if kind in peaks:
                 progress.update()
-    found = {
-        kind: dict(zip(QUANTILES, np.percentile(own, (50, 10, 90)).tolist(), strict=True))
-        for kind, own in seconds.items()
-    }
+    shares = {kind: np.percentile(own, (50, 10, 90)).tolist() for kind, own in seconds.items()}
+    found = {kind: dict(zip(QUANTILES, own, strict=True)) for kind, own in shares.items()}
     return {
         "batch_size": batch,
         "seconds": {kind: {**own, "all": seconds[kind]} for kind, own in found.items()},
