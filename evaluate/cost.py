@@ -34,7 +34,7 @@ import torch
 
 import pipeline
 from adacorr import AdaCorrection, CacheManager
-from adacorr.command import number, timed, writable
+from adacorr.command import Failure, number, timed, writable
 from adacorr.compiled import compile_blocks
 from adacorr.corrected_run import CorrectedRun
 from adacorr.policy_run import PolicyRun
@@ -200,12 +200,16 @@ def run(args: argparse.Namespace) -> None:
     protocol |= {"compile": args.compile, "device": str(pipe.device), "checkpoint_sha256": pipe.checkpoint.sha256}
     records: list[dict[str, Any]] = []
     runs = len(args.batch_size) * len(KINDS) * (len(WARM_UPS) + args.repeats)
-    with Progress(runs, "run", "cost", line=say) as progress:
-        for batch in args.batch_size:
-            records.append(measure(pipe, cache, batch, args.seed, args.repeats, progress))
-            if records[-1]["speedup"] < 1:
-                notes.append(f"At batch {batch} the cached run is slower: its own work eats the gain.")
-            shown = columns_of([*map(cells, records)])
-            # After each batch size: a run that is stopped keeps those before.
-            write_result(args, table=shown, notes=notes, protocol=protocol, rows=records)
-    print(table(**shown), "", *notes, sep="\n")
+    try:
+        with Progress(runs, "run", "cost", line=say) as progress:
+            for batch in args.batch_size:
+                records.append(measure(pipe, cache, batch, args.seed, args.repeats, progress))
+                if records[-1]["speedup"] < 1:
+                    notes.append(f"At batch {batch} the cached run is slower: its own work eats the gain.")
+                shown = columns_of([*map(cells, records)])
+                write_result(args, table=shown, notes=notes, protocol=protocol, rows=records)
+    except torch.OutOfMemoryError as error:
+        raise Failure(f"--batch-size {batch} does not fit the device's memory: leave it out") from error
+    finally:  # the batches before it are not lost
+        if records:
+            print(table(**columns_of([*map(cells, records)])), "", *notes, sep="\n")

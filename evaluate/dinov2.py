@@ -54,6 +54,8 @@ class DinoV2:
             net = timm.create_model(model, pretrained=weights is None, num_classes=0)
         except RuntimeError as error:
             raise ValueError(f"--features dinov2: timm cannot make {model}: {error}") from error
+        if not isinstance(getattr(net, "pos_embed", None), Tensor):
+            raise ValueError(f"--features dinov2:{model}: timm's {model} is no vision transformer with positions")
         if weights is not None:
             checkpoint = load_checkpoint(weights)
             try:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from evaluate.features import WEIGHTS, extract, load_features
+from runtime import allow_tf32
 
 NAMES = ("inception", "dinov2", "cifar10")
 
@@ -62,6 +63,7 @@ def add_features_flags(parser: argparse._ActionsContainer) -> None:
 
 def network_of(args: argparse.Namespace, image_size: int, device: torch.device | str) -> Network:
     """The network of `add_features_flags` for images of a size, in pixels."""
+    allow_tf32(False)  # rounded products would make the numbers depend on the GPU
     name = args.features or ("cifar10" if image_size == 32 else "inception")
     return load_network(name, args.weights, device, offline=args.offline)
 

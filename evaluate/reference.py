@@ -25,7 +25,7 @@ from evaluate.frechet import Moments
 from evaluate.imagesets import ImageSet, npz_arrays, open_images
 from evaluate.networks import Network, add_features_flags, network_of
 from evaluate.results import VERSION, differing
-from runtime import Progress, allow_tf32, find_device, say
+from runtime import Progress, find_device, say
 
 PUBLISHED = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"
 REFERENCES = {  # ADM's, by name: address and first digits of the sha256, as far as it is known
@@ -154,7 +154,6 @@ def add_network_flags(parser: argparse.ArgumentParser) -> None:
 
 def network_for(args: argparse.Namespace, images: ImageSet) -> Network:
     """The network of `add_network_flags` for images like these."""
-    allow_tf32(False)  # rounded products would make the numbers depend on the GPU
     return network_of(args, min(images.size), find_device(args.device))
 
 

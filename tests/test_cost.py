@@ -118,6 +118,23 @@ def test_the_command_writes_what_it_prints(tiny32, tmp_path, monkeypatch, capsys
     assert [row["batch_size"] for row in content["rows"]] == [1, 3]
 
 
+def test_a_batch_that_does_not_fit_loses_no_other(tiny32, tmp_path, monkeypatch, capsys):
+    def run(pipe, cache, batch, *others):
+        if batch > 1:
+            raise torch.OutOfMemoryError("of the test")
+        return measure(pipe, cache, batch, *others)
+
+    measure = cost.measure
+    monkeypatch.setattr(cost, "measure", run)
+    out = tmp_path / "cost.json"
+    given = f"cost --cache interval --repeats 1 --batch-size 1 64 --device cpu --ckpt {tiny32} --out {out}"
+    assert main(given.split()) == 1
+    out_text, err = capsys.readouterr()
+    assert "--batch-size 64 does not fit" in err
+    assert out_text.splitlines()[2].startswith("| 1 |")
+    assert len(json.loads(out.read_text())["rows"]) == 1
+
+
 @pytest.mark.gpu
 def test_peak_memory(tiny32, tmp_path):
     out = tmp_path / "cost.json"

@@ -186,6 +186,7 @@ def test_weights_of_others_are_refused(tmp_path, monkeypatch):
         ("inception", "y.pth", "a web page"),
         (model, "x.pth", "another network than timm's"),
         ("dinov2:none", "x.pth", "timm cannot make none"),
+        ("dinov2:resnet18", "x.pth", "timm's resnet18 is no vision transformer"),
         ("incepton", "x.pth", "--features incepton is unknown: choose one of inception, dinov2, cifar10"),
         ("cifar10:x", "x.pth", "is unknown"),
     ):
