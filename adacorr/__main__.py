@@ -11,24 +11,24 @@ from collections.abc import Sequence
 from dataclasses import Field, fields
 
 from adacorr.command import Parser, run_command
-from adacorr.correct import ALIASES, AdaCorrection, Algorithm1
+from adacorr.correct import AdaCorrection, Algorithm1
 from adacorr.policies import policies
-from adacorr.spec import allowed, spell_value
+from adacorr.spec import allowed, key_of, spell_value
 
-CORRECTIONS = {"adacorr": ("--adacorr", AdaCorrection, "step"), "literal": ("--adacorr literal", Algorithm1, "block")}
+CORRECTIONS = {"adacorr": ("--adacorr", AdaCorrection), "literal": ("--adacorr literal", Algorithm1)}
 
 
-def methods() -> dict[str, tuple[str, type, str]]:
-    """Name -> (how it is asked for, its class, what one decision covers), of every policy and both corrections."""
-    return {name: (f"--cache {name}", kind, kind.granularity) for name, kind in policies().items()} | CORRECTIONS
+def methods() -> dict[str, tuple[str, type]]:
+    """Name -> (how it is asked for, its class), of every policy and both corrections."""
+    return {name: (f"--cache {name}", kind) for name, kind in policies().items()} | CORRECTIONS
 
 
 def listing() -> str:
     """A paragraph for each method: how it decides, where it comes from, what it does, and a line for each option."""
     paragraphs = []
-    for flag, kind, granularity in methods().values():
+    for flag, kind in methods().values():
         calibration = "profile" if kind is AdaCorrection or getattr(kind, "calibration", None) else "none"
-        lines = [f"{flag}  (granularity: {granularity}; calibration: {calibration})"]
+        lines = [f"{flag}  (granularity: {kind.granularity}; calibration: {calibration})"]
         lines += ["    " + doc.partition("\n")[0] for doc in docstrings(kind)]
         lines += options(kind)
         paragraphs.append("\n".join(lines))
@@ -52,8 +52,7 @@ def docstrings(kind: type) -> list[str]:
 
 def assignment(option: Field) -> str:
     """KEY=DEFAULT, as it is written on the command line."""
-    key = {field: alias for alias, field in ALIASES.items()}.get(option.name, option.name)
-    return f"{key}={spell_value(option.default)}"
+    return f"{key_of(option)}={spell_value(option.default)}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = parser.add_subparsers(required=True, dest="command").add_parser("methods", help="list the methods")
     command.add_argument("name", metavar="NAME", nargs="?", choices=methods(), help="print all about this one")
     name = parser.parse_args(argv).name
-    text = listing() if name is None else about(*methods()[name][:2])
+    text = listing() if name is None else about(*methods()[name])
     return run_command("adacorr", lambda: sys.stdout.writelines([text, "\n"]))
 
 

@@ -10,7 +10,6 @@ profile of the model the steps come from its schedules (`ScheduleClock`), and of
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -32,6 +31,7 @@ COARSE_SCALE = 10.0
 # Intervals shrink in quanta of this share of the typical one. Images decide alone, yet those of like difficulty keep
 # computing in the same steps, and a batch runs in a few large calls instead of many small ones.
 INTERVAL_QUANTUM = 0.5
+LEAST_SCALE = 0.5  # no interval is under this share of the typical one; none is over it
 
 # Error of the final state, in shares of its contrast, that a run with a profile is to leave at gamma 1.
 ERROR = 0.0225
@@ -89,17 +89,6 @@ def scale_to_count(interval: Interval, start: float, end: float, strides: float)
     return float(np.sqrt(low * high))
 
 
-@dataclass(frozen=True)
-class RefreshRule:
-    """How offsets shrink the intervals between the computed steps of one kind."""
-
-    tolerance: float  # offset at which an interval was right
-    warmup: int  # computed steps before offsets count: they are measured on forecasts of lower order
-    most_growth: float = 1.2  # a computed step lets intervals grow back by at most this factor
-    most_shrinking: float = 0.7  # and shrinks them by at most this one
-    min_scale: float = 0.5  # no interval is under this share of the typical one; none is over it
-
-
 class RefreshClock:
     """Per image: the newest computed step, and the step at which the next one is due, as indices in sampling order.
 
@@ -111,7 +100,7 @@ class RefreshClock:
         self.timesteps, self.clock, self.closing = timesteps, clock, closing
         # A computation in the very last step corrects nothing after it; the one before it closes the forecast.
         self.last = closing_step(timesteps)
-        self.interval_scale = np.ones(images)
+        self.stride = np.ones(images)  # typical intervals from a computed step to the next
         self.count = np.zeros(images, dtype=np.int64)  # computed steps so far
         self.newest = np.full(images, -1)
         self.due = np.zeros(images, dtype=np.int64)
@@ -139,23 +128,15 @@ class RefreshClock:
         nonfinite = (self.count[images] > 0) & ~np.isfinite(score)
         early = self.due[images] > step  # asked for by a policy, before it was due
         self.position[images] = np.where(early | (self.count[images] == 0), self.clock[step], self.position[images])
-        self._learn(images, np.where(nonfinite, np.nan, score))
         self.count[images] += 1
         self.due[images] = np.where(nonfinite, step + 1, self._due(images, step))
         self.position[images[nonfinite]] = self.clock[min(step + 1, len(self.clock) - 1)]
         self.newest[images] = step
         self.nonfinite[images] = nonfinite
 
-    def _learn(self, images: np.ndarray, score: np.ndarray) -> None:
-        """Take in the offsets (m,) at the end of the last interval."""
-
-    def _stride(self, images: np.ndarray) -> np.ndarray:
-        """(m,): typical intervals from a computed step to the next."""
-        return INTERVAL_QUANTUM * np.maximum(np.round(self.interval_scale[images] / INTERVAL_QUANTUM), 1.0)
-
     def _due(self, images: np.ndarray, step: int) -> np.ndarray:
         """(m,): the step nearest to the next position, and after this one; len(timesteps) for never."""
-        steps, stride = len(self.clock), self._stride(images)
+        steps, stride = len(self.clock), self.stride[images]
         position = self.position[images] + stride
         due = np.abs(self.clock - position[:, None]).argmin(axis=1)
         # Intervals under a step: the very next one, and the clock goes on from there.
@@ -172,21 +153,36 @@ class RefreshClock:
 class AdaptiveClock(RefreshClock):
     """Typical intervals times gamma ** (-1 / POWER), since gamma multiplies the offset.
 
-    Offsets above the tolerance shrink the intervals to come, offsets below it let them grow back, image by image.
+    Offsets above the tolerance shrink the intervals to come, offsets below it let them grow back, image by image; one
+    interval to the next by no more than the factors `change`. Those of the first `warmup` computed steps do not count:
+    they are measured on forecasts of lower order.
     """
 
-    def __init__(self, timesteps, interval: Interval, images: int, *, gamma: float, rule: RefreshRule, closing=True):
+    def __init__(
+        self,
+        timesteps,
+        interval: Interval,
+        images: int,
+        *,
+        gamma: float,
+        tolerance: float,
+        warmup: int,
+        change: tuple[float, float] = (0.7, 1.2),
+        closing=True,
+    ):
         gamma = max(gamma, 1e-6)
         clock = count_intervals(timesteps, interval, scale=gamma ** (-1.0 / POWER))
         super().__init__(timesteps, clock, images, closing)
-        self.rule = rule
-        self.tolerance = rule.tolerance / gamma
+        self.tolerance, self.warmup, self.change = tolerance / gamma, warmup, change
+        self.scale = np.ones(images)  # of the intervals to come
 
-    def _learn(self, images: np.ndarray, score: np.ndarray) -> None:
-        rule, counts = self.rule, (self.count[images] >= self.rule.warmup) & ~np.isnan(score)
+    def restart(self, images: np.ndarray, step: int, score: np.ndarray) -> None:
+        counts = (self.count[images] >= self.warmup) & np.isfinite(score)
         factor = (self.tolerance / np.maximum(np.where(counts, score, self.tolerance), 1e-12)) ** (1.0 / POWER)
-        scale = self.interval_scale[images] * np.clip(factor, rule.most_shrinking, rule.most_growth)
-        self.interval_scale[images] = np.clip(scale, rule.min_scale, 1.0)
+        scale = np.clip(self.scale[images] * np.clip(factor, *self.change), LEAST_SCALE, 1.0)
+        self.scale[images] = scale
+        self.stride[images] = INTERVAL_QUANTUM * np.maximum(np.round(scale / INTERVAL_QUANTUM), 1.0)
+        super().restart(images, step, score)
 
 
 class BudgetClock(RefreshClock):
@@ -200,10 +196,8 @@ class BudgetClock(RefreshClock):
         super().__init__(timesteps, count_intervals(timesteps, interval, scale), images, closing)
         self.left = np.full(images, min(count, len(timesteps)))
 
-    def _learn(self, images: np.ndarray, score: np.ndarray) -> None:
-        self.left[images] -= 1
-
     def _due(self, images: np.ndarray, step: int) -> np.ndarray:
+        self.left[images] -= 1
         left, steps = self.left[images], len(self.clock)
         due = super()._due(images, step)
         # As many steps as are left to compute leave no choice, and a clock that closes keeps one for the end.
@@ -295,21 +289,20 @@ class Controller:
             self.difference_clock = ScheduleClock(timesteps, images, refreshes)
             return
         start, end = timesteps[0], timesteps[closing_step(timesteps)]
+        typical = partial(typical_interval, start=start, end=end)
         # The guidance difference is smooth: far wider intervals, the narrower the more guidance amplifies its error.
         wide = DIFFERENCE_INTERVAL * min(1.0, (0.5 / max(self.guidance_error, 0.1)) ** (1.0 / 3.0))
         if correction.budget is None:
-            rules = (
-                RefreshRule(correction.tolerance, warmup=correction.order + 1),
-                RefreshRule(correction.difference_tolerance, 1, 1.0, most_shrinking=0.6),
-            )
-            kind, options = AdaptiveClock, [{"gamma": correction.gamma, "rule": own} for own in rules]
+            make = partial(AdaptiveClock, timesteps, images=images, gamma=correction.gamma)
+            own = {"tolerance": correction.tolerance, "warmup": correction.order + 1}
+            difference = {"tolerance": correction.difference_tolerance, "warmup": 1, "change": (0.6, 1.0)}
         else:
+            make = partial(BudgetClock, timesteps, images=images)
             error = self.guidance_error if self.infers else None
             counts = split_budget(correction.budget - spent, len(timesteps), halves, error)
-            kind, options = BudgetClock, [{"count": count} for count in counts]
-        typical = partial(typical_interval, start=start, end=end)
-        self.clock = kind(timesteps, typical, images, **options[0])
-        self.difference_clock = kind(timesteps, lambda t: wide, images, **options[1], closing=False)
+            own, difference = ({"count": count} for count in counts)
+        self.clock = make(interval=typical, **own)
+        self.difference_clock = make(interval=lambda t: wide, **difference, closing=False)
 
     @property
     def nonfinite(self) -> np.ndarray:

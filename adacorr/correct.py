@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from adacorr.offset import SCORE_FORMS
-from adacorr.spec import build, check_options, option, parse_options, spell_value
-
-ALIASES = {"lambda": "spatial_weight"}
+from adacorr.spec import build, check_options, option, parse_options, parse_spec, spell_value
 
 # Options of AdaCorrection that have a meaning without a profile of the model only.
 POLYNOMIAL = ("order", "difference", "rewind", "gate_error", "tolerance", "difference_tolerance")
@@ -36,12 +34,14 @@ class Algorithm1:
     the authors' README. It saves nothing and is here to show what the formulas do.
     """
 
+    name, granularity = "literal", "block"
+
     gamma: float = option(1.0, low=0, high=1e6)
-    spatial_weight: float = option(1.0, low=0, high=1e6)
+    spatial_weight: float = option(1.0, low=0, high=1e6, key="lambda")
     form: str = option("paper", choices=SCORE_FORMS)
 
     def __post_init__(self):
-        check_options("literal", self, ALIASES)
+        check_options(self.name, self)
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,10 @@ class AdaCorrection:
     difference_tolerance  the same for the guidance difference, on an offset weighted by |guidance - 1|
     """
 
+    name, granularity = "adacorr", "step"
+
     gamma: float = option(1.0, low=0, high=1e6)
-    spatial_weight: float = option(1.0, low=0, high=1e6)
+    spatial_weight: float = option(1.0, low=0, high=1e6, key="lambda")
     budget: float | None = option(None, low=1, high=1000)
     order: int = option(2, low=0, high=4)
     difference: bool = True
@@ -81,7 +83,7 @@ class AdaCorrection:
         return ",".join(f"{f.name}={spell_value(getattr(self, f.name))}" for f in given)
 
     def __post_init__(self):
-        check_options("adacorr", self, ALIASES)
+        check_options(self.name, self)
         if self.budget is not None and self.gamma != 1.0:
             given = f"budget={self.budget} fixes the compute, so gamma={self.gamma} has no effect"
             raise ValueError(f"adacorr: {given}; give one of the two")
@@ -90,7 +92,6 @@ class AdaCorrection:
 def parse_correction(text: str) -> AdaCorrection | Algorithm1:
     """'' or 'key=value,...' is the practical form, 'literal[:key=value,...]' the paper's; ValueError otherwise."""
     text = text.strip()
-    name, colon, rest = text.partition(":")
-    if name.strip() == "literal":
-        return build(Algorithm1, "literal", parse_options(rest, text) if colon else {}, ALIASES)
-    return build(AdaCorrection, "adacorr", parse_options(text) if text else {}, ALIASES)
+    if text.partition(":")[0].strip() == "literal":
+        return build(Algorithm1, *parse_spec(text))
+    return build(AdaCorrection, AdaCorrection.name, parse_options(text) if text else {})

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from adacorr.control import Controller, infers_unconditional
-from adacorr.correct import ALIASES, AdaCorrection, Algorithm1, parse_correction
+from adacorr.correct import AdaCorrection, Algorithm1, parse_correction
 from adacorr.corrected_run import CorrectedRun
 from adacorr.gates import GateBasis, conditions, distinct, fit_gate_basis, known_gate_basis, null_condition
 from adacorr.injected_noise import renewed
@@ -93,17 +93,16 @@ class CacheManager:
     @property
     def name(self) -> str:
         """Method and form in a few words: "teacache", "adacorr", "teacache + adacorr", "literal"."""
-        form = {"NoneType": [], "Algorithm1": ["literal"], "AdaCorrection": ["adacorr"]}[type(self.correction).__name__]
-        return " + ".join([*([] if self.policy is None else [self.policy.name]), *form])
+        return " + ".join(part.name for part in self._parts)
 
     @property
     def spec(self) -> str:
         """What --cache and --adacorr were, with defaults left out: "teacache:threshold=0.2+adacorr:gamma=2"."""
-        parts = [] if self.policy is None else [spell(self.policy.name, self.policy)]
-        if self.correction is not None:
-            name = "literal" if isinstance(self.correction, Algorithm1) else "adacorr"
-            parts.append(spell(name, self.correction, ALIASES))
-        return "+".join(parts)
+        return "+".join(spell(part.name, part) for part in self._parts)
+
+    @property
+    def _parts(self) -> list[Policy | AdaCorrection | Algorithm1]:
+        return [part for part in (self.policy, self.correction) if part is not None]
 
     def open(
         self,

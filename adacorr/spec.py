@@ -51,13 +51,13 @@ def hint(word: str, among: Iterable[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-def build(kind: type, name: str, options: dict[str, Value], aliases: dict[str, str] | None = None) -> Any:
+def build(kind: type, name: str, options: dict[str, Value]) -> Any:
     """An instance of the dataclass `kind` from the options of a spec.
 
-    Every key must be a field (or the alias in its place) and every value of the field's type: a whole number serves as
-    a float. ValueError names the key, the value and what is allowed.
+    Every key must be that of a field and every value of the field's type: a whole number serves as a float. ValueError
+    names the key, the value and what is allowed.
     """
-    known, hints, arguments = _options(kind, aliases), get_type_hints(kind), {}  # resolves quoted types, too
+    known, hints, arguments = _options(kind), get_type_hints(kind), {}  # resolves quoted types, too
     for key, value in options.items():
         if key not in known:
             choices = ", ".join(sorted(known)) or "none"
@@ -69,9 +69,9 @@ def build(kind: type, name: str, options: dict[str, Value], aliases: dict[str, s
     return kind(**arguments)
 
 
-def spell(name: str, part: Any, aliases: dict[str, str] | None = None) -> str:
+def spell(name: str, part: Any) -> str:
     """The shortest spec that builds `part`, a dataclass: its name and the options that are not the default."""
-    values = {key: (getattr(part, f.name), f.default) for key, f in _options(part, aliases).items()}
+    values = {key: (getattr(part, f.name), f.default) for key, f in _options(part).items()}
     text = ",".join(f"{key}={spell_value(value)}" for key, (value, default) in values.items() if value != default)
     return f"{name}:{text}" if text else name
 
@@ -83,12 +83,15 @@ def spell_value(value: Value) -> str:
     return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
 
 
-def option(default: Value, *, low=None, high=None, above=None, choices: tuple[Value, ...] | None = None) -> Any:
+def option(
+    default: Value, *, low=None, high=None, above=None, choices: tuple[Value, ...] | None = None, key: str | None = None
+) -> Any:
     """A dataclass field that is an option: low <= value <= high, value > above, or one of `choices`.
 
     `check_options` holds the values to it. None, where an option's type has it, is outside of every range and allowed.
+    `key` is what a spec calls the option, if not by the field's name.
     """
-    return field(default=default, metadata={"low": low, "high": high, "above": above, "choices": choices})
+    return field(default=default, metadata={"low": low, "high": high, "above": above, "choices": choices, "key": key})
 
 
 def allowed(option: Field) -> str:
@@ -102,9 +105,9 @@ def allowed(option: Field) -> str:
     return " and ".join(f"{word} {limit:g}" for word, limit in words.items() if limit is not None)
 
 
-def check_options(name: str, part: Any, aliases: dict[str, str] | None = None) -> None:
+def check_options(name: str, part: Any) -> None:
     """ValueError for the first option of a dataclass that is out of its range, with value and range; nan always is."""
-    for key, f in _options(part, aliases).items():
+    for key, f in _options(part).items():
         value, limits = getattr(part, f.name), f.metadata
         if limits.get("choices"):
             good, verb = value in limits["choices"], "be one of"
@@ -120,10 +123,14 @@ def check_options(name: str, part: Any, aliases: dict[str, str] | None = None) -
             raise ValueError(f"{name}: {key}={value!r} must {verb} {allowed(f)}")
 
 
-def _options(kind: Any, aliases: dict[str, str] | None) -> dict[str, Field]:
-    """The fields that are options, by their alias or name."""
-    names = {field: alias for alias, field in (aliases or {}).items()}
-    return {names.get(f.name, f.name): f for f in fields(kind) if f.init}
+def key_of(option: Field) -> str:
+    """What an option is called in a spec."""
+    return option.metadata.get("key") or option.name
+
+
+def _options(kind: Any) -> dict[str, Field]:
+    """The fields that are options, by their keys."""
+    return {key_of(f): f for f in fields(kind) if f.init}
 
 
 def _typed(name: str, key: str, value: Value, hint: Any) -> Value:

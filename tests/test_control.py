@@ -10,7 +10,6 @@ from adacorr.control import (
     AdaptiveClock,
     BudgetClock,
     Controller,
-    RefreshRule,
     ScheduleClock,
     amplification,
     closing_step,
@@ -38,9 +37,8 @@ def walk(clock, offset, images=1):
     return ran
 
 
-def refresh_clock(steps=200, gamma=1.0, images=1, warmup=1, **options):
-    rule = RefreshRule(tolerance=0.1, warmup=warmup, **options)
-    return AdaptiveClock(grid(steps), lambda t: 60.0, images, gamma=gamma, rule=rule)
+def refresh_clock(steps=200, gamma=1.0, images=1, warmup=1):
+    return AdaptiveClock(grid(steps), lambda t: 60.0, images, gamma=gamma, tolerance=0.1, warmup=warmup)
 
 
 def test_amplification_is_that_of_coarse_gaussian_data():
@@ -195,7 +193,7 @@ def test_a_clock_without_an_offset_is_due_at_once_and_goes_on_from_there(score):
     clock.restart(np.array([0, 1]), 12, np.array([0.1, score]))
     assert clock.nonfinite.tolist() == [False, True]
     assert clock.due.tolist() == [24, 13]
-    assert clock.interval_scale.tolist() == [1, 1]  # nothing was learned
+    assert clock.scale.tolist() == [1, 1]  # nothing was learned
     clock.restart(np.array([1]), 13, np.array([0.1]))
     assert not clock.nonfinite.any()
     assert clock.due.tolist() == [24, 25]
