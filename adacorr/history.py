@@ -9,7 +9,7 @@ steps.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,11 +21,9 @@ def lagrange_weights(nodes: np.ndarray, at: np.ndarray, order: int) -> np.ndarra
     """Weights of the newest `order + 1` nodes in the polynomial through them, at the positions `at` (s,) or (n, s).
 
     nodes (n, K), newest first, nan where a row has fewer. Returns (n, s, order + 1); a row with fewer nodes uses a
-    lower order and has zeros after them. Raises ValueError for a row without a node.
+    lower order and has zeros after them.
     """
     nodes = np.asarray(nodes, dtype=np.float64)[:, : order + 1]
-    if np.isnan(nodes[:, 0]).any():
-        raise ValueError("forecast from an empty history: compute the first step of every image before reusing")
     at = np.asarray(at, dtype=np.float64)
     valid = ~np.isnan(nodes)
     # Two nodes at one timestep (fine log-SNR grids round so) say the same; the newer one counts.
@@ -45,7 +43,7 @@ def lagrange_weights(nodes: np.ndarray, at: np.ndarray, order: int) -> np.ndarra
 
 
 def taylor_weights(nodes: np.ndarray, at: np.ndarray, order: int) -> np.ndarray:
-    """The same from TaylorSeer's difference quotients (arXiv 2503.06923): shapes and errors of `lagrange_weights`.
+    """The same from TaylorSeer's difference quotients (arXiv 2503.06923); shapes of `lagrange_weights`.
 
     Each computed step makes the derivative of order j + 1 from the derivatives of order j of itself and the one before,
     over the newest gap, and the forecast sums derivative * k ** j / j!. Equal to the polynomial at order 1; from
@@ -65,10 +63,8 @@ def hermite_weights(nodes: np.ndarray, at: np.ndarray, order: int, sigma: float 
 def difference_weights(
     nodes: np.ndarray, at: np.ndarray, order: int, basis: Callable[[np.ndarray, int], np.ndarray]
 ) -> np.ndarray:
-    """Weights of the nodes in the sum of derivative * basis(k, j) / j!; shapes and errors of `lagrange_weights`."""
+    """Weights of the nodes in the sum of derivative * basis(k, j) / j!; shapes of `lagrange_weights`."""
     nodes = np.asarray(nodes, dtype=np.float64)[:, : order + 1]
-    if np.isnan(nodes[:, 0]).any():
-        raise ValueError("forecast from an empty history: compute the first step of every image before reusing")
     (n, count), at = nodes.shape, np.asarray(at, dtype=np.float64)
     way = at - nodes[:, :1]  # (n, s)
     # Derivatives as weights of the nodes: derivative[i, j] is that made at node j, in terms of all nodes.
@@ -93,19 +89,15 @@ Rule = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class Polynomial:
-    """The polynomial through the newest order + 1 kept steps, over positions (S,) in time. `kind`: a key of WEIGHTS.
-
-    options: further arguments of its weights, by name
-    """
+    """The polynomial through the newest order + 1 kept steps, over positions (S,) in time; `weights` as in WEIGHTS."""
 
     positions: np.ndarray
     order: int
-    kind: str = "lagrange"
-    options: dict[str, float] = field(default_factory=dict)
+    weights: Callable[[np.ndarray, np.ndarray, int], np.ndarray] = lagrange_weights
 
     def __call__(self, kept: np.ndarray, at: np.ndarray) -> np.ndarray:
         nodes = np.where(kept < 0, np.nan, self.positions[kept])
-        used = WEIGHTS[self.kind](nodes, self.positions[at], self.order, **self.options)
+        used = self.weights(nodes, self.positions[at], self.order)
         return np.pad(used, ((0, 0), (0, 0), (0, kept.shape[1] - used.shape[2])))
 
 
@@ -142,12 +134,6 @@ class History:
         self.steps[images, slots] = step
         self.count[images] += 1
 
-    def replace_newest(self, images: np.ndarray, values: Tensor) -> None:
-        """Put other values (n, E, T, D) in the place of the newest computed step of `images` (n,)."""
-        rows, slots = torch.from_numpy(images), torch.from_numpy(self.slot(images, 0)[:, 0])
-        for stored, new in self._parts(values):
-            stored[rows, slots] = new
-
     def _parts(self, values: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Pairs of a stored tensor (n, K, ...) and what goes into it (m, ...), for new values (m, E, T, D)."""
         stored = self.values.unflatten(-1, self.shape)
@@ -173,7 +159,12 @@ class History:
         return (self.count[images, None] - 1 - np.atleast_1d(k)) % self.steps.shape[1]
 
     def weights(self, images: np.ndarray, at: np.ndarray, rule: Rule) -> np.ndarray:
-        """Forecast weights (m, s, K) in slot order for `images` (m,) at steps `at` (s,)."""
+        """Forecast weights (m, s, K) in slot order for `images` (m,) at steps `at` (s,).
+
+        Raises ValueError for an image without a step.
+        """
+        if not self.count[images].all():
+            raise ValueError("forecast from an empty history: compute the first step of every image before reusing")
         slots = self.slot(images, np.arange(self.steps.shape[1]))
         newest_first = np.take_along_axis(self.steps[images], slots, axis=1)
         used = rule(newest_first, at)

@@ -101,7 +101,8 @@ class InjectedNoise:
         """
         self.amount = self.amount.index_copy(0, torch.from_numpy(images).to(amount.device), amount)
         computed = amount - self._filter(self._inverse[step], torch.fft.rfft2(change))
-        self.history.replace_newest(images, _as_entry(computed))
+        self.history.count[images] -= 1  # it takes the place of what was stored
+        self.history.push(images, step, _as_entry(computed))
 
     def answer(self, step: int, images: np.ndarray, amount: Tensor, weights: np.ndarray) -> Tensor:
         """(m, C, H, W) to add to the output of a forecast step for `images` (m,), whose noise is `amount` (m, ...).

@@ -7,6 +7,7 @@ calls, and `pipeline.sample_latents` is the whole loop.
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from adacorr.control import Controller, infers_unconditional
 from adacorr.correct import AdaCorrection, Algorithm1, parse_correction
 from adacorr.corrected_run import CorrectedRun
 from adacorr.gates import GateBasis, conditions, distinct, fit_gate_basis, known_gate_basis, null_condition
+from adacorr.history import WEIGHTS, History, Polynomial, Rule
 from adacorr.injected_noise import renewed
 from adacorr.literal import Algorithm1Run
 from adacorr.model import CachedModel
@@ -29,7 +31,7 @@ from adacorr.run import CachedRun
 from adacorr.spec import spell
 from adacorr.stack_profile import METHOD as STACK
 from adacorr.stack_profile import StackProfile
-from adacorr.store import GateSumStore, StoreShape, Track, UnitStore, ValueStore
+from adacorr.store import GateSumStore, Track, UnitStore, ValueStore
 from adacorr.trace import Trace
 from adacorr.unit import Unit
 
@@ -221,11 +223,8 @@ class _Stores:
         trace: Trace,
         dtype: torch.dtype,
     ):
-        self.model, self.trace = model, trace
+        self.model, self.info, self.trace, self.dtype = model, info, trace, dtype
         self.timesteps = timesteps.to(info.device)
-        self.shape = StoreShape(
-            info.images, trace.halves, (info.tokens, info.width), info.timesteps, info.device, dtype
-        )
         self.index = np.zeros(trace.images, dtype=np.int64)  # of each image's label among the run's labels
         self.unique: Tensor | None = None
         if labels is not None:
@@ -250,14 +249,25 @@ class _Stores:
 
     def _tracks(self, entries: int, predictor: Predictor, profile: StackProfile | None) -> list[Track]:
         """One for each half."""
-        kinds, at = KINDS[: self.trace.halves], self.shape.timesteps
-        if profile is None:
-            return [self.shape.polynomial(entries, predictor) for _ in kinds]
-        return [self.shape.track(entries, KEPT[kind], profile.rule(kind, at)) for kind in kinds]
+        kinds, at = KINDS[: self.trace.halves], self.info.timesteps
+        if profile is not None:
+            return [self._track(entries, KEPT[kind], profile.rule(kind, at)) for kind in kinds]
+        weights = WEIGHTS[predictor.weights]
+        if predictor.weights == "hermite":
+            weights = partial(weights, sigma=predictor.sigma)
+        # TaylorSeer's and HiCache's count in steps.
+        positions = at if predictor.weights == "lagrange" else np.arange(len(at), dtype=np.float64)
+        rule = Polynomial(positions, predictor.order, weights)
+        return [self._track(entries, predictor.order + 1, rule) for _ in kinds]
+
+    def _track(self, entries: int, kept: int, *rules: Rule, mean: Tensor | None = None) -> Track:
+        info = self.info
+        history = History(info.images, kept, entries, info.tokens, info.width, info.device, self.dtype)
+        return Track(history, rules, mean)
 
     def known(self, unit: Unit, profile: ModelProfile, renewed: np.ndarray) -> GateSumStore:
         """The store of one unit under what is known of the model; renewed (S,) see `ModelProfile.rules`."""
-        steps = self.shape.timesteps
+        steps = self.info.timesteps
         known = self.timesteps
         if not np.array_equal(steps, profile.timesteps):
             known = torch.from_numpy(profile.timesteps).to(self.timesteps)
@@ -273,9 +283,9 @@ class _Stores:
         )
         tracks = []
         for kind in KINDS[: self.trace.halves]:
-            mean = profile.mean_at(kind, steps).to(self.shape.device)
+            mean = profile.mean_at(kind, steps).to(self.info.device)
             rules = profile.rules(kind, steps, renewed)
-            tracks.append(self.shape.track(basis.rank + 1, KEPT[kind], *rules, mean=mean))
+            tracks.append(self._track(basis.rank + 1, KEPT[kind], *rules, mean=mean))
         return GateSumStore(unit, basis, self.index, tracks, self.trace.halves == 2)
 
     def _count_gates(self, rows: int) -> None:

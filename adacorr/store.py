@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from adacorr.gates import GateBasis
-from adacorr.history import History, Polynomial, Rule
+from adacorr.history import History, Rule
 from adacorr.kriging import mean_coefficients
-from adacorr.policy import Predictor
 from adacorr.run import take_rows
 from adacorr.unit import Unit
 
@@ -51,30 +50,6 @@ class ComputedRows:
     def shared(self) -> np.ndarray:
         """Positions of `uncond` within `cond`."""
         return np.searchsorted(self.cond, self.uncond)
-
-
-@dataclass(frozen=True)
-class StoreShape:
-    """The sizes that all stores of a run share: n images, guidance halves, (T, D) tokens and width, timesteps (S,)."""
-
-    images: int
-    halves: int
-    tokens: tuple[int, int]
-    timesteps: np.ndarray
-    device: torch.device
-    dtype: torch.dtype
-
-    def track(self, entries: int, kept: int, *rules: Rule, mean: Tensor | None = None) -> Track:
-        history = History(self.images, kept, entries, *self.tokens, self.device, self.dtype)
-        return Track(history, rules, mean)
-
-    def polynomial(self, entries: int, predictor: Predictor) -> Track:
-        """A track under the predictor's polynomial; TaylorSeer's and HiCache's count in steps."""
-        in_steps = predictor.weights != "lagrange"
-        positions = np.arange(len(self.timesteps), dtype=np.float64) if in_steps else self.timesteps
-        options = {"sigma": predictor.sigma} if predictor.weights == "hermite" else {}
-        rule = Polynomial(positions, predictor.order, predictor.weights, options)
-        return self.track(entries, predictor.order + 1, rule)
 
 
 @dataclass(frozen=True)
@@ -186,29 +161,34 @@ class UnitStore(ABC):
 
     def keep(self, fresh: FreshStep, step: int) -> None:
         """Store a computed step for the images that it was computed for."""
+        cond, uncond = fresh.values
         if self.difference:
-            cond, uncond = fresh.values
-            fresh.values = [cond, take_rows(cond, fresh.computed.shared) - uncond]
-        for track, images, values in zip(self.tracks, fresh.computed.halves, fresh.values, strict=False):
+            uncond = take_rows(cond, fresh.computed.shared) - uncond
+        for track, images, values in zip(self.tracks, fresh.computed.halves, (cond, uncond), strict=False):
             track.history.push(images, step, values)
 
 
-class FreshStep:
+class FreshStep(ABC):
     """What one computed step of a unit leaves to be stored, gathered while the unit runs.
 
-    `values[half]` (rows, E, T, D) once it is finished; `tap`, to be passed to each block in turn, takes the branches
-    and is None where they are not wanted.
+    `value` (rows, E, T, D) of the rows [cond; uncond] once it is finished; `tap`, to be passed to each block in turn,
+    takes the branches and is None where they are not wanted.
     """
 
     tap = None
+    value: Tensor
 
     def __init__(self, computed: ComputedRows):
         self.computed = computed
-        self.values: list[Tensor] = []
 
+    @abstractmethod
     def finish(self, x: Tensor, out: Tensor, branch: Tensor | None) -> None:
         """After the unit ran on x (rows, T, D): its output and, for a branch unit, its pre-gate output."""
-        raise NotImplementedError
+
+    @property
+    def values(self) -> tuple[Tensor, Tensor]:
+        """Of each half."""
+        return self.value.split([len(images) for images in self.computed.halves])
 
 
 def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
@@ -237,18 +217,16 @@ class ValueStore(UnitStore):
         return torch.stack([history.entries(images, slots)[:, 0] for history in histories])
 
     def collect(self, computed: ComputedRows, step: int) -> FreshValue:
-        return FreshValue(computed, len(self.tracks), self.before_gate)
+        return FreshValue(computed, self.before_gate)
 
 
 class FreshValue(FreshStep):
-    def __init__(self, computed: ComputedRows, halves: int, before_gate: bool):
+    def __init__(self, computed: ComputedRows, before_gate: bool):
         super().__init__(computed)
-        self._rows = [len(computed.cond), len(computed.uncond)][:halves]
         self._before_gate = before_gate
 
     def finish(self, x: Tensor, out: Tensor, branch: Tensor | None) -> None:
-        value = branch if self._before_gate else out - x
-        self.values = list(value.unsqueeze(1).split(self._rows))
+        self.value = (branch if self._before_gate else out - x).unsqueeze(1)
 
 
 # ------------------------------------------------------------------------------------------- sums under the gates
@@ -286,7 +264,7 @@ class FreshSums(FreshStep):
     def __init__(self, computed: ComputedRows, loadings: Tensor, gates: Tensor | None = None):
         super().__init__(computed)
         self._loadings, self._gates = loadings, gates
-        self._total: Tensor | None = None  # (rows, Q, T, D)
+        self.value: Tensor | None = None  # the sums so far
         self._pending: list[Tensor] = []
         self._branch = 0
 
@@ -297,11 +275,9 @@ class FreshSums(FreshStep):
 
     def finish(self, x: Tensor, out: Tensor, branch: Tensor | None) -> None:
         self._sum_up()
-        values, cond, rows = self._total, len(self.computed.cond), len(self._total)
         if self._gates is not None:
-            known = (self._gates.expand(rows, 1, -1) @ values.flatten(2)).view(out.shape)
-            values = torch.cat([values, (out - x - known).unsqueeze(1)], dim=1)
-        self.values = list(values.split([cond, rows - cond])) if rows > cond else [values, values[:0]]
+            known = (self._gates.expand(len(x), 1, -1) @ self.value.flatten(2)).view(out.shape)
+            self.value = torch.cat([self.value, (out - x - known).unsqueeze(1)], dim=1)
 
     def _sum_up(self) -> None:
         """Add the pending branches, under each entry's loading, to the total."""
@@ -310,7 +286,7 @@ class FreshSums(FreshStep):
         own = [branch.to(self._loadings.dtype) for branch in self._pending]
         loadings = self._loadings[self._branch : self._branch + len(own)]
         add = add_by_branch if own[0].device.type == "cpu" else add_by_channel
-        self._total = add(self._total, own, loadings)
+        self.value = add(self.value, own, loadings)
         self._branch += len(own)
         self._pending.clear()
 

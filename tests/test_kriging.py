@@ -1,7 +1,6 @@
 """The best linear forecast about a measured mean."""
 
 import numpy as np
-import pytest
 import torch
 
 from adacorr.kriging import Kriging, kriging_weights, mean_coefficients
@@ -41,8 +40,6 @@ def test_images_keep_their_own_steps():
     np.testing.assert_allclose(weights[0], [[0.5, 0.5, 0], [1, 0, 0]], atol=1e-6)
     np.testing.assert_allclose(weights[1], [[0, 0, 1], [0, 0, 1]], atol=1e-6)
     np.testing.assert_array_equal(weights[2], weights[0])
-    with pytest.raises(ValueError, match="empty history"):
-        Kriging(BROWNIAN)(np.array([[6], [-1]]), np.array([8]))
 
 
 def test_the_bias_restores_the_mean_of_what_was_added():
