@@ -33,7 +33,7 @@ class GateBasis:
     basis: Tensor
     loadings: tuple[Tensor, ...]
     error: float
-    branches: int = 2
+    branches: int
 
     @property
     def rank(self) -> int:
@@ -64,9 +64,7 @@ def fit_gate_basis(
     left = (size[:, None] - (basis.square() * scale).cumsum(dim=1)).clamp_min(0) / size[:, None]
     enough = (left.sqrt().amax(dim=0) <= tolerance).nonzero()
     basis = basis[:, : int(enough[0]) + 1 if len(enough) else None].float().to(reference.device)
-    halves = [_project(blocks, c, basis) for c in conditions]
-    loadings, errors = zip(*halves, strict=True)
-    return GateBasis(basis, loadings, max(errors), len(loadings[0]) // len(blocks))
+    return _factor(blocks, conditions, basis, basis)
 
 
 def known_gate_basis(
@@ -86,9 +84,7 @@ def known_gate_basis(
     basis = basis.double().cpu()
     directions = basis.T @ _gram(blocks, known, known, weight) @ basis
     fitted = torch.linalg.solve(directions, (_gram(blocks, reference, known, weight) @ basis).T).T
-    basis, fitted = basis.float().to(reference.device), fitted.float().to(reference.device)
-    halves = [_project(blocks, c, basis) for c in conditions]
-    return GateBasis(fitted, tuple(loadings for loadings, _ in halves), max(error for _, error in halves))
+    return _factor(blocks, conditions, *(columns.float().to(reference.device) for columns in (basis, fitted)))
 
 
 def null_condition(model: CachedModel, t: Tensor) -> Tensor:
@@ -100,12 +96,6 @@ def null_condition(model: CachedModel, t: Tensor) -> Tensor:
     return model.condition(t, torch.full(t.shape, last, device=t.device))
 
 
-def label_conditions(model: CachedModel, t: Tensor, labels: Tensor) -> Tensor:
-    """Conditioning (labels, S, D) of labels (n,) at timesteps t (S,)."""
-    c = model.condition(t.repeat(len(labels)), labels.repeat_interleave(len(t)))
-    return c.unflatten(0, (len(labels), len(t)))
-
-
 def distinct(labels: Tensor, device: torch.device) -> tuple[Tensor, np.ndarray]:
     """The distinct ones of labels (n,), on a device, and the index (n,) of each label among them."""
     unique, index = np.unique(labels.cpu().numpy(), return_inverse=True)
@@ -115,7 +105,10 @@ def distinct(labels: Tensor, device: torch.device) -> tuple[Tensor, np.ndarray]:
 def conditions(model: CachedModel, t: Tensor, labels: Tensor | None, halves: int) -> list[Tensor]:
     """Of each guidance half the conditioning (labels, S, D) at timesteps t (S,): of labels, and of the null label."""
     null = null_condition(model, t)[None]
-    return [null if labels is None else label_conditions(model, t, labels), null][:halves]
+    if labels is None:
+        return [null] * halves
+    own = model.condition(t.repeat(len(labels)), labels.repeat_interleave(len(t)))
+    return [own.unflatten(0, (len(labels), len(t))), null][:halves]
 
 
 def _gram(blocks: Sequence[nn.Module], a: Tensor, b: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -132,13 +125,20 @@ def _gram(blocks: Sequence[nn.Module], a: Tensor, b: Tensor, weight: Tensor | No
     return gram.cpu()
 
 
-def _project(blocks: Sequence[nn.Module], c: Tensor, basis: Tensor) -> tuple[Tensor, float]:
-    """c (labels, S, D) -> loadings (B, labels, Q, D) and the largest relative error over labels and steps."""
-    loadings, size, rest = [], 0.0, 0.0
-    for block in blocks:
-        for gates in block.gates(c.flatten(0, 1)):
-            gates = gates.float().view(*c.shape[:2], -1)
-            loadings.append(basis.T @ gates)
-            size = size + gates.square().sum(dim=2)
-            rest = rest + (gates - basis @ loadings[-1]).square().sum(dim=2)
-    return torch.stack(loadings), float((rest / size.clamp_min(1e-30)).max().sqrt())
+def _factor(blocks: Sequence[nn.Module], conditions: list[Tensor], columns: Tensor, basis: Tensor) -> GateBasis:
+    """Loadings from conditions[half] (labels, P, D), under which the gates are known along columns (P, Q).
+
+    basis (S, Q): the columns at the timesteps of the run.
+    """
+    halves, error = [], 0.0
+    for c in conditions:
+        loadings, size, rest = [], 0.0, 0.0
+        for block in blocks:
+            for gates in block.gates(c.flatten(0, 1)):
+                gates = gates.float().view(*c.shape[:2], -1)
+                loadings.append(columns.T @ gates)
+                size = size + gates.square().sum(dim=2)
+                rest = rest + (gates - columns @ loadings[-1]).square().sum(dim=2)
+        halves.append(torch.stack(loadings))
+        error = max(error, float((rest / size.clamp_min(1e-30)).max().sqrt()))
+    return GateBasis(basis, tuple(halves), error, len(loadings) // len(blocks))

@@ -83,14 +83,7 @@ class Trace:
             "fallbacks": self.fallbacks,
             "evaluations": self.flops / max(self.evaluation_flops, 1),
             "executed_per_step": (by_step / max(self.evaluation_flops, 1)).tolist(),
-            "score": _mean_over_images(self.score),
-            "weight": _mean_over_images(self.weight),
+            "score": np.ma.masked_invalid(self.score).mean(axis=2, dtype=np.float64).tolist(),
+            "weight": np.ma.masked_invalid(self.weight).mean(axis=2, dtype=np.float64).tolist(),
             "computed_steps": [[self.computed_steps(i, h) for h in range(self.halves)] for i in range(self.images)],
         }
-
-
-def _mean_over_images(values: np.ndarray) -> list[list[float | None]]:
-    known = np.isfinite(values)
-    total = np.where(known, values, 0.0).sum(axis=2, dtype=np.float64)
-    count = known.sum(axis=2)
-    return [[float(t / c) if c else None for t, c in zip(*row, strict=True)] for row in zip(total, count, strict=True)]
