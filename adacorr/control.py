@@ -194,7 +194,7 @@ class BudgetClock(RefreshClock):
         strides = max(count - (1.0 if closing else 0.5), 0.5)
         scale = scale_to_count(interval, timesteps[0], end, strides)
         super().__init__(timesteps, count_intervals(timesteps, interval, scale), images, closing)
-        self.left = np.full(images, min(count, len(timesteps)))
+        self.left = np.full(images, count)
 
     def _due(self, images: np.ndarray, step: int) -> np.ndarray:
         self.left[images] -= 1

@@ -179,8 +179,7 @@ class CacheManager:
         stores = _Stores(model, labels, timesteps, info, trace, self.dtype)
         if self.correction is None:
             return PolicyRun(policy, info, trace, stores.make)
-        difference, whole = infers_unconditional(self.correction, trace.halves), Unit(0, info.depth)
-        noise = injected = None
+        whole, noise, injected = Unit(0, info.depth), None, None
         if self.profile is not None:
             # A model is measured under DDIM, whatever it is sampled with.
             sampler = "ddim" if isinstance(self._known, ModelProfile) else info.sampler
@@ -189,7 +188,7 @@ class CacheManager:
                 raise ValueError(f"adacorr: the profile of the model does not fit this run ({why}); make one for it")
         if not isinstance(self._known, ModelProfile):
             predictor = Predictor("branches", self.correction.order, self.correction.gate_error)
-            store = stores.make(whole, predictor, difference, self._known)
+            store = stores.make(whole, predictor, info.visible_halves < trace.halves, self._known)
         else:
             injected = renewed(alpha_bar, eta)
             store = stores.known(whole, self._known, injected)
@@ -197,17 +196,8 @@ class CacheManager:
                 size = model.in_channels, model.input_size, model.input_size
                 noise = self._known.noise(info.timesteps, alpha_bar, info.images, size, info.device)
         spent = trace.extra_flops / trace.evaluation_flops
-        controller = Controller(
-            self.correction,
-            info.timesteps,
-            alpha_bar,
-            info.images,
-            trace.halves,
-            info.cfg_scale,
-            spent,
-            self._known,
-            injected if eta else None,
-        )
+        run = info.timesteps, alpha_bar, info.images, trace.halves, info.cfg_scale
+        controller = Controller(self.correction, *run, spent, self._known, injected if eta else None)
         return CorrectedRun(policy, self.correction, controller, info, trace, store, rewindable, noise)
 
 

@@ -175,11 +175,6 @@ def test_a_budget_of_steps_is_met_exactly_and_closes(steps):
         assert one[-1] in (closing_step(t), steps - 1)
 
 
-def test_a_budget_above_all_steps_computes_every_step():
-    clock = BudgetClock(grid(10), lambda at: 60.0, 1, count=25)
-    assert walk(clock, 0.1) == [list(range(10))]
-
-
 # ------------------------------------------------------------------------------- offsets that are not finite
 
 

@@ -10,7 +10,6 @@ from toy import (
     Scheduled,
     Twin,
     apply_gates,
-    forced,
     forecast,
     guided,
     known_model,
@@ -113,16 +112,6 @@ def test_forecasts_equal_those_of_every_branch_with_exact_gates(model, order):
     out = sample(model, steps=20, cache=scheduled(steps, branches(order)))
     near(out, sample_with(Twin("branches", steps, times(20), order), model, steps=20), rel=1e-4)
     apart(out, sample_with(Twin("branches", steps, times(20), order - 1), model, steps=20))
-
-
-@pytest.mark.parametrize("order", [1, 2])
-def test_polynomial_branches_are_forecast_exactly(order):
-    model, steps = timed_dit(degree=order), (0, 2, 3, 7)
-    cached, plain = forced(model, scheduled(steps, branches(order)), steps=16)
-    near(cached[3 + order - 1 :], plain[3 + order - 1 :], rel=1e-4)  # as soon as order + 1 steps were computed
-    apart(cached[1], plain[1])
-    cached, plain = forced(model, scheduled(steps, branches(order - 1)), steps=16)
-    apart(cached[-1], plain[-1])
 
 
 def test_stored_residuals_are_reused_as_they_were(model):
@@ -329,21 +318,6 @@ def test_a_caller_may_leave_rewinding_out_and_forecast_only(model):
     near(x, sample(model, steps=24, cache=expected), rel=1e-6)
     apart(x, sample(model, steps=24, cache=corrected(gamma=0.3)))
     assert (computed(manager), manager.trace.rewound) == (computed(expected), 0)
-
-
-def test_a_constant_guidance_difference_is_inferred_exactly():
-    """Branches that no polynomial fits, in both halves alike: the half not computed is exact."""
-    model = timed_dit(degree=1, bend=1.0)
-    alike(model)
-    manager = corrected(gate_error=0, difference_tolerance=1e6)
-    cached, plain = forced(model, manager, steps=24)
-    steps, both = computed(manager)[0], computed(manager, 1)[0]
-    assert computed(manager) == [steps] * 3
-    inferred = sorted(set(steps) - set(both))
-    assert len(inferred) >= 3
-    near(cached[inferred], plain[inferred])
-    skipped = sorted(set(range(24)) - set(steps))
-    apart(cached[skipped], plain[skipped])  # the conditional half is only a forecast there
 
 
 def test_the_trace_says_what_was_computed_and_rewound(model):
