@@ -22,7 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from adacorr.files import file_sha256, record_digest, recorded_digest, written_whole
-from download import RELEASED, cache_folder, check_first_bytes, released_file
+from download import RELEASED, cache_folder, check_first_bytes, fetched
 from layout import convert_diffusers, infer_config, to_diffusers
 from models import DiT, DiT_models, check_config
 
@@ -82,7 +82,7 @@ def find_checkpoint(name_or_path: str | os.PathLike, offline: bool = False) -> P
             f"no checkpoint {name!r}: tried {local.absolute()}; names that need no file are {BUNDLED}, "
             f"{', '.join(RELEASED)}; download a Hugging Face repository first and give its folder"
         )
-    return released_file(name, offline)
+    return fetched(RELEASED[name], offline)
 
 
 def _verify_digest(path: Path, allow_unverified: bool, record: bool) -> str:

@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from adacorr.files import file_sha256, record_digest, written_whole
 
-RELEASED = ("DiT-XL-2-256x256.pt", "DiT-XL-2-512x512.pt")
-RELEASE_URL = "https://dl.fbaipublicfiles.com/DiT/models/{name}"
+RELEASE = "https://dl.fbaipublicfiles.com/DiT/models"
+RELEASED = {name: f"{RELEASE}/{name}" for name in ("DiT-XL-2-256x256.pt", "DiT-XL-2-512x512.pt")}  # name -> URL
 
 
 def cache_folder() -> Path:
@@ -19,19 +19,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("ADACORR_HOME") or Path.home() / ".cache" / "adacorr").expanduser()
 
 
-def released_file(name: str, offline: bool = False) -> Path:
-    """Path of the released file `name`, one of RELEASED; a missing one is downloaded. ValueError if that fails.
-
-    No digests are published, so a first download is checked for its length and its kind only. Its digest is recorded in
-    `name`.sha256, and every later load is held to it.
-    """
-    return fetched(RELEASE_URL.format(name=name), offline)
-
-
 def fetched(url: str, offline: bool = False, prefix: str = "") -> Path:
     """The file of a URL in the cache folder, downloaded if it is missing; it appears whole or not at all.
 
-    `prefix`: the first digits of its sha256. ValueError if the download fails, is another file, or is not allowed.
+    `prefix`: the first digits of its sha256. Without them, as for the release, which publishes none, a download is
+    checked for its length and its kind only. The digest is recorded in NAME.sha256, and later loads are held to it.
+    ValueError if the download fails, is another file, or is not allowed.
     """
     name = url.rpartition("/")[2]
     target = cache_folder() / name

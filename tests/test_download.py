@@ -39,7 +39,8 @@ def server(tmp_path, monkeypatch):
         httpd.home = tmp_path / "home"
         monkeypatch.setenv("ADACORR_HOME", str(httpd.home))
         monkeypatch.setenv("no_proxy", "127.0.0.1")
-        monkeypatch.setattr(download, "RELEASE_URL", f"http://127.0.0.1:{httpd.server_port}/models/{{name}}")
+        for name in download.RELEASED:
+            monkeypatch.setitem(download.RELEASED, name, f"http://127.0.0.1:{httpd.server_port}/models/{name}")
         thread = threading.Thread(target=httpd.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         yield httpd
@@ -109,7 +110,7 @@ def test_web_page_and_dead_link_are_reported(server):
 def test_offline_lists_the_url_and_every_path(server):
     with pytest.raises(ValueError, match="--offline") as caught:
         load_checkpoint(NAME, offline=True)
-    for tried in (download.RELEASE_URL.format(name=NAME), server.home / NAME, pathlib.Path.cwd() / NAME):
+    for tried in (download.RELEASED[NAME], server.home / NAME, pathlib.Path.cwd() / NAME):
         assert str(tried) in str(caught.value)
     assert server.requests == []
 

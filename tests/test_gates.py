@@ -4,26 +4,23 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from adacorr.gates import fit_gate_basis
+from adacorr.gates import conditions, fit_gate_basis
 from diffusion import make_sampler
 
-
-def conditions(model, labels, steps=20):
-    """c (labels, S, D)."""
-    t = make_sampler("ddim", steps).timesteps
-    return torch.stack([model.condition(t, torch.full(t.shape, label)) for label in labels])
+TIMESTEPS = make_sampler("ddim", 20).timesteps
 
 
 def fit(model, labels, tolerance):
     """A basis for guidance: the labels in one half, the null label in the other."""
-    null = conditions(model, [model.null_label])
-    return fit_gate_basis(model.blocks, null[0], [conditions(model, labels), null], tolerance)
+    own, null = conditions(model, TIMESTEPS, torch.tensor(labels), 2)
+    return fit_gate_basis(model.blocks, null[0], [own, null], tolerance)
 
 
 def exact(model, labels):
     """(B, labels, S, D) from the blocks' own modulation, branches attention, MLP, attention, ..."""
     per_label = []
-    for c in conditions(model, labels):
+    for label in labels:
+        c = model.condition(TIMESTEPS, torch.full(TIMESTEPS.shape, label))
         parts = [block.modulation(c) for block in model.blocks]
         per_label.append(torch.stack([p[i] for p in parts for i in (2, 5)]))
     return torch.stack(per_label, dim=1)

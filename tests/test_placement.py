@@ -7,6 +7,7 @@ from adacorr.kriging import kriging_weights
 from adacorr.placement import ErrorModel, Process, best_schedules, ddim_coefficients, evaluations, local_search
 
 STEPS, BANDS, RANK = 12, 2, 3
+ALPHA_BAR = np.linspace(0.01, 0.99, STEPS)
 GUIDED = ((0, 3, 5, 9), (0, 5, 9))
 
 
@@ -22,40 +23,37 @@ def error_model(seed=0, guided=True, smooth=3.0, scatter=0.3):
         covariance, rest = (np.einsum("fiqr,fjqr->ij", *[factor[:, :, own]] * 2) for own in (slice(2), slice(2, None)))
         answers = generator.uniform(0, 1, size=(STEPS, BANDS)), scatter * generator.uniform(size=(STEPS, BANDS))
         processes.append(Process(factor, covariance, rest, *answers, kept=2, weight=weight))
-    alpha_bar = np.linspace(0.01, 0.99, STEPS)
     held, readout = generator.uniform(0, 1, (STEPS, BANDS)), generator.normal(size=(STEPS, RANK))
-    return ErrorModel(*ddim_coefficients(alpha_bar), held, readout, processes)
+    return ErrorModel(*ddim_coefficients(ALPHA_BAR), held, readout, processes)
 
 
 def simulate(model, schedule):
     """The recursion of the module's docstring step by step, without scatter: e (F, r) at the end."""
     nodes, refreshes = schedule
-    total = model.processes[0].factor.shape[3]
+    noise = [{}, {}]  # of each process's nodes
 
-    def true(i, step):  # what the final layer makes of each of the process's entries at a step, at the readout of `at`
-        return lambda at: np.einsum("q,fqr->qfr", model.readout[at], model.processes[i].factor[:, step])
-
-    noise = [{}, {}]
+    def read(i, step, at):  # what the final layer makes of each entry of a process at a step, with the readout of `at`
+        return np.einsum("q,fqr->qfr", model.readout[at], model.processes[i].factor[:, step])
 
     def forecast(i, kept, at):
         rules = model.processes[i].covariance, model.processes[i].rest
         weights = [kriging_weights(rule, np.array(kept), np.array([at]))[0] for rule in rules]
         size = np.linalg.norm(model.readout[:, :2], axis=1)
-        out = -true(i, at)(at).sum(axis=0)
+        out = -read(i, at, at).sum(axis=0)
         for w, v, k in zip(*weights, kept, strict=True):
-            seen = true(i, k)(at)
+            seen = read(i, k, at)
             out = out + w * (seen[0] + seen[1] + noise[i][k] * size[at] / size[k]) + v * seen[2]
         return out
 
-    after = np.append(model_alpha(model)[1:], 1.0)
-    keep = np.sqrt(after / model_alpha(model))
-    c = np.sqrt(1 - after) - np.sqrt(after * (1 - model_alpha(model)) / model_alpha(model))
+    after = np.append(ALPHA_BAR[1:], 1.0)
+    keep = np.sqrt(after / ALPHA_BAR)
+    c = np.sqrt(1 - after) - keep * np.sqrt(1 - ALPHA_BAR)
 
     def step_over(e, step, kept):
         wrong = sum(p.weight * forecast(i, kept[i], step) for i, p in enumerate(model.processes))
         return keep[step] * e + c[step] * (model.held[step][:, None] * e + wrong)
 
-    e = np.zeros((BANDS, total))
+    e = np.zeros((BANDS, model.processes[0].factor.shape[3]))
     kept, last, refreshed, states = [[], []], None, None, {}
     for step in range(STEPS):
         if step not in nodes:
@@ -85,10 +83,6 @@ def simulate(model, schedule):
         if both:
             refreshed = step
     return e
-
-
-def model_alpha(model):
-    return np.linspace(0.01, 0.99, STEPS)
 
 
 @pytest.mark.parametrize("guided", [False, True])
