@@ -117,7 +117,7 @@ class History:
 
     @property
     def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.values, self.scale) if t is not None)
+        return sum(t.nbytes for t in (self.values, self.scale) if t is not None)
 
     def push(self, images: np.ndarray, step: int, values: Tensor) -> None:
         """Store a computed step for `images` (n,) over their oldest. values (n, E, T, D)."""

@@ -83,7 +83,7 @@ class InjectedNoise:
 
     @property
     def bytes(self) -> int:
-        return self.history.bytes + self.amount.numel() * self.amount.element_size()
+        return self.history.bytes + self.amount.nbytes
 
     def follow(self, amount: Tensor, step: int, x: Tensor, out: Tensor, after: Tensor) -> Tensor:
         """The noise a (m, ...) of images after a step: from state x (m, C, H, W) with output `out` to `after`."""

@@ -25,7 +25,7 @@ class Algorithm1Run(CachedRun):
 
     @property
     def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for pair in self.previous for t in pair)
+        return sum(t.nbytes for pair in self.previous for t in pair)
 
     def run_blocks(self, blocks: Sequence[nn.Module], x: Tensor, c: Tensor) -> Tensor:
         self.check_call(x)

@@ -25,11 +25,6 @@ def test_polynomials_up_to_the_order_are_exact(order, known):
         np.testing.assert_allclose(weights[0] @ values, expected, rtol=1e-8, atol=1e-8)
 
 
-def test_order_2_by_hand():
-    # 1, 2 and 4 at 0: (-2)(-4) / ((1-2)(1-4)), (-1)(-4) / ((2-1)(2-4)) and (-1)(-2) / ((4-1)(4-2)).
-    np.testing.assert_allclose(lagrange_weights(np.array([[1.0, 2.0, 4.0]]), [0.0], 2)[0, 0], [8 / 3, -2, 1 / 3])
-
-
 def test_rows_with_fewer_steps_use_a_lower_order():
     known = np.array([[600.0, 700.0, 900.0], [650.0, 700.0, np.nan], [640.0, np.nan, np.nan]])
     weights = lagrange_weights(known, np.array([500.0, 620.0]), 2)
@@ -150,16 +145,6 @@ def test_taylor_weights_use_the_orders_that_there_are():
     assert weights[0, 0] == pytest.approx([1.5, -0.5, 0.0])
     assert weights[1] == pytest.approx(np.array([[1.0, 0.0, 0.0]] * 2))
     assert weights.sum(axis=2) == pytest.approx(np.ones((3, 2)))
-
-
-def test_taylor_at_equal_intervals_falls_short_of_the_polynomial_by_a_known_term():
-    known, at = np.array([[30.0, 20.0, 10.0, 0.0]]), np.array([33.0])
-    for order in range(3):
-        taylor, exact = (rule(known, at, order)[0, 0] for rule in (taylor_weights, lagrange_weights))
-        square = ((known / 10) ** 2)[0, : order + 1]
-        # Of order 2: k g / 2 * D2 with k = 3, g = 10 and D2 = 2 / 100 of (t / 10)^2.
-        missing = 3 * 10 / 2 * 0.02 if order == 2 else 0.0
-        assert exact @ square - taylor @ square == pytest.approx(missing)
 
 
 def test_hermite_weights_scale_the_orders_of_the_series():

@@ -135,17 +135,17 @@ def test_images_with_steps_of_their_own_equal_images_alone(model):
 
 
 @torch.no_grad()
-def practical_reference(model, noise, label, cfg_scale, sampler, computed, both, order=2, rewind=True, known=None):
-    """The practical AdaCorrection for one image, given its decisions, branch by branch and with exact gates.
+def practical_reference(model, image, cfg_scale, computed, both, order=2, rewind=True, known=None):
+    """The practical AdaCorrection for an image in 24 steps, given its decisions, branch by branch and with exact gates.
 
-    noise (1, C, H, W); computed, both: steps that compute the conditional half, and both halves. Elsewhere the
-    unconditional half adds what the conditional one does, less the difference of the two at the steps of `both`, under
-    fresh gates. known (S, S): the covariance that the forecasts follow, in place of a polynomial; a rewind then goes
-    back to the step of `both` before, where four computed steps reach as far and skipped ones outweigh the others.
+    computed, both: steps that compute the conditional half, and both halves. Elsewhere the unconditional half adds what
+    the conditional one does, less the difference of the two at the steps of `both`, under fresh gates. known (S, S):
+    the covariance that the forecasts follow, in place of a polynomial; a rewind then goes back to the step of `both`
+    before, where four computed steps reach as far and skipped ones outweigh the others.
     """
-    halves = 1 if cfg_scale == 1.0 else 2
-    labels, times = torch.tensor([label]), sampler.timesteps.tolist()
-    history, pairs, last, anchors, x = [], ([], []), None, {}, noise
+    halves, sampler = 1 if cfg_scale == 1.0 else 2, make_sampler("ddim", 24)
+    labels, times = torch.tensor(LABELS[image : image + 1]), sampler.timesteps.tolist()
+    history, pairs, last, anchors, x = [], ([], []), None, {}, gaussian(0, [image], (3, 8, 8))
 
     def expected(entries, step, kept):
         if known is None:
@@ -206,22 +206,23 @@ def practical_reference(model, noise, label, cfg_scale, sampler, computed, both,
     return x
 
 
+def checked_decisions(model, manager, cfg_scale, rel, **options):
+    """The steps that each image of a run computed, and those of both halves; with them it equals the reference."""
+    out, plain = (sample(model, steps=24, cfg_scale=cfg_scale, cache=cache) for cache in (manager, None))
+    decisions = list(zip(computed(manager), [[]] * 3 if cfg_scale == 1.0 else computed(manager, 1), strict=True))
+    for i, (steps, both) in enumerate(decisions):
+        near(out[i : i + 1], practical_reference(model, i, cfg_scale, steps, both, **options), rel)
+        apart(out[i], plain[i])
+    return decisions
+
+
 @pytest.mark.parametrize(("rewind", "order"), [(True, 0), (True, 1), (True, 2), (False, 2)])
 @pytest.mark.parametrize(("cfg_scale", "difference"), [(1.0, True), (4.0, True), (1.5, False)])
 def test_the_practical_form_equals_its_reference(model, cfg_scale, difference, order, rewind):
-    """Decisions are taken from the trace; everything else is done again branch by branch, image by image."""
     manager = corrected(gamma=0.3, difference=difference, order=order, rewind=rewind, gate_error=0)
-    out = sample(model, steps=24, cfg_scale=cfg_scale, cache=manager)
-    sampler, plain = make_sampler("ddim", 24), sample(model, steps=24, cfg_scale=cfg_scale)
-    for i, label in enumerate(LABELS):
-        steps = computed(manager)[i]
-        both = [] if cfg_scale == 1.0 else computed(manager, 1)[i]
+    for steps, both in checked_decisions(model, manager, cfg_scale, 1e-4, order=order, rewind=rewind):
         assert 3 < len(steps) < 20
         assert both == steps if not difference else len(both) < len(steps)
-        noise = gaussian(0, [i], (3, 8, 8))
-        expected = practical_reference(model, noise, label, cfg_scale, sampler, steps, both, order, rewind)
-        near(out[i : i + 1], expected, rel=1e-4)
-        apart(out[i], plain[i])
 
 
 @pytest.mark.parametrize("cfg_scale", [1.0, 1.5, 4.0])
@@ -230,18 +231,10 @@ def test_with_a_profile_it_equals_its_reference(model, cfg_scale, schedule):
     """Steps of a schedule: 2 computes both halves, 1 the conditional one, and a dot neither."""
     schedule = schedule.ljust(24, ".")
     profile = known_model(model, schedule, cfg_scale)
-    manager = CacheManager(correction=AdaCorrection(budget=20), profile=profile)
-    out, plain = (sample(model, steps=24, cfg_scale=cfg_scale, cache=cache) for cache in (manager, None))
-    sampler, steps = make_sampler("ddim", 24), [i for i, kind in enumerate(schedule) if kind != "."]
+    manager, known = corrected(budget=20).knowing(profile), profile.arrays["covariance_conditional"]
+    steps = [i for i, kind in enumerate(schedule) if kind != "."]
     both = [i for i in steps if cfg_scale != 1.0 and schedule[i] == "2"]
-    known = profile.arrays["covariance_conditional"]
-    for i, label in enumerate(LABELS):
-        assert computed(manager)[i] == steps
-        assert cfg_scale == 1.0 or computed(manager, 1)[i] == both
-        noise = gaussian(0, [i], (3, 8, 8))
-        expected = practical_reference(model, noise, label, cfg_scale, sampler, steps, both, known=known)
-        near(out[i : i + 1], expected, rel=1e-3)
-        apart(out[i], plain[i])
+    assert checked_decisions(model, manager, cfg_scale, 1e-3, known=known) == [(steps, both)] * 3
 
 
 @pytest.mark.parametrize("policy", ["interval:every=4", "taylorseer:every=4"])
