@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 
@@ -97,9 +98,8 @@ class ErrorModel:
     def __init__(
         self, keep: np.ndarray, noise: np.ndarray, held: np.ndarray, readout: np.ndarray, processes: list[Process]
     ):
-        self.keep, self.noise = keep, noise
-        self.held, self.readout, self.processes = held, readout, processes
-        self.carry = self.keep[:, None] + self.noise[:, None] * held  # (S, F) of a skipped step
+        self.noise, self.held, self.readout, self.processes = noise, held, readout, processes
+        self.carry = keep[:, None] + noise[:, None] * held  # (S, F) of a skipped step
         # (S + 1, S + 1, F) from a step to another, all between skipped; 1 where there is none between
         self.carried = np.ones((len(held) + 1, len(held) + 1, held.shape[1]))
         for start in range(len(held)):
@@ -125,8 +125,7 @@ class ErrorModel:
         """Expected mean square of the error of the final state, per pixel."""
         nodes, refreshes = schedule
         path = [(node, not self.guided or node in refreshes) for node in nodes]
-        same = next((i for i, (a, b) in enumerate(zip(path, self._path, strict=False)) if a != b), None)
-        same = min(len(path), len(self._path)) if same is None else same
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(path, self._path, strict=False)))
         del self._states[same + 1 :]
         for node, both in path[same:]:
             self._states.append(self._compute(self._states[-1], node, both))
