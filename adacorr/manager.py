@@ -43,7 +43,8 @@ class CacheManager:
 
     policy      a caching method: says when, and alone also what is reused (None: AdaCorrection decides alone)
     correction  AdaCorrection (the practical form), Algorithm1 (the paper's Algorithm 1) or None (the policy alone)
-    dtype       of the stored tensors; float32 by default, since forecasts amplify the rounding of bf16
+    dtype       of the stored tensors; float32 by default, since forecasts amplify the rounding of bf16. Refused by
+                Algorithm1 and by policies alone without a predictor, which store tensors of the model
     profile     what is known of the model, for the best forecast and for the steps to compute: of method "adacorr"
                 (adacorr.model_profile), or "adacorr-stack" (adacorr.stack_profile). Without one AdaCorrection forecasts
                 by polynomials
@@ -66,6 +67,9 @@ class CacheManager:
                 "asked: give one of the two"
             )
         self.policy, self.correction, self.dtype = policy, correction, dtype
+        own_tensors = isinstance(correction, Algorithm1) or (correction is None and policy.predictor is None)
+        if own_tensors and dtype != torch.float32:
+            raise ValueError(f"--cache-dtype has no effect on {self.name}: leave it out")
         self.profile, self._known = profile, None
         if profile is not None:
             if not isinstance(correction, AdaCorrection):

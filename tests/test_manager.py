@@ -277,7 +277,7 @@ def alike(model):
 
 
 @pytest.mark.parametrize("difference", [True, False])
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "unipc:solver_order=3"])
 def test_rewinding_makes_linear_branches_exact(sampler, difference):
     """A held first step is wrong until the second computed one is known; taken again between the two, it is exact."""
     model = timed_dit(degree=1)
@@ -292,7 +292,7 @@ def test_rewinding_makes_linear_branches_exact(sampler, difference):
 
 def test_samplers_with_a_history_are_never_rewound(model):
     manager = corrected()
-    out = sample(model, steps=20, sampler="dpmsolver++", cache=manager)
+    out = sample(model, steps=20, sampler="lms", cache=manager)
     assert manager.trace.rewound == 0
     assert bool(torch.isfinite(out).all())
     assert manager.trace.hit_rate > 0.2
@@ -344,7 +344,7 @@ def test_modulations_that_are_made_for_a_rule_are_counted(model, correction):
     assert idle > 0
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmsolver++"])
 def test_more_gamma_never_computes_less(model, sampler):
     share, error = [], []
     plain = sample(model, steps=50, labels=(1,), sampler=sampler)
@@ -626,14 +626,15 @@ def test_a_model_without_a_null_label():
 def test_half_precision_halves_the_memory_and_stays_finite(dtype):
     exact, size = sample(tiny_dit(), steps=20), {}
     for model_dtype, cache_dtype in ((dtype, torch.float32), (torch.float32, dtype), (dtype, dtype)):
-        model = tiny_dit().to(model_dtype)
-        for correction in (Algorithm1(), AdaCorrection()):
-            manager = CacheManager(correction=correction, dtype=cache_dtype)
-            out = sample(model, steps=20, cache=manager)
-            assert out.dtype == torch.float32
-            assert distance(out, exact) < 0.3
+        manager = CacheManager(correction=AdaCorrection(), dtype=cache_dtype)
+        out = sample(tiny_dit().to(model_dtype), steps=20, cache=manager)
+        assert out.dtype == torch.float32
+        assert distance(out, exact) < 0.3
         size[cache_dtype] = manager.bytes
     assert size[torch.float32] == 2 * size[dtype] > 0
+    out = sample(tiny_dit().to(dtype), steps=20, cache=CacheManager(correction=Algorithm1()))
+    assert out.dtype == torch.float32
+    assert distance(out, exact) < 0.3
 
 
 @pytest.mark.parametrize("policy", [None, "taylorseer:every=3", "interval:every=3", "toca"])

@@ -48,6 +48,8 @@ CASES = {
         "--adacorr lambda=-1": "lambda=-1",
         "--adacorr budget=8,gamma=2": "budget=8",
         "--adacorr literal --cache interval": "literal",
+        "--adacorr literal --cache-dtype bf16": "--cache-dtype has no effect on literal",
+        "--cache freqca --cache-dtype int8": "--cache-dtype has no effect on freqca",
         "--calibrate maybe": "--calibrate maybe: give auto, off, a number of images",
         "--calibrate 0": "--calibrate 0 is outside 1..1000",
         "--calibrate x.txt": "--calibrate x.txt",
