@@ -3,21 +3,21 @@
 import ctypes
 import os
 import signal
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from adacorr.command import Failure
-from runtime import find_device
+from adacorr.command import Failure, run_command
+from runtime import Interrupted, find_device, say
 
-# Rank 0 may download weights before the others can start; only there does a collective wait for long.
-PATIENCE = timedelta(hours=24)
+PATIENCE = timedelta(hours=24)  # of those who wait: another may have weights to download or much to read
 MEETING = timedelta(minutes=5)  # within which all ranks of a start must show up
 T = TypeVar("T")
 
@@ -39,7 +39,6 @@ class Ranks:
     world: int = 1
     local: int = 0
     local_world: int = 1
-    flags: Any = field(default=None, repr=False)  # a group for small objects: never on the GPU, which would wait
 
     @classmethod
     def find(cls) -> "Ranks":
@@ -66,13 +65,10 @@ class Ranks:
                     f"--nproc-per-node {count} at most"
                 )
             name = f"cuda:{self.local}"  # before anything touches GPU 0, where each rank would leave some memory
-        device = find_device(name)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        return device
+        return find_device(name)
 
-    def open(self, device: torch.device, timeout: timedelta | None = None) -> None:
-        """Join the other ranks: NCCL on GPUs, gloo on CPUs. Failure if they have not all shown up within MEETING."""
+    def open(self) -> None:
+        """Join the other ranks, in a group that is never on a GPU. Failure if not all have shown up within MEETING."""
         if self.world == 1:
             return
         try:
@@ -85,9 +81,7 @@ class Ranks:
         except (RuntimeError, TimeoutError) as error:
             why = str(error).partition("\n")[0]
             raise Failure(f"the {self.world} processes did not all meet within {MEETING}: {why}") from None
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
-        self.flags = dist.new_group(backend="gloo", timeout=timeout)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=PATIENCE)
 
     def close(self) -> None:
         if self.world > 1 and dist.is_initialized():
@@ -98,11 +92,11 @@ class Ranks:
         if self.world == 1:
             return value
         flag = torch.tensor(value)
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.flags)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
         return int(flag)
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean over the ranks, in place."""
+        """The mean over the ranks of a tensor on the CPU, in place."""
         if self.world > 1:
             dist.all_reduce(values)
             values /= self.world
@@ -115,13 +109,26 @@ class Ranks:
         """
         box = [value]
         if self.world > 1:
-            self._together(lambda: dist.broadcast_object_list(box, group=self.flags))
+            self._together(lambda: dist.broadcast_object_list(box))
         return box[0]
 
     def barrier(self, limit: timedelta) -> None:
         """Wait for the other ranks. LeaderFailed, or Failure on rank 0, if one has ended or is late."""
         if self.world > 1:
-            self._together(lambda: dist.monitored_barrier(self.flags, limit, wait_all_ranks=True))
+            self._together(lambda: dist.monitored_barrier(timeout=limit, wait_all_ranks=True))
+
+    @contextmanager
+    def said_once(self) -> Iterator[None]:
+        """For what all ranks do: a mistake or Failure that rank 0 meets, too, it says alone.
+
+        Where rank 0 goes on instead, it tells the others something next (`from_leader`).
+        """
+        try:
+            yield
+        except (ValueError, OSError, Failure):
+            if self.rank > 0:
+                self.from_leader(None)
+            raise
 
     def _together(self, collective: Callable[[], None]) -> None:
         try:
@@ -131,6 +138,37 @@ class Ranks:
                 raise LeaderFailed from None
             why = str(error).partition("\n")[0]
             raise Failure(f"another process has ended, and says why, or is late ({why})") from None
+
+
+def run_script(
+    name: str,
+    argv: Sequence[str] | None,
+    parse: Callable[[Sequence[str]], T],
+    job: Callable[[T | None, Ranks], None],
+) -> int:
+    """The exit code of a script of several processes, which resumes: its `job` gets the options on rank 0 alone.
+
+    Rank 0 reads them, says what is wrong with them, and hands them on; until then the others wait. They say what they
+    alone meet, with their number.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    number = os.environ.get("RANK", "0")
+
+    def run() -> int:
+        ranks = Ranks.find()
+        if ranks.rank > 0 and {"-h", "--help"} & {*argv}:
+            return 0
+        try:
+            job(parse(argv) if ranks.rank == 0 else None, ranks)
+            return 0
+        except LeaderFailed:
+            return 2
+        except Interrupted as stop:
+            if ranks.rank == 0:
+                say(f"{name}: {stop}; the same command goes on from here")
+            return stop.code
+
+    return run_command(name if number == "0" else f"{name}: process {number}", run, "--debug" in argv)
 
 
 def end_with_launcher() -> None:

@@ -66,7 +66,8 @@ def random_stream(seed: int, *counters: int) -> np.random.Generator:
 
 def say(text: str) -> None:
     """A line for people on stderr, beside what a command prints."""
-    print(text, file=sys.stderr, flush=True)
+    if sys.stderr is not None:  # it is None where the caller closed it
+        print(text, file=sys.stderr, flush=True)
 
 
 class Progress:

@@ -19,12 +19,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pipeline
-from adacorr.command import Parser, number, run_command
+from adacorr.command import Parser, number
 from adacorr.files import check_writable
 from fid_run import job
 from fid_run.labels import DRAWN, LabelFile
-from ranks import LeaderFailed, Ranks, end_with_launcher
-from runtime import Interrupted
+from ranks import end_with_launcher, run_script
 
 # The options of published protocols. docs/fid.md has the sources, and the FID of each without a cache.
 RELEASE = {"model": "DiT-XL/2", "vae": "ema", "cfg_scale": 1.5, "cfg_channels": "3", "labels": "random"}
@@ -74,25 +73,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    rank = os.environ.get("RANK", "0")
-
-    def run() -> int:
-        ranks = Ranks.find()
-        if ranks.rank > 0 and {"-h", "--help"} & {*argv}:
-            return 0
-        try:
-            # Rank 0 reads the options, says what is wrong with them, and hands them on. Until then the others wait.
-            job.run(parse(argv) if ranks.rank == 0 else None, ranks)
-            return 0
-        except LeaderFailed:
-            return 2
-        except Interrupted as stop:
-            if ranks.rank == 0:
-                job.warn(f"{stop}; the same command goes on from here")
-            return stop.code
-
-    return run_command("sample_ddp.py" if rank == "0" else f"sample_ddp.py: process {rank}", run, "--debug" in argv)
+    return run_script("sample_ddp.py", argv, parse, job.run)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ import math
 import pickle
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -26,19 +26,20 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
+import torch.distributed as dist
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import runtime
-from adacorr.command import Failure, Parser, number, run_command
+from adacorr.command import Failure, Parser, number
 from adacorr.files import check_writable, write_json, written_whole
 from checkpoint import save_checkpoint
 from data import Data, order, read_data
 from diffusion import NUM_TRAIN
 from models import DiT, DiT_models
 from objective import Objective
-from ranks import Ranks, end_with_launcher, started_again
+from ranks import PATIENCE, Ranks, end_with_launcher, run_script, started_again
 from runtime import Interrupted, Progress, Signals, seed_words
 
 STEP = 1  # the random streams of a seed for the draws of a step; data.ORDER numbers those for the order of images
@@ -102,7 +103,7 @@ class Options(Recipe):
     debug: bool = flag(False, "show where an error was raised")
 
 
-def parse(argv: Sequence[str] | None) -> Options:
+def parse(argv: Sequence[str]) -> Options:
     """The flags of a command line."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser("train.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
@@ -123,7 +124,10 @@ def check(options: Options, ranks: Ranks) -> None:
     runtime.check_range("--warmup-steps", options.warmup_steps, 0, options.steps - 1)
     if options.batch_size % ranks.world:
         raise ValueError(f"--batch-size {options.batch_size} cannot be divided among {ranks.world} ranks")
+    ranks.device(options.device)
     check_writable("--out", options.out / "state.pt")
+    if not options.data.exists():
+        raise ValueError(f"--data {options.data} does not exist")
 
 
 # ------------------------------------------------------------------------------------------------- training
@@ -151,8 +155,8 @@ class Trainer:
         self.objective = Objective(recipe.learn_sigma, device)
         self.net: Any = model
         if ranks.world > 1:
-            ids = [device.index] if device.type == "cuda" else None
-            self.net = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+            group = dist.new_group(backend="nccl" if device.type == "cuda" else "gloo")
+            self.net = DistributedDataParallel(model, process_group=group, gradient_as_bucket_view=True)
         self.generator = torch.Generator(device)
         self.images, self.labels = data.images, data.labels.to(device)
         if device.type == "cuda" and data.images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
@@ -232,8 +236,9 @@ def train(options: Options, trainer: Trainer, deadline: float, signals: Signals)
             last = done == options.steps or stop > 0
             save = last or done % options.save_every == 0
             if save or done % options.log_every == 0:
-                values = ranks.mean(pending[: done - logged].clone()).cpu()
-                check_finite(values, logged, out)
+                values = ranks.mean(pending[: done - logged].cpu())
+                with ranks.said_once():
+                    check_finite(values, logged, out)
                 loss, logged, trainer.seconds = values[:, 0].mean().item(), done, time.perf_counter() - began
                 if leader:
                     log(out / "log.jsonl", trainer, values.double().mean(0).tolist())
@@ -303,19 +308,13 @@ def read_state(out: Path, recipe: Recipe) -> dict[str, Any] | None:
     return state
 
 
-@contextmanager
-def alone_in(out: Path, ranks: Ranks) -> Iterator[None]:
-    """Within, no other run works in the folder. ValueError if one does."""
-    if ranks.rank > 0:
-        yield
-        return
+def lock(out: Path) -> AcquireReturnProxy:
+    """The lock of the folder, held until it is released. ValueError if another run works there."""
     out.mkdir(parents=True, exist_ok=True)
     try:
-        lock = FileLock(out / "lock").acquire(timeout=ENDING)
+        return FileLock(out / "lock").acquire(timeout=ENDING)
     except Timeout:
         raise ValueError(f"--out {out} is in use by another run: wait for its end, or take another folder") from None
-    with lock:
-        yield
 
 
 def prepare_folder(out: Path, start: int, overwrite: bool) -> None:
@@ -336,33 +335,52 @@ def prepare_folder(out: Path, start: int, overwrite: bool) -> None:
 # ------------------------------------------------------------------------------------------------- the job
 
 
-def run(options: Options, ranks: Ranks, signals: Signals, stack: ExitStack) -> None:
-    """The whole job. ValueError or OSError for a mistake, before heavy work where it shows by then.
+def run(options: Options | None, ranks: Ranks) -> None:
+    """The whole job on this rank; other ranks than 0 take the options from there.
 
-    The folder is locked until the stack ends.
+    ValueError or OSError for a mistake, Failure for what broke later, LeaderFailed if rank 0 has said why.
     """
-    began, out = time.perf_counter(), options.out
-    check(options, ranks)
-    device = ranks.device(options.device)
+    signals, leads = Signals(), ranks.rank == 0
+    with ExitStack() as stack:
+        ranks.open()
+        if leads:
+            stack.enter_context(signals)
+            check(options, ranks)
+            if options.overwrite and started_again():  # --overwrite was for the first start
+                options = replace(options, overwrite=False)
+            stack.enter_context(lock(options.out))
+        # The others wait in C++, where no handler of Python's runs: their signals are still the system's.
+        options = ranks.from_leader(options)
+        if not leads:
+            stack.enter_context(signals)
+        work(options, ranks, signals)
+
+
+def work(options: Options, ranks: Ranks, signals: Signals) -> None:
+    """All that comes once rank 0 has checked the options and locked the folder."""
+    out, began = options.out, time.perf_counter()
+    say = partial(print, flush=True) if ranks.rank == 0 else lambda *_: None
+    with ranks.said_once():
+        device = ranks.device(options.device)
+        state = None if options.overwrite else read_state(out, options)
+        if state is not None and state["step"] >= options.steps:
+            say(f"{out} is done: {state['step']} steps; give more --steps or another --out")
+            ranks.close()
+            return
+        data = read_data(options.data, options.image_size)
+        if state is not None and state["data"] != data.digest:
+            raise ValueError(f"--out {out} was trained on other data than {options.data}: give that, or --overwrite")
+    found = data.digest, state and state["step"]
+    if ranks.from_leader(found) != found:
+        raise ValueError("this process finds other data or another state.pt than process 0")
+    ranks.barrier(PATIENCE)
     if device.type == "cuda":
         runtime.allow_tf32(True)
-    if options.overwrite and started_again():  # --overwrite was for the first start
-        options = replace(options, overwrite=False)
-    data = read_data(options.data, options.image_size)
-    stack.enter_context(alone_in(out, ranks))
-    state = None if options.overwrite else read_state(out, options)
-    say = partial(print, flush=True) if ranks.rank == 0 else lambda *_: None
-    if state is not None and state["step"] >= options.steps:
-        say(f"{out} is done: {state['step']} steps; give more --steps or another --out")
-        return
-    if state is not None and state["data"] != data.digest:
-        raise ValueError(f"--out {out} was trained on other data than {options.data}: give that, or --overwrite")
     torch.manual_seed(int(seed_words(options.seed, STEP, 0xFFFFFFFF).generate_state(1)[0]))  # of the initial weights
     shape = {"input_size": data.images.shape[3], "in_channels": data.images.shape[1], "num_classes": data.num_classes}
     model = DiT_models[options.model](
         **shape, learn_sigma=options.learn_sigma, class_dropout_prob=options.label_dropout
     )
-    ranks.open(device)
     trainer = Trainer(options, data, model, ranks, device)
     if options.compile:
         trainer.net = torch.compile(trainer.net, dynamic=False)
@@ -394,28 +412,7 @@ def run(options: Options, ranks: Ranks, signals: Signals, stack: ExitStack) -> N
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(argv)
-    try:
-        ranks = Ranks.find()
-    except ValueError as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        return 2
-
-    def job() -> int:
-        try:
-            with Signals() as signals, ExitStack() as stack:
-                run(options, ranks, signals, stack)
-            return 0
-        except Interrupted as stop:
-            if ranks.rank == 0:
-                print(f"train.py: {stop}; the same command goes on from the last checkpoint", file=sys.stderr)
-            return stop.code
-        except (ValueError, OSError, Failure) as error:  # all ranks of a node meet the same: one of them says so
-            if ranks.local == 0 or options.debug:
-                raise
-            return 1 if isinstance(error, Failure) else 2
-
-    return run_command("train.py", job, options.debug)
+    return run_script("train.py", argv, parse, run)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from fid_run.protocol import canonical, describe, differences, folder_name, imag
 from fid_run.record import WAYS_OUT, RunFolder, RunMismatch
 from fid_run.worker import Sampling, plan, statistics
 from pipeline import Pipeline
-from ranks import PATIENCE, Ranks, started_again
+from ranks import Ranks, started_again
 from runtime import Signals
 
 READY = timedelta(minutes=3)  # for all ranks to see the folder of rank 0 and to lock theirs
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace | None, ranks: Ranks) -> None:
     """
     signals, leads = Signals(), ranks.rank == 0
     with ExitStack() as stack:
-        ranks.open(torch.device("cpu"), PATIENCE)
+        ranks.open()
         job = None
         if leads:
             stack.enter_context(signals)
@@ -278,5 +278,4 @@ def note(text: str) -> None:
 
 
 def warn(text: str) -> None:
-    if sys.stderr is not None:  # it is None where the caller closed it
-        print(f"sample_ddp.py: warning: {text}", file=sys.stderr, flush=True)
+    runtime.say(f"sample_ddp.py: warning: {text}")

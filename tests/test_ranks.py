@@ -11,7 +11,7 @@ import torch
 
 import ranks
 from adacorr.command import Failure
-from ranks import LeaderFailed, Ranks
+from ranks import Ranks
 
 FORK = multiprocessing.get_context("fork")
 LONG = 60  # seconds after which a test that waits has failed
@@ -42,44 +42,29 @@ def test_the_variables_of_torchrun(variables):
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """Two GPUs on this node; those that were taken, and how: as the current one or for a tensor."""
-    taken = []
-
-    def find(name):
-        device = torch.device(name or "cuda:0")
-        if device.type == "cuda":
-            taken.append(("touched", device.index or 0))
-        return device
-
+    """Two GPUs on this node; the devices that are touched."""
+    touched = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: taken.append(("current", device.index or 0)))
-    monkeypatch.setattr(ranks, "find_device", find)
-    return taken
-
-
-@pytest.mark.parametrize("rank", [Ranks(), Ranks(3, 4, 3, 4)])
-def test_a_cpu_is_shared(gpus, rank):
-    assert rank.device("cpu") == torch.device("cpu")
-    assert gpus == []
+    monkeypatch.setattr(ranks, "find_device", lambda name: touched.append(name) or torch.device(name or "cuda"))
+    return touched
 
 
 @pytest.mark.parametrize(
     ("rank", "asked", "found"),
     [
-        (Ranks(), None, 0),
-        (Ranks(), "cuda", 0),
-        (Ranks(), "cuda:1", 1),
-        (Ranks(0, 2, 0, 2), None, 0),
-        (Ranks(1, 2, 1, 2), None, 1),
-        (Ranks(1, 2, 1, 2), "cuda", 1),
-        (Ranks(1, 2, 1, 2), "cuda:0", 1),
-        (Ranks(7, 8, 1, 2), "cuda", 1),  # the second process of the fourth node
+        (Ranks(), None, None),
+        (Ranks(), "cuda:1", "cuda:1"),
+        (Ranks(0, 2, 0, 2), None, "cuda:0"),
+        (Ranks(1, 2, 1, 2), None, "cuda:1"),
+        (Ranks(1, 2, 1, 2), "cuda", "cuda:1"),
+        (Ranks(1, 2, 1, 2), "cuda:0", "cuda:1"),
+        (Ranks(7, 8, 1, 2), "cuda", "cuda:1"),  # the second process of the fourth node
+        (Ranks(3, 4, 3, 4), "cpu", "cpu"),  # which all share
     ],
 )
 def test_each_rank_has_a_gpu_of_its_own_and_touches_no_other(gpus, rank, asked, found):
-    device = rank.device(asked)
-    assert (device.type, device.index or 0) == ("cuda", found)
-    assert gpus == [("touched", found), ("current", found)]
+    assert rank.device(asked) == torch.device(found or "cuda")
+    assert gpus == [found]
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -101,7 +86,7 @@ def test_no_gpu_at_all():
 
 def test_alone_there_is_nobody_to_wait_for():
     alone = Ranks()
-    alone.open(torch.device("cpu"))
+    alone.open()
     assert alone.from_leader(7) == 7
     assert alone.highest(3) == 3
     alone.barrier(timedelta(seconds=1))
@@ -122,7 +107,7 @@ def together(part, world=2):
         variables = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "MASTER_PORT": port}
         os.environ |= {name: str(value) for name, value in variables.items()} | {"MASTER_ADDR": "127.0.0.1"}
         own = Ranks.find()
-        own.open(torch.device("cpu"), ranks.PATIENCE)
+        own.open()
         try:
             result = part(own)
         except BaseException as error:
@@ -167,7 +152,21 @@ def test_where_rank_0_ends_instead_the_others_leave():
             raise ValueError("not so")
         return own.from_leader(None)
 
-    assert together(part) == ["ValueError: not so", f"{LeaderFailed.__name__}: "]
+    assert together(part) == ["ValueError: not so", "LeaderFailed: "]
+
+
+@pytest.mark.parametrize(
+    ("failing", "said"),
+    [((0, 1), ["ValueError: 0 fails", "LeaderFailed: "]), ((1,), [None, "ValueError: 1 fails"])],
+)
+def test_a_mistake_of_all_is_said_by_rank_0_and_that_of_another_by_it(failing, said):
+    def part(own):
+        with own.said_once():
+            if own.rank in failing:
+                raise ValueError(f"{own.rank} fails")
+        return own.from_leader(None)
+
+    assert together(part) == said
 
 
 def test_a_process_that_ends_or_is_late_is_noticed_at_the_barrier():
@@ -181,7 +180,7 @@ def test_a_process_that_ends_or_is_late_is_noticed_at_the_barrier():
 
     for part in (late, dead):
         result, *_ = together(part)
-        assert result.startswith(f"{Failure.__name__}: another process has ended")
+        assert result.startswith("Failure: another process has ended")
     assert together(lambda own: own.barrier(timedelta(seconds=LONG))) == [None, None]
 
 
@@ -193,4 +192,4 @@ def test_nobody_waits_for_ever_for_a_start(variables):
     variables.setenv("RANK", "0")
     variables.setenv("WORLD_SIZE", "2")
     with pytest.raises(Failure, match="the 2 processes did not all meet within"):
-        Ranks.find().open(torch.device("cpu"))
+        Ranks.find().open()

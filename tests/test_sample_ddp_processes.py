@@ -33,6 +33,7 @@ rank = int(os.environ.get("RANK", 0))
 if rank == int(os.environ.get("LATE", -1)):
     time.sleep(5)
 from datetime import timedelta
+import ranks
 from fid_run import images, job, record, worker
 """
 SLOW = """
@@ -186,7 +187,7 @@ def go_on(flags, place):
 def test_torchrun_gives_the_same_bytes_and_nobody_waits_in_a_collective(flags, whole, tmp_path):
     # Rank 0 packs for longer than a collective may take: the others have left by then.
     slow_pack = """
-job.PATIENCE = timedelta(seconds=5)
+ranks.PATIENCE = timedelta(seconds=5)
 pack = job.pack
 def slow(*job):
     time.sleep(8)

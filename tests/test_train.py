@@ -396,12 +396,22 @@ def test_ranks_share_the_batch(data):
 
 def test_batch_must_divide(tmp_path, data, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(train.Ranks, "open", lambda _: None)
     assert code(train.main, "--data", data, "--out", tmp_path / "run", "--batch-size", 6) == 2
     assert "--batch-size 6 cannot be divided among 4 ranks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fault", ["--device cuda:1 cannot be used: busy", "this process finds other data"])
+def test_a_rank_says_what_it_alone_meets(tmp_path, data, capsys, monkeypatch, fault):
+    options = train.parse([str(word) for word in ("--data", data, *FEW, "--out", tmp_path)])
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert code(train.main, "--data", data, "--out", tmp_path / "run", "--batch-size", 6) == 2
-    assert capsys.readouterr().err == ""  # the first rank of the node has said it
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(train.Ranks, "open", lambda _: None)
+    monkeypatch.setattr(train.Ranks, "from_leader", lambda _, value: options if value is None else "another digest")
+    if "busy" in fault:
+        monkeypatch.setattr(train.Ranks, "device", lambda *_: (_ for _ in ()).throw(ValueError(fault)))
+    assert code(train.main) == 2
+    assert capsys.readouterr().err.startswith(f"train.py: process 1: error: {fault}")
 
 
 def test_resuming_another_run(tmp_path, data, capsys, monkeypatch):
