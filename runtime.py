@@ -139,11 +139,6 @@ class Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    @property
-    def seconds(self) -> float:
-        """Since the first signal."""
-        return time.monotonic() - self._at
-
     @contextmanager
     def deferred(self) -> Iterator[None]:
         """A context in which signals are noted; one that is still unanswered at its end is raised there."""
@@ -161,7 +156,7 @@ class Signals:
 
     def _note(self, number: int, frame: object) -> None:
         if self.number is not None:
-            if number == signal.SIGINT and self.seconds > ONE_KEYSTROKE:
+            if number == signal.SIGINT and time.monotonic() - self._at > ONE_KEYSTROKE:
                 os._exit(CTRL_C)  # files are written whole or not at all, so nothing needs an orderly end
             return
         self._at, self.number = time.monotonic(), number

@@ -107,11 +107,6 @@ class Store:
             raise Unusable(f"it is cut, changed or something else ({type(error).__name__})") from None
 
 
-def is_temporary(path: Path) -> bool:
-    """Whether `written_whole` gives such names to files that are not finished."""
-    return path.name.startswith(".") and path.suffix == ".tmp"
-
-
 @contextmanager
 def disk_errors(path: Path, needed: int) -> Iterator[None]:
     """OSErrors within name the path, and for a full disk the bytes that are `needed` at most, and those free."""

@@ -20,7 +20,7 @@ from typing import Any
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from adacorr.files import write_json
-from fid_run.images import disk_errors, is_temporary
+from fid_run.images import disk_errors
 from fid_run.protocol import differences, run_id
 
 SCHEMA = 3  # of run.json
@@ -111,7 +111,7 @@ class RunFolder:
     def check(self, protocol: dict[str, Any]) -> dict[str, Any] | None:
         """The record, None where there is none. RunMismatch with every field that differs from the protocol.
 
-        A folder with files but without a record is refused, too: they may be another run's.
+        A folder with files but without a record is refused, too: they may be another run's. Call `tidy` before.
         """
         record = self.read()
         if record is not None:
@@ -119,7 +119,7 @@ class RunFolder:
                 raise RunMismatch(f"{self.path} holds another run: {'; '.join(lines)}; {WAYS_OUT}")
             return record
         for path in (*self.path.rglob("*"), self.npz):
-            if path.is_file() and not path.name.startswith("lock-") and not is_temporary(path):
+            if path.is_file() and not path.name.startswith("lock-"):
                 raise RunMismatch(f"{self.path} has no run.json but {path}, which may be another run's; {WAYS_OUT}")
         return None
 

@@ -19,7 +19,7 @@ from PIL import Image
 from adacorr.command import Failure
 from adacorr.files import file_sha256
 from fid_run import images as module
-from fid_run.images import Store, is_temporary, pack
+from fid_run.images import Store, pack
 
 RUN, OTHER, SIZE, COUNT = "0123abcd", "dcba3210", 24, 6
 PICTURES = pictures(COUNT, SIZE)
@@ -150,7 +150,7 @@ def test_a_killed_writer_leaves_whole_images(tmp_path):
         assert unusable == {}
         last = len(found)
         assert sorted(found) == list(range(last))
-        for path in filter(is_temporary, store.folder.iterdir()):
+        for path in store.folder.glob(".*.tmp"):
             path.unlink()
         assert len(files(store.folder)) == last
 

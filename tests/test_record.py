@@ -3,7 +3,7 @@
 import json
 import multiprocessing
 import os
-import signal
+import threading
 import time
 from pathlib import Path
 
@@ -94,8 +94,8 @@ def test_what_a_start_leaves_that_was_killed_before_the_record_is_no_obstacle(fo
     left.write_text("as large as the .npz")
     foreign = folder.path.with_name(".ddim-cfg2.npz.host.17.tmp")
     foreign.write_text("another run's")
-    assert folder.check(PROTOCOL) is None
     folder.tidy()
+    assert folder.check(PROTOCOL) is None
     assert sorted(path.name for path in folder.path.rglob("*")) == ["images", "lock-000", "lock-001"]
     assert (left.exists(), foreign.exists()) == (False, True)
 
@@ -171,9 +171,7 @@ def holder(folder):
         started.append(process)
         assert mine.poll(LONG)
         if seconds is not None:
-            kill = FORK.Process(target=lambda: (time.sleep(seconds), os.kill(process.pid, signal.SIGKILL)), daemon=True)
-            kill.start()
-            started.append(kill)
+            threading.Timer(seconds, process.kill).start()
 
     yield start
     for process in started:

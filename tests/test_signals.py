@@ -16,25 +16,6 @@ LONG = 30  # seconds after which a test that waits has failed
 CODES = [(signal.SIGTERM, 75, "SIGTERM"), (signal.SIGUSR1, 75, "SIGUSR1"), (signal.SIGINT, 130, "Ctrl-C")]
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(runtime, "time", clock)
-    return clock
-
-
-@pytest.fixture
-def exits(monkeypatch):
-    """Codes that the process would have ended with there and then."""
-    codes = []
-    monkeypatch.setattr(runtime.os, "_exit", codes.append)
-    return codes
-
-
-def handlers():
-    return [signal.getsignal(number) for number in SIGNALS]
-
-
 @pytest.mark.parametrize(("number", "code", "name"), CODES)
 def test_the_first_signal_raises(number, code, name):
     after = []
@@ -82,66 +63,32 @@ def test_signals_are_raised_at_once_again_after_they_were_put_off():
         broken()
 
 
-@pytest.mark.parametrize("error", [None, KeyError])
-def test_handlers_are_put_back(error):
-    before = handlers()
-    try:
-        with Signals():
-            assert all(own != other for own, other in zip(handlers(), before, strict=True))
-            if error is not None:
-                raise error
-    except KeyError:
-        pass
-    assert handlers() == before
+def test_handlers_are_put_back():
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with Signals():
+        assert all(signal.getsignal(number) != own for number, own in zip(SIGNALS, before, strict=True))
+    assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
-def test_seconds_count_from_the_first_signal(clock):
+@pytest.mark.parametrize("first", SIGNALS)
+def test_after_the_first_signal_only_a_ctrl_c_counts_that_comes_later(monkeypatch, first):
+    """Others do not break off the clean-up, and two Ctrl-C within a second are one keystroke."""
+    clock, exits = Clock(), []
+    monkeypatch.setattr(runtime, "time", clock)
+    monkeypatch.setattr(runtime.os, "_exit", exits.append)
     with Signals() as signals:
         with pytest.raises(Interrupted):
-            signal.raise_signal(signal.SIGTERM)
-        clock.now += 7.0
-        assert signals.seconds == 7.0
-        signal.raise_signal(signal.SIGUSR1)
-        assert signals.seconds == 7.0
-        assert signals.number == signal.SIGTERM
-
-
-@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGUSR1])
-@pytest.mark.parametrize("first", SIGNALS)
-def test_further_warnings_do_not_disturb_the_end(clock, exits, first, second):
-    """The clean-up after the first one is not to be broken off by the next."""
-    cleaned = []
-    with Signals():
-        try:
             signal.raise_signal(first)
-        except Interrupted:
-            for later in (0.0, 0.5, 60.0):
-                clock.now += later
-                signal.raise_signal(second)
-            cleaned.append(True)
-    assert (cleaned, exits) == ([True], [])
-
-
-def test_a_keystroke_that_comes_twice_is_one(clock, exits):
-    with Signals():
-        with pytest.raises(Interrupted):
-            signal.raise_signal(signal.SIGINT)
         for later in (0.0, 0.4, 0.5):  # 0.9 s after the first
             clock.now += later
-            signal.raise_signal(signal.SIGINT)
-        assert exits == []
+            for number in SIGNALS:
+                signal.raise_signal(number)
         clock.now += 0.2
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.raise_signal(number)
+        assert (signals.number, exits) == (first, [])
         signal.raise_signal(signal.SIGINT)
         assert exits == [130]
-
-
-def test_ctrl_c_ends_a_job_that_another_signal_has_stopped(clock, exits):
-    with Signals():
-        with pytest.raises(Interrupted):
-            signal.raise_signal(signal.SIGTERM)
-        clock.now += 1.1
-        signal.raise_signal(signal.SIGINT)
-    assert exits == [130]
 
 
 def test_the_second_ctrl_c_ends_the_process_at_once():
