@@ -10,6 +10,7 @@ import time
 import zipfile
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -21,11 +22,9 @@ from toy import save_tiny
 import profiles
 import sample_ddp
 from adacorr.command import Failure
-from checkpoint import save_checkpoint
 from diffusion import DDIM
 from fid_run import images, job, record, worker
 from fid_run.labels import make_labels
-from models import DiT
 from pipeline import Pipeline
 from ranks import Ranks
 
@@ -37,9 +36,25 @@ def checkpoint(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("model") / "tiny.safetensors")
 
 
+class Call(NamedTuple):
+    """How a call of sample_ddp.main ended, and the folder of its run if there is one."""
+
+    code: int
+    folder: Path | None
+    out: str
+    err: str
+
+    def error(self, code):
+        """The text of a single line of error, with this exit code."""
+        assert self.code == code, self.err
+        assert self.err.count("\n") == 1, self.err
+        assert self.err.startswith("sample_ddp.py: error: ")
+        return self.err
+
+
 @pytest.fixture
 def ddp(checkpoint, tmp_path, capsys, monkeypatch):
-    """Calls sample_ddp.main on the tiny model -> (exit code, run folder or None, stdout, stderr)."""
+    """Calls sample_ddp.main on the tiny model."""
     monkeypatch.chdir(tmp_path)
 
     def call(*argv, count=7, where=None, ckpt=checkpoint):
@@ -48,16 +63,9 @@ def ddp(checkpoint, tmp_path, capsys, monkeypatch):
         code = code_of(sample_ddp.main, *fixed, f"--num-fid-samples {count}", *argv)
         printed = capsys.readouterr()
         folders = [path for path in where.iterdir() if path.is_dir()] if where.is_dir() else []
-        return code, folders[0] if len(folders) == 1 else None, printed.out, printed.err
+        return Call(code, folders[0] if len(folders) == 1 else None, printed.out, printed.err)
 
     return call
-
-
-def one_line(err):
-    """The text of a single line of error."""
-    assert err.count("\n") == 1, err
-    assert err.startswith("sample_ddp.py: error: ")
-    return err
 
 
 def contents(folder):
@@ -146,7 +154,7 @@ def test_the_folder_is_named_after_the_protocol(ddp, tmp_path):
     }
     for flags, part in expected.items():
         before = {*(tmp_path / "out").glob("*")}
-        assert ddp(flags, "--no-pack", count=1)[0] == 0
+        assert ddp(flags, "--no-pack", count=1).code == 0
         (made,) = {*(tmp_path / "out").glob("*")} - before
         assert part in made.name
         assert re.fullmatch(r"[A-Za-z0-9._=+-]+", made.name)
@@ -154,7 +162,7 @@ def test_the_folder_is_named_after_the_protocol(ddp, tmp_path):
 
 @pytest.mark.parametrize("flags", ["--adacorr", "--cache teacache:profile=none --adacorr", "--sampler ddpm"])
 def test_bytes_do_not_depend_on_the_batch_size(ddp, tmp_path, flags):
-    one, many = (ddp(flags, f"--per-proc-batch-size {n}", count=4, where=tmp_path / str(n))[1] for n in (1, 3))
+    one, many = (ddp(flags, f"--per-proc-batch-size {n}", count=4, where=tmp_path / str(n)).folder for n in (1, 3))
     assert contents(one) == contents(many)
     assert len(contents(one)) == 4
     assert npz(one).read_bytes() == npz(many).read_bytes()
@@ -178,13 +186,13 @@ def test_without_determinism_a_batch_is_sampled_at_once(ddp, monkeypatch, tmp_pa
 def test_a_latent_model_goes_through_its_vae(ddp, tmp_path):
     import diffusers
 
-    save_tiny(tmp_path / "latent.safetensors", input_size=4, in_channels=4)
+    path = save_tiny(tmp_path / "latent.safetensors", input_size=4, in_channels=4)
     options = {"block_out_channels": (8,) * 4, "down_block_types": ("DownEncoderBlock2D",) * 4}
     options |= {"up_block_types": ("UpDecoderBlock2D",) * 4, "norm_num_groups": 4, "latent_channels": 4}
     vae, place = diffusers.AutoencoderKL(**options), tmp_path / "small vae"
     vae.save_pretrained(place)
     flags = "--sampler ddpm --adacorr --vae", place
-    code, folder, _, _ = ddp(*flags, "--image-size 32", count=2, ckpt=tmp_path / "latent.safetensors")
+    code, folder, _, _ = ddp(*flags, "--image-size 32", count=2, ckpt=path)
     assert code == 0
     assert "32px-vae-small-vae-ddpm-12steps" in folder.name
     assert packed_arrays(folder)["arr_0"].shape == (2, 32, 32, 3)
@@ -192,17 +200,11 @@ def test_a_latent_model_goes_through_its_vae(ddp, tmp_path):
     with torch.no_grad():
         vae.decoder.conv_out.bias += 1
     vae.save_pretrained(place)
-    code, _, _, err = ddp(*flags, count=2, ckpt=tmp_path / "latent.safetensors")
-    assert code == 2
-    assert f'vae.sha256: "{before["sha256"]}" in the folder' in one_line(err)
+    assert f'vae.sha256: "{before["sha256"]}" in the folder' in ddp(*flags, count=2, ckpt=path).error(2)
     vae.register_to_config(scaling_factor=0.13)
     vae.save_pretrained(place)
-    code, _, _, err = ddp(*flags, count=2, ckpt=tmp_path / "latent.safetensors")
-    assert code == 2
-    assert "scales its latents by 0.13: give one that scales by 0.18215" in one_line(err)
-    code, _, _, err = ddp("--vae none", count=2, ckpt=tmp_path / "latent.safetensors")
-    assert code == 2
-    assert "4 channels, which are no RGB image" in one_line(err)
+    assert "by 0.13: give one that scales by 0.18215" in ddp(*flags, count=2, ckpt=path).error(2)
+    assert "4 channels, which are no RGB image" in ddp("--vae none", count=2, ckpt=path).error(2)
 
 
 def test_an_unconditional_model_has_no_labels(ddp, tmp_path):
@@ -216,7 +218,7 @@ def test_an_unconditional_model_has_no_labels(ddp, tmp_path):
 
 
 def test_an_interrupted_run_goes_on_with_other_batches_and_gives_the_same_bytes(ddp, monkeypatch, tmp_path):
-    _, whole, _, _ = ddp("--adacorr", where=tmp_path / "whole")
+    whole = ddp("--adacorr", where=tmp_path / "whole").folder
     with monkeypatch.context() as patch:
         sampled_batches(patch, 2)
         code, folder, _, _ = ddp("--adacorr --per-proc-batch-size 1")
@@ -236,7 +238,7 @@ def test_an_interrupted_run_goes_on_with_other_batches_and_gives_the_same_bytes(
 
 
 def test_more_images_are_added_to_those_that_are_there(ddp, monkeypatch, tmp_path):
-    _, folder, _, _ = ddp("--no-pack", count=3)
+    folder = ddp("--no-pack", count=3).folder
     first, content = contents(folder), run_json(folder)
     assert not npz(folder).exists()
     content["sessions"][-1]["environment"]["torch"] = "1.13"
@@ -247,12 +249,12 @@ def test_more_images_are_added_to_those_that_are_there(ddp, monkeypatch, tmp_pat
     assert f"torch was 1.13 in the session before and is {torch.__version__} now" in out
     assert out.count("in the session before") == 1
     assert first.items() < contents(folder).items()
-    _, other, _, _ = ddp(where=tmp_path / "at once")
+    other = ddp(where=tmp_path / "at once").folder
     assert contents(folder) == contents(other)
     assert npz(folder).read_bytes() == npz(other).read_bytes()
     calls.clear()
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.png")}
-    assert "complete" in ddp()[2]  # and left alone
+    assert "complete" in ddp().out  # and left alone
     code, _, _, err = ddp(count=2)  # fewer: nothing to make, and the .npz holds two
     assert (code, calls) == (0, [])
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.png")} == before
@@ -261,8 +263,7 @@ def test_more_images_are_added_to_those_that_are_there(ddp, monkeypatch, tmp_pat
 
 
 def test_damaged_removed_and_foreign_images_are_made_again(ddp, monkeypatch, tmp_path):
-    _, folder, _, _ = ddp()
-    _, other, _, _ = ddp("--seed 1", where=tmp_path / "other")
+    folder, other = ddp().folder, ddp("--seed 1", where=tmp_path / "other").folder
     whole, packed = contents(folder), npz(folder).read_bytes()
     cut, empty, foreign, gone, flipped = [folder / "images" / name for name in sorted(whole)][:5]
     cut.write_bytes(cut.read_bytes()[:-20])
@@ -280,15 +281,12 @@ def test_damaged_removed_and_foreign_images_are_made_again(ddp, monkeypatch, tmp
     data = bytearray(flipped.read_bytes())
     data[data.index(b"IDAT") + 30] ^= 1
     flipped.write_bytes(data)
-    assert "complete" in ddp()[2]  # nobody reads it all without being asked
+    assert "complete" in ddp().out  # nobody reads it all without being asked
     npz(folder).unlink()
-    code, _, _, err = ddp()
-    assert code == 1
-    assert "--verify" in one_line(err)
-    assert str(flipped) in err
+    assert re.search(f"{flipped}: .* --verify", ddp().error(1))
     assert not npz(folder).exists()
     calls.clear()
-    assert ddp("--verify")[0] == 0
+    assert ddp("--verify").code == 0
     assert calls == [[4]]
     assert npz(folder).read_bytes() == packed
 
@@ -306,38 +304,33 @@ def test_damaged_removed_and_foreign_images_are_made_again(ddp, monkeypatch, tmp
 )
 def test_other_options_in_the_same_folder_are_refused(ddp, checkpoint, tmp_path, flags, field):
     """--overwrite deletes the old run, and nothing else."""
-    _, folder, _, _ = ddp(count=3)
+    folder = ddp(count=3).folder
     (folder / "notes.txt").write_text("mine")
     before, options = contents(folder), {"count": 2}
     if flags == "another checkpoint":
-        (tmp_path / "other").mkdir()
-        options["ckpt"] = tmp_path / "other" / checkpoint.name
-        model, flags = DiT(8, 2, 3, 32, 2, 2, num_classes=4, learn_sigma=False), ""
-        save_checkpoint(options["ckpt"], model.state_dict(), model.config)
-    code, _, _, err = ddp(flags, **options)
-    assert code == 2
-    assert field in one_line(err)
-    assert "--overwrite" in err
+        flags, options["ckpt"] = "", save_tiny(tmp_path / "other" / checkpoint.name, seed=2)
+    said = ddp(flags, **options).error(2)
+    assert field in said
+    assert "--overwrite" in said
     assert contents(folder) == before
-    assert ddp(flags, "--overwrite", **options)[0] == 0
+    assert ddp(flags, "--overwrite", **options).code == 0
     assert len(contents(folder)) == 2
     assert outcomes(folder) == ["complete"]
     assert (folder / "notes.txt").read_text() == "mine"
 
 
 def test_two_jobs_in_one_folder(ddp, monkeypatch):
-    _, folder, _, _ = ddp(count=1)
+    folder = ddp(count=1).folder
     monkeypatch.setattr(record, "WAIT", 0.2)
     with record.RunFolder(folder).lock(print):
-        code, _, out, err = ddp(count=2)
-    assert code == 2
-    assert f"pid {os.getpid()}" in one_line(err)
-    assert "waiting for up to 0 s" in out
-    assert ddp(count=2)[0] == 0
+        second = ddp(count=2)
+    assert f"pid {os.getpid()}" in second.error(2)
+    assert "waiting for up to 0 s" in second.out
+    assert ddp(count=2).code == 0
 
 
 def test_a_job_that_was_here_while_this_one_waited_for_the_lock_keeps_its_images(ddp, monkeypatch, tmp_path):
-    _, other, _, _ = ddp("--cfg-channels 3", where=tmp_path / "other")
+    other = ddp("--cfg-channels 3", where=tmp_path / "other").folder
     lock, place = record.RunFolder.lock, tmp_path / "out" / other.name
 
     @contextmanager
@@ -347,10 +340,8 @@ def test_a_job_that_was_here_while_this_one_waited_for_the_lock_keeps_its_images
             yield
 
     monkeypatch.setattr(record.RunFolder, "lock", waiting)
-    code, folder, _, err = ddp()
-    assert code == 2
-    assert 'guidance.channels: "3" in the folder, "all" asked' in one_line(err)
-    assert contents(folder) == contents(other)
+    assert 'guidance.channels: "3" in the folder, "all" asked' in ddp().error(2)
+    assert contents(place) == contents(other)
 
 
 def test_a_folder_that_is_deleted_in_mid_run_is_named_and_not_made_again(ddp, monkeypatch):
@@ -365,9 +356,7 @@ def test_a_folder_that_is_deleted_in_mid_run_is_named_and_not_made_again(ddp, mo
         return batch(self, indices)
 
     monkeypatch.setattr(worker.Sampling, "batch", deleting)
-    code, _, _, err = ddp()
-    assert code == 1
-    assert "was deleted, or its record changed, while the job was at work" in one_line(err)
+    assert "was deleted, or its record changed, while the job was at work" in ddp().error(1)
     assert not list(Path.cwd().glob("out/*/images"))
 
 
@@ -379,9 +368,7 @@ def test_a_label_file_is_taken_line_by_line_and_held_to(ddp, tmp_path):
     assert packed_arrays(folder)["arr_1"].tolist() == [3, 0, 2]
     for changed, words in (("3\n0\n1\n", "labels:"), ("0\n4\n1\n", "line 2: 4 is outside 0..3")):
         path.write_text(changed)
-        code, _, _, err = ddp("--labels", path, count=3)
-        assert code == 2
-        assert words in one_line(err)
+        assert words in ddp("--labels", path, count=3).error(2)
 
 
 def test_a_folder_that_cannot_be_written(ddp, monkeypatch):
@@ -391,34 +378,22 @@ def test_a_folder_that_cannot_be_written(ddp, monkeypatch):
         raise OSError(30, "Read-only file system", "out/NAME/lock-000")
 
     monkeypatch.setattr(record.FileLock, "acquire", refuse)
-    code, _, _, err = ddp()
-    assert code == 2
-    assert "Read-only file system: 'out/NAME/lock-000'" in one_line(err)
+    assert "Read-only file system: 'out/NAME/lock-000'" in ddp().error(2)
 
 
-@pytest.mark.parametrize("fault", ["other classes", "no VAE", "truncated", "malicious"])
-def test_a_checkpoint_that_cannot_be_used_leaves_no_folder(ddp, checkpoint, tmp_path, fault):
-    class Payload:
-        def __reduce__(self):
-            return (Path(tmp_path / "pwned").touch, ())
-
-    flags, message, path = "", "", tmp_path / "broken.safetensors"
-    if fault == "other classes":
-        flags, message, path = "--num-classes 1000", "is for 4 classes, --num-classes 1000 was asked", checkpoint
-    elif fault == "no VAE":
-        flags, message, path = "--vae nowhere", "no VAE 'nowhere'", checkpoint
-    elif fault == "truncated":
-        path.write_bytes(checkpoint.read_bytes()[:-1000])
-        message = "corrupt or incomplete"
-    else:
-        path = path.with_suffix(".pt")
-        torch.save({"model": Payload()}, path)
-        message = "is refused"
-    code, folder, _, err = ddp(flags, ckpt=path)
-    assert (code, folder) == (2, None)
-    assert message in one_line(err)
-    assert path.exists()
-    assert not (tmp_path / "pwned").exists()
+def test_a_checkpoint_that_cannot_be_used_leaves_no_folder(ddp, checkpoint, tmp_path):
+    (tmp_path / "cut.safetensors").write_bytes(checkpoint.read_bytes()[:-1000])
+    torch.save({"model": torch.nn.Linear(1, 1)}, tmp_path / "code.pt")  # a pickle that would run code
+    faults = {
+        "--num-classes 1000": "is for 4 classes, --num-classes 1000 was asked",
+        "--vae nowhere": "no VAE 'nowhere'",
+        "--ckpt cut.safetensors": "corrupt or incomplete",
+        "--ckpt code.pt": "is refused",
+    }
+    for flags, message in faults.items():
+        call = ddp(flags)
+        assert message in call.error(2)
+        assert call.folder is None
 
 
 # ----------------------------------------------------------------------------------------------- faults
@@ -435,13 +410,13 @@ def test_a_full_disk(ddp, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", failing)
-        code, folder, _, err = ddp()
-    assert code == 1
+        call = ddp()
     found = r"\d{6}\.png: the disk, its inodes or the quota are used up: \d+ bytes needed, \d+ free; finished"
-    assert re.search(found, one_line(err))
+    assert re.search(found, call.error(1))
+    folder = call.folder
     assert sorted(contents(folder)) == ["000000.png", "000001.png", "000002.png"]
     assert "used up" in outcomes(folder)[0]
-    assert ddp()[0] == 0
+    assert ddp().code == 0
     assert len(packed_arrays(folder)["arr_0"]) == 7
 
 
@@ -451,7 +426,7 @@ def test_a_full_disk(ddp, monkeypatch):
 )
 def test_a_signal_drops_the_batch_that_is_open_and_nothing_else(ddp, monkeypatch, tmp_path, number, flags, finished):
     flags += " --per-proc-batch-size 2"
-    _, whole, _, _ = ddp(flags, where=tmp_path / "whole")
+    whole = ddp(flags, where=tmp_path / "whole").folder
     with monkeypatch.context() as patch:
         step, calls = DDIM.step, []
 
@@ -468,7 +443,7 @@ def test_a_signal_drops_the_batch_that_is_open_and_nothing_else(ddp, monkeypatch
     assert len(contents(folder)) == finished
     assert len(calls) % STEPS == 4
     assert "stopped by" in outcomes(folder)[0]
-    assert ddp(flags)[0] == 0
+    assert ddp(flags).code == 0
     assert (contents(folder) == contents(whole)) or "no-deterministic" in flags
     assert packed_arrays(folder)["arr_1"].tolist() == packed_arrays(whole)["arr_1"].tolist()
 
@@ -487,7 +462,7 @@ def test_a_signal_while_the_last_batch_is_written(ddp, monkeypatch):
         patch.setattr(images.Store, "write", signalling)
         code, folder, _, _ = ddp("--per-proc-batch-size 2")
     assert (code, outcomes(folder), len(contents(folder))) == (75, ["stopped by SIGTERM"], 7)
-    assert ddp()[0] == 0
+    assert ddp().code == 0
 
 
 @pytest.mark.parametrize(
@@ -500,41 +475,32 @@ def test_a_signal_while_the_last_batch_is_written(ddp, monkeypatch):
 )
 def test_a_failure_in_sampling_keeps_what_was_finished(ddp, monkeypatch, error, words):
     sampled_batches(monkeypatch, 1, error)
-    code, folder, _, err = ddp("--adacorr --no-deterministic --per-proc-batch-size 2")
-    assert code == 1
-    assert all(word in one_line(err) and word in outcomes(folder)[0] for word in words)
-    assert sorted(contents(folder)) == ["000000.png", "000001.png"]
+    call = ddp("--adacorr --no-deterministic --per-proc-batch-size 2")
+    assert all(word in call.error(1) and word in outcomes(call.folder)[0] for word in words)
+    assert sorted(contents(call.folder)) == ["000000.png", "000001.png"]
 
 
 def test_an_error_in_finishing_is_a_failure(ddp, monkeypatch):
     """Whatever goes wrong once images are being made ends with 1: 2 would say that nothing was sampled."""
     with monkeypatch.context() as patch:
         patch.setattr(job, "pack", lambda *_: (_ for _ in ()).throw(OSError("the server is gone")))
-        code, folder, _, err = ddp()
-    assert code == 1
-    assert "the server is gone" in one_line(err)
-    assert len(contents(folder)) == 7
-    assert ddp()[0] == 0
+        call = ddp()
+    assert "the server is gone" in call.error(1)
+    assert len(contents(call.folder)) == 7
+    assert ddp().code == 0
 
 
 # ------------------------------------------------------------------------------------------------- the flags
 
 
-@pytest.mark.parametrize(
-    ("name", "sampler", "steps", "size"),
-    [
-        ("dit-xl-2-256-ddpm-250", "ddpm", 250, 256),
-        ("dit-xl-2-512-ddpm-250", "ddpm", 250, 512),
-        ("dit-xl-2-256-ddim-50", "ddim", 50, 256),
-    ],
-)
-def test_presets(name, sampler, steps, size):
+@pytest.mark.parametrize("name", ["dit-xl-2-256-ddpm-250", "dit-xl-2-512-ddpm-250", "dit-xl-2-256-ddim-50"])
+def test_presets(name):
     args = sample_ddp.parse(["--preset", name])
-    assert (args.model, args.image_size, args.vae) == ("DiT-XL/2", size, "ema")
-    assert (args.sampler, args.num_sampling_steps, args.cfg_scale, args.cfg_channels) == (sampler, steps, 1.5, "3")
+    assert f"dit-xl-2-{args.image_size}-{args.sampler}-{args.num_sampling_steps}" == name
+    assert (args.model, args.vae, args.cfg_scale, args.cfg_channels) == ("DiT-XL/2", "ema", 1.5, "3")
     assert (args.num_fid_samples, args.labels, args.seed) == (50_000, "random", 0)
     args = sample_ddp.parse(["--cfg-scale", "4", "--preset", name])  # flags win, also those before it
-    assert (args.cfg_scale, args.num_sampling_steps) == (4, steps)
+    assert (args.cfg_scale, args.sampler) == (4, name.split("-")[4])
 
 
 def test_the_flags_of_the_release_are_known():
@@ -549,7 +515,7 @@ def test_the_flags_of_the_release_are_known():
 
 def test_a_restart_by_torchrun_overwrites_nothing(ddp, monkeypatch):
     """The processes have the arguments of the first start, --overwrite among them."""
-    _, folder, _, _ = ddp(count=3)
+    folder = ddp(count=3).folder
     (folder / "images" / "000001.png").unlink()
     before = contents(folder)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
