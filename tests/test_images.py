@@ -1,11 +1,9 @@
-"""Images on disk: round trips, every way a file can be wrong, kills, full disks, and the packed .npz."""
+"""Images on disk: round trips, every way a file can be wrong, full disks, and the packed .npz."""
 
 import errno
 import os
 import re
 import resource
-import signal
-import time
 import tracemalloc
 import zipfile
 from contextlib import contextmanager
@@ -130,29 +128,7 @@ def test_no_changed_byte_changes_a_pixel_unnoticed(full):
     assert noticed > 0.8 * len(whole) / 7
 
 
-# ----------------------------------------------------------------------------------------- kills and full disks
-
-
-def test_a_killed_writer_leaves_whole_images(tmp_path):
-    """SIGKILL in the middle of a write, at several moments."""
-    store, image, last = Store(tmp_path / "images", RUN, 256), pictures(1, 256)[0], 0
-    for attempt in range(5):
-        child = os.fork()
-        if child == 0:
-            for index in range(last, 10_000):
-                store.write(index, image, None, {})
-        while not store.folder.exists() or len(files(store.folder)) < last + 3:
-            time.sleep(0.002)
-        time.sleep(0.0007 * attempt)
-        os.kill(child, signal.SIGKILL)
-        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-        found, unusable = store.scan(10_000, verify=True)
-        assert unusable == {}
-        last = len(found)
-        assert sorted(found) == list(range(last))
-        for path in store.folder.glob(".*.tmp"):
-            path.unlink()
-        assert len(files(store.folder)) == last
+# --------------------------------------------------------------------------------------------------- full disks
 
 
 @contextmanager

@@ -23,15 +23,12 @@ from fid_run import images, record, worker
 ROOT = Path(__file__).resolve().parents[1]
 FORK = multiprocessing.get_context("fork")
 COUNT, LONG = 11, 300  # LONG: seconds after which a process that should have ended has failed
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 CHILD = f"""
 import os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import sample_ddp
 sample_ddp.end_with_launcher()
 rank = int(os.environ.get("RANK", 0))
-if rank == int(os.environ.get("LATE", -1)):
-    time.sleep(5)
 from datetime import timedelta
 import ranks
 from fid_run import images, job, record, worker
@@ -79,7 +76,7 @@ def same(folder, whole):
     return images[0] == images[1] and packed[0] == packed[1]
 
 
-def script(tmp_path, code=""):
+def script(tmp_path, code):
     path = tmp_path / "child.py"
     path.write_text(f"{CHILD}{code}\nsys.exit(sample_ddp.main(sys.argv[1:]))\n")
     return str(path)
@@ -96,10 +93,11 @@ def nothing_is_left():
         STARTED.pop().kill()
 
 
-def start(*command, **variables):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in variables.items()}}
+def torchrun(*words):
+    """Two processes that torchrun starts."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, words)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    STARTED.append(subprocess.Popen([str(part) for part in command], env=environment, **pipes))
+    STARTED.append(subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes))
     return STARTED[-1]
 
 
@@ -194,7 +192,7 @@ def slow(*job):
     return pack(*job)
 job.pack = slow
 """
-    code, out, err = end(start(*TORCHRUN, 2, script(tmp_path, slow_pack), *flags, tmp_path / "out"))
+    code, out, err = end(torchrun(script(tmp_path, slow_pack), *flags, tmp_path / "out"))
     assert code == 0, err
     folder = folder_in(tmp_path / "out")
     assert same(folder, whole)
@@ -226,7 +224,7 @@ os.replace = dying
 
 def test_sigterm_to_torchrun_and_fewer_processes_after_it(flags, whole, tmp_path):
     place = tmp_path / "out"
-    process = start(*TORCHRUN, 2, script(tmp_path, f"LAST = 0.5{SLOW}"), *flags, place)
+    process = torchrun(script(tmp_path, f"LAST = 0.5{SLOW}"), *flags, place)
     until(lambda: len(images_in(place)) >= 2, process)
     process.send_signal(signal.SIGTERM)
     assert end(process)[0] != 0
@@ -251,7 +249,7 @@ def failing(self, indices):
 worker.Sampling.batch = failing
 """
     place = tmp_path / "out"
-    code, _, err = end(start(*TORCHRUN, 2, "--max-restarts", 1, script(tmp_path, fail_once), *flags, place))
+    code, _, err = end(torchrun("--max-restarts", 1, script(tmp_path, fail_once), *flags, place))
     assert code == 0, err
     assert "a GPU fell off the bus" in err
     assert len(outcomes(folder_in(place))) == 2
@@ -333,7 +331,7 @@ def test_ranks_end_with_their_launcher(flags, whole, tmp_path, moment):
     place = tmp_path / "out"
     wait = f"open({str(tmp_path)!r} + f'/ready{{rank}}', 'w').close()\nif rank == 0: time.sleep(1000)"
     wait = wait if moment == "in the rendezvous" else f"LAST = 1.0{SLOW}"
-    process = start(*TORCHRUN, 2, script(tmp_path, wait), *flags, place)
+    process = torchrun(script(tmp_path, wait), *flags, place)
     ranks = ranks_of(process)
     if moment == "in the rendezvous":
         until(lambda: len(list(tmp_path.glob("ready*"))) == 2, process)
@@ -350,7 +348,7 @@ def test_ranks_end_with_their_launcher(flags, whole, tmp_path, moment):
 def test_a_mistake_is_told_once_also_by_a_process_that_is_late(flags, tmp_path):
     """torchrun ends all processes with the first: none may end before rank 0 has said why."""
     mistake = [*flags, tmp_path, "--cfg-channels", "4"]
-    code, _, err = end(start(*TORCHRUN, 2, script(tmp_path), *mistake, LATE=0))
+    code, _, err = end(torchrun(script(tmp_path, "if rank == 0: time.sleep(5)"), *mistake))
     assert code == 1
     assert err.count("invalid choice: '4'") == 1, err
 
