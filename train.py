@@ -370,17 +370,20 @@ def work(options: Options, ranks: Ranks, signals: Signals) -> None:
         data = read_data(options.data, options.image_size)
         if state is not None and state["data"] != data.digest:
             raise ValueError(f"--out {out} was trained on other data than {options.data}: give that, or --overwrite")
+        torch.manual_seed(int(seed_words(options.seed, STEP, 0xFFFFFFFF).generate_state(1)[0]))  # of the first weights
+        model = DiT_models[options.model](
+            input_size=data.images.shape[3],
+            in_channels=data.images.shape[1],
+            num_classes=data.num_classes,
+            learn_sigma=options.learn_sigma,
+            class_dropout_prob=options.label_dropout,
+        )
     found = data.digest, state and state["step"]
     if ranks.from_leader(found) != found:
         raise ValueError("this process finds other data or another state.pt than process 0")
     ranks.barrier(PATIENCE)
     if device.type == "cuda":
         runtime.allow_tf32(True)
-    torch.manual_seed(int(seed_words(options.seed, STEP, 0xFFFFFFFF).generate_state(1)[0]))  # of the initial weights
-    shape = {"input_size": data.images.shape[3], "in_channels": data.images.shape[1], "num_classes": data.num_classes}
-    model = DiT_models[options.model](
-        **shape, learn_sigma=options.learn_sigma, class_dropout_prob=options.label_dropout
-    )
     trainer = Trainer(options, data, model, ranks, device)
     if options.compile:
         trainer.net = torch.compile(trainer.net, dynamic=False)
