@@ -37,14 +37,12 @@ READY = timedelta(minutes=3)  # for all ranks to see the folder of rank 0 and to
 class Job:
     """What rank 0 found out and every rank works by.
 
-    token: of the session in run.json. missing (m,) indices; labels (N,) int64 or None; profile: what AdaCorrection
-    knows of the model, or None.
+    missing (m,) indices; labels (N,) int64 or None; profile: what AdaCorrection knows of the model, or None.
     """
 
     args: argparse.Namespace
     folder: RunFolder
     store: Store
-    token: str
     missing: np.ndarray
     labels: np.ndarray | None
     profile: Profile | None
@@ -71,7 +69,7 @@ def run(args: argparse.Namespace | None, ranks: Ranks) -> None:
             stack.enter_context(session(job))
         else:
             set_up(job.args, ranks)
-            stack.enter_context(job.folder.join(job.token, ranks.rank))
+            stack.enter_context(job.folder.join(ranks.rank))
         ranks.barrier(READY)
         ranks.close()  # there is no collective from here on: ranks may lag, fail or end on their own
         if not leads:
@@ -126,7 +124,7 @@ def work(job: Job, ranks: Ranks, signals: Signals, pipe: Pipeline, cache: CacheM
     )
 
     def write(indices: np.ndarray, made: list[tuple[np.ndarray, dict[str, Any]]]) -> None:
-        if not folder.has(job.token):
+        if not folder.is_current():
             raise Failure(f"{folder.path} was deleted, or its record changed, while the job was at work")
         for index, (image, counts) in zip(indices.tolist(), made, strict=True):
             job.store.write(index, image, None if job.labels is None else int(job.labels[index]), counts)
@@ -215,10 +213,11 @@ def prepare(
         warn(f"{folder.npz} holds {packed} images and will be packed anew with the first {count}")
     session = {"count": count, "missing": len(missing), "processes": ranks.world, "preset": args.preset}
     session |= {"batch": args.per_proc_batch_size, "environment": environment}
-    token, profile = folder.begin(protocol, session), None if cache is None else cache.profile
+    folder.begin(protocol, session)
+    profile = None if cache is None else cache.profile
     if profile is not None:
         save_profile(folder.profile, profile)
-    return Job(args, folder, store, token, missing, labels, profile), pipe, cache
+    return Job(args, folder, store, missing, labels, profile), pipe, cache
 
 
 @contextmanager
@@ -229,7 +228,7 @@ def session(job: Job) -> Iterator[None]:
     except BaseException as error:
         why = " ".join(str(error).split()) or type(error).__name__
         with suppress(OSError):  # the exception matters more
-            if job.folder.has(job.token):  # else somebody deleted the folder
+            if job.folder.is_current():  # else somebody deleted the folder
                 job.folder.end(why)
         if isinstance(error, OSError):
             raise Failure(why) from error

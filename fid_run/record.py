@@ -58,10 +58,10 @@ class RunFolder:
                 self._acquire(path, note).lock.release()
             yield
 
-    def join(self, token: str, rank: int) -> AcquireReturnProxy:
+    def join(self, rank: int) -> AcquireReturnProxy:
         """This rank's lock, held until it is released. OSError if run.json does not show the session in time."""
         deadline = time.monotonic() + VISIBLE
-        while not self.has(token):
+        while not self.is_current():
             if time.monotonic() > deadline:
                 raise OSError(
                     f"process {rank} does not see this job in {self.run_json}: give a --sample-dir "
@@ -123,10 +123,11 @@ class RunFolder:
                 raise RunMismatch(f"{self.path} has no run.json but {path}, which may be another run's; {WAYS_OUT}")
         return None
 
-    def has(self, token: str) -> bool:
-        """Whether run.json is there and its last session is the one with this token."""
+    def is_current(self) -> bool:
+        """Whether run.json is there and its last session is the one that `begin` opened."""
         try:
-            return json.loads(self.run_json.read_bytes())["sessions"][-1]["token"] == token
+            last = json.loads(self.run_json.read_bytes())["sessions"][-1]
+            return last["token"] == self.record["sessions"][-1]["token"]
         except (OSError, ValueError, KeyError, IndexError):
             return False
 
@@ -149,17 +150,15 @@ class RunFolder:
         for path in (*images, self.npz, self.profile, self.run_json):
             path.unlink(missing_ok=True)
 
-    def begin(self, protocol: dict[str, Any], session: dict[str, Any]) -> str:
-        """Open a session in run.json and return its token. `ended` stays null if the process is killed."""
-        self.record = self.read() or {
-            "schema": SCHEMA, "run_id": run_id(protocol), "protocol": protocol, "sessions": []
-        }  # fmt: skip
-        token = os.urandom(8).hex()
-        opened = {"token": token, "started": now(), "ended": None, "host": socket.gethostname(), "pid": os.getpid()}
+    def begin(self, protocol: dict[str, Any], session: dict[str, Any]) -> None:
+        """Open a session in run.json. `ended` stays null if the process is killed."""
+        new = {"schema": SCHEMA, "run_id": run_id(protocol), "protocol": protocol, "sessions": []}
+        self.record = self.read() or new
+        opened = {"token": os.urandom(8).hex(), "started": now(), "ended": None}
+        opened |= {"host": socket.gethostname(), "pid": os.getpid()}
         self.record["sessions"].append(opened | session)
         self.record |= {"npz": None, "statistics": None}
         self._write()
-        return token
 
     def end(self, outcome: str, npz: dict[str, Any] | None = None, statistics: dict[str, Any] | None = None) -> None:
         """Close the session: "complete", with what is known of all images and of their .npz, or why it ended."""

@@ -27,7 +27,7 @@ def folder(tmp_path):
 
 
 def begin(folder):
-    return folder.begin(PROTOCOL, {"count": 3})
+    folder.begin(PROTOCOL, {"count": 3})
 
 
 def test_run_id_is_of_the_values_not_of_the_order_of_keys():
@@ -59,12 +59,12 @@ def test_differences_name_every_field_on_both_sides_and_agree_with_the_id():
 def test_sessions_and_what_is_known_at_their_end(folder):
     assert folder.npz.name == "ddim-cfg1.5.npz"
     assert folder.check(PROTOCOL) is None
-    first = begin(folder)
+    begin(folder)
     folder.end("stopped by SIGTERM")
     begin(RunFolder(folder.path))  # is killed
     last = RunFolder(folder.path)
-    token = begin(last)
-    assert (folder.has(token), folder.has(first)) == (True, False)
+    begin(last)
+    assert (last.is_current(), folder.is_current()) == (True, False)
     folder.npz.write_text("12345678")
     last.end("complete", {"count": 3, "bytes": 8, "sha256": "abc"}, {"images": 3})
     found = folder.check(PROTOCOL)
@@ -223,13 +223,14 @@ def test_of_several_jobs_that_start_together_one_is_at_work_at_a_time(folder, tm
 
 
 def test_a_rank_joins_the_session_that_it_was_told_of(folder, monkeypatch):
-    token = begin(folder)
-    with RunFolder(folder.path).join(token, 2) as lock:
+    begin(folder)
+    with folder.join(2) as lock:
         assert (folder.path / "lock-002").exists()
     assert not lock.is_locked
     monkeypatch.setattr(record, "VISIBLE", 0.3)
+    begin(RunFolder(folder.path))
     with pytest.raises(OSError, match="does not see this job in .*run.json: give a --sample-dir .*share"):
-        RunFolder(folder.path).join("another", 2)
+        folder.join(2)
 
 
 def test_rank_0_waits_until_the_others_are_through(folder, holder):
