@@ -68,26 +68,18 @@ def whole(pipe, indices=range(6), cache=None, labels=LABELS):
     return torch.cat(images).numpy()
 
 
-class Tampered:
-    """A sampler whose `step` is followed by `after(i, x)`, which returns the state to go on with."""
-
-    def __init__(self, sampler, after):
-        self._sampler, self._after = sampler, after
-
-    def __getattr__(self, name):
-        return getattr(self._sampler, name)
-
-    def fresh(self):
-        return Tampered(self._sampler.fresh(), self._after)
-
-    linear = None  # what `after` does is not
-
-    def step(self, i, x, out, noise=None):
-        return self._after(i, self._sampler.step(i, x, out, noise))
-
-
 def tamper(pipe, after):
-    return replace(pipe, sampler=Tampered(pipe.sampler, after))
+    """The pipeline with a sampler whose `step` is followed by `after(i, x)`, which returns the state to go on with."""
+
+    class Tampered(type(pipe.sampler)):
+        linear = None  # what `after` does is not
+
+        def step(self, i, x, *rest):
+            return after(i, super().step(i, x, *rest))
+
+    sampler = pipe.sampler.fresh()
+    sampler.__class__ = Tampered
+    return replace(pipe, sampler=sampler)
 
 
 # ------------------------------------------------------------------------------------- batches and their counts
