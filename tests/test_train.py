@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -29,48 +30,47 @@ from objective import Objective
 
 ROOT = Path(__file__).resolve().parents[1]
 FEW = ["--steps", 10, "--batch-size", 6, "--save-every", 4, "--log-every", 2, "--device", "cpu", "--lr", 1e-3]
+FORK = multiprocessing.get_context("fork")
 TINY = partial(models.DiT, patch_size=2, hidden_size=32, depth=2, num_heads=2)
 # The same model in another process, which has no diffusers.
 CHILD = f"""
-import os, signal, sys
+import sys
 sys.path.insert(0, {str(ROOT)!r})
 sys.modules["diffusers"] = None
 from functools import partial
 import models, train
 models.DiT_models["tiny"] = partial(models.DiT, patch_size=2, hidden_size=32, depth=2, num_heads=2)
+sys.exit(train.main(sys.argv[1:]))
 """
-DIE_IN_A_STEP = """
-update = train.Trainer.update
-def dying(self, step):
-    if step == 7:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return update(self, step)
-train.Trainer.update = dying
-"""
-DIE_WHILE_SAVING = """
-replace, calls = os.replace, []
-def dying(source, target):
-    calls.append(str(target).endswith("state.pt"))
-    if sum(calls) == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(source, target)
-os.replace = dying
-"""
+
+
+def die_in_a_step():
+    update = train.Trainer.update
+
+    def dying(self, step):
+        if step == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return update(self, step)
+
+    train.Trainer.update = dying
+
+
+def die_while_saving():
+    replace, calls = os.replace, []
+
+    def dying(source, target):
+        calls.append(str(target).endswith("state.pt"))
+        if sum(calls) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+
+    os.replace = dying
 
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch):
     torch.set_num_threads(1)
     monkeypatch.setitem(models.DiT_models, "tiny", TINY)
-
-
-def child(tmp_path, code, *argv, launcher=()):
-    """train.main in a process of its own."""
-    script = tmp_path / "child.py"
-    script.write_text(f"{CHILD}{code}\nsys.exit(train.main(sys.argv[1:]))\n")
-    command = [sys.executable, *launcher, str(script), *map(str, argv)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
 
 
 @pytest.fixture
@@ -106,16 +106,18 @@ def assert_same(a, b, where=""):
 # ------------------------------------------------------------------------------------------ whole runs
 
 
-@pytest.mark.parametrize("death", [DIE_IN_A_STEP, DIE_WHILE_SAVING])
+@pytest.mark.parametrize("death", [die_in_a_step, die_while_saving])
 def test_resumed_after_kill_is_bit_identical(tmp_path, data, death):
     flags = ["--data", data, "--model", "tiny", *FEW, "--schedule", "cosine", "--warmup-steps", 2, "--learn-sigma"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert code(train.main, *flags, "--out", whole) == 0
-    result = child(tmp_path, death, *flags, "--out", broken)
-    assert result.returncode == -signal.SIGKILL, result.stderr
+    process = FORK.Process(target=lambda: (death(), code(train.main, *flags, "--out", broken)))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert state(broken)["step"] == 4
     stale = list(broken.glob(".*.tmp"))
-    assert len(stale) == (death is DIE_WHILE_SAVING)
+    assert len(stale) == (death is die_while_saving)
     with open(broken / "log.jsonl", "a") as file:
         file.write('{"step": 9, "lo')  # a line cut short
     assert code(train.main, *flags, "--out", broken) == 0
@@ -129,8 +131,12 @@ def test_resumed_after_kill_is_bit_identical(tmp_path, data, death):
 
 def test_two_ranks_equal_one(tmp_path, data):
     flags = ["--data", data, "--model", "tiny", *FEW]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = child(tmp_path, "", *flags, "--out", tmp_path / "two", launcher=launcher)
+    script = tmp_path / "child.py"
+    script.write_text(CHILD)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, *flags]
+    command = [str(word) for word in (*command, "--out", tmp_path / "two")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert result.returncode == 0, result.stderr
     assert code(train.main, *flags, "--out", tmp_path / "one") == 0
     one, two = state(tmp_path / "one"), state(tmp_path / "two")
