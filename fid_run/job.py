@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -74,7 +75,9 @@ def run(args: argparse.Namespace | None, ranks: Ranks) -> None:
         ranks.close()  # there is no collective from here on: ranks may lag, fail or end on their own
         if not leads:
             stack.enter_context(signals)
-            pipe, cache = load(job.args, job.profile)
+            pipe, cache = load(job.args)
+            if job.profile is not None:
+                cache = cache.knowing(job.profile)
             # Another node may have another file in the place of a checkpoint or a VAE.
             if lines := differences(job.folder.record["protocol"], describe(job.args, pipe, cache)):
                 raise ValueError(f"process {ranks.rank} loads other files than process 0: {'; '.join(lines)}")
@@ -103,11 +106,9 @@ def set_up(args: argparse.Namespace, ranks: Ranks) -> None:
             torch.use_deterministic_algorithms(True)
 
 
-def load(args: argparse.Namespace, profile: Profile | None = None) -> tuple[Pipeline, CacheManager | None]:
+def load(args: argparse.Namespace) -> tuple[Pipeline, CacheManager | None]:
     """Model, sampler and cache of this process; ValueError or OSError for a mistake."""
     cache = pipeline.make_cache(args)
-    if profile is not None:
-        cache = cache.knowing(profile)
     pipe = pipeline.load(pipeline.ModelOptions.of(args))
     if args.compile:
         compile_blocks(pipe.model)
@@ -119,9 +120,8 @@ def work(job: Job, ranks: Ranks, signals: Signals, pipe: Pipeline, cache: CacheM
     args, folder, began = job.args, job.folder, time.perf_counter()
     batches = plan(job.missing, 1 if args.deterministic else args.per_proc_batch_size, ranks.rank, ranks.world)
     sampling = Sampling(pipe, cache, args.seed, job.labels, args.tf32, signals)
-    progress = runtime.Progress(
-        sum(map(len, batches)), "image", shown=ranks.rank == 0, line=lambda text: say("progress", text)
-    )
+    count, line = sum(map(len, batches)), partial(say, "progress")
+    progress = runtime.Progress(count, "image", shown=ranks.rank == 0, line=line)
 
     def write(indices: np.ndarray, made: list[tuple[np.ndarray, dict[str, Any]]]) -> None:
         if not folder.is_current():
