@@ -66,7 +66,7 @@ def run(args: argparse.Namespace, command_line: Sequence[str]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = Parser("calibrate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("calibrate.py", description=__doc__)
     methods = f"the method to measure for: {', '.join([profiles.METHOD, *calibrated()])}"
     add = parser.add_argument
     add("--cache", required=True, metavar="METHOD", help=methods)

@@ -35,8 +35,7 @@ WARM_UP = 6  # steps of both runs before anything is timed: enough for a forecas
 
 
 def make_parser() -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser("sample.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser = Parser("sample.py", description=__doc__)
     pipeline.add_model_flags(parser)
     pipeline.add_cache_flags(parser)
     add = parser.add_argument_group("images and output").add_argument

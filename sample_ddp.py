@@ -36,8 +36,7 @@ PRESETS = {
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The flags, over those of the preset; reads the label file. ValueError or OSError names the flag and the value."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser("sample_ddp.py", allow_abbrev=False, description=__doc__, formatter_class=raw)
+    parser = Parser("sample_ddp.py", description=__doc__)
     yes_no = argparse.BooleanOptionalAction
     add = parser.add_argument_group("images and output").add_argument
     add("--preset", choices=[*PRESETS], help="options of a published protocol; other flags win")

@@ -105,8 +105,7 @@ class Options(Recipe):
 
 def parse(argv: Sequence[str]) -> Options:
     """The flags of a command line."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser("train.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser = Parser("train.py", description=__doc__)
     for f in fields(Options):
         how = {"default": f.default, "help": f.metadata["help"], **f.metadata["how"]}
         if f.type is bool:

@@ -4,7 +4,6 @@ python -m adacorr methods           # every method with its source, its options,
 python -m adacorr methods NAME      # all that is written about one of them; also adacorr and literal
 """
 
-import argparse
 import inspect
 import sys
 from collections.abc import Sequence
@@ -57,7 +56,7 @@ def assignment(option: Field) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns its exit code."""
-    parser = Parser("adacorr", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("adacorr", description=__doc__)
     command = parser.add_subparsers(required=True, dest="command").add_parser("methods", help="list the methods")
     command.add_argument("name", metavar="NAME", nargs="?", choices=methods(), help="print all about this one")
     name = parser.parse_args(argv).name

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,7 +21,10 @@ Number = TypeVar("Number", int, float)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but an error is one line without the usage text."""
+    """argparse, but an error is one line, flags are written out in full, and a description stays as it is."""
+
+    def __init__(self, prog: str, *, formatter_class=argparse.RawDescriptionHelpFormatter, **options: Any):
+        super().__init__(prog, formatter_class=formatter_class, allow_abbrev=False, **options)
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {message}\n")

@@ -235,8 +235,7 @@ def lines(peers: Peers) -> Lines:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser("benchmarks.peers", description=__doc__, formatter_class=raw)
+    parser = Parser("benchmarks.peers", description=__doc__)
     parser.add_argument("--num-images", type=number(1, 10_000), default=8)
     parser.add_argument("--seed", type=int, default=5)
     parser.add_argument("--repeats", type=number(1, 1000), default=1)

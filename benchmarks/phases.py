@@ -6,7 +6,6 @@ also as a share of 1 / compute. Then come the parts of the cached run, and what 
 the uncached run, whose batches are larger.
 """
 
-import argparse
 import sys
 import time
 from collections import Counter
@@ -91,8 +90,7 @@ def measure(pipe: Pipeline, cache: CacheManager, batch: int, repeats: int) -> li
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser("benchmarks.phases", description=__doc__, formatter_class=raw)
+    parser = Parser("benchmarks.phases", description=__doc__)
     add_model_flags(parser)
     add_cache_flags(parser)
     parser.add_argument("--batch-size", type=number(1, 10_000), default=16, help="default %(default)s")

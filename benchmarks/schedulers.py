@@ -9,7 +9,7 @@ which are of other noise.
 
 import sys
 import tempfile
-from argparse import Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -67,7 +67,7 @@ def lines(args: Namespace) -> Lines:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser("benchmarks.schedulers", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = Parser("benchmarks.schedulers", description=__doc__)
     add = parser.add_argument
     add(
         "--schedulers",

@@ -148,8 +148,7 @@ def show(lines: Iterable[tuple[dict[str, str], dict]], args: argparse.Namespace)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser("benchmarks.tables", description=__doc__, formatter_class=raw)
+    parser = Parser("benchmarks.tables", description=__doc__)
     tables = {"gamma": gamma, "protocol": protocol, "exact": exact, "memory": memory, "codebook": codebook}
     parser.add_argument("table", choices=list(tables))
     add_model_flags(parser)

@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    parser = Parser("to_diffusers.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("to_diffusers.py", description=__doc__)
     parser.add_argument("folder", type=Path, help="is made, or written into")
     parser.add_argument("--ckpt", default=BUNDLED, help="what sample.py --ckpt takes (default: the bundled checkpoint)")
     args = parser.parse_args()

@@ -1,6 +1,5 @@
 """How good, and how fast, cached samples are. From the root of a clone: python -m evaluate COMMAND --help."""
 
-import argparse
 import importlib
 import sys
 from collections.abc import Sequence
@@ -32,13 +31,12 @@ COMMANDS = {  # name: (module with add_flags(parser) and run(args), what it does
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns its exit code. Only the module of the command is imported."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    raw = argparse.RawDescriptionHelpFormatter
     lines = "\n".join(f"  {name:11} {line}" for name, (_, line) in COMMANDS.items())
-    parser = Parser("evaluate", description=__doc__, epilog=f"commands:\n{lines}", formatter_class=raw)
+    parser = Parser("evaluate", description=__doc__, epilog=f"commands:\n{lines}")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
     command = parser.parse_args(argv[:1]).command
     module = importlib.import_module(COMMANDS[command][0])
-    parser = Parser(f"evaluate {command}", description=module.__doc__, formatter_class=raw, allow_abbrev=False)
+    parser = Parser(f"evaluate {command}", description=module.__doc__)
     parser.add_argument("--debug", action="store_true", help="show where an error was raised")
     parser.set_defaults(command=command, made_with=["python", "-m", "evaluate", *argv])
     module.add_flags(parser)  # a module with several commands asks parser.get_default("command")

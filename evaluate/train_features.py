@@ -152,8 +152,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser("evaluate.train_features", description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser = Parser("evaluate.train_features", description=__doc__)
     add = parser.add_argument
     add("--data", type=Path, required=True, help="to train on")
     add("--test", type=Path, required=True, help="the accuracy is measured on it once, at the end")

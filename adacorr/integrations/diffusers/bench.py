@@ -31,8 +31,7 @@ WARM_UP = 4  # steps
 
 
 def make_parser() -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser("adacorr.bench", description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser = Parser("adacorr.bench", description=__doc__)
     add = parser.add_argument
     add("--model_type", choices=sorted(MODELS), required=True)
     add("--model", help="hub name or local folder (default: the type's usual one)")
