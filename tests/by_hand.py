@@ -89,19 +89,47 @@ def reused(policy, info, unit, held, x, x_in=0.0, images=None):
     return policy.reuse(view, Cached(images, view.x[:, images], 5, held)).flatten().tolist()
 
 
-def schedule(spec, steps, images=2, halves=1):
+def schedule(spec, steps, images=2, halves=1, question="decide"):
     """Steps that a method computes which never looks at the stream; a step is never computed for some images only."""
-    decided = np.array(walk(spec, [torch.zeros(halves, images, 1, 1)] * steps, steps=steps))
+    decided = np.array(walk(spec, [torch.zeros(halves, images, 1, 1)] * steps, steps=steps, question=question))
     assert (decided == decided[:, :1]).all()
     return np.flatnonzero(decided[:, 0]).tolist()
 
 
-def observe(calibration, residuals):
-    """Show a calibration one batch of what the stack adds, (halves, n, T, D) at each step."""
-    halves, images = residuals[0].shape[:2]
-    info = make_run(tiny_dit(), images, halves, len(residuals))
+def walk_units(spec, steps, added=lambda *_: 0.0, images=1, depth=3):
+    """What runs, a text for each image: a word a step, with x for a unit that runs and a dot for one that does not.
+
+    Either way unit u adds added(step, u, x) to the stream x (1, n, 1, 1), which enters the stack as 1.
+    """
+    policy, info = make_policy(spec), make_run(tiny_dit(depth=depth), images, 1, steps)
+    policy.begin(info)
+    units, words = policy.units(depth), [[] for _ in range(images)]
+    last = np.full((len(units), images), -1)
+    for step in range(steps):
+        x = torch.ones(1, images, 1, 1)
+        for u, unit in enumerate(units):
+            view = show(info, step, x, unit, 1.0, np.where(last[u] < 0, 0, step - last[u]))
+            out = x + added(step, u, x)
+            own = np.flatnonzero(policy.decide(view) | (last[u] < 0))
+            if len(own):
+                # A branch's output differs from what it adds by the gate.
+                branch = None if unit.branch is None else 7 * out[:, own]
+                policy.computed(view, Ran(own, x[:, own], out[:, own], branch))
+                last[u, own] = step
+            x = out
+        for image, text in enumerate(words):
+            text.append("".join(".x"[ran == step] for ran in last[:, image].tolist()))
+    return [" ".join(text) for text in words]
+
+
+def observe(calibration, values, depth=3):
+    """Show a calibration one batch of what is added at each step, or by each unit of each step, (halves, n, T, D)."""
+    values = [list(map(tensor, own if isinstance(own, list) else [own])) for own in values]
+    halves, images = values[0][0].shape[:2]
+    info = make_run(tiny_dit(depth=depth), images, halves, len(values))
     calibration.begin(info)
-    for step, value in enumerate(residuals):
-        view = make_view(info, step, torch.zeros_like(value))
-        assert calibration.decide(view).all()
-        calibration.computed(view, Ran(np.arange(images), view.x, value))
+    for step, added in enumerate(values):
+        for unit, value in zip(calibration.units(depth), added, strict=True):
+            view = make_view(info, step, torch.zeros_like(value), unit)
+            assert calibration.decide(view).all()
+            calibration.computed(view, Ran(np.arange(images), view.x, value))

@@ -175,12 +175,14 @@ def test_profiles_are_refused_elsewhere(name, folder, model):
 
 
 NO_REUSE = {
-    "adacache": "scale=0", "block_cache": "threshold=0", "delta_dit": "every=1", "dicache": "threshold=0",
-    "easycache": "threshold=0", "ertacache": "threshold=0", "feb_cache": "table=f", "first_block": "threshold=0",
-    "freqca": "every=1", "h2_cache": "threshold=0,detail=0", "hicache": "every=1", "icc": "every=1",
-    "interval": "every=1", "magcache": "threshold=0", "never": "", "pab": "every=1", "rfc": "threshold=0",
-    "schedule": "share=1", "sencache": "threshold=0,start=0", "smoothcache": "threshold=0", "taylorseer": "every=1",
-    "teacache": "threshold=0",
+    "adacache": "scale=0", "block_cache": "threshold=0", "clusca": "every=1", "delta_dit": "every=1",
+    "dicache": "threshold=0", "duca": "every=1,ratio=0", "easycache": "threshold=0", "ertacache": "threshold=0",
+    "fastercache": "every=1,attention=1", "feb_cache": "table=f", "first_block": "threshold=0", "freqca": "every=1",
+    "h2_cache": "threshold=0,detail=0", "hicache": "every=1", "icc": "every=1", "interval": "every=1", "l2c": "l1=0",
+    "lazydit": "threshold=0", "magcache": "threshold=0", "never": "", "pab": "every=1",
+    "precisecache": "threshold=0,block=0", "procache": "budget=10", "rfc": "threshold=0", "schedule": "share=1",
+    "sencache": "threshold=0,start=0", "smoothcache": "threshold=0", "taylorseer": "every=1", "teacache": "threshold=0",
+    "toca": "every=1,ratio=0",
 }  # fmt: skip
 
 
@@ -189,6 +191,26 @@ def test_no_reuse_is_the_plain_model_to_the_bit(name, folder, model):
     manager = CacheManager(fitted(name, model, folder, options=NO_REUSE[name]))
     assert torch.equal(sample(model, cache=manager), sample(model))
     assert manager.trace.hit_rate == 0
+
+
+# Methods whose steps go on from what was computed last: branch outputs under fresh gates, or what blocks added.
+FRESH = ["feb_cache:table=ffmsfmmssf", "l2c", "lazydit:threshold=1", "pab", "procache:ratio=0", "smoothcache"]
+FRESH += ["smoothcache:lags=last", "toca:ratio=0"]
+FROZEN = ["adacache:scale=10,gates=frozen", "block_cache", "delta_dit:every=3", "easycache:threshold=1,warmup=1"]
+FROZEN += ["ertacache:threshold=1,rectify=none", "first_block:threshold=1", "first_block:threshold=1,front=1,back=1"]
+FROZEN += ["h2_cache:threshold=1,detail=1", "magcache:retention=0", "precisecache:threshold=1", "teacache:threshold=1"]
+FROZEN += ["sencache:threshold=1,start=1"]
+
+
+@pytest.mark.parametrize(("spec", "frozen"), [*((s, False) for s in FRESH), *((s, True) for s in FROZEN)])
+def test_what_does_not_run_is_held(spec, frozen, folder, model):
+    name, _, options = spec.partition(":")
+    manager = CacheManager(fitted(name, model, folder, options=options))
+    out = sample(model, labels=(1,), cache=manager)
+    ran = manager.trace.executed[..., 0, 0] == 1  # (steps, layers, branches)
+    assert 0 < ran.mean() < 1
+    twin = HeldBranches(lambda *place: ran[place], frozen)
+    assert_close(out, sample_with(twin, model, labels=(1,)), rtol=1e-4, atol=1e-4)
 
 
 # ----------------------------------------------------------------------------------- rules that measure a change

@@ -1,9 +1,10 @@
-"""AdaCache: intervals by hand, the ends that are always computed, images by themselves, and whole runs."""
+"""AdaCache: intervals by hand, the ends that are always computed, and images by themselves."""
 
 import numpy as np
 import pytest
 import torch
-from toy import make_run, make_view
+from by_hand import start, tensor, walk_units
+from toy import make_view
 
 from adacorr import make_policy
 from adacorr.policies.adacache import read_codebook
@@ -11,26 +12,11 @@ from adacorr.policy import Ran, Unit
 from adacorr.unit import check_units
 
 
-def walk(model, spec, added, steps=20):
-    """Steps that each of two images computes, if its middle attention adds added(step, image) at `step`."""
-    policy, info = make_policy(spec), make_run(model, 2, 1, steps)
-    policy.begin(info)
-    found = [[], []]
-    for step in range(steps):
-        x = torch.zeros(1, 2, *model.pos_embed.shape[1:])
-        for unit in policy.units(info.depth):
-            view = make_view(info, step, x, unit)
-            want = policy.decide(view)
-            if unit.start == 0:
-                first = want
-                for image in np.flatnonzero(want):
-                    found[image].append(step)
-            assert (want == first).all()  # a step is whole
-            which = np.flatnonzero(want)
-            if len(which):
-                out = torch.stack([torch.full_like(x[0, 0], added(step, image)) for image in which])[None]
-                policy.computed(view, Ran(which, x[:, which], out, out * 7))
-    return found
+def walk(spec, added):
+    """Steps of 20 that each of two images computes, if its middle attention adds added(step)[image]."""
+    texts = walk_units(f"adacache:{spec}", 20, lambda step, u, _: tensor(added(step)) if u == 1 else 0.0, images=2)
+    assert all(set(text.split()) <= {"....", "xxxx"} for text in texts)  # a step is whole
+    return [[step for step, word in enumerate(text.split()) if word == "xxxx"] for text in texts]
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4, 28])
@@ -40,11 +26,11 @@ def test_units_single_out_the_middle_attention(depth):
     assert [u for u in units if u.branch == "attn"] == [Unit(depth // 2, depth // 2 + 1, "attn")]
 
 
-def test_change_per_step_picks_the_smallest_key_above(model):
+def test_change_per_step_picks_the_smallest_key_above():
     # At step 1 |1.3 - 1| / 1 = 0.3: rate 2. At 3 |1.69 - 1.3| / 1.3 / 2 = 0.15: rate 4. At 7 |1.69 - 1.69| = 0: rate 4.
-    values = {0: 1.0, 1: 1.3, 3: 1.69, 7: 1.69}
-    found = walk(model, "adacache:codebook=0.2:4/0.4:2/1:1", lambda step, _: values.get(step, 1.69))
-    assert found[0] == [0, 1, 3, 7, 11, 15, 18, 19]
+    values = {0: 1.0, 1: 1.3}
+    found = walk("codebook=0.2:4/0.4:2/1:1", lambda step: [values.get(step, 1.69)] * 2)
+    assert found == [[0, 1, 3, 7, 11, 15, 18, 19]] * 2
 
 
 @pytest.mark.parametrize(
@@ -57,36 +43,29 @@ def test_change_per_step_picks_the_smallest_key_above(model):
         ("inf", [4, 4, 4, 4, 4, 4, 1]),
     ],
 )
-def test_scale_shrinks_and_stretches_the_keys(model, scale, rates):
-    policy = make_policy(f"adacache:scale={scale},codebook=0.25:4/0.5:2")
-    policy.begin(make_run(model))
+def test_scale_shrinks_and_stretches_the_keys(scale, rates):
+    policy, _, _ = start(f"adacache:scale={scale},codebook=0.25:4/0.5:2")
     assert policy.rate(np.array([0.0, 0.24, 0.25, 0.49, 0.5, 9.0, np.inf])).tolist() == rates
 
 
-def test_both_ends_are_computed_at_the_largest_rate(model):
-    assert walk(model, "adacache:scale=inf", lambda step, _: step)[0] == [0, 1, 7, 13, 18, 19]
-    assert walk(model, "adacache:scale=0", lambda step, _: 1.0)[0] == list(range(20))
+def test_both_ends_are_computed_at_the_largest_rate():
+    assert walk("scale=inf", lambda step: [step, step]) == [[0, 1, 7, 13, 18, 19]] * 2
 
 
-def test_images_wait_by_themselves_or_all_together(model):
-    def added(step, image):
-        return 1.0 if image == 0 else 1.5**step
-
-    alone = walk(model, "adacache:codebook=0.1:6/0.2:2", added)
-    assert alone == [[0, 1, 7, 13, 18, 19], list(range(20))]
-    together = walk(model, "adacache:codebook=0.1:6/0.2:2,scope=batch", added)
+def test_images_wait_by_themselves_or_all_together():
+    added = lambda step: [1.0, 1.5**step]  # noqa: E731
+    assert walk("codebook=0.1:6/0.2:2", added) == [[0, 1, 7, 13, 18, 19], list(range(20))]
+    together = walk("codebook=0.1:6/0.2:2,scope=batch", added)
     assert together[0] == together[1]
 
 
-def test_k_is_what_passed_not_the_rate_that_was_chosen(model):
-    policy, info = make_policy("adacache:codebook=0.05:4/0.15:2"), make_run(model, 1, 1, 20)
-    policy.begin(info)
+def test_k_is_what_passed_not_the_rate_that_was_chosen():
+    policy, info, _ = start("adacache:codebook=0.05:4/0.15:2", steps=20)
     x = torch.zeros(1, 1, 4, 8)
     # Step 2 comes before the rate of 4 has passed: 0.1 in one step is 0.1, not 0.025.
     for step, value in enumerate((1.0, 1.0, 1.1)):
         policy.computed(make_view(info, step, x, Unit(1, 2, "attn")), Ran(np.array([0]), x, x + value, x))
-    asked = [bool(policy.decide(make_view(info, step, x, Unit(0, 1)))[0]) for step in (3, 4)]
-    assert asked == [False, True]
+    assert [policy.decide(make_view(info, step, x, Unit(0, 1))).tolist() for step in (3, 4)] == [[False], [True]]
     assert policy.bytes == 4 * 8 * 4  # the reference alone
 
 

@@ -6,15 +6,16 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from by_hand import schedule
 from torch.testing import assert_close
-from toy import begun, derivatives, sample, sample_with
+from toy import derivatives, sample, sample_with
 
 from adacorr import CacheManager, make_policy
 from adacorr.policies.clusca import cluster, one_of_each
 
 
 @pytest.mark.parametrize(("every", "steps"), [(4, 50), (5, 50), (2, 9)])
-def test_the_schedule_is_the_releases(model, every, steps):
+def test_the_schedule_is_the_releases(every, steps):
     computed, counter = [], 0
     for left in range(steps - 1, -1, -1):
         if left > steps - 3 or counter == every - 1:
@@ -22,8 +23,7 @@ def test_the_schedule_is_the_releases(model, every, steps):
             counter = 0
         else:
             counter += 1
-    policy, views = begun(model, f"clusca:every={every}", steps)
-    assert [view.step for view in views if policy.decide(view)[0]] == computed
+    assert schedule(f"clusca:every={every}", steps) == computed
 
 
 def test_clusters_by_hand():
@@ -54,11 +54,10 @@ class Release:
 
     def __init__(self, computed, order, clusters, spread):
         self.computed, self.order, self.clusters, self.spread = computed, order, clusters, spread
-        self.random, self.step, self.terms, self.groups, self.first = torch.Generator().manual_seed(0), -1, {}, {}, None
+        self.random, self.terms, self.groups, self.first = torch.Generator().manual_seed(0), {}, {}, None
 
-    def run_blocks(self, blocks, x, c):
-        self.step += 1
-        self.full = self.step in self.computed
+    def __call__(self, step, blocks, x, c):
+        self.step, self.full = step, step in self.computed
         self.ranks = None if self.full else [torch.rand(16, generator=self.random) for _ in blocks]
         out = torch.cat([self.run_row(blocks, *row) for row in zip(x.split(1), c.split(1), range(len(x)), strict=True)])
         if self.full:
@@ -66,7 +65,7 @@ class Release:
                 self.first = torch.randint(16, (self.clusters,), generator=self.random)
             for row, own in enumerate(out):
                 self.groups[row] = self.group(own, self.groups[row][1] if row in self.groups else own[self.first])
-            self.newest = self.step
+            self.newest = step
         return out
 
     def group(self, x, centres):

@@ -1,12 +1,11 @@
-"""Delta-DiT: which blocks run at which step, and what the skipped ones add."""
+"""Delta-DiT: which blocks run at which step."""
 
-import numpy as np
 import pytest
 import torch
-from torch.testing import assert_close
-from toy import make_run, make_view, sample, sample_with, tiny_dit
+from by_hand import schedule, walk_units
+from toy import make_run, make_view, tiny_dit
 
-from adacorr import CacheManager, make_policy
+from adacorr import make_policy
 from adacorr.unit import Unit, check_units
 
 
@@ -20,22 +19,17 @@ def test_two_spans_cut_the_stack_whether_they_meet_or_not(depth, share, cuts):
     assert units == [Unit(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
 
 
-def executed(model, spec, **options):
-    """Blocks that run at each step: (S, L) text, for one image."""
-    manager = CacheManager(make_policy(spec))
-    out = sample(model, labels=(1,), cache=manager, **options)
-    return ["".join(".x"[int(ran)] for ran in step) for step in manager.trace.executed[:, :, 0, 0, 0]], out, manager
-
-
-def test_rear_blocks_first_then_front_blocks():
-    model = tiny_dit(depth=4)
-    assert executed(model, "delta_dit:every=3,share=0.5", steps=8)[0] == [
-        "xxxx", "xx..", "xx..", "xxxx", "..xx", "..xx", "xxxx", "..xx",
-    ]  # fmt: skip
-    late = executed(model, "delta_dit:every=4,share=0.75,switch=0.7", steps=8)[0]
-    assert late == ["xxxx", "x...", "x...", "x...", "xxxx", "x...", "...x", "...x"]
-    assert executed(model, "delta_dit:every=4,share=0.5,switch=0", steps=3)[0] == ["xxxx", "..xx", "..xx"]
-    assert executed(model, "delta_dit:every=4,share=0.5,switch=1", steps=3)[0] == ["xxxx", "xx..", "xx.."]
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ("every=3,share=0.5", "xx x. x. xx .x .x xx .x"),
+        ("every=4,share=0.75,switch=0.7", "xxx x.. x.. x.. xxx x.. ..x ..x"),
+        ("every=4,share=0.5,switch=0", "xx .x .x"),
+        ("every=4,share=0.5,switch=1", "xx x. x."),
+    ],
+)
+def test_rear_blocks_first_then_front_blocks(options, text):
+    assert walk_units(f"delta_dit:{options}", len(text.split()), depth=4) == [text]
 
 
 @pytest.mark.parametrize(("every", "blocks", "published"), [(2, 21, 1 / 1.6), (3, 13, 16.46 / 23.74)])
@@ -49,31 +43,5 @@ def test_compute_is_as_published_for_28_blocks(every, blocks, published):
     assert total / (60 * 28) == pytest.approx(published, rel=0.01)
 
 
-class Spans:
-    """The same in the plainest way: whole deltas of either span of 3 of 4 blocks, every second step in full."""
-
-    step = -1
-
-    def run_blocks(self, blocks, x, c):
-        self.step += 1
-        states = [x]
-        if self.step % 2 == 0:
-            for block in blocks:
-                states.append(block(states[-1], c))
-            self.front, self.rear = states[3] - states[0], states[4] - states[1]
-            return states[-1]
-        if self.step < 5:
-            return blocks[0](x, c) + self.rear
-        return blocks[3](x + self.front, c)
-
-
-def test_what_is_reused_is_the_delta_of_the_span():
-    model = tiny_dit(depth=4)
-    out = executed(model, "delta_dit", steps=10)[1]
-    assert_close(out, sample_with(Spans(), model, labels=(1,), steps=10), rtol=1e-4, atol=1e-5)
-
-
 def test_under_correction_full_steps_are_proposed():
-    policy, run = make_policy("delta_dit:every=3"), make_run(tiny_dit(depth=4))
-    views = [make_view(run, step, torch.zeros(1, 1, 2, 3)) for step in range(10)]
-    assert np.flatnonzero([policy.propose(view)[0] for view in views]).tolist() == [0, 3, 6, 9]
+    assert schedule("delta_dit:every=3", 10, question="propose") == [0, 3, 6, 9]

@@ -4,35 +4,20 @@ import numpy as np
 import pytest
 import torch
 from by_hand import Held, column, compute, reused, show, start, told, walk
-from toy import sample, sample_with, tiny_dit
+from toy import sample, sample_with, through
 
 from adacorr import CacheManager, make_policy
 from adacorr.policy import Unit
 
 
-@pytest.mark.parametrize(
-    ("threshold", "decided"),
-    [
-        (0.15, "x.x.."),
-        (0.25, "x..x."),
-        (0.09, "xxxx."),
-    ],
-)
+@pytest.mark.parametrize(("threshold", "decided"), [(0.15, "x.x.."), (0.25, "x..x."), (0.09, "xxxx.")])
 def test_errors_add_up_from_step_to_step(threshold, decided):
     # Changes 0.1 / 1, 0.11 / 1.1, 0.121 / 1.21 and 0: each to the step before, computed or not.
     features = [[1.0], [1.1], [1.21], [1.331], [1.331]]
     assert column(walk(f"dicache:threshold={threshold},retention=0", features)) == decided
 
 
-@pytest.mark.parametrize(
-    ("threshold", "decided"),
-    [
-        (0.14, "xxx."),
-        (0.16, "x.x."),
-        (0.34, "x.x."),
-        (0.36, "x..."),
-    ],
-)
+@pytest.mark.parametrize(("threshold", "decided"), [(0.14, "xxx."), (0.16, "x.x."), (0.34, "x.x."), (0.36, "x...")])
 def test_the_difference_of_output_and_input_changes(threshold, decided):
     # Output 0.2 / 1, 0.12 / 1.2, 0; input 0.05 / 1, 0.315 / 1.05, 0: |0.15|, |0.1 - 0.3| and 0.
     features, inputs = [[1.0], [1.2], [1.32], [1.32]], [[1.0], [1.05], [1.365], [1.365]]
@@ -106,15 +91,12 @@ class Aligned:
     """The release's reuse in the plainest way: windows of stack and probe residuals, g for each image."""
 
     def __init__(self, steps, images):
-        self.steps, self.images, self.step, self.window = steps, images, -1, []
+        self.steps, self.images, self.window = steps, images, []
 
-    def run_blocks(self, blocks, x, c):
-        self.step += 1
+    def __call__(self, step, blocks, x, c):
         probe = blocks[0](x, c)
-        if self.step in self.steps:
-            out = probe
-            for block in blocks[1:]:
-                out = block(out, c)
+        if step in self.steps:
+            out = through(blocks[1:], probe, c)
             self.window.append((out - x, probe - x))
             return out
         if len(self.window) < 2:
@@ -126,8 +108,8 @@ class Aligned:
 
 
 @pytest.mark.parametrize(("retention", "steps"), [(0, [0, 9]), (0.25, [0, 1, 2, 9])])
-def test_a_run_is_the_releases_reuse(retention, steps):
-    model, manager = tiny_dit(), CacheManager(make_policy(f"dicache:threshold=inf,retention={retention}"))
+def test_a_run_is_the_releases_reuse(model, retention, steps):
+    manager = CacheManager(make_policy(f"dicache:threshold=inf,retention={retention}"))
     out = sample(model, cache=manager)
     assert [manager.trace.computed_steps(i) for i in range(3)] == [steps] * 3
     torch.testing.assert_close(out, sample_with(Aligned(steps, 3), model), rtol=1e-3, atol=1e-4)

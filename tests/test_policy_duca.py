@@ -18,10 +18,10 @@ class Release:
 
     def __init__(self, kinds, every, ratio, bonus, alternate):
         self.kinds, self.every, self.ratio, self.bonus, self.alternate = kinds, every, ratio, bonus, alternate
-        self.step, self.held, self.output, self.counts = -1, {}, None, []
+        self.held, self.output, self.counts = {}, None, []
 
-    def run_blocks(self, blocks, x, c):
-        self.step += 1
+    def __call__(self, step, blocks, x, c):
+        self.step = step
         rows = zip(x.split(1), c.split(1), range(len(x)), strict=True)
         self.output = [self.run_row(blocks, *row) for row in rows]
         return torch.cat(self.output)

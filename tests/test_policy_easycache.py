@@ -1,12 +1,10 @@
-"""EasyCache: rates and sums by hand, and runs against the release's loop around the stack."""
+"""EasyCache: rates and sums by hand."""
 
 import numpy as np
 import pytest
 import torch
 from by_hand import column, show, start, tensor, walk
-from toy import sample, sample_with
 
-from adacorr import CacheManager, make_policy
 from adacorr.policy import Ran
 
 
@@ -59,43 +57,3 @@ def test_scope_is_the_image_with_its_halves_or_the_batch(scope, decided):
 
 def test_a_still_input_divides_by_nothing():
     assert column(walk("easycache:threshold=0.1,warmup=1", [[0.0]] * 5)) == "xx..."
-
-
-class Released:
-    """The release's loop with the stack in the place of the network: one decision for all rows."""
-
-    def __init__(self, steps, threshold, warmup):
-        self.steps, self.threshold, self.warmup, self.step, self.full = steps, threshold, warmup, -1, []
-        self.k, self.error, self.last_x, self.last_full_x, self.last_out, self.cache = None, 0.0, None, None, None, None
-
-    def run_blocks(self, blocks, x, c):
-        self.step += 1
-        needed = True
-        if self.step < self.warmup or self.step >= self.steps - 1:
-            self.error = 0.0
-        elif self.k is not None:
-            self.error += float(self.k * (x - self.last_x).abs().mean() / self.last_out.abs().mean())
-            needed = self.error >= self.threshold
-            self.error = 0.0 if needed else self.error
-        self.last_x = x
-        if not needed:
-            return x + self.cache
-        self.full.append(self.step)
-        out = x
-        for block in blocks:
-            out = block(out, c)
-        if self.last_out is not None:
-            self.k = (out - self.last_out).abs().mean() / (x - self.last_full_x).abs().mean()
-        self.cache, self.last_full_x, self.last_out = out - x, x, out
-        return out
-
-
-@pytest.mark.parametrize(("threshold", "warmup"), [(0.05, 5), (0.2, 1), (0.5, 3), (5.0, 2)])
-def test_a_batch_runs_as_released(model, threshold, warmup):
-    manager = CacheManager(make_policy(f"easycache:threshold={threshold},warmup={warmup},scope=batch"))
-    twin = Released(20, threshold, warmup)
-    torch.testing.assert_close(
-        sample(model, 20, cache=manager), sample_with(twin, model, steps=20), rtol=1e-3, atol=1e-4
-    )
-    assert [manager.trace.computed_steps(i) for i in range(3)] == [twin.full] * 3
-    assert len(twin.full) < 20 or threshold == 0.05

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from by_hand import compute, schedule, show, start, told
 from torch.testing import assert_close
-from toy import begun, guided, make_view, ran, rows_at, sample, sample_with, tiny_dit
+from toy import guided, rows_at, sample, sample_with, standing_in
 
 from adacorr import CacheManager, make_policy
 from adacorr.policies.fastercache import bands
-from adacorr.unit import Unit
 from diffusion import make_sampler
 from pipeline import gaussian
 
@@ -28,51 +28,37 @@ def test_bands_are_those_of_the_shifted_spectrum(height, width, low):
         np.testing.assert_allclose(part.numpy(), expected.real, atol=1e-12)
 
 
-def attention(policy, views, halves):
-    """Whether attention runs, step by step, when steps of one half are shown as such: text."""
-    found, unit = "", Unit(0, 1, "attn")
-    for view, both in zip(views, halves, strict=True):
-        x = view.x if both else view.x[:1]
-        view = make_view(view.info, view.step, x, unit)
-        due = bool(policy.decide(view)[0])
-        found += ".x"[due]
-        if due:
-            policy.computed(view, ran(view, [0]))
-    return found
-
-
 def test_steps_of_both_halves_and_of_attention():
-    policy, views = begun(tiny_dit(), "fastercache", steps=50, halves=2)
-    both = [not policy.conditional_only(view.info, view.step) for view in views]
+    policy, info, unit = start("fastercache", halves=2, steps=50)
+    both = [not policy.conditional_only(info, step) for step in range(50)]
     assert [s for s in range(50) if both[s]] == [s for s in range(50) if TIMESTEPS[s] >= 641 or s % 5 == 0]
     # In every second step below 681, but for steps of both halves after one of a single half.
     first = next(s for s in range(50) if TIMESTEPS[s] < 681)
     alone = next(s for s in range(50) if not both[s])
-    expected = [s < first or s % 2 == 0 or (both[s] and s > alone) for s in range(50)]
-    assert attention(policy, views, both) == "".join(".x"[due] for due in expected)
-    assert [view.step for view in views if policy.propose(view)[0]] == [s for s in range(50) if s < first or s % 2 == 0]
+    for step in range(50):
+        x = torch.zeros(1 + both[step], 1, 1, 1)
+        (due,) = policy.decide(show(info, step, x, unit))
+        assert due == (step < first or step % 2 == 0 or (both[step] and step > alone))
+        if due:
+            compute(policy, info, unit, step, x)
+    proposed = [s for s in range(50) if s < first or s % 2 == 0]
+    assert schedule("fastercache", 50, halves=2, question="propose") == proposed
 
 
 def test_attention_is_extrapolated_in_the_half_that_runs():
-    policy, views = begun(tiny_dit(), "fastercache:weight=0.25", halves=2)
-    unit = Unit(1, 2, "attn")
-    for step, value in enumerate(([1.0, 10.0], [3.0, 20.0])):
-        view = make_view(views[step].info, step, views[step].x, unit)
-        told = ran(view, [0])
-        told.value = torch.tensor(value).view(2, 1, 1, 1)
-        policy.computed(view, told)
-        if step == 0:  # there is no step before: the output is held
-            assert policy.reuse(view, None).flatten().tolist() == [1.0, 10.0]
-    assert policy.reuse(view, None).flatten().tolist() == [3.5, 22.5]
-    alone = make_view(view.info, 3, view.x[:1], unit)
-    assert policy.reuse(alone, None).flatten().tolist() == [3.5]
+    first, second = (torch.tensor(value).view(2, 1, 1, 1) for value in ([1.0, 10.0], [3.0, 20.0]))
+    policy, info, unit = told("fastercache:weight=0.25", first)
+    assert policy.reuse(show(info, 1, first, unit), None).flatten().tolist() == [1.0, 10.0]  # none before: held
+    compute(policy, info, unit, 1, second)
+    assert policy.reuse(show(info, 2, first, unit), None).flatten().tolist() == [3.5, 22.5]
+    assert policy.reuse(show(info, 3, first[:1], unit), None).flatten().tolist() == [3.5]
 
 
 @pytest.mark.parametrize("alpha", [1.0, 1.5])
 def test_bands_grow_by_timestep(alpha):
     """A difference of one low and one high wave, through a run of 10 steps that computes both halves in step 0 only."""
-    policy, views = begun(tiny_dit(), f"fastercache:every=10,uncond_below=1000,alpha={alpha}", halves=2)
-    info, place = views[0].info, torch.arange(10) / 10 * 2 * torch.pi
+    policy, info, _ = start(f"fastercache:every=10,uncond_below=1000,alpha={alpha}", halves=2, steps=10)
+    place = torch.arange(10) / 10 * 2 * torch.pi
     low, high = place.cos().expand(10, 10), (4 * place).cos().expand(10, 10)
     cond = torch.randn(1, 1, 10, 10, generator=torch.Generator().manual_seed(0))
     noise = torch.stack([cond, cond + 2 * low + 3 * high])
@@ -90,15 +76,14 @@ class Halves:
     """In the plainest way: the loop over steps, with the rows that run, and attention held or extrapolated by row."""
 
     def __init__(self, both, computed, weight):
-        self.both, self.computed, self.weight, self.step, self.kept = both, computed, weight, -1, {}
+        self.both, self.computed, self.weight, self.kept = both, computed, weight, {}
 
-    def run_blocks(self, blocks, x, c):
-        self.step += 1
-        rows = len(x) if self.both[self.step] else len(x) // 2
+    def __call__(self, step, blocks, x, c):
+        rows = len(x) if self.both[step] else len(x) // 2
         x, c = x[:rows], c[:rows]
         for i, block in enumerate(blocks):
             shift, scale, gate, *rest = block.modulation(c)
-            if self.computed[self.step]:
+            if self.computed[step]:
                 attn = block.attn_branch(x, shift, scale)
                 self.kept[i] = self.kept.get(i, [attn])[-1:] + [attn]
             else:
@@ -106,12 +91,11 @@ class Halves:
                 attn = a + self.weight * (a - b)
             x = x + gate.unsqueeze(1) * attn
             x = x + rest[2].unsqueeze(1) * block.mlp_branch(x, *rest[:2])
-        return x if self.both[self.step] else torch.cat([x, x])
+        return x if self.both[step] else torch.cat([x, x])
 
 
 @torch.no_grad()
-def test_whole_run():
-    model = tiny_dit()
+def test_whole_run(model):
     manager = CacheManager(make_policy("fastercache:every=3,attention=2,weight=0.3,uncond_below=750,below=850"))
     out = sample(model, 12, (1, 4), cache=manager)
     sampler = make_sampler("ddim", 12)
@@ -123,19 +107,16 @@ def test_whole_run():
         full += [both[s]] if computed[s] else []
     assert computed.count(False) >= 4
     x, labels = gaussian(0, np.arange(2), (3, 8, 8)), torch.tensor([1, 4])
-    model.cache = Halves(both, computed, 0.3)
-    for s in range(12):
-        noise = model(*rows_at(model, sampler, s, x, labels, 2))
-        if both[s]:
-            difference = bands(noise[2:] - noise[:2])
-        else:
-            difference = [
-                band * (1.1 if low < t[s] < high else 1.0)
-                for band, (low, high) in zip(difference, ((99, 901), (-1, 301)), strict=True)
-            ]
-            noise = torch.cat([noise[:2], noise[:2] + sum(difference)])
-        x = sampler.step(s, x, guided(noise, 1.5))
-    model.cache = None
+    with standing_in(model, Halves(both, computed, 0.3)):
+        for s in range(12):
+            noise = model(*rows_at(model, sampler, s, x, labels, 2))
+            if both[s]:
+                difference = bands(noise[2:] - noise[:2])
+            else:
+                grown = [1.1 if low < t[s] < high else 1.0 for low, high in ((99, 901), (-1, 301))]
+                difference = [a * band for a, band in zip(grown, difference, strict=True)]
+                noise = torch.cat([noise[:2], noise[:2] + sum(difference)])
+            x = sampler.step(s, x, guided(noise, 1.5))
     assert_close(out, x, rtol=1e-4, atol=1e-4)
     executed = manager.trace.executed  # (steps, layers, branches, images, halves)
     assert (executed[:, :, 0, :, 0].all(axis=(1, 2)) == computed).all()
@@ -146,8 +127,8 @@ def test_whole_run():
     assert manager.trace.flops == spent + idle
 
 
-def test_without_guidance_only_attention_is_left_out():
-    model, manager = tiny_dit(), CacheManager(make_policy("fastercache:weight=0"))
+def test_without_guidance_only_attention_is_left_out(model):
+    manager = CacheManager(make_policy("fastercache:weight=0"))
     out = sample(model, cfg_scale=1.0, cache=manager)
     steps = [s for s in range(10) if s % 2 == 0 or make_sampler("ddim", 10).timesteps[s] >= 681]
     assert np.flatnonzero(manager.trace.executed[:, 0, 0, 0, 0]).tolist() == steps

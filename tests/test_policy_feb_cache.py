@@ -1,23 +1,11 @@
-"""FEB-Cache: the table of the release, tables of one's own, and a run against the plainest form of the rule."""
+"""FEB-Cache: the table of the release, tables of one's own, and the noise that is divided."""
 
 import pytest
-import torch
-from toy import HeldBranches, forced, make_run, make_view, sample, sample_with, tiny_dit
+from by_hand import schedule, walk_units
+from torch.testing import assert_close
+from toy import forced
 
 from adacorr import CacheManager, make_policy
-from adacorr.unit import Unit
-
-
-def kinds(spec, steps):
-    """What a run of so many steps computes, a letter a step."""
-    policy, run = make_policy(f"feb_cache:{spec}"), make_run(tiny_dit(), steps=steps)
-    policy.begin(run)
-    found, x = "", torch.zeros(1, 1, 2, 3)
-    for step in range(steps):
-        attn, mlp = (bool(policy.decide(make_view(run, step, x, Unit(1, 2, branch)))[0]) for branch in ("attn", "mlp"))
-        assert policy.propose(make_view(run, step, x)).tolist() == [attn]
-        found += {(True, True): "f", (False, True): "m", (False, False): "s"}[attn, mlp]
-    return found
 
 
 @pytest.mark.parametrize(
@@ -35,7 +23,10 @@ def kinds(spec, steps):
     ],
 )
 def test_steps(spec, steps, expected):
-    assert kinds(spec, steps) == expected
+    words = {"f": "xx" * 3, "m": ".x" * 3, "s": ".." * 3}  # attention and MLP of three blocks
+    assert walk_units(f"feb_cache:{spec}", steps) == [" ".join(words[kind] for kind in expected)]
+    full = [step for step, kind in enumerate(expected) if kind == "f"]
+    assert schedule(f"feb_cache:{spec}", steps, question="propose") == full
 
 
 @pytest.mark.parametrize("spec", ["every=2,table=fms", "noisy=0", "between=m,table=f"])
@@ -44,13 +35,6 @@ def test_options_that_would_change_nothing_are_refused(spec):
         make_policy(f"feb_cache:{spec}")
 
 
-def test_whole_run():
-    model, table = tiny_dit(), "ffmsfmmssf"
-    out = sample(model, cache=CacheManager(make_policy(f"feb_cache:table={table}")))
-    twin = HeldBranches(lambda step, _, branch: table[step] in "f" + "m" * branch)
-    torch.testing.assert_close(out, sample_with(twin, model), rtol=1e-4, atol=1e-5)
-
-
-def test_the_noise_is_divided():
-    out, plain = forced(tiny_dit(), CacheManager(make_policy("feb_cache:table=f,delta=0.965")))
-    torch.testing.assert_close(out, plain / 0.965)
+def test_the_noise_is_divided(model):
+    out, plain = forced(model, CacheManager(make_policy("feb_cache:table=f,delta=0.965")))
+    assert_close(out, plain / 0.965)

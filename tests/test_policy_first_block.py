@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from by_hand import column, compute, show, start, walk
-from toy import derivatives, sample, sample_with, tiny_dit
+from toy import derivatives, sample, sample_with, through, tiny_dit
 
 from adacorr import CacheManager, Predictor, make_policy
 from adacorr.policy import Unit
@@ -71,26 +71,19 @@ class Dual:
 
     def __init__(self, front, back, steps, order):
         self.front, self.back, self.steps, self.order = front, back, steps, order
-        self.step, self.last, self.derivatives = -1, None, []
+        self.last, self.derivatives = None, []
 
-    def run_blocks(self, blocks, x, c):
-        self.step += 1
+    def __call__(self, step, blocks, x, c):
         end = len(blocks) - self.back
-        for block in blocks[: self.front]:
-            x = block(x, c)
-        if self.step in self.steps:
-            head = x
-            for block in blocks[self.front : end]:
-                x = block(x, c)
-            old = self.derivatives[: self.order] if self.step > 1 else ()
-            self.derivatives = derivatives(x - head, old, self.step, self.last)
-            self.last = self.step
-        else:
-            away = self.step - self.last
-            x = x + sum(d * away**j / math.factorial(j) for j, d in enumerate(self.derivatives))
-        for block in blocks[end:]:
-            x = block(x, c)
-        return x
+        head = through(blocks[: self.front], x, c)
+        if step in self.steps:
+            out = through(blocks[self.front : end], head, c)
+            old = self.derivatives[: self.order] if step > 1 else ()
+            self.derivatives = derivatives(out - head, old, step, self.last)
+            self.last = step
+        away = step - self.last
+        middle = sum(d * away**j / math.factorial(j) for j, d in enumerate(self.derivatives))
+        return through(blocks[end:], head + middle, c)
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 2, 3])

@@ -1,13 +1,15 @@
 """FreqCa: its bands, its schedule, and a run against the release's recursion for each band."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from by_hand import schedule
+from by_hand import compute, schedule, start
 from scipy.fft import dctn, idctn
-from toy import derivatives, make_run, sample, sample_with, tiny_dit
+from test_policy_hicache import HERMITE
+from toy import derivatives, sample, sample_with, through
 
 from adacorr import CacheManager, make_policy
 from adacorr.tokens import low_modes
@@ -34,35 +36,29 @@ def test_the_schedule_and_a_grid_that_is_no_square():
         low_modes(15, 0.1)
 
 
-HERMITE = [lambda x: 1.0, lambda x: 2 * x, lambda x: 4 * x**2 - 2]
-
-
 class Bands:
     """The release's rule: derivatives of each band of the stack's output, made from step `first` - 1 on."""
 
     def __init__(self, every, first, order, sigma, modes):
         self.every, self.first, self.order, self.sigma, self.modes = every, first, order, sigma, modes
-        self.step, self.last, self.low, self.high = -1, None, None, []
+        self.last, self.low, self.high = None, None, []
 
-    def run_blocks(self, blocks, x, c):
-        self.step += 1
-        ahead = self.step - self.first + 1
+    def __call__(self, step, blocks, x, c):
+        ahead = step - self.first + 1
         if ahead > 0 and ahead % self.every:
-            k, s = self.step - self.last, self.sigma
+            k, s = step - self.last, self.sigma
             return self.low + sum(d * s**j * HERMITE[j](s * k) / math.factorial(j) for j, d in enumerate(self.high))
-        for block in blocks:
-            x = block(x, c)
+        x = through(blocks, x, c)
         self.low = self.modes.T @ (self.modes @ x)
-        old = self.high[: self.order] if self.step > self.first - 2 else ()
-        self.high = derivatives(x - self.low, old, self.step, self.last)
-        self.last = self.step
+        old = self.high[: self.order] if step > self.first - 2 else ()
+        self.high = derivatives(x - self.low, old, step, self.last)
+        self.last = step
         return x
 
 
 @pytest.mark.parametrize("first", [1, 2, 3, 4])
 @pytest.mark.parametrize(("order", "cutoff"), [(0, 0.1), (1, 0.25), (2, 0.25), (2, 0.5)])
-def test_a_run_is_the_releases_recursion(order, cutoff, first):
-    model = tiny_dit()
+def test_a_run_is_the_releases_recursion(model, order, cutoff, first):
     spec = f"freqca:every=3,order={order},cutoff={cutoff},first_enhance={first}"
     manager = CacheManager(make_policy(spec))
     out = sample(model, steps=14, cache=manager)
@@ -72,6 +68,6 @@ def test_a_run_is_the_releases_recursion(order, cutoff, first):
 
 
 def test_nothing_is_stored_under_adacorrection():
-    policy, info = make_policy("freqca"), make_run(tiny_dit(), 2, 1, 10, corrected=True)
-    policy.begin(info)
+    policy, info, unit = start("freqca")
+    compute(policy, replace(info, corrected=True), unit, 0, [1.0])
     assert policy.bytes == low_modes(16, 0.1).numel() * 4

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from by_hand import schedule
-from toy import begun, sample, sample_with, tiny_dit
+from by_hand import schedule, show, start
+from toy import sample, sample_with, through, tiny_dit
 
 from adacorr import CacheManager, make_policy
 from adacorr.policies.icc import factors
@@ -22,29 +22,25 @@ class Hooked:
     """Every `every`-th step notes the layers' inputs and outputs; the others get the last output and W' (x - x_c)."""
 
     def __init__(self, model, every, rank):
-        self.every, self.step, self.kept = every, -1, {}
-        self.near = {}
+        self.every, self.kept, self.near = every, {}, {}
         for block in model.blocks:
             for layer, parts in layers(block):
                 cut = [torch.linalg.svd(w, full_matrices=False) for w in layer.weight.detach().chunk(parts)]
                 self.near[layer] = torch.cat([u[:, :rank] @ torch.diag(s[:rank]) @ v[:rank] for u, s, v in cut])
 
-    def run_blocks(self, blocks, x, c):
-        self.step += 1
-
+    def __call__(self, step, blocks, x, c):
         def hook(layer, arguments, out):
-            if self.step % self.every == 0:
+            if step % self.every == 0:
                 self.kept[layer] = arguments[0], out
                 return out
             before, then = self.kept[layer]
             return then + (arguments[0] - before) @ self.near[layer].T
 
         handles = [layer.register_forward_hook(hook) for block in blocks for layer, _ in layers(block)]
-        for block in blocks:
-            x = block(x, c)
+        out = through(blocks, x, c)
         for handle in handles:
             handle.remove()
-        return x
+        return out
 
 
 @pytest.mark.parametrize(("every", "rank"), [(2, 4), (3, 4), (3, 20)])
@@ -80,8 +76,8 @@ def test_the_account(model):
 
 def test_whole_steps_are_proposed_and_changed_weights_are_factored_anew():
     assert schedule("icc:every=1", 4) == [0, 1, 2, 3]
-    policy, views = begun(tiny_dit(), "icc:every=3")
-    assert [bool(policy.propose(view)[0]) for view in views[:5]] == [True, False, False, True, False]
+    policy, info, unit = start("icc:every=3")
+    assert [policy.propose(show(info, step, [0.0], unit))[0] for step in range(5)] == [True, False, False, True, False]
     layer = torch.nn.Linear(6, 4)
     first = factors(layer, 2, 1)
     assert factors(layer, 2, 1) is first

@@ -1,17 +1,17 @@
-"""L2C: the authors' files, the stand-in's fit and calibration by hand, and whole runs."""
+"""L2C: the authors' files, and the stand-in's fit and calibration by hand."""
 
 import argparse
 
 import numpy as np
 import pytest
 import torch
+from by_hand import schedule, walk_units
 from torch.testing import assert_close
-from toy import TINY, HeldBranches, make_run, make_view, sample, sample_with
+from toy import TINY, make_run, make_view
 
-from adacorr import CacheManager, make_policy
+from adacorr import make_policy
 from adacorr.calibration.l2c import L2CCalibration, fit_routers, load_routers
 from adacorr.policy import Ran
-from adacorr.profile import Profile, save_profile
 from adacorr.unit import by_branch
 
 WIDTH = TINY["hidden_size"]
@@ -34,23 +34,12 @@ def routed(steps, branches, computed, threshold=0.1):
     return logits
 
 
-def executed(manager, image=0):
-    """(S, 2L): 1 where a branch ran; attention, MLP, attention, ..."""
-    return manager.trace.executed[:, :, :, image, 0].reshape(manager.trace.done, -1)
-
-
-def test_every_second_step_is_full_and_the_others_follow_the_file(model, tmp_path):
+def test_every_second_step_is_full_and_the_others_follow_the_file(tmp_path):
     # Routers count upwards: sampling steps 1, 3, 5 of 6 read 4, 2, 0. The odd ones are never read.
-    path = trained(tmp_path / "r.pt", routed(6, 6, {4: (0, 3), 2: (5,), 1: (0, 1, 2)}))
-    manager = CacheManager(make_policy(f"l2c:router={path}"))
-    sample(model, 6, cache=manager)
-    expected = np.ones((6, 6))
-    expected[1::2] = [[1, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 1], [0] * 6]
-    for image in range(3):
-        assert np.array_equal(executed(manager, image), expected)
-    for threshold, kept in ((0.09, 1.0), (0.11, 0.0), (1, 0.0)):
-        sample(model, 6, cache=(other := CacheManager(make_policy(f"l2c:router={path},threshold={threshold}"))))
-        assert (executed(other)[1::2] == kept).all()
+    spec = f"l2c:router={trained(tmp_path / 'r.pt', routed(6, 6, {4: (0, 3), 2: (5,), 1: (0, 1, 2)}))}"
+    assert walk_units(spec, 6) == ["xxxxxx x..x.. xxxxxx .....x xxxxxx ......"]
+    for threshold, word in ((0.09, "xxxxxx"), (0.11, "......"), (1, "......")):
+        assert walk_units(f"{spec},threshold={threshold}", 6) == [" ".join(["xxxxxx", word] * 3)]
 
 
 @pytest.mark.parametrize("steps", [5, 8])
@@ -119,30 +108,16 @@ def test_calibration_multiplies_gated_changes_relative_to_the_stack(model):
     assert_close(arrays["gram"], np.float32(errors / 6), rtol=1e-4, atol=1e-6)
 
 
-def test_a_run_is_the_release(model, tmp_path):
-    table = {1: (0, 3), 3: (), 5: (1, 2, 4), 7: tuple(range(6)), 9: (5,)}
-    path = trained(tmp_path / "r.pt", routed(10, 6, {9 - step: own for step, own in table.items()}))
-    out = sample(model, cache=CacheManager(make_policy(f"l2c:router={path}")))
-    runs = lambda s, layer, branch: s % 2 == 0 or 2 * layer + branch in table[s]  # noqa: E731
-    assert_close(out, sample_with(HeldBranches(runs), model), rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize(("l1", "word"), [("0", "xxxxxx"), ("inf", "......")])
+def test_the_price_of_a_branch_decides_from_all_to_half(measured, l1, word):
+    measured("l2c", gram=np.tile(np.eye(6), (5, 1, 1)))
+    assert walk_units(f"l2c:l1={l1}", 10) == [" ".join(["xxxxxx", word] * 5)]
 
 
-@pytest.mark.parametrize(("l1", "compute"), [("0", 1.0), ("inf", 0.5)])
-def test_the_price_of_a_branch_decides_from_all_to_half(model, tmp_path, l1, compute):
-    path = tmp_path / "p.json"
-    save_profile(path, Profile("l2c", {"gram": np.tile(np.eye(6), (5, 1, 1))}, "toy", "ddim", 10, 1.5))
-    out = sample(model, cache=(manager := CacheManager(make_policy(f"l2c:l1={l1},profile={path}"))))
-    assert executed(manager).mean() == compute
-    assert torch.equal(out, sample(model)) == (compute == 1.0)
-
-
-def test_a_step_is_proposed_for_half_of_the_flops(model, tmp_path):
+def test_a_step_is_proposed_for_half_of_the_flops(tmp_path):
     # Attention has 0.39 of a block's FLOPs: branches 1 and 3 have 0.41 of all, with branch 0 it is 0.54.
     path = trained(tmp_path / "r.pt", routed(6, 6, {4: (1, 3), 2: (0, 1, 3), 0: ()}))
-    policy, run = make_policy(f"l2c:router={path}"), make_run(model, 2, 2, 6)
-    policy.begin(run)
-    views = [make_view(run, step, torch.zeros(2, 2, 16, WIDTH)) for step in range(6)]
-    assert [policy.propose(view).tolist() for view in views] == [[s in (0, 2, 3, 4)] * 2 for s in range(6)]
+    assert schedule(f"l2c:router={path}", 6, question="propose") == [0, 2, 3, 4]
 
 
 def test_tables_say_what_stands_in():

@@ -1,13 +1,11 @@
-"""MagCache: its table by hand and as released, its calibration, and whole runs."""
+"""MagCache: its table by hand and as released, and its calibration."""
 
 import numpy as np
+import pytest
 import torch
-from by_hand import observe
-from toy import Twin, begun, obeyed, sample, sample_with
+from by_hand import observe, schedule, show, start
 
-from adacorr import CacheManager, make_policy
 from adacorr.calibration.magcache import MagCacheCalibration
-from diffusion import make_sampler
 
 RATIO = [1.0] + [0.9] * 9
 
@@ -27,45 +25,46 @@ def as_released(ratio, threshold, max_skip, retention):
     return computed
 
 
-def test_the_error_adds_up_until_a_computed_step(model, measured):
+def test_the_error_adds_up_until_a_computed_step(measured):
     # After a computed step p is 0.9, 0.81, 0.729 and the sum 0.1, 0.29, 0.561.
     measured("magcache", ratio=RATIO)
-    policy, views = begun(model, "magcache:threshold=0.3")
-    assert obeyed(policy, views) == [[0, 1, 4, 7]]
-    policy, views = begun(model, "magcache:threshold=0.28")
-    assert obeyed(policy, views) == [[0, 1, 3, 5, 7, 9]]
-    policy, views = begun(model, "magcache:threshold=0.09")
-    assert obeyed(policy, views) == [list(range(10))]
+    for threshold, steps in ((0.3, [0, 1, 4, 7]), (0.28, [0, 1, 3, 5, 7, 9]), (0.09, list(range(10)))):
+        assert schedule(f"magcache:threshold={threshold}", 10) == steps
 
 
-def test_every_table_gives_the_walk_of_the_release(model, measured):
+def test_every_table_gives_the_walk_of_the_release(measured):
     rng = np.random.default_rng(5)
     for _ in range(40):
         ratio = np.concatenate([[1.0], np.exp(rng.normal(0, 0.1, 29))])
         threshold, max_skip, retention = rng.uniform(0, 0.6), int(rng.integers(0, 7)), rng.uniform(0, 0.4)
         measured("magcache", ratio=ratio)
         spec = f"magcache:threshold={threshold},max_skip={max_skip},retention={retention}"
-        assert obeyed(*begun(model, spec, steps=30)) == [as_released(ratio, threshold, max_skip, retention)]
+        assert schedule(spec, 30) == as_released(ratio, threshold, max_skip, retention)
 
 
-def test_retention_and_max_skip(model, measured):
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ("threshold=inf", [0, 1, 5, 9]),
+        ("threshold=inf,retention=0.25,max_skip=99", [0, 1, 2]),  # 2.5 rounds up
+        ("threshold=inf,retention=0,max_skip=99", [0]),
+        ("threshold=inf,max_skip=0", list(range(10))),
+        ("threshold=inf,retention=1", list(range(10))),
+        ("threshold=0", list(range(10))),
+    ],
+)
+def test_retention_and_max_skip(measured, options, steps):
     measured("magcache", ratio=RATIO)
-    assert obeyed(*begun(model, "magcache:threshold=inf")) == [[0, 1, 5, 9]]
-    assert obeyed(*begun(model, "magcache:threshold=inf,retention=0.25,max_skip=99")) == [[0, 1, 2]]  # 2.5 rounds up
-    assert obeyed(*begun(model, "magcache:threshold=inf,retention=0,max_skip=99")) == [[0]]
-    assert obeyed(*begun(model, "magcache:threshold=inf,max_skip=0")) == [list(range(10))]
-    assert obeyed(*begun(model, "magcache:threshold=inf,retention=1")) == [list(range(10))]
-    assert obeyed(*begun(model, "magcache:threshold=0")) == [list(range(10))]
+    assert schedule(f"magcache:{options}", 10) == steps
 
 
-def test_what_was_really_computed_starts_the_sum_anew_image_by_image(model, measured):
+def test_what_was_really_computed_starts_the_sum_anew_image_by_image(measured):
     measured("magcache", ratio=RATIO)
-    policy, views = begun(model, "magcache:threshold=0.3", images=2)
+    policy, info, unit = start("magcache:threshold=0.3", images=2, steps=10)
     last = {2: [1, 1], 3: [1, 1], 4: [1, 3], 5: [1, 3], 6: [1, 3], 7: [6, 3]}  # image 1 unasked in step 3
-    due = {step: [step in (4, 5, 6), step in (6, 7)] for step in last}
     for step, newest in last.items():
-        views[step].age = step - np.array(newest)
-        assert policy.propose(views[step]).tolist() == due[step]
+        view = show(info, step, [0.0, 0.0], unit, age=step - np.array(newest))
+        assert policy.propose(view).tolist() == [step in (4, 5, 6), step in (6, 7)]
 
 
 def test_the_calibration_means_the_ratios_of_tokens_images_and_halves():
@@ -85,10 +84,3 @@ def test_the_calibration_means_the_ratios_of_tokens_images_and_halves():
     np.testing.assert_allclose(arrays["ratio"], [1.0, (2.5 + 3 * 1) / 4, (1 + 3 * 3) / 4], rtol=1e-6)
     assert notes["images"] == 4
     np.testing.assert_allclose(notes["spread_over_images"], [0.649519, 0.866025], atol=1e-6)
-
-
-def test_a_skipped_step_adds_the_last_residual(model, measured):
-    measured("magcache", ratio=RATIO)
-    twin = Twin("residual", [0, 1, 5, 9], make_sampler("ddim", 10).timesteps)
-    out = sample(model, cache=CacheManager(make_policy("magcache:threshold=inf")))
-    torch.testing.assert_close(out, sample_with(twin, model), rtol=1e-4, atol=1e-4)

@@ -1,10 +1,8 @@
 """PAB: the steps that compute attention, as the releases count them, and what is reused in between."""
 
-import numpy as np
 import pytest
-import torch
-from torch.testing import assert_close
-from toy import HeldBranches, make_run, make_view, sample, sample_with, tiny_dit
+from by_hand import schedule, walk_units
+from toy import sample
 
 from adacorr import CacheManager, make_policy
 from diffusion import make_sampler
@@ -26,23 +24,13 @@ class Hook:
 @pytest.mark.parametrize("window", [(100, 800), (450, 930), (0, 1000)])
 @pytest.mark.parametrize("every", [1, 2, 3, 7])
 def test_schedule_of_the_release(every, window):
-    policy = make_policy(f"pab:every={every},low={window[0]},high={window[1]}")
-    run = make_run(tiny_dit(), steps=50)
-    x, hook = torch.zeros(1, 1, 2, 3), Hook(every, window)
-    for step, t in enumerate(make_sampler("ddim", 50).timesteps.tolist()):
-        attn, mlp = (policy.decide(make_view(run, step, x, unit))[0] for unit in policy.units(3)[2:4])
-        due = hook.call(t)
-        assert (bool(attn), bool(mlp)) == (due, True)
-        assert policy.propose(make_view(run, step, x)).tolist() == [due]
+    spec, hook = f"pab:every={every},low={window[0]},high={window[1]}", Hook(every, window)
+    due = [hook.call(t) for t in make_sampler("ddim", 50).timesteps.tolist()]
+    assert walk_units(spec, 50) == [" ".join((".x", "xx")[attn] * 3 for attn in due)]  # of three blocks
+    assert schedule(spec, 50, question="propose") == [step for step in range(50) if due[step]]
 
 
-def test_whole_run():
-    model, manager = tiny_dit(), CacheManager(make_policy("pab"))
-    out = sample(model, cache=manager)
-    steps = [0, 1, 2, 4, 6, 8, 9]  # of timesteps 900, 800, ..., 0 (or near them) those within are 2..8
-    within = [100 < t < 800 for t in make_sampler("ddim", 10).timesteps.tolist()]
-    assert steps == [s for s in range(10) if s % 2 == 0 or not within[s]]
-    assert np.flatnonzero(manager.trace.executed[:, 0, 0, 0, 0]).tolist() == steps
-    assert (manager.trace.executed[:, :, 1] == 1).all()
-    assert_close(out, sample_with(HeldBranches(lambda s, _, branch: branch or s in steps), model), rtol=1e-4, atol=1e-5)
+def test_one_attention_output_a_block_is_stored(model):
+    manager = CacheManager(make_policy("pab"))
+    sample(model, cache=manager)
     assert manager.bytes == 3 * 2 * 3 * 16 * 32 * 4  # blocks, halves, images, tokens, width, float32

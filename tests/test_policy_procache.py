@@ -4,24 +4,20 @@ from itertools import combinations_with_replacement
 
 import numpy as np
 import pytest
+from by_hand import schedule
 from test_policy_duca import Release
 from torch.testing import assert_close
-from toy import begun, sample, sample_with
+from toy import sample, sample_with
 
 from adacorr import CacheManager, make_policy, top_tokens
 from adacorr.policies.procache import FULL, RELEASED, REUSED, SELECTIVE, intervals, spread
 
 
-def computed(model, spec, steps):
-    policy, views = begun(model, spec, steps)
-    return [view.step for view in views if policy.decide(view)[0]]
-
-
-def test_the_released_pattern(model):
+def test_the_released_pattern():
     assert "".join(map(str, spread(RELEASED))) == "1020" * 6 + "102" * 4 + "10" * 7
-    assert computed(model, "procache", 50) == [*range(0, 27, 4), 27, 30, 33, *range(36, 50, 2)]
-    assert len(computed(model, "procache:candidate=4", 250)) == 85
-    assert computed(model, "procache:budget=30", 10) == list(range(10))  # a budget above the steps
+    assert schedule("procache", 50) == [*range(0, 27, 4), 27, 30, 33, *range(36, 50, 2)]
+    assert len(schedule("procache:candidate=4", 250)) == 85
+    assert schedule("procache:budget=30", 10) == list(range(10))  # a budget above the steps
 
 
 def test_selection_is_every_second_step_between():

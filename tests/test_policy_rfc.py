@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from by_hand import Held, column, compute, reused, show, start, told, walk
-from toy import sample, sample_with, tiny_dit
+from toy import sample, sample_with
 
 from adacorr import CacheManager, Predictor, make_policy
 from adacorr.unit import Unit, by_branch
@@ -136,10 +136,9 @@ class Relational:
     """Order 1 after two full steps, one row and branch at a time."""
 
     def __init__(self):
-        self.step, self.inputs, self.outputs = -1, {}, {}
+        self.inputs, self.outputs = {}, {}
 
-    def run_blocks(self, blocks, x, c):
-        self.step += 1
+    def __call__(self, step, blocks, x, c):
         for i, block in enumerate(blocks):
             six = [v.unsqueeze(1) for v in block.modulation(c)]
             for name, norm, module, (shift, scale, gate) in (
@@ -148,22 +147,22 @@ class Relational:
             ):
                 a = norm(x) * (1 + scale) + shift
                 inputs, outputs = (held.setdefault((i, name), []) for held in (self.inputs, self.outputs))
-                if self.step < 2:
+                if step < 2:
                     inputs.append(a)
                     outputs.append(module(a))
                     branch = outputs[-1]
                 else:
-                    branch = torch.stack([self.row(*v) for v in zip(a, *inputs, *outputs, strict=True)])
+                    branch = torch.stack([self.row(step, *v) for v in zip(a, *inputs, *outputs, strict=True)])
                 x = x + gate * branch
         return x
 
-    def row(self, a, a1, a0, f1, f0):
-        change = (self.step - 1) * (f0 - f1)
+    def row(self, step, a, a1, a0, f1, f0):
+        change = (step - 1) * (f0 - f1)
         return f0 + (f0 - f1).norm() / (a0 - a1).norm() * (a - a0).norm() * change / change.norm()
 
 
-def test_a_run_is_the_formula_branch_by_branch():
-    model, manager = tiny_dit(), CacheManager(make_policy("rfc:threshold=inf"))
+def test_a_run_is_the_formula_branch_by_branch(model):
+    manager = CacheManager(make_policy("rfc:threshold=inf"))
     out = sample(model, steps=6, cache=manager)
     assert [manager.trace.computed_steps(i) for i in range(3)] == [[0, 1]] * 3
     torch.testing.assert_close(out, sample_with(Relational(), model, steps=6), rtol=1e-3, atol=1e-4)

@@ -1,15 +1,13 @@
-"""SenCache: its rule by hand, its calibration against differences taken apart, and runs against the release's loop."""
+"""SenCache: its rule by hand, and its calibration against differences taken apart."""
 
 import numpy as np
 import pytest
 import torch
 from by_hand import column, walk
-from toy import make_run, make_view, sample, sample_with
+from toy import make_run, make_view, through
 
-from adacorr import CacheManager, make_policy
 from adacorr.calibration.sencache import SenCacheCalibration
 from adacorr.policy import Ran
-from diffusion import make_sampler
 
 
 @pytest.fixture
@@ -78,10 +76,7 @@ def test_calibration_changes_input_and_time_one_at_a_time(model):
         )
 
         def stack(i, j, image, x=x, c=c):
-            out = x[i, :, image]
-            for block in model.blocks:
-                out = block(out, c[j, :, image])
-            return out
+            return through(model.blocks, x[i, :, image], c[j, :, image])
 
         for step in range(3):
             view = make_view(run, step, x[step], c=c[step].flatten(0, 1))
@@ -98,43 +93,3 @@ def test_calibration_changes_input_and_time_one_at_a_time(model):
     arrays, notes = calibration.fit()
     np.testing.assert_allclose([arrays["input"], arrays["time"]], expected / 3, rtol=1e-4)
     assert notes == {"images": 3}
-
-
-class Released:
-    """The release's loop: counters, norms over sqrt(N), sensitivities taken at the computed step."""
-
-    def __init__(self, by_input, by_time, timesteps, start, main, most):
-        self.tables, self.t, self.limits, self.most = (by_input, by_time), timesteps, (start, main), most
-        self.step, self.skips, self.x, self.full = -1, 0, None, []
-
-    def run_blocks(self, blocks, x, c):
-        self.step += 1
-        if 1 <= self.step < len(self.t) - 1:
-            dx, dt = float((x - self.x).norm()), abs(float(self.t[self.step] - self.t[self.at]))
-            error = self.tables[0][self.at] * dx + self.tables[1][self.at] * x.numel() ** 0.5 * dt
-            limit = self.limits[self.step >= round(0.2 * len(self.t))] * x.numel() ** 0.5
-            if error < limit and self.skips < self.most:
-                self.skips += 1
-                return x + self.residual
-        self.skips, self.x, self.at = 0, x, self.step
-        self.full.append(self.step)
-        out = x
-        for block in blocks:
-            out = block(out, c)
-        self.residual = out - x
-        return out
-
-
-@pytest.mark.parametrize(("start", "main", "most"), [(0.1, 2.0, 10), (3.0, 3.0, 2), (0.5, 1.0, 4)])
-def test_images_run_as_released(model, shelf, start, main, most):
-    rng, steps = np.random.default_rng(1), 20
-    tables = rng.uniform(0.3, 1.0, steps - 1), rng.uniform(0, 0.001, steps - 1)
-    spec = shelf(*tables, f"start={start},threshold={main},max_skip={most}")
-    labels = (3, 0, 1)
-    out = sample(model, steps, labels, cache=(manager := CacheManager(make_policy(spec))))
-    for i, label in enumerate(labels):
-        twin = Released(*tables, make_sampler("ddim", steps).timesteps, start, main, most)
-        expected = sample_with(twin, model, steps=steps, labels=(label,), first=i)
-        torch.testing.assert_close(out[i], expected[0], rtol=1e-3, atol=1e-4)
-        assert manager.trace.computed_steps(i) == twin.full
-        assert len(twin.full) < steps

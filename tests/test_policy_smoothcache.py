@@ -1,18 +1,14 @@
-"""SmoothCache: its scan and its calibration by hand, and whole runs against a reference."""
+"""SmoothCache: its scan and its calibration by hand."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
+from by_hand import observe, schedule, show, start, walk_units
 from torch.testing import assert_close
-from toy import Twin, begun, make_run, make_view, sample, sample_with, tiny_dit
 
-from adacorr import CacheManager, make_policy
 from adacorr.calibration.smoothcache import SmoothCacheCalibration
 from adacorr.policies.smoothcache import scan, scan_last
-from adacorr.policy import Ran
-from diffusion import make_sampler
 
 
 def growing(steps=8, lags=3):
@@ -57,7 +53,7 @@ def test_scan_asks_for_the_error_of_the_skipped_step_at_its_lag(large, steps, ma
     assert steps_of(scan(error, 0.5, max_lag)) == expected
 
 
-def test_the_releases_scan_asks_for_the_longest_lag_alone(model, measured):
+def test_the_releases_scan_asks_for_the_longest_lag_alone(measured):
     error = np.tile([9.0, 0.1, 9.0], (8, 1))  # only lag 2 is fine
     assert steps_of(scan(error, 0.5, 3)) == list(range(8))
     assert steps_of(scan_last(error, 0.5, 3)) == [0, 3, 6, 7]
@@ -76,57 +72,26 @@ def test_the_releases_scan_asks_for_the_longest_lag_alone(model, measured):
         expected[-1] = True
         assert (scan_last(error, 0.3, lags) == expected).all()
     measured("smoothcache", error=np.stack([np.tile([9.0, 0.1, 9.0], (8, 1))] * 2))
-    policy, views = begun(model, "smoothcache:threshold=0.5,lags=last", 8)
-    assert [view.step for view in views if policy.propose(view)[0]] == [0, 3, 6, 7]
+    assert schedule("smoothcache:threshold=0.5,lags=last", 8, question="propose") == [0, 3, 6, 7]
 
 
-def two_tables(steps=8):
-    """With threshold 0.25: attention computes 0, 3, 6, 7, the MLP 0, 2, 4, 6, 7."""
-    return np.stack([growing(steps), 2 * growing(steps)])
-
-
-def test_types_have_tables_of_their_own_for_all_blocks_and_images(model, measured):
-    measured("smoothcache", error=two_tables())
-    policy, views = begun(model, "smoothcache:threshold=0.25", 8, 2, 2)
-    for unit in policy.units(3):
-        found = np.stack([policy.decide(replace(view, unit=unit)) for view in views])
-        expected = [0, 3, 6, 7] if unit.branch == "attn" else [0, 2, 4, 6, 7]
-        assert [steps_of(column) for column in found.T] == [expected, expected]
-
-
-@pytest.mark.parametrize("halves", [1, 2])
-def test_a_whole_step_is_proposed_for_half_of_the_flops(model, measured, halves):
-    measured("smoothcache", error=two_tables())
-    policy, views = begun(model, "smoothcache:threshold=0.25", 8, 2, halves)
-    found = np.stack([policy.propose(view) for view in views])  # attention has 0.4 of the FLOPs, the MLP 0.6
-    assert [steps_of(column) for column in found.T] == [[0, 2, 4, 6, 7]] * 2
-    for view in views:
-        view.info = replace(view.info, branch_flops=(500, 500))
-    found = np.stack([policy.propose(view) for view in views])
-    assert [steps_of(column) for column in found.T] == [[0, 2, 3, 4, 6, 7]] * 2
-
-
-def observe(calibration, model, values, images=1):
-    """One batch in which unit (layer, branch) gives a constant for each image: values[layer, branch][step] (n,)."""
-    run = make_run(model, images, 2, len(values[0, "attn"]), cfg_scale=1.5)
-    calibration.begin(run)
-    for step in range(run.num_steps):
-        for unit in calibration.units(run.depth):
-            by_image = torch.tensor(values[unit.start, unit.branch][step], dtype=torch.float32)
-            value = by_image.view(1, -1, 1, 1).expand(2, images, 4, 3)
-            view = make_view(run, step, torch.zeros_like(value), unit)
-            calibration.computed(view, Ran(np.arange(images), view.x, view.x, value))
+def test_types_have_tables_of_their_own_for_all_blocks_and_half_of_the_flops_propose_a_step(measured):
+    measured("smoothcache", error=np.stack([growing(), 2 * growing()]))
+    # Attention computes 0, 3, 6, 7, the MLP 0, 2, 4, 6, 7, in each of three blocks.
+    text = " ".join(3 * word for word in ["xx", "..", ".x", "x.", ".x", "..", "xx", "xx"])
+    assert walk_units("smoothcache:threshold=0.25", 8) == [text]
+    policy, info, unit = start("smoothcache:threshold=0.25", steps=8)
+    for flops, proposed in (((400, 600), [0, 2, 4, 6, 7]), ((500, 500), [0, 2, 3, 4, 6, 7])):
+        run = replace(info, branch_flops=flops)
+        assert [step for step in range(8) if policy.propose(show(run, step, [0.0], unit))[0]] == proposed
 
 
 def test_calibration_averages_changes_over_blocks_and_images():
-    model, calibration = tiny_dit(depth=2), SmoothCacheCalibration()
-    values = {
-        (0, "attn"): [[1, 100], [2, 100], [4, 100]],  # image 1 is large and never changes
-        (1, "attn"): [[1, 1], [1, 1], [1, 1]],
-        (0, "mlp"): [[4, 4], [3, 3], [6, 6]],
-        (1, "mlp"): [[4, 4], [3, 3], [6, 6]],
-    }
-    observe(calibration, model, values, images=2)
+    calibration = SmoothCacheCalibration()
+    # Of two blocks' branches at three steps, for two images; image 1 is large and never changes in block 0's attention.
+    mlp = [[4, 4], [3, 3], [6, 6]]
+    values = zip([[1, 100], [2, 100], [4, 100]], mlp, [[1, 1]] * 3, mlp, strict=True)
+    observe(calibration, list(map(list, values)), depth=2)
     arrays, notes = calibration.fit()
     error = arrays["error"]
     assert error.shape == (2, 3, 8)
@@ -140,29 +105,10 @@ def test_calibration_averages_changes_over_blocks_and_images():
 
 
 def test_calibration_counts_batches_alike_and_never_compares_across_them():
-    model, calibration = tiny_dit(depth=1), SmoothCacheCalibration()
+    calibration = SmoothCacheCalibration()
     for scale in (1, 1000):
-        observe(calibration, model, {(0, "attn"): [[scale], [2 * scale]], (0, "mlp"): [[scale], [scale]]})
+        observe(calibration, [[[scale], [scale]], [[2 * scale], [scale]]], depth=1)
     error = calibration.fit()[0]["error"]
     assert_close(error[0, 1], np.array([0.5, 0, 0, 0, 0, 0, 0, 0]))
     assert not error[0, 0].any()
     assert not error[1].any()
-
-
-@pytest.mark.parametrize("cfg_scale", [1.0, 1.5])
-def test_both_types_on_one_table_are_held_branches_under_fresh_gates(model, measured, cfg_scale):
-    measured("smoothcache", error=np.stack([growing(10)] * 2))
-    manager = CacheManager(make_policy("smoothcache:threshold=inf"))
-    found = sample(model, cache=manager, cfg_scale=cfg_scale)
-    twin = Twin("branches", [0, 4, 8, 9], make_sampler("ddim", 10).timesteps)
-    assert_close(found, sample_with(twin, model, cfg_scale=cfg_scale))
-    assert manager.trace.computed_steps(2) == [0, 4, 8, 9]
-
-
-def test_types_run_at_steps_of_their_own(model, measured):
-    measured("smoothcache", error=two_tables(10))
-    manager = CacheManager(make_policy("smoothcache:threshold=0.25"))
-    assert bool(torch.isfinite(sample(model, cache=manager)).all())
-    executed = manager.trace.executed
-    for branch, steps in enumerate([[0, 3, 6, 9], [0, 2, 4, 6, 8, 9]]):
-        assert (executed[:, :, branch] == np.isin(np.arange(10), steps)[:, None, None, None]).all()

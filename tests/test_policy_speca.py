@@ -90,12 +90,12 @@ class Released:
         self.counter += 1
         return False
 
-    def run_blocks(self, blocks, x, c):
+    def __call__(self, step, blocks, x, c):
         self.left -= 1
         self.was_full = self.decide()
         if self.was_full:
             self.activated.append(self.left)
-            self.full.append(self.steps - 1 - self.left)
+            self.full.append(step)
             out, branches = run_all(blocks, x, c)
             old = self.factors[: self.order if self.left < self.steps - 2 else 0]
             self.factors = derivatives(branches, old, *self.activated[:-3:-1])
@@ -109,7 +109,7 @@ class Released:
         if self.check:
             true = blocks[-1](before, c)
             self.error = float(((x - true).abs() / (true.abs() + 1e-10)).mean())
-            self.checks.append(self.steps - 1 - self.left)
+            self.checks.append(step)
         return x
 
 

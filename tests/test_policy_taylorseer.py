@@ -29,19 +29,18 @@ class Recursion:
     """The release's rule for every branch: derivatives from the newest gap, times k ** j / j! or another term."""
 
     def __init__(self, every, order, term=lambda k, j: k**j / math.factorial(j)):
-        self.every, self.order, self.term, self.step, self.counter = every, order, term, -1, 0
-        self.last, self.derivatives = None, []
+        self.every, self.order, self.term = every, order, term
+        self.counter, self.last, self.derivatives = 0, None, []
 
-    def run_blocks(self, blocks, x, c):
-        self.step += 1
-        if self.step >= 2 and self.counter < self.every - 1:
+    def __call__(self, step, blocks, x, c):
+        if step >= 2 and self.counter < self.every - 1:
             self.counter += 1
-            branches = sum(d * self.term(self.step - self.last, j) for j, d in enumerate(self.derivatives))
+            branches = sum(d * self.term(step - self.last, j) for j, d in enumerate(self.derivatives))
             return apply_gates(blocks, x, c, branches)
         self.counter = 0
         out, branches = run_all(blocks, x, c)
-        self.derivatives = derivatives(branches, self.derivatives[: self.order], self.step, self.last)
-        self.last = self.step
+        self.derivatives = derivatives(branches, self.derivatives[: self.order], step, self.last)
+        self.last = step
         return out
 
 
@@ -54,12 +53,8 @@ def test_a_run_is_the_releases_recursion(model, order):
 def test_exact_weights_are_the_polynomial_and_differ_from_order_2_on(model):
     steps, times = [0, 1, 4, 7, 10, 13], make_sampler("ddim", 14).timesteps
     for order, apart in ((1, False), (2, True)):
-        taylor, exact = (
-            sample(
-                model, steps=14, cache=CacheManager(TaylorSeer(gate_error=0.0, every=3, order=order, weights=weights))
-            )
-            for weights in ("taylor", "exact")
-        )
+        policies = (TaylorSeer(3, order, weights=weights, gate_error=0.0) for weights in ("taylor", "exact"))
+        taylor, exact = (sample(model, steps=14, cache=CacheManager(policy)) for policy in policies)
         twin = sample_with(Twin("branches", steps, times, order), model, steps=14)
         torch.testing.assert_close(exact, twin, rtol=1e-3, atol=1e-4)
         assert (float((taylor - exact).abs().max()) > 2e-3) == apart

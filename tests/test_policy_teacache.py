@@ -1,9 +1,9 @@
-"""TeaCache: its decisions by hand, its polynomial, and whole runs."""
+"""TeaCache: its decisions by hand, its polynomial, and its calibration."""
 
 import numpy as np
 import torch
 from by_hand import column, compute, show, start, walk
-from toy import make_run, make_view, ran
+from toy import make_run, make_view
 
 from adacorr import make_policy
 from adacorr.calibration.teacache import TeaCacheCalibration, fit_polynomial, rescale
@@ -49,7 +49,6 @@ def test_the_metric_is_block_0s_modulated_norm(model):
         policy = make_policy(f"{NONE},threshold={threshold}")
         policy.begin(run)
         policy.decide(views[0])
-        policy.computed(views[0], ran(views[0], [0, 1]))
         assert policy.decide(views[1]).tolist() == (change > threshold).tolist()
 
 

@@ -1,6 +1,9 @@
 """Models small enough to check a cache by hand, and references that cache in the plainest way there is."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -9,7 +12,7 @@ from adacorr import CacheManager, Policy, Predictor, Trace, make_policy
 from adacorr.gates import fit_gate_basis
 from adacorr.model_profile import KINDS
 from adacorr.policies import calibrated
-from adacorr.policy import Conditioning, Ran, RunInfo, Unit, View
+from adacorr.policy import Conditioning, RunInfo, Unit, View
 from adacorr.profile import Profile, save_profile
 from checkpoint import save_checkpoint
 from diffusion import make_sampler
@@ -241,6 +244,13 @@ def forecast(steps, at, order):
     return sum(float(w) * value.double() for w, (_, value) in zip(weights, used, strict=True)).float()
 
 
+def through(blocks, x, c):
+    """The blocks' output."""
+    for block in blocks:
+        x = block(x, c)
+    return x
+
+
 def run_all(blocks, x, c):
     """Every block, (its output, pre-gate outputs (branches, N, T, D))."""
     branches = []
@@ -258,8 +268,25 @@ def apply_gates(blocks, x, c, branches):
     return x
 
 
+@contextmanager
+def standing_in(model, stack):
+    """The model with stack(step, blocks, x, c) in the place of its blocks."""
+    steps = count()
+    model.cache = SimpleNamespace(run_blocks=lambda blocks, x, c: stack(next(steps), blocks, x, c))
+    try:
+        yield
+    finally:
+        model.cache = None
+
+
+def sample_with(stack, model, **arguments):
+    """`sample` with stack(step, blocks, x, c) in the place of the model's blocks."""
+    with standing_in(model, stack):
+        return sample(model, **arguments)
+
+
 class Twin:
-    """Stands in for the cache of a model: computes all rows at `steps`, else does what `kind` says.
+    """Computes all rows at `steps`, else does what `kind` says.
 
     branches   every pre-gate output forecast, fresh gates: order 0 is FORA, order 2 what TaylorSeer means
     residual   the stack's residual of the last computed step
@@ -267,18 +294,38 @@ class Twin:
 
     def __init__(self, kind, steps, timesteps, order=0):
         self.kind, self.steps, self.timesteps, self.order = kind, steps, timesteps.tolist(), order
-        self.step, self.computed = -1, []
+        self.computed = []
 
-    def run_blocks(self, blocks, x, c):
-        self.step += 1
-        t = self.timesteps[self.step]
-        if self.step in self.steps:
+    def __call__(self, step, blocks, x, c):
+        t = self.timesteps[step]
+        if step in self.steps:
             out, branches = run_all(blocks, x, c)
             self.computed.append((t, branches if self.kind == "branches" else out - x))
             return out
         if self.kind == "branches":
             return apply_gates(blocks, x, c, forecast(self.computed, t, self.order))
         return x + self.computed[-1][1]
+
+
+class HeldBranches:
+    """Runs a branch (0 attention, 1 MLP) of a block where runs(step, layer, branch) says so, else holds its output.
+
+    What is held is from before the gate, which is fresh, or with `frozen` from after it.
+    """
+
+    def __init__(self, runs, frozen=False):
+        self.runs, self.frozen, self.held = runs, frozen, {}
+
+    def __call__(self, step, blocks, x, c):
+        for layer, block in enumerate(blocks):
+            six = block.modulation(c)
+            for i, branch in enumerate((block.attn_branch, block.mlp_branch)):
+                shift, scale, gate = six[3 * i : 3 * i + 3]
+                then, now = (gate.unsqueeze(1), 1) if self.frozen else (1, gate.unsqueeze(1))
+                if self.runs(step, layer, i):
+                    self.held[layer, i] = then * branch(x, shift, scale)
+                x = x + now * self.held[layer, i]
+        return x
 
 
 def derivatives(fresh, old, step, last):
@@ -290,36 +337,6 @@ def derivatives(fresh, old, step, last):
     for before in old:
         made.append((made[-1] - before) / (step - last))
     return made
-
-
-class HeldBranches:
-    """Runs a branch (0 attention, 1 MLP) of a block where runs(step, layer, branch) says so, else holds its output.
-
-    What is held is from before the gate; gates are fresh.
-    """
-
-    def __init__(self, runs):
-        self.runs, self.step, self.held = runs, -1, {}
-
-    def run_blocks(self, blocks, x, c):
-        self.step += 1
-        for layer, block in enumerate(blocks):
-            six = block.modulation(c)
-            for i, branch in enumerate((block.attn_branch, block.mlp_branch)):
-                shift, scale, gate = six[3 * i : 3 * i + 3]
-                if self.runs(self.step, layer, i):
-                    self.held[layer, i] = branch(x, shift, scale)
-                x = x + gate.unsqueeze(1) * self.held[layer, i]
-        return x
-
-
-def sample_with(twin, model, **arguments):
-    """`sample` with a twin in place of a cache."""
-    model.cache = twin
-    try:
-        return sample(model, **arguments)
-    finally:
-        model.cache = None
 
 
 # ---------------------------------------------------------------------------------------- policies by themselves
@@ -340,30 +357,3 @@ def make_view(run, step, x, unit=None, x_in=None, age=None, c=None):
     age = np.full(x.shape[1], 1) if age is None else np.asarray(age)
     trace = Trace(run.num_steps, run.depth, run.images, run.visible_halves, (400, 600))
     return View(run, step, unit, x, x if x_in is None else x_in, age, Conditioning(run.blocks, c), trace)
-
-
-def begun(model, spec, steps=10, images=1, halves=1):
-    """A policy in a run, and views of its steps for a rule that never looks at the stream."""
-    run = make_run(model, images, halves, steps)
-    policy = make_policy(spec)
-    policy.begin(run)
-    return policy, [make_view(run, step, torch.zeros(halves, images, 2, 3)) for step in range(steps)]
-
-
-def ran(view, images):
-    """What `computed` is told of a unit that adds nothing."""
-    x = view.x[:, images]
-    return Ran(np.array(images), x, x)
-
-
-def obeyed(policy, views):
-    """The steps that each image computes when the policy is always obeyed."""
-    computed = [[] for _ in range(views[0].images)]
-    for view in views:
-        view.age = np.array([view.step - steps[-1] if steps else 0 for steps in computed])
-        wanted = np.flatnonzero(policy.decide(view))
-        for image in wanted:
-            computed[image].append(view.step)
-        if len(wanted):
-            policy.computed(view, ran(view, wanted))
-    return computed
