@@ -21,19 +21,12 @@ from dataclasses import replace
 
 import pipeline
 import profiles
-from adacorr.calibration import Calibration
 from adacorr.command import Parser, number, run_command, writable
 from adacorr.manager import CacheManager
 from adacorr.policies import calibrated
 from adacorr.profile import Profile, check_suffix, save_profile
 from adacorr.spec import hint
 from runtime import check_range
-
-
-def observe(calibration: Calibration, pipe: pipeline.Pipeline, seed: int, images: int, batch_size: int) -> None:
-    """Run a pipeline uncached on `images` images, and show every step to the calibration."""
-    for indices, labels in profiles.batches(images, batch_size, pipe.model.num_classes):
-        pipe.sample(seed, indices, labels, CacheManager(calibration))
 
 
 def run(args: argparse.Namespace, command_line: Sequence[str]) -> None:
@@ -52,7 +45,8 @@ def run(args: argparse.Namespace, command_line: Sequence[str]) -> None:
         profile = profiles.measure(pipe, args.num_images, seed)
     else:
         calibration = calibrated()[args.cache].calibration()
-        observe(calibration, pipe, seed, args.num_images, args.batch_size)
+        for indices, labels in profiles.batches(args.num_images, args.batch_size, pipe.model.num_classes):
+            pipe.sample(seed, indices, labels, CacheManager(calibration))
         arrays, notes = calibration.fit()
         notes |= {"checkpoint": pipe.checkpoint.path.name, "seed": seed, "images": args.num_images}
         made_for = pipe.checkpoint.sha256, pipe.sampler.spec, args.num_sampling_steps, args.cfg_scale

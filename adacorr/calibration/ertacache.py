@@ -75,8 +75,8 @@ class ERTACacheCalibration(Calibration):
             "all": square_eps - eps**2 - slope**2 * variance_v,
             "channel": (variance[:, None] * (1 + r**2 - 2 * r * likeness)).mean(axis=2),
         }
-        shares = {f"squared_error_left_by_{k}": float(over(v, square_eps)[known].mean()) for k, v in left.items()}
-        return arrays, {"images": self.images, **shares}
+        notes = {f"squared_error_left_by_{k}": float(over(v, square_eps)[known].mean()) for k, v in left.items()}
+        return arrays, notes
 
 
 def over(a: np.ndarray, b: np.ndarray) -> np.ndarray:

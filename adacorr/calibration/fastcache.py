@@ -9,7 +9,7 @@ from torch import Tensor
 from adacorr.calibration import Calibration
 from adacorr.calibration.ridge import Moments
 from adacorr.policy import Ran, RunInfo, View
-from adacorr.profile import find_profile
+from adacorr.profile import Profile
 
 LAGS = (1, 2, 4)  # steps between the pairs that increments are fitted on
 HELD_OUT = 4  # every so many-th image is kept from the fit, to judge it by
@@ -62,7 +62,7 @@ class FastCacheCalibration(Calibration):
         past.appendleft(pair)
 
     def fitted(self) -> tuple[dict[str, np.ndarray], dict]:
-        arrays, notes = {}, {"images": self.images, "held_out": self.images // HELD_OUT}
+        arrays, notes = {}, {"held_out": self.images // HELD_OUT}
         for form in ("residual", "increment"):
             weight, bias, share = zip(*(fit_map(form, *moments) for moments in self._moments), strict=True)
             arrays |= {f"{form}_weight": torch.stack(weight), f"{form}_bias": torch.stack(bias, dim=1)}
@@ -92,11 +92,11 @@ def by_pair(values: Tensor) -> Tensor:
     return (values[:, None] - values[before]).flatten(0, 1)
 
 
-def load_maps(form: str, name: str, info: RunInfo) -> tuple[Tensor, Tensor]:
-    """Weight (L + 1, D, D) and bias (S, L + 1, D) float32 of a form, the stack's last; `name` as in `find_profile`."""
+def load_maps(form: str, profile: Profile, info: RunInfo) -> tuple[Tensor, Tensor]:
+    """Weight (L + 1, D, D) and bias (S, L + 1, D) float32 of a form, the stack's last."""
     maps, width = info.depth + 1, info.width
     shapes = {f"{form}_weight": (maps, width, width), f"{form}_bias": (info.num_steps, maps, width)}
-    arrays = find_profile("fastcache", name, info).require(**shapes)
+    arrays = profile.require(**shapes)
     weight, bias = (torch.from_numpy(arrays[key]).to(info.device) for key in shapes)
     # Intercepts of neighbouring steps are close: their differences need all digits.
     return weight.to(next(info.blocks[0].parameters()).dtype), bias.float()

@@ -5,7 +5,6 @@ import torch
 
 from adacorr.calibration import Calibration, read_trained
 from adacorr.policy import Ran, RunInfo, View
-from adacorr.unit import by_branch
 
 STAND_IN = "stand-in"
 SWEEPS = 200  # of coordinate descent, at most
@@ -25,7 +24,6 @@ class L2CCalibration(Calibration):
 
     def begin(self, info: RunInfo) -> None:
         super().begin(info)
-        self._last = by_branch(info.depth)[-1]
         self._before = {}  # pre-gate outputs of the step before, by unit
         self._errors = []
 
@@ -35,7 +33,7 @@ class L2CCalibration(Calibration):
             return
         error = view.modulation[2] * (self._before[view.unit] - ran.value)
         self._errors.append(error.float().flatten(0, 1).flatten(1))  # (halves * n, T * D)
-        if view.unit == self._last:
+        if len(self._errors) == 2 * view.info.depth:
             errors, self._errors = torch.stack(self._errors, dim=1), []
             size = ran.out.float().square().sum(dim=(2, 3)).flatten().clamp_min(torch.finfo(torch.float32).tiny)
             products = (errors @ errors.mT) / size[:, None, None]

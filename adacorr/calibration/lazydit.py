@@ -34,15 +34,14 @@ class LazyDiTCalibration(Calibration):
 
     def begin(self, info: RunInfo) -> None:
         super().begin(info)
-        self._index = {unit: i for i, unit in enumerate(by_branch(info.depth))}
         self._before: dict[Unit, Tensor] = {}
-        shape = (len(self._index), info.num_steps - 1, info.images, info.visible_halves)
+        shape = (2 * info.depth, info.num_steps - 1, info.images, info.visible_halves)
         self._batches.append((torch.zeros(*shape, info.width), torch.zeros(shape, dtype=torch.float64)))
 
     def computed(self, view: View, ran: Ran) -> None:
         if view.unit in self._before:
             now, before = ran.value.float(), self._before[view.unit].float()
-            inputs, changes = (v[self._index[view.unit], view.step - 1] for v in self._batches[-1])
+            inputs, changes = (v[view.unit.index, view.step - 1] for v in self._batches[-1])
             shift, scale, _ = (v[:, :, 0] for v in view.modulation)
             inputs.copy_(gate_input(mean_norm(view, ran.x), shift, scale).transpose(0, 1))
             change = (now - before).norm(dim=(2, 3)) / now.norm(dim=(2, 3)).clamp_min(1e-12)
@@ -68,7 +67,6 @@ class LazyDiTCalibration(Calibration):
         offsets = torch.zeros(units, steps + 1)  # nothing to predict at the first step
         offsets[:, 1:] = torch.stack([m.bias(w)[:, 0] for m, w in zip(everything, weights, strict=True)])
         notes = {
-            "images": images,
             "ridge": float(RIDGES[best]),
             "held_out_share_explained_within_steps": float(1 - missed[best] / max(spread, 1e-300)),
             "held_out_rms_log_error": float(np.sqrt(max(missed[best], 0.0) / changes.numel())),

@@ -31,7 +31,6 @@ class MagCacheCalibration(Calibration):
         batches = [np.stack(steps, axis=1) for steps in self.batches]
         mean, deviation = np.concatenate(batches, axis=2)  # (S - 1, images) each
         notes = {
-            "images": mean.shape[1],
             "spread_over_images": mean.std(axis=1).round(6).tolist(),
             "spread_over_tokens": deviation.mean(axis=1).round(6).tolist(),
         }

@@ -65,4 +65,4 @@ class ScheduleCalibration(Calibration):
         slope = torch.where(variance > 0, covariance / variance, 1.0)
         arrays = {"slope": slope, "offset": y - slope * x}
         arrays = {name: value.numpy().astype(np.float16) for name, value in arrays.items()}
-        return {"products": (self._products / self.images).astype(np.float32), **arrays}, {"images": self.images}
+        return {"products": (self._products / self.images).astype(np.float32), **arrays}, {}

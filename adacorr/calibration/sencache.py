@@ -37,7 +37,7 @@ class SenCacheCalibration(Calibration):
 
     def fitted(self) -> tuple[dict[str, np.ndarray], dict]:
         by_input, by_time = self._sum / self.images
-        return {"input": by_input, "time": by_time}, {"images": self.images}
+        return {"input": by_input, "time": by_time}, {}
 
 
 def rms_of(now: Tensor, before: Tensor | float = 0.0) -> Tensor:

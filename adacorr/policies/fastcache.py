@@ -51,7 +51,7 @@ class FastCache(Policy):
             raise ValueError("fastcache: profile=none must come with form=increment: a residual needs its map")
 
     def begin(self, info: RunInfo) -> None:
-        self._maps = None if self.profile is None else load_maps(self.form, self.profile, info)
+        self._maps = None if self.profile is None else load_maps(self.form, self.profile_for(info), info)
         self._known = np.zeros((info.depth, info.images), dtype=bool)  # blocks that ran
         self._before: Tensor | None = None  # (halves, n, T, D): the stack's input one step earlier
         self._whole = np.zeros(info.images, dtype=bool)  # images whose saliency is not finite: all of the step runs
