@@ -168,6 +168,11 @@ class View:
         norm = self.block.norm2 if self.unit.branch == "mlp" else self.block.norm1
         return norm(self.x) * (1 + scale) + shift
 
+    def most_flops(self, branches: np.ndarray) -> np.ndarray:
+        """(...) bool: whether branches, (2L, ...) bool in the order of the stack, have half of all FLOPs or more."""
+        flops = np.tile(self.info.branch_flops, self.info.depth)
+        return 2 * flops @ branches >= flops.sum()
+
     def measured(self, score: np.ndarray) -> np.ndarray:
         """What a policy measured, (..., n), as it is; an image with a number that is not finite will be computed.
 

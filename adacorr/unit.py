@@ -17,6 +17,11 @@ class Unit:
     branch: str | None = None
 
     @property
+    def index(self) -> int:
+        """Of a branch unit: its place in `by_branch`."""
+        return len(BRANCHES) * self.start + BRANCHES.index(self.branch)
+
+    @property
     def branches(self) -> slice:
         """Which of a block's two branches the unit holds, as an index."""
         if self.branch is None:

@@ -54,12 +54,10 @@ class ERTACache(Policy):
         return ~(error < self.threshold)
 
     def reuse(self, view: View, cached: Cached) -> Tensor:
-        held = cached.forecast
         if self.rectify is None:
-            return held
+            return cached.forecast
         factors = rectification(self._tables, cached.step, cached.stored_steps(0), by_channel=self.rectify == "channel")
-        scale, shift = torch.from_numpy(factors).to(held.device, torch.float32).unsqueeze(2)  # (m, 1, D or 1) each
-        return (held.float() * scale + shift).to(held.dtype)
+        return rescaled(cached.forecast, factors)
 
 
 def rectification(tables: dict[str, np.ndarray], step: int, held: np.ndarray, by_channel: bool) -> np.ndarray:
@@ -78,6 +76,13 @@ def rectification(tables: dict[str, np.ndarray], step: int, held: np.ndarray, by
 
 
 def at(table: np.ndarray, step: int, lag: np.ndarray, otherwise: float) -> np.ndarray:
-    """Entries of a table (S, lags) for lags (m,), `otherwise` at lags it does not hold: (m,) float64."""
+    """Entries of a table (S, lags, ...) for lags (m,), `otherwise` at lags it does not hold: (m, ...)."""
     held = (lag >= 1) & (lag <= table.shape[1])
-    return np.where(held, table[step, np.where(held, lag, 1) - 1], otherwise)
+    entries = table[step, np.where(held, lag, 1) - 1]
+    return np.where(held.reshape(-1, *[1] * (entries.ndim - 1)), entries, otherwise)
+
+
+def rescaled(held: Tensor, factors: np.ndarray) -> Tensor:
+    """held (halves, m, T, D) times the first of the factors plus the second one: (2, m, D), or (2, m, 1)."""
+    scale, shift = torch.from_numpy(factors).to(held.device, torch.float32).unsqueeze(2)
+    return (held.float() * scale + shift).to(held.dtype)

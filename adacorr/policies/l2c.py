@@ -7,7 +7,6 @@ import numpy as np
 from adacorr.calibration.l2c import STAND_IN, L2CCalibration, fit_routers, load_routers
 from adacorr.policies import register
 from adacorr.policy import Knob, Policy, Predictor, RunInfo, View, option
-from adacorr.unit import by_branch
 
 
 @register
@@ -53,11 +52,9 @@ class L2C(Policy):
             routers = load_routers(self.router, info)
         self._table = np.ones((info.num_steps, 2 * info.depth), dtype=bool)
         self._table[1::2] = routers > self.threshold
-        self._index = {unit: i for i, unit in enumerate(by_branch(info.depth))}
 
     def decide(self, view: View) -> np.ndarray:
-        return view.everyone(self._table[view.step, self._index[view.unit]])
+        return view.everyone(self._table[view.step, view.unit.index])
 
     def propose(self, view: View) -> np.ndarray:
-        flops = np.tile(view.info.branch_flops, view.info.depth)
-        return view.everyone(2 * self._table[view.step] @ flops >= flops.sum())
+        return view.everyone(view.most_flops(self._table[view.step]))

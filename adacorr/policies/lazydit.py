@@ -74,7 +74,6 @@ class LazyDiT(Policy):
         own = {"attn": self.attn_threshold, "mlp": self.mlp_threshold}
         choices = ([own[unit.branch], self.threshold, default] for unit in units)
         self._threshold = np.array([[next(v for v in choice if v is not None)] for choice in choices])  # (U, 1)
-        self._index = {unit: i for i, unit in enumerate(units)}
         self._drift = np.zeros((len(units), info.images))  # predicted error of what each branch would reuse
         self._harm = np.zeros_like(self._drift)  # its sum over the steps since the branch last ran
         self._mean: dict[Unit, Tensor] = {}  # (halves, n, D): of the normalised input at the newest computed step
@@ -83,7 +82,7 @@ class LazyDiT(Policy):
         if not view.age.any():
             return view.everyone()
         shift, scale, _ = (v[:, :, 0] for v in view.modulation)
-        units = np.array([self._index[view.unit]])
+        units = np.array([view.unit.index])
         return self._wanted(units, [gate_input(mean_norm(view, view.x), shift, scale)], view)[0]
 
     def propose(self, view: View) -> np.ndarray:
@@ -94,13 +93,11 @@ class LazyDiT(Policy):
             six = view.conditioning(unit.start)
             shift, scale = (v.unflatten(0, (halves, -1)) for v in (six[0:2] if unit.branch == "attn" else six[3:5]))
             inputs.append(gate_input(self._mean[unit][:halves], shift, scale))
-        wanted = self._wanted(np.arange(len(inputs)), inputs, view)
-        asked = np.tile(view.info.branch_flops, view.info.depth) @ wanted
-        return 2 * asked >= view.info.depth * sum(view.info.branch_flops)
+        return view.most_flops(self._wanted(np.arange(len(inputs)), inputs, view))
 
     def computed(self, view: View, ran: Ran) -> None:
         for state in (self._drift, self._harm):
-            state[self._index[view.unit], ran.images] = 0.0
+            state[view.unit.index, ran.images] = 0.0
         if not view.info.corrected:  # `propose` alone asks for it
             return
         known = self._mean.get(view.unit)

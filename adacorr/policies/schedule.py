@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from adacorr.calibration.schedule import ScheduleCalibration
 from adacorr.policies import register
+from adacorr.policies.ertacache import at, rescaled
 from adacorr.policy import Cached, Knob, Policy, Predictor, RunInfo, View, option
 
 VARIANTS = (
@@ -77,17 +77,11 @@ class Schedule(Policy):
         return view.everyone(self._table[view.step])
 
     def reuse(self, view: View, cached: Cached) -> Tensor:
-        held, slope = cached.forecast, self._arrays["slope"]
+        if not self.affine:
+            return cached.forecast
         lag = view.step - cached.stored_steps(0)  # (m,)
-        if not self.affine or (lag > slope.shape[1]).all():
-            return held
-        known, at = (lag <= slope.shape[1])[:, None], np.minimum(lag, slope.shape[1]) - 1
-        factors = (
-            np.where(known, slope[view.step, at], 1.0),
-            np.where(known, self._arrays["offset"][view.step, at], 0.0),
-        )
-        scale, shift = torch.from_numpy(np.stack(factors)).to(held.device, torch.float32).unsqueeze(2)  # (m, 1, D)
-        return (held.float() * scale + shift).to(held.dtype)
+        slope, offset = (at(self._arrays[k], view.step, lag, plain) for k, plain in (("slope", 1.0), ("offset", 0.0)))
+        return rescaled(cached.forecast, np.stack([slope, offset]))
 
 
 def forecast_errors(products: np.ndarray, timesteps: np.ndarray, order: int) -> np.ndarray:

@@ -50,8 +50,7 @@ class SmoothCache(Policy):
         return view.everyone(self._table[BRANCHES.index(view.unit.branch), view.step])
 
     def propose(self, view: View) -> np.ndarray:
-        asked = self._table[:, view.step] @ np.array(view.info.branch_flops)
-        return view.everyone(2 * asked >= sum(view.info.branch_flops))
+        return view.everyone(view.most_flops(np.tile(self._table[:, view.step], view.info.depth)))
 
 
 def scan(error: np.ndarray, threshold: float, max_lag: int) -> np.ndarray:
