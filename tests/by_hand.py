@@ -89,9 +89,9 @@ def reused(policy, info, unit, held, x, x_in=0.0, images=None):
     return policy.reuse(view, Cached(images, view.x[:, images], 5, held)).flatten().tolist()
 
 
-def schedule(spec, steps, images=2, halves=1, question="decide"):
+def schedule(spec, steps, halves=1, question="decide"):
     """Steps that a method computes which never looks at the stream; a step is never computed for some images only."""
-    decided = np.array(walk(spec, [torch.zeros(halves, images, 1, 1)] * steps, steps=steps, question=question))
+    decided = np.array(walk(spec, [torch.zeros(halves, 2, 1, 1)] * steps, steps=steps, question=question))
     assert (decided == decided[:, :1]).all()
     return np.flatnonzero(decided[:, 0]).tolist()
 

@@ -27,7 +27,6 @@ def test_the_published_number_of_full_steps(every, count):
 )
 def test_alignment_at_either_end_and_warm_up(options, steps):
     assert schedule(f"interval:{options}", 11) == steps
-    assert schedule(f"interval:{options}", 11, images=1, halves=2) == steps
 
 
 def test_what_is_stored():

@@ -1,4 +1,4 @@
-"""PAB: the steps that compute attention, as the releases count them, and what is reused in between."""
+"""PAB: the steps that compute attention, as the releases count them."""
 
 import pytest
 from by_hand import schedule, walk_units

@@ -82,7 +82,7 @@ def test_types_have_tables_of_their_own_for_all_blocks_and_half_of_the_flops_pro
     assert walk_units("smoothcache:threshold=0.25", 8) == [text]
     policy, info, unit = start("smoothcache:threshold=0.25", steps=8)
     for flops, proposed in (((400, 600), [0, 2, 4, 6, 7]), ((500, 500), [0, 2, 3, 4, 6, 7])):
-        run = replace(info, branch_flops=flops)
+        run = replace(info, branch_flops=flops, blocks=info.blocks[:2])
         assert [step for step in range(8) if policy.propose(show(run, step, [0.0], unit))[0]] == proposed
 
 

@@ -12,13 +12,12 @@ from adacorr import CacheManager, make_policy
 from adacorr.policies.speca import SpeCa
 from adacorr.policy import Ran, Unit
 
-FOR_FID = {"base_threshold": "0.3", "decay_rate": "0.05", "min_taylor": "3", "max_taylor": "8"}  # the release's script
+FOR_FID = {"base_threshold": 0.3, "decay_rate": 0.05, "min_taylor": 3, "max_taylor": 8}  # the release's script
 
 
-def schedule(model, options, steps, errors):
+def schedule(model, steps, errors, **options):
     """Steps computed if the check of step s finds errors(s); and the steps that are checked."""
-    options = ",".join(f"{k}={v}" for k, v in (FOR_FID | dict(item.split("=") for item in options.split(","))).items())
-    policy, run = make_policy(f"speca:{options}"), make_run(model, steps=steps)
+    policy, run = SpeCa(**FOR_FID | options), make_run(model, steps=steps)
     policy.begin(run)
     last, computed, checked = -1, [], []
     for step in range(steps):
@@ -39,28 +38,26 @@ def schedule(model, options, steps, errors):
 
 def test_wrong_forecasts_are_found_from_the_fourth_on(model):
     # 3 forecasts pass unchecked, the fourth is found wrong, the step after is computed. Steps 0 and 2 are enhanced.
-    found = schedule(model, "first_enhance=3", 20, lambda step: 1.0)
+    found = schedule(model, 20, lambda step: 1.0)
     assert found == ([0, 2, 7, 12, 17], [6, 11, 16])
 
 
 def test_right_forecasts_end_after_eight(model):
-    assert schedule(model, "first_enhance=3", 22, lambda step: 0.0) == (
-        [0, 2, 11, 20],
-        [6, 7, 8, 9, 10, *range(15, 20)],
-    )
-    assert schedule(model, "first_enhance=1,max_taylor=2,min_taylor=5", 8, lambda step: 1.0) == ([0, 3, 6], [])
-    assert schedule(model, "first_enhance=6,max_taylor=9", 9, lambda step: 0.0) == ([0, 2, 4], [8])
+    assert schedule(model, 22, lambda step: 0.0) == ([0, 2, 11, 20], [6, 7, 8, 9, 10, *range(15, 20)])
+    assert schedule(model, 8, lambda step: 1.0, first_enhance=1, max_taylor=2, min_taylor=5) == ([0, 3, 6], [])
+    assert schedule(model, 9, lambda step: 0.0, first_enhance=6, max_taylor=9) == ([0, 2, 4], [8])
 
 
 def test_the_threshold_falls_to_a_hundredth(model):
     # Step 7 of 100 asks for the error of step 6 to be at most 0.3 * 0.05 ** 0.08 = 0.236.
     for error, computed in ((0.235, False), (0.237, True)):
-        assert (7 in schedule(model, "order=4", 100, lambda step, e=error: e)[0]) == computed
+        assert (7 in schedule(model, 100, lambda step, e=error: e)[0]) == computed
     for error, last in ((0.0101, True), (0.0099, False)):
-        found = schedule(model, "base_threshold=0.1,min_taylor=7,max_taylor=99", 100, lambda s, e=error: e * (s > 90))
-        assert (len(found[0]) > 2) == last
-    assert schedule(model, "base_threshold=inf,max_taylor=99", 100, lambda step: 1e9)[0] == [0, 2]
-    assert schedule(model, "order=4", 12, lambda step: math.nan)[0] == [0, 2, 7]  # not a number is no agreement
+        late = lambda step, e=error: e * (step > 90)  # noqa: E731
+        found, _ = schedule(model, 100, late, base_threshold=0.1, min_taylor=7, max_taylor=99)
+        assert (len(found) > 2) == last
+    assert schedule(model, 100, lambda step: 1e9, base_threshold=math.inf, max_taylor=99)[0] == [0, 2]
+    assert schedule(model, 12, lambda step: math.nan)[0] == [0, 2, 7]  # not a number is no agreement
 
 
 def test_units(model):
@@ -124,8 +121,7 @@ class Exact(SpeCa):
 @pytest.mark.parametrize("base", [0.3, 3.0, 30.0, 1e9])
 @pytest.mark.parametrize("order", [1, 4])
 def test_a_batch_is_decided_and_forecast_as_released(model, base, order):
-    options = {"base_threshold": base, "decay_rate": 0.05, "min_taylor": 3, "max_taylor": 8}
-    manager = CacheManager(Exact(**options, order=order, scope="batch"))
+    manager = CacheManager(Exact(**FOR_FID | {"base_threshold": base}, order=order, scope="batch"))
     twin = Released(24, order, base, 0.05, 3, 8)
     expected, out = sample_with(twin, model, steps=24), sample(model, 24, cache=manager)
     torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
