@@ -95,11 +95,3 @@ def test_what_duca_does_at_each_step(model):
     # x computed, t tokens, . reused: the intervals are 5, 4, 3, and 2 from 20 steps left on.
     words = "".join("x" if kind == 0 else ".t"[kind % 2] for kind in kinds)
     assert words == "xt.ttxt.txt.txt.t.tx.tx.tx.tx.txtxtxtxtxtxtxtxtxtx"
-
-
-def test_a_reused_step_leaves_the_output_and_the_cache_alone(model):
-    manager = CacheManager(make_policy("duca:every=4,ratio=1"))
-    sample(model, 12, cache=manager)
-    kinds = by_the_release(12, 4, 1)
-    assert (manager.trace.executed[(kinds % 2 == 0) & (kinds > 0)] == 0).all()
-    assert (manager.trace.executed[kinds % 2 == 1][:, 0] == 0).all()

@@ -42,8 +42,7 @@ class LazyDiTCalibration(Calibration):
         if view.unit in self._before:
             now, before = ran.value.float(), self._before[view.unit].float()
             inputs, changes = (v[view.unit.index, view.step - 1] for v in self._batches[-1])
-            shift, scale, _ = (v[:, :, 0] for v in view.modulation)
-            inputs.copy_(gate_input(mean_norm(view, ran.x), shift, scale).transpose(0, 1))
+            inputs.copy_(gate_input(view, mean_norm(view, ran.x)).transpose(0, 1))
             change = (now - before).norm(dim=(2, 3)) / now.norm(dim=(2, 3)).clamp_min(1e-12)
             changes.copy_(change.clamp_min(1e-6).double().log().T)
         self._before[view.unit] = ran.value
@@ -87,8 +86,12 @@ def mean_norm(view: View, x: Tensor) -> Tensor:
     return (view.block.norm1 if view.unit.branch == "attn" else view.block.norm2)(x).float().mean(dim=2)
 
 
-def gate_input(mean: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Token mean of the modulated input from that of the normalised one: modulation is the same for all tokens."""
+def gate_input(view: View, mean: Tensor) -> Tensor:
+    """Token mean of the branch's modulated input from that of the normalised one, (halves, n, D) each.
+
+    Modulation is the same for all tokens.
+    """
+    shift, scale, _ = (v[:, :, 0] for v in view.modulation)
     return mean * (1 + scale.float()) + shift.float()
 
 

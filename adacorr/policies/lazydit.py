@@ -1,6 +1,6 @@
 """LazyDiT (Shen et al., AAAI 2025, arXiv 2412.12444; released as shawnricecake/lazydit), and a stand-in for it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -81,18 +81,13 @@ class LazyDiT(Policy):
     def decide(self, view: View) -> np.ndarray:
         if not view.age.any():
             return view.everyone()
-        shift, scale, _ = (v[:, :, 0] for v in view.modulation)
-        units = np.array([view.unit.index])
-        return self._wanted(units, [gate_input(mean_norm(view, view.x), shift, scale)], view)[0]
+        return self._wanted(np.array([view.unit.index]), [gate_input(view, mean_norm(view, view.x))], view)[0]
 
     def propose(self, view: View) -> np.ndarray:
         if not view.age.any():
             return view.everyone()
-        inputs, halves = [], view.x.shape[0]
-        for unit in by_branch(view.info.depth):
-            six = view.conditioning(unit.start)
-            shift, scale = (v.unflatten(0, (halves, -1)) for v in (six[0:2] if unit.branch == "attn" else six[3:5]))
-            inputs.append(gate_input(self._mean[unit][:halves], shift, scale))
+        units, halves = by_branch(view.info.depth), view.x.shape[0]
+        inputs = [gate_input(replace(view, unit=unit), self._mean[unit][:halves]) for unit in units]
         return view.most_flops(self._wanted(np.arange(len(inputs)), inputs, view))
 
     def computed(self, view: View, ran: Ran) -> None:
