@@ -231,21 +231,23 @@ class _Stores:
         """The store of one unit under a predictor, or with its gates under what is known of the stack."""
         gated = hasattr(self.model.blocks[0], "gates")
         if predictor.kind == "residual" or predictor.stands_before_gate(unit) or not gated:
-            tracks = self._tracks(1, predictor, profile)
+            tracks = self._tracks(np.ones((len(self.timesteps), 1)), predictor, profile)
             return ValueStore(tracks, predictor.stands_before_gate(unit), difference)
         if self.basis is None:
             self._count_gates(len(self.timesteps) * self.trace.halves)
             reference = null_condition(self.model, self.timesteps)
             own = conditions(self.model, self.timesteps, self.unique, self.trace.halves)
             self.basis = fit_gate_basis(self.model.blocks, reference, own, predictor.gate_error)
-        tracks = self._tracks(self.basis.rank, predictor, profile)
+        tracks = self._tracks(self.basis.basis.cpu().numpy(), predictor, profile)
         return GateSumStore(unit, self.basis, self.index, tracks, difference)
 
-    def _tracks(self, entries: int, predictor: Predictor, profile: StackProfile | None) -> list[Track]:
-        """One for each half."""
-        kinds, at = KINDS[: self.trace.halves], self.info.timesteps
+    def _tracks(self, basis: np.ndarray, predictor: Predictor, profile: StackProfile | None) -> list[Track]:
+        """One for each half; basis (S, E): how a step reads its entries."""
+        kinds, at, entries = KINDS[: self.trace.halves], self.info.timesteps, basis.shape[1]
         if profile is not None:
-            return [self._track(entries, KEPT[kind], profile.rule(kind, at)) for kind in kinds]
+            means = [profile.mean_at(kind, at, basis).to(self.info.device) for kind in kinds]
+            parts = zip(kinds, means, strict=True)
+            return [self._track(entries, KEPT[kind], profile.rule(kind, at), mean=mean) for kind, mean in parts]
         weights = WEIGHTS[predictor.weights]
         if predictor.weights == "hermite":
             weights = partial(weights, sigma=predictor.sigma)

@@ -45,7 +45,7 @@ def stack_output(pipe, call, seed):
     return torch.stack([torch.cat([after - text, out - image], dim=1) for text, image, after, out in seen])
 
 
-def test_the_moments_are_those_of_what_the_blocks_add(tmp_path):
+def test_mean_and_moments_are_those_of_what_the_blocks_add(tmp_path):
     pipe, calls = made("sd3")
     profile = measure(pipe, calls, tmp_path / "sd3.safetensors")
     assert (profile.method, profile.sampler) == (METHOD, "FlowMatchEulerDiscreteScheduler")
@@ -54,7 +54,9 @@ def test_the_moments_are_those_of_what_the_blocks_add(tmp_path):
     runs = [stack_output(pipe, call, SEED + number) for number, call in enumerate(calls)]
     uncond, cond = torch.cat([run.unflatten(1, (2, -1)) for run in runs], dim=2).unbind(1)
     for kind, process in (("conditional", cond), ("difference", cond - uncond)):
-        rows = process.flatten(1).double()
+        mean = process.double().mean(dim=(1, 2), keepdim=True)
+        np.testing.assert_allclose(profile.arrays[f"mean_{kind}"], mean[:, :, 0], rtol=1e-3, atol=1e-5)
+        rows = (process - mean).flatten(1)
         np.testing.assert_allclose(profile.arrays[f"moments_{kind}"], rows @ rows.T / rows.shape[1], rtol=1e-3)
     again = measure(pipe, calls)
     for name, array in load_profile(tmp_path / "sd3.safetensors").arrays.items():
@@ -95,14 +97,15 @@ def test_what_is_added_up(monkeypatch):
     own.add_reading(1, torch.full((1, 3, 2), 2.0), torch.full((1, 1, 4), 1.0))  # four times the power
     error = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     own.add_response(1, error, [0.5 * error, error + torch.tensor([[0.0, 2.0], [0.0, 0.0]])])
-    stored = torch.stack([torch.full((1, 1, 3, 2), 3.0), torch.full((1, 1, 3, 2), -1.0)])
+    stored = torch.tensor([[6.0, 0.0], [-2.0, 0.0]]).view(2, 1, 1, 2, 1)  # two tokens of one channel
     own.add_run([stored], torch.full((1, 4), 0.5))
     seen, found = [], [(((0,), ()), 0.04)]
     monkeypatch.setattr(stack, "best_schedules", lambda *given: seen.append(given) or found)
     arrays, notes = own.fit()
     (model, enough), (process,) = seen[0], seen[0][0].processes
+    np.testing.assert_allclose(arrays["mean_conditional"].ravel(), [3, -1])
     np.testing.assert_allclose(arrays["moments_conditional"], [[9, -3], [-3, 1]])
-    np.testing.assert_allclose((model.keep, model.noise), ([1.5, 2.0], [-0.5, -1.0]))
+    np.testing.assert_allclose((model.carry[:, 0], model.noise), ([1.5 - 0.25, 2.0 - 0.5], [-0.5, -1.0]))
     np.testing.assert_allclose(model.held, [[0.5], [0.5]])  # the first step tells nothing, and the next one stands in
     np.testing.assert_allclose(process.response, [[1], [1]])
     np.testing.assert_allclose(process.scatter, np.sqrt([[2], [2]]))  # power 4 beside the error, of power 2
@@ -112,6 +115,20 @@ def test_what_is_added_up(monkeypatch):
     assert enough == pytest.approx((stack.ENOUGH * 0.5) ** 2)
     assert (arrays["schedules"].tolist(), arrays["expected"].tolist()) == ([[2, 0]], [0.2])
     assert (float(arrays["contrast"]), notes) == (0.5, {"images": 1})
+
+
+def test_the_mean_is_read_by_the_basis_of_a_run():
+    """At the profile's own steps, along the directions of another basis; at others between them."""
+    steps, rng = np.arange(900.0, 0.0, -100.0), np.random.default_rng(0)
+    basis, mean = rng.standard_normal((9, 2)), rng.standard_normal((9, 2, 5))
+    known = StackProfile(steps, basis, {"conditional": mean}, {}, None, 1.0)
+    turned = basis @ np.array([[0.6, -0.8], [0.8, 0.6]])
+    found = known.mean_at("conditional", steps, turned).numpy()
+    expected = np.einsum("sq,pqd->spd", basis, mean)  # what step s reads of step p
+    np.testing.assert_allclose(np.einsum("sq,pqd->spd", turned, found), expected, rtol=1e-5, atol=1e-6)
+    flat = StackProfile(steps, np.ones((9, 1)), {"conditional": steps[:, None, None] / 100}, {}, None, 1.0)
+    between = flat.mean_at("conditional", np.array([850.0, 140.0]), np.ones((2, 1)))
+    np.testing.assert_allclose(between.ravel(), [8.5, 1.4], rtol=1e-5)
 
 
 def test_what_cannot_be_measured():

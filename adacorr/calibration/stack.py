@@ -31,7 +31,7 @@ class StackCalibration:
     def __init__(self, timesteps: np.ndarray, steps: np.ndarray, basis: np.ndarray, cfg_scale: float):
         self.timesteps, self.steps, self.basis, self.cfg_scale = timesteps, steps, basis, cfg_scale
         self.halves, count = 1 if cfg_scale == 1.0 else 2, len(timesteps)
-        self.images, self.power, self.gram = 0, 0.0, 0.0
+        self.images, self.power, self.gram, self.sums = 0, 0.0, 0.0, 0.0
         self.read = np.zeros((count, 2))  # mean squares of a change of what the stack adds, and of the output's change
         self.asked = np.zeros(count)
         # Of a response: along the error and in size, for what is held, the conditional half and the difference.
@@ -54,6 +54,8 @@ class StackCalibration:
         """What was stored of each step (P, n, E, T, D), a tensor for each process, and the final state (n, C, ...)."""
         rows = torch.cat([own.transpose(1, 2).flatten(0, 1).flatten(1).double() for own in stored])
         self.gram = self.gram + (rows @ rows.T / rows.shape[1]).cpu().numpy() * len(final)
+        means = [own.double().mean(dim=3).sum(dim=1) for own in stored]  # (P, E, D)
+        self.sums = self.sums + torch.stack(means).cpu().numpy()
         self.power += float(final.double().square().mean()) * len(final)
         self.images += len(final)
 
@@ -65,18 +67,21 @@ class StackCalibration:
         if not np.isfinite(self.power):
             raise ValueError("the states of the measured calls are not finite: load the pipeline in float32")
         count, entries = self.basis.shape
-        moments = (self.gram / self.images).reshape(self.halves, count, entries, self.halves, count, entries)
-        values, vectors = np.linalg.eigh(self.gram / self.images)
+        means = self.sums / self.images  # (halves, P, E, D)
+        rows = means.reshape(len(self.gram), -1)
+        left = self.gram / self.images - rows @ rows.T / rows.shape[1]
+        moments = left.reshape(self.halves, count, entries, self.halves, count, entries)
+        values, vectors = np.linalg.eigh(left)
         used = values > NEGLIGIBLE * values.sum()
         factor = (vectors[:, used] * np.sqrt(values[used])).reshape(self.halves, count, entries, -1)
         factor = np.concatenate([factor, np.zeros_like(factor[:, :, :1])], axis=2)  # nothing is left by the basis
         held, answers = split_answers(self.asked[:, None], self.answered[..., None], known)  # in one band
         reading = np.sqrt(self.read[:, 1] / np.maximum(self.read[:, 0], np.finfo(float).tiny))
         reading[0] = reading[1]  # a first step has none before it that tells
-        arrays, processes = {"timesteps": self.timesteps}, []
+        arrays, processes = {"timesteps": self.timesteps, "basis": self.basis}, []
         for half, kind in enumerate(KINDS[: self.halves]):
             own = np.einsum("iqjq->ij", moments[half, :, :, half])
-            arrays[f"moments_{kind}"] = own
+            arrays |= {f"moments_{kind}": own, f"mean_{kind}": means[half].astype(np.float32)}
             weight = 1.0 if half == 0 else self.cfg_scale - 1.0
             processes.append(Process(factor[half][None], own, np.zeros_like(own), *answers[half], KEPT[kind], weight))
         readout = with_rest(self.basis) * reading[:, None]
