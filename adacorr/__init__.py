@@ -9,6 +9,17 @@ with manager.run(model, labels, timesteps, alpha_bar, cfg_scale=1.5) as run:
         out = model(x, t, y)
         ...                                                             # pipeline.sample_latents is the whole loop
 print(manager.trace.compute, manager.trace.hit_rate)
+
+Where to look:
+
+    one run          manager makes it; run is what the loop sees; policy_run (a method alone), corrected_run (AdaCorrection),
+                     short_run and outside (its steps, whole), literal (the paper's Algorithm 1); trace says what happened
+    methods          policy and unit (what a method is and sees), policies/, tokens and top_tokens (methods by token)
+    when to compute  offset and correct (the paper's Eq. 1-3, 6, 7, and options), control, schedules, placement
+    the forecast     store and history (what is kept), gates, kriging, injected_noise, linear_steps (rewinding)
+    profiles         profile (files), model_profile and stack_profile (what AdaCorrection knows), calibration/
+    models           model (what one must offer), integrations/diffusers, compiled and captured (--compile)
+    small parts      spec (NAME:key=value), files, command, bench
 """
 
 from adacorr.correct import AdaCorrection, Algorithm1, blend, correction_weight, parse_correction

@@ -1,6 +1,7 @@
 """How the house is laid out: who may import whom, and how long a file may be."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -52,3 +53,9 @@ def test_the_package_prints_nothing():
     for file in PACKAGE:
         calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
         assert not any(isinstance(call.func, ast.Name) and call.func.id == "print" for call in calls), file
+
+
+def test_the_package_says_where_to_look():
+    """Its docstring names every module."""
+    words = set(re.findall(r"\w+", ast.get_docstring(ast.parse((ROOT / "adacorr" / "__init__.py").read_text()))))
+    assert {f.stem for f in (ROOT / "adacorr").glob("[!_]*.py")} <= words
