@@ -29,8 +29,8 @@ from adacorr.policy_run import PolicyRun
 from adacorr.profile import Profile, mismatch
 from adacorr.run import CachedRun
 from adacorr.spec import spell
+from adacorr.stack_profile import GATE_ERROR, StackProfile
 from adacorr.stack_profile import METHOD as STACK
-from adacorr.stack_profile import StackProfile
 from adacorr.store import GateSumStore, Track, UnitStore, ValueStore
 from adacorr.trace import Trace
 from adacorr.unit import Unit
@@ -191,7 +191,8 @@ class CacheManager:
             if why := mismatch(self.profile, self.profile.method, *made_for):
                 raise ValueError(f"adacorr: the profile of the model does not fit this run ({why}); make one for it")
         if not isinstance(self._known, ModelProfile):
-            predictor = Predictor("branches", self.correction.order, self.correction.gate_error)
+            gate_error = self.correction.gate_error if self._known is None else GATE_ERROR
+            predictor = Predictor("branches", self.correction.order, gate_error)
             store = stores.make(whole, predictor, info.visible_halves < trace.halves, self._known)
         else:
             injected = renewed(alpha_bar, eta)

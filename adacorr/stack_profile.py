@@ -18,6 +18,7 @@ from adacorr.profile import Profile
 from adacorr.schedules import Schedules
 
 METHOD = "adacorr-stack"
+GATE_ERROR = 0.01  # relative, of the compressed gates, where blocks have them
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from adacorr.integrations.diffusers.config import CacheConfig
 from adacorr.integrations.diffusers.handle import enable
 from adacorr.integrations.diffusers.schedule import sampler_of
 from adacorr.profile import Profile, check_suffix, save_profile
-from adacorr.stack_profile import METHOD
+from adacorr.stack_profile import GATE_ERROR, METHOD
 
-EVERYTHING = "gamma=1e6"  # computes all steps, both halves
+EVERYTHING = f"gamma=1e6,gate_error={GATE_ERROR}"  # computes all steps, both halves
 WRONG = "taylorseer:every=4,order=1"  # a cache whose errors are those that a run makes, at any number of steps
 SEED = 2**31  # of the first call; others follow
 TOKENS = 64  # of an image that are looked at, evenly spaced
