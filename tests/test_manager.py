@@ -257,9 +257,9 @@ def test_what_is_known_must_fit_the_run(model):
         with pytest.raises(ValueError, match=message):
             CacheManager(correction=correction, profile=profile)
     manager = CacheManager(correction=AdaCorrection(), profile=profile)
-    for options in ({"cfg_scale": 4.0}, {"sampler": "ddim:clip=true"}):
-        with pytest.raises(ValueError, match="does not fit this run .(guidance 1.5|sampler ddim) there"):
-            sample(model, cache=manager, **options)
+    with pytest.raises(ValueError, match="does not fit this run .guidance 1.5 there"):
+        sample(model, cache=manager, cfg_scale=4.0)
+    sample(model, cache=manager, sampler="unipc")  # any sampler
     sample(model, steps=7, cache=manager)  # any number of steps
     assert computed(manager)[0] == [0, 1, 3, 4, 5]
     with pytest.raises(ValueError, match="covariance_difference must have shape"):

@@ -62,12 +62,12 @@ def test_compared_tables(run, capsys, monkeypatch):
 
 def test_distances_to_the_solution(run, capsys, monkeypatch):
     monkeypatch.setattr(tables, "SOLUTION_STEPS", 40)
-    monkeypatch.setattr(tables, "DDIM_STEPS", (16,))
+    monkeypatch.setattr(tables, "CACHED", (("unipc", 16),))
     monkeypatch.setattr(tables, "EVALUATIONS", (8, 15))
     by_label = {record["what"]: record for record in run("exact --images 1 --num-sampling-steps 6")}
     assert [row[0].strip("`") for row in printed(capsys)[1:]] == list(by_label)
     assert by_label["uncached DDIM-50"]["evaluations"] == pytest.approx(50)
     assert by_label["uncached unipc:solver_order=2, 8 steps"]["evaluations"] == pytest.approx(8)
-    assert by_label["--adacorr budget=6, DDIM-16"]["evaluations"] == pytest.approx(5, abs=1)
+    assert by_label["--adacorr budget=6, unipc, 16 steps"]["evaluations"] == pytest.approx(5, abs=1)
     few, more = (by_label[f"uncached unipc:grid=optimized,solver_order=3, {n} steps"]["psnr"] for n in (8, 15))
     assert more > few
