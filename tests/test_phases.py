@@ -17,7 +17,7 @@ def test_the_parts_are_shares_of_the_run(tmp_path, capsys):
     assert re.fullmatch(r"batch 2, compute 0\.\d{3}: speed-up .* of 1 / compute", head)
     shares = [float(line.partition("%")[0]) for line in parts]
     assert len(shares) == len(PARTS)
-    assert all(share > 0 for name, share in zip(PARTS, shares, strict=True) if name != "what they leave")  # no rest here
+    assert all(share > 0 for name, share in zip(PARTS, shares, strict=True) if name != "what they leave")
     assert 50 < sum(shares) <= 100.5
     assert last.startswith("the blocks took")
     assert before == {name: getattr(*part) for name, part in PARTS.items()}
