@@ -276,7 +276,7 @@ class Controller:
         self.guidance_error = abs(cfg_scale - 1.0)  # the guided output moves this much with the unconditional half
         self.amplify = amplification(np.asarray(alpha_bar, dtype=np.float64))
         if profile is not None:
-            plan = profile.plan(len(timesteps))
+            plan = profile.plan(timesteps)
             error, leaving, within = ERROR, partial(plan.leaving, timesteps), partial(plan.within, timesteps)
             if renewed is not None:
                 schedules = profile.noise_schedules(timesteps, alpha_bar, renewed, cfg_scale)

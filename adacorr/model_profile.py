@@ -75,9 +75,9 @@ class ModelProfile:
         arrays["contrast"] = float(arrays["contrast"])
         return cls(schedules=schedules, **arrays, **grouped)
 
-    def plan(self, steps: int) -> Schedules:
-        """The schedules for a run of so many steps."""
-        return nearest(self.schedules, steps)
+    def plan(self, timesteps: np.ndarray) -> Schedules:
+        """The schedules for a run at timesteps (S,)."""
+        return nearest(self.schedules, timesteps)
 
     def rules(self, kind: str, timesteps: np.ndarray, renewed: np.ndarray) -> tuple[Kriging, Kriging]:
         """How the process, and what the basis leaves of it, are forecast in a run at timesteps (S,).
@@ -116,7 +116,7 @@ class ModelProfile:
         rates = []
         for weight, unexplained in zip(weights, self.unexplained.values(), strict=False):
             rates.append(np.cbrt((weight * c) ** 2 * renewed * between(timesteps, self.timesteps, unexplained)))
-        return NoiseSchedules(rates, partial(self.plan(len(timesteps)).leaving, timesteps))
+        return NoiseSchedules(rates, partial(self.plan(timesteps).leaving, timesteps))
 
 
 def interpolation(at: np.ndarray, known: np.ndarray) -> np.ndarray:

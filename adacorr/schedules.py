@@ -10,7 +10,8 @@ from adacorr.placement import Schedule, evaluations
 
 CONDITIONAL, BOTH = 1, 2  # what a schedule computes in a step; 0 where it computes nothing
 
-# A ratio of steps up to which the schedules of one run are used in another one rather than those of a finer run.
+# A ratio of the distances between steps up to which the schedules of one run are used in another one, rather than those of
+# a finer run.
 ALIKE = 1.7
 
 
@@ -43,13 +44,31 @@ class Schedules:
         return tuple(sorted(set(nodes.tolist()))), tuple(sorted(set(refreshes.tolist())))
 
     def within(self, timesteps: np.ndarray, budget: float) -> Schedule:
-        """The best schedule of a run that costs at most so many full evaluations. ValueError if none does."""
+        """The best schedule of a run that costs at most so many full evaluations. ValueError if none does.
+
+        Where several of its steps are one in this run, what that leaves of the budget goes into the longest gaps: the
+        run's steps lie closer than those of any schedule there, as towards the image on a grid in log-SNR.
+        """
+
+        def payable(schedule: Schedule) -> bool:
+            return evaluations(schedule, self.halves) <= budget + 1e-9
+
         schedules = [self.at(timesteps, row) for row in range(len(self.rows))]
         # In a coarser run a schedule may cost less than the one before it.
-        paid = [own for own in schedules if evaluations(own, self.halves) <= budget + 1e-9]
+        paid = [row for row, own in enumerate(schedules) if payable(own)]
         if not paid:
             raise ValueError(f"the budget leaves {max(budget, 0):g} evaluations; one is needed: give a larger one")
-        return paid[-1]
+        nodes, refreshes = schedules[paid[-1]]
+        if len(nodes) == np.count_nonzero(self.rows[paid[-1]]):
+            return nodes, refreshes
+        while len(nodes) < len(timesteps):
+            gaps = np.diff([*nodes, len(timesteps)])
+            widest = int(gaps.argmax())
+            more = tuple(sorted((*nodes, nodes[widest] + int(gaps[widest]) // 2)))
+            if not payable((more, refreshes)):
+                break
+            nodes = more
+        return nodes, refreshes if self.halves == 2 else nodes
 
     def leaving(self, timesteps: np.ndarray, error: float) -> Schedule:
         """The cheapest schedule of a run that is expected to leave at most this rms error in the final state."""
@@ -65,12 +84,17 @@ def tabulate(found: list[tuple[Schedule, float]], steps: int, guided: bool) -> t
     return rows, np.sqrt([error for _, error in found])
 
 
-def nearest(known: list[Schedules], steps: int) -> Schedules:
-    """Those made for the number of steps that is nearest by its ratio to `steps`; beyond ALIKE the finest ones.
+def nearest(known: list[Schedules], timesteps: np.ndarray) -> Schedules:
+    """Those whose closest steps are nearest, by their ratio, to the closest of a run; beyond ALIKE the finest ones.
 
     Schedules of a much finer run have their nodes where they should be, to within half a step.
     """
-    ratios = [max(len(own.timesteps), steps) / min(len(own.timesteps), steps) for own in known]
-    if min(ratios) <= ALIKE:
-        return known[ratios.index(min(ratios))]
-    return max(known, key=lambda own: len(own.timesteps))
+    ratios = [abs(np.log(closest(own.timesteps) / closest(timesteps))) for own in known]
+    if min(ratios) <= np.log(ALIKE):
+        return known[int(np.argmin(ratios))]
+    return min(known, key=lambda own: closest(own.timesteps))
+
+
+def closest(timesteps: np.ndarray) -> float:
+    """How far the closest steps lie apart, in timesteps; some grids have the same timestep twice."""
+    return max(float(np.abs(np.diff(timesteps)).min(initial=1000.0)), 1.0)

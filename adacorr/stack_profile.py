@@ -58,8 +58,8 @@ class StackProfile:
         mean, moments = ({kind: arrays[f"{name}_{kind}"] for kind in kinds} for name in ("mean", "moments"))
         return cls(arrays["timesteps"], arrays["basis"], mean, moments, schedules, float(arrays["contrast"]))
 
-    def plan(self, steps: int) -> Schedules:
-        """The schedules for a run of so many steps."""
+    def plan(self, timesteps: np.ndarray) -> Schedules:
+        """The schedules for a run at timesteps (S,)."""
         return self.schedules
 
     def rule(self, kind: str, timesteps: np.ndarray) -> Kriging:

@@ -47,6 +47,23 @@ def test_a_schedule_that_costs_less_than_the_one_before_it_is_found():
     assert [len(known.at(timesteps, row)[0]) for row in range(3)] == [1, 3, 2]
 
 
-@pytest.mark.parametrize(("steps", "made_for"), [(5, 50), (6, 10), (14, 10), (15, 20), (31, 20), (32, 50), (250, 50)])
+@pytest.mark.parametrize(("steps", "made_for"), [(5, 50), (7, 10), (14, 10), (15, 20), (31, 20), (32, 50), (250, 50)])
 def test_the_nearest_number_of_steps_or_the_finest(steps, made_for):
-    assert len(nearest([schedules(s) for s in (10, 20, 50)], steps).timesteps) == made_for
+    known, timesteps = [schedules(s) for s in (10, 20, 50)], make_sampler("ddim", steps).timesteps.numpy()
+    assert len(nearest(known, timesteps).timesteps) == made_for
+
+
+@pytest.mark.parametrize("spec", ["dpmsolver++:use_lu_lambdas=true", "unipc:grid=optimized"])
+def test_where_steps_come_close_together_the_finest_schedules_serve(spec):
+    timesteps = make_sampler(spec, 20).timesteps.double().numpy()
+    assert len(nearest([schedules(s) for s in (10, 20, 50)], timesteps).timesteps) == 50
+    assert len(nearest([schedules(s) for s in (10, 20, 50)], np.array([999.0, 5, 5])).timesteps) == 50
+
+
+def test_what_is_left_of_a_budget_goes_into_the_longest_gaps():
+    """Where steps of the schedule are one: here 777 and 555, 333 and 111."""
+    known, timesteps = schedules(), np.array([999.0, 888, 5, 4, 3, 2, 1, 0])
+    assert known.at(timesteps, 1) == ((0, 1, 2), (0, 1))
+    assert known.within(timesteps, 2.9) == ((0, 1, 2), (0, 1))
+    assert known.within(timesteps, 3.5) == ((0, 1, 2, 3, 5), (0, 1))
+    assert known.within(timesteps, 8.0) == (tuple(range(8)),) * 2
