@@ -6,9 +6,9 @@
     python sample.py --cache teacache:threshold=0.1,profile=teacache.json --compare
 
 A profile serves the checkpoint, sampler, number of steps and guidance that it was made with, and no other run. That of
-AdaCorrection serves any number of steps, and ignores --num-sampling-steps and --batch-size. The suffix of --out picks
-the format: .json, or .safetensors for methods with large arrays. Profiles of the bundled checkpoint at the default
-settings ship with the package and are what profile=auto finds.
+AdaCorrection serves every sampler and number of steps, and ignores --sampler, --num-sampling-steps and --batch-size.
+The suffix of --out picks the format: .json, or .safetensors for methods with large arrays. Profiles of the bundled
+checkpoint at the default settings ship with the package and are what profile=auto finds.
 
 The noise is that of seed 2147483648 + --seed, so that nothing is fitted to images that are judged later. Labels are
 spread evenly over the classes. Runs from the root of a clone.

@@ -370,7 +370,7 @@ def sample_latents(
                 x = advance(step, x, out, everyone)
             if observe is not None:
                 observe(step, sampler.image(x), cache)
-    return sampler.image(x)
+    return sampler.image(x).clone() if sampler.remembers else x  # without what it remembers
 
 
 def alpha_bar(sampler: Sampler) -> np.ndarray:

@@ -90,6 +90,8 @@ def dtype(pipe: Pipeline) -> str:
 
 def misfit(profile: Profile, pipe: Pipeline) -> str:
     """What keeps a profile from serving the pipeline; empty if nothing does."""
+    if profile.sampler != SAMPLER:
+        return f"measured under {profile.sampler}, not {SAMPLER}"
     why = mismatch(profile, METHOD, pipe.checkpoint.sha256, SAMPLER, pipe.cfg_scale)
     guided = measured_channels(pipe)
     there = profile.notes.get("guided_channels", guided)  # the first profiles do not say
@@ -97,7 +99,7 @@ def misfit(profile: Profile, pipe: Pipeline) -> str:
 
 
 def find_profile(pipe: Pipeline) -> Profile | None:
-    """The shipped or kept profile of the pipeline's model, sampler and guidance, or None."""
+    """The shipped or kept profile of the pipeline's model and guidance, or None."""
     for path in [*sorted(FOLDER.glob(f"{METHOD}-*.safetensors")), kept_at(pipe)]:
         if path.is_file():
             try:
@@ -111,7 +113,7 @@ def find_profile(pipe: Pipeline) -> Profile | None:
 
 
 def kept_at(pipe: Pipeline) -> Path:
-    """The file in the user's cache folder that holds the profile of the pipeline's model, sampler and guidance."""
+    """The file in the user's cache folder that holds the profile of the pipeline's model and guidance."""
     name = f"{METHOD}{FORMAT}-{pipe.checkpoint.sha256[:12]}-{SAMPLER}-cfg{pipe.cfg_scale:g}"
     name += f"-{measured_channels(pipe)}ch-{dtype(pipe)}"
     return cache_folder() / "profiles" / (re.sub(r"[^A-Za-z0-9._=+-]", "-", name) + ".safetensors")

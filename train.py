@@ -339,7 +339,7 @@ def run(options: Options | None, ranks: Ranks) -> None:
 
     ValueError or OSError for a mistake, Failure for what broke later, LeaderFailed if rank 0 has said why.
     """
-    signals, leads = Signals(), ranks.rank == 0
+    began, signals, leads = time.perf_counter(), Signals(), ranks.rank == 0
     with ExitStack() as stack:
         ranks.open()
         if leads:
@@ -352,12 +352,12 @@ def run(options: Options | None, ranks: Ranks) -> None:
         options = ranks.from_leader(options)
         if not leads:
             stack.enter_context(signals)
-        work(options, ranks, signals)
+        work(options, ranks, signals, began)
 
 
-def work(options: Options, ranks: Ranks, signals: Signals) -> None:
-    """All that comes once rank 0 has checked the options and locked the folder."""
-    out, began = options.out, time.perf_counter()
+def work(options: Options, ranks: Ranks, signals: Signals, began: float) -> None:
+    """All that comes once rank 0 has checked the options and locked the folder; `began` on the clock of the process."""
+    out = options.out
     say = partial(print, flush=True) if ranks.rank == 0 else lambda *_: None
     with ranks.said_once():
         device = ranks.device(options.device)

@@ -69,7 +69,7 @@ class CacheManager:
         self.policy, self.correction, self.dtype = policy, correction, dtype
         own_tensors = isinstance(correction, Algorithm1) or (correction is None and policy.predictor is None)
         if own_tensors and dtype != torch.float32:
-            raise ValueError(f"--cache-dtype has no effect on {self.name}: leave it out")
+            raise ValueError(f"a dtype of stored tensors (--cache-dtype) has no effect on {self.name}: leave it out")
         self.profile, self._known = profile, None
         if profile is not None:
             if not isinstance(correction, AdaCorrection):
@@ -129,7 +129,7 @@ class CacheManager:
         labels (n,) on any device, or None with `images` for an unconditional model; timesteps (S,) in sampling order
         with their alpha_bar (S,). With cfg_scale other than 1 the model is called on rows [labels; null labels].
         `rewindable`: the sampler can take a step again; `eta`: how much noise it injects, as in DDIM. model_id (the
-        checkpoint's sha256) and sampler (its spec) are what calibrated profiles are held to. Raises ValueError for what
+        checkpoint's sha256) and sampler (its spec) are what profiles of methods are held to. Raises ValueError for what
         the policy refuses.
         """
         n = images if labels is None else len(labels)
@@ -188,7 +188,11 @@ class CacheManager:
             # A model is measured under DDIM, whatever it is sampled with.
             sampler = "ddim" if isinstance(self._known, ModelProfile) else info.sampler
             made_for = info.model_id, sampler, info.cfg_scale
-            if why := mismatch(self.profile, self.profile.method, *made_for):
+            why = mismatch(self.profile, self.profile.method, *made_for)
+            width = self._known.mean[KINDS[0]].shape[2]
+            if not why and width != info.width:
+                why = f"width {width} there, {info.width} here"
+            if why:
                 raise ValueError(f"adacorr: the profile of the model does not fit this run ({why}); make one for it")
         if not isinstance(self._known, ModelProfile):
             gate_error = self.correction.gate_error if self._known is None else GATE_ERROR

@@ -1,4 +1,4 @@
-"""What AdaCorrection knows of a model under one sampler and guidance: the profile that makes its forecasts the best.
+"""What AdaCorrection knows of a model under one guidance: the profile that makes its forecasts the best.
 
 Made by adacorr.calibration.trajectory from a few uncached images. It is measured at P timesteps of its own and serves
 runs of any number of steps, which it is interpolated to.

@@ -114,7 +114,9 @@ def walk(
         h = torch.addcmul(shift, model.final_layer.norm_final(h), scale)
         eps = model.unpatch(nn.functional.linear(h.flatten(2), projection, bias))  # (m, C, H, W)
         carry, gain = update[i].split([update.shape[1], 1], dim=1)
-        carried = carry @ z.reshape(len(z), update.shape[1], -1)
+        parts = z.reshape(len(z), update.shape[1], -1)
+        # No matrix product: TF32 would round the state.
+        carried = carry * parts if len(carry) == 1 else (carry[:, :, None] * parts[:, None]).sum(dim=2)
         z = torch.addcmul(carried, eps.flatten(1).unsqueeze(1), gain).view(z.shape)
         states.append(z)
     return torch.stack(states) if len(states) > 1 else z[None]

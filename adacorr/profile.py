@@ -98,6 +98,8 @@ def check_suffix(path: str | Path) -> None:
 
 def command(method: str) -> str:
     """How a profile is made."""
+    if method == "adacorr-stack":
+        return "adacorr.integrations.diffusers.measure"
     return f"python calibrate.py --cache {method} --out FILE"
 
 

@@ -10,8 +10,7 @@ from adacorr.placement import Schedule, evaluations
 
 CONDITIONAL, BOTH = 1, 2  # what a schedule computes in a step; 0 where it computes nothing
 
-# A ratio of the distances between steps up to which the schedules of one run are used in another one, rather than those of
-# a finer run.
+# The ratio of distances between steps up to which the schedules of one run serve another; beyond it a finer run's do.
 ALIKE = 1.7
 
 

@@ -28,7 +28,7 @@ class ShortRun:
         self._walked: tuple[range, Tensor | None] = (range(0), None)  # (s, n, ...) the states after coming steps
 
     def take(self, x: Tensor) -> Tensor:
-        """The state after the step that is open, from the state x before it; (n, C, H, W) both."""
+        """The state after the step that is open, from the state x before it; (n, K * C, H, W) both."""
         run, (steps, states) = self.run, self._walked
         if run.step in steps:
             run.skip_step(x)

@@ -54,6 +54,8 @@ class StackProfile:
         for kind in kinds:
             shapes |= {f"moments_{kind}": (steps, steps), f"mean_{kind}": (steps, None, None)}
         arrays = profile.require(**shapes)
+        entries = arrays["basis"].shape[1]
+        profile.require(**{f"mean_{kind}": (steps, entries, None) for kind in kinds})
         schedules = Schedules(*(arrays[name] for name in ("timesteps", "schedules", "expected")), halves=len(kinds))
         mean, moments = ({kind: arrays[f"{name}_{kind}"] for kind in kinds} for name in ("mean", "moments"))
         return cls(arrays["timesteps"], arrays["basis"], mean, moments, schedules, float(arrays["contrast"]))

@@ -92,8 +92,8 @@ class _Observer:
             reasons = ", ".join(self.attachment.not_rewound)
             raise ValueError(f"this pipeline cannot be measured: {reasons}")
         timesteps, scale = stream.grid.timesteps, rewinding.scale if rewinding.halves == 2 else 1.0
+        basis = np.ones((len(timesteps), 1)) if run.store.basis is None else run.store.basis.astype(np.float64)
         if self.calibration is None:
-            basis = np.ones((len(timesteps), 1)) if run.store.basis is None else run.store.basis.astype(np.float64)
             first = self.attachment.linear_steps(stream.grid, remembers=False)
             steps = np.stack([first.carry[:, 0, 0], first.gain[:, 0]], axis=1)
             self.calibration = StackCalibration(timesteps, steps, basis, scale)
@@ -102,6 +102,8 @@ class _Observer:
         run.controller.clock.due[:] = run.controller.difference_clock.due[:] = step + 1
         if not np.array_equal(known.timesteps, timesteps) or known.cfg_scale != scale:
             raise ValueError("the calls that measure a transformer must have the same steps and the same guidance")
+        if known.basis.shape != basis.shape or not np.allclose(known.basis, basis, atol=1e-3):
+            raise ValueError("the gates of the calls that measure a transformer differ: give calls of one picture size")
         x, own, added = rewinding.state(rows), self.halves_of(stream, out, rows), run.newest_added
         everyone = np.arange(len(x))
         self.stored.append([])
