@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from adacorr.outside import Outside
     from adacorr.short_run import ShortRun
 
-# evaluate(step, x (m, C, H, W), images (m,)) -> the guided network output at an earlier step or at this one. The channels
-# of a state x go on with what the sampler remembers
+# evaluate(step, x (m, C, H, W), images (m,)) -> the guided network output at an earlier step or at this one. After the
+# image the channels of a state x may have what the sampler remembers
 Evaluate = Callable[[int, Tensor, np.ndarray], Tensor]
 # advance(step, x, out, images) -> the state after the step, for the state x before it and the network's output
 Advance = Callable[[int, Tensor, Tensor, np.ndarray], Tensor]

@@ -1,5 +1,6 @@
 """The profile of a pipeline's transformer: what is measured, by hand, what it does to a run, and what is refused."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -9,13 +10,14 @@ import torch
 from test_diffusers_pipelines import STEPS, draw, whole_pipeline
 from test_rewinding import rewinding_pipeline
 
-from adacorr import AdaCorrection, CacheManager, control
+from adacorr import AdaCorrection, CacheManager, control, manager
 from adacorr.calibration import stack
 from adacorr.calibration.stack import StackCalibration
 from adacorr.corrected_run import CorrectedRun
 from adacorr.integrations.diffusers import CacheConfig, enable, measure
 from adacorr.integrations.diffusers.measuring import SEED
-from adacorr.profile import Profile, load_profile
+from adacorr.model_profile import KINDS
+from adacorr.profile import Profile, load_profile, save_profile
 from adacorr.stack_profile import METHOD, StackProfile
 
 
@@ -91,6 +93,25 @@ def test_a_profile_chooses_the_steps_and_the_forecast(name, tmp_path):
             draw(pipe, calls[0], guidance_scale=3.5)
 
 
+def test_a_run_has_the_mean_and_the_gates_of_its_profile(tmp_path, monkeypatch):
+    pipe, calls = made("dit")
+    path, plain = tmp_path / "own.safetensors", tmp_path / "plain.safetensors"
+    profile = measure(pipe, calls, path)
+    basis, seen = profile.arrays["basis"], []
+    with enable(pipe, CacheConfig(adacorr="budget=3.5", profile=str(path))) as cache:
+        cache._attachment.observe = lambda stream, *_: seen.append(stream.run.store.basis)
+        first = draw(pipe, calls[0])
+        np.testing.assert_allclose(seen[-1], basis, atol=1e-5)
+        monkeypatch.setattr(manager, "GATE_ERROR", 0.4)  # in place of 1 %
+        draw(pipe, calls[0])
+        assert seen[-1].shape[1] < basis.shape[1]
+        monkeypatch.undo()
+    arrays = {name: 0 * array if name.startswith("mean") else array for name, array in profile.arrays.items()}
+    save_profile(plain, replace(profile, arrays=arrays))
+    with enable(pipe, CacheConfig(adacorr="budget=3.5", profile=str(plain))):
+        assert not torch.equal(draw(pipe, calls[0]), first)
+
+
 def test_what_is_added_up(monkeypatch):
     """By hand: two steps, one entry, one half."""
     own = StackCalibration(np.array([900.0, 100.0]), np.array([[1.5, -0.5], [2.0, -1.0]]), np.ones((2, 1)), 1.0)
@@ -153,6 +174,19 @@ def test_what_cannot_be_measured():
     with pytest.raises(ValueError, match="cannot be measured: guidance halves in calls of their own"):
         measure(pipe, [{**call, "num_inference_steps": STEPS}])
     assert not any(module._forward_pre_hooks for module in pipe.transformer.modules())
+
+
+def test_a_profile_of_another_model_is_refused(tmp_path):
+    path = tmp_path / "own.safetensors"
+    pipe, calls = made("sd3")
+    profile = measure(pipe, calls[:1])
+    for change, words in (
+        ({f"mean_{kind}": profile.arrays[f"mean_{kind}"][..., :8] for kind in KINDS}, "width 8 there, 24 here"),
+        ({"basis": profile.arrays["basis"].repeat(2, axis=1)}, "mean_conditional must have shape .*integrations.diff"),
+    ):
+        save_profile(path, replace(profile, arrays=profile.arrays | change))
+        with pytest.raises(ValueError, match=words), enable(pipe, CacheConfig(profile=str(path))):
+            draw(pipe, calls[0])
 
 
 def test_a_profile_of_another_method_is_refused():
