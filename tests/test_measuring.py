@@ -102,7 +102,7 @@ def test_a_run_has_the_mean_and_the_gates_of_its_profile(tmp_path, monkeypatch):
         cache._attachment.observe = lambda stream, *_: seen.append(stream.run.store.basis)
         first = draw(pipe, calls[0])
         np.testing.assert_allclose(seen[-1], basis, atol=1e-5)
-        monkeypatch.setattr(manager, "GATE_ERROR", 0.4)  # in place of 1 %
+        monkeypatch.setattr(manager, "GATE_ERROR", 0.5)  # in place of 1 %
         draw(pipe, calls[0])
         assert seen[-1].shape[1] < basis.shape[1]
         monkeypatch.undo()
