@@ -16,6 +16,7 @@ import torch
 
 from adacorr import AdaCorrection, CacheManager
 from adacorr.calibration.trajectory import TrajectoryCalibration
+from adacorr.model_profile import SAMPLER
 from adacorr.profile import FOLDER, SUFFIXES, Profile, load_profile, mismatch, save_profile
 from diffusion import make_sampler
 from download import cache_folder
@@ -24,7 +25,6 @@ from pipeline import Pipeline, alpha_bar, check_finite, gaussian
 from runtime import check_range, say
 
 METHOD = "adacorr"
-SAMPLER = "ddim"  # that a model is measured under; the others go along nearly the same states
 FORMAT = 5  # of the arrays: profiles that earlier versions kept are not looked at
 SEED_OFFSET = 2**31  # calibrations draw their noise from seeds above it, on which nobody evaluates
 IMAGES = 6

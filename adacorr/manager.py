@@ -22,7 +22,7 @@ from adacorr.history import WEIGHTS, History, Polynomial, Rule
 from adacorr.injected_noise import renewed
 from adacorr.literal import Algorithm1Run
 from adacorr.model import CachedModel
-from adacorr.model_profile import KEPT, KINDS, ModelProfile
+from adacorr.model_profile import KEPT, KINDS, SAMPLER, ModelProfile
 from adacorr.policies import make_policy
 from adacorr.policy import Policy, Predictor, RunInfo
 from adacorr.policy_run import PolicyRun
@@ -185,8 +185,7 @@ class CacheManager:
             return PolicyRun(policy, info, trace, stores.make)
         whole, noise, injected = Unit(0, info.depth), None, None
         if self.profile is not None:
-            # A model is measured under DDIM, whatever it is sampled with.
-            sampler = "ddim" if isinstance(self._known, ModelProfile) else info.sampler
+            sampler = SAMPLER if isinstance(self._known, ModelProfile) else info.sampler
             made_for = info.model_id, sampler, info.cfg_scale
             why = mismatch(self.profile, self.profile.method, *made_for)
             width = self._known.mean[KINDS[0]].shape[2]

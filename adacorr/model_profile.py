@@ -20,6 +20,7 @@ from adacorr.placement import ddim_coefficients
 from adacorr.profile import Profile
 from adacorr.schedules import Schedules, nearest
 
+SAMPLER = "ddim"  # that a model is measured under; the others go along nearly the same states
 KINDS = ("conditional", "difference")  # the processes: the conditional half, and how the unconditional one differs
 KEPT = {"conditional": 4, "difference": 3}  # computed steps that a forecast rests on
 

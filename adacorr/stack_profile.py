@@ -44,21 +44,14 @@ class StackProfile:
     def of(cls, profile: Profile) -> StackProfile:
         """ValueError for arrays that are missing or of another shape."""
         steps, kinds = profile.num_sampling_steps, KINDS[: 1 if profile.cfg_scale == 1.0 else 2]
-        shapes = {
-            "timesteps": (steps,),
-            "basis": (steps, None),
-            "schedules": (None, steps),
-            "expected": (None,),
-            "contrast": (),
-        }
+        basis = profile.require(basis=(steps, None))["basis"]
+        shapes = {"timesteps": (steps,), "schedules": (None, steps), "expected": (None,), "contrast": ()}
         for kind in kinds:
-            shapes |= {f"moments_{kind}": (steps, steps), f"mean_{kind}": (steps, None, None)}
+            shapes |= {f"moments_{kind}": (steps, steps), f"mean_{kind}": (steps, basis.shape[1], None)}
         arrays = profile.require(**shapes)
-        entries = arrays["basis"].shape[1]
-        profile.require(**{f"mean_{kind}": (steps, entries, None) for kind in kinds})
         schedules = Schedules(*(arrays[name] for name in ("timesteps", "schedules", "expected")), halves=len(kinds))
         mean, moments = ({kind: arrays[f"{name}_{kind}"] for kind in kinds} for name in ("mean", "moments"))
-        return cls(arrays["timesteps"], arrays["basis"], mean, moments, schedules, float(arrays["contrast"]))
+        return cls(arrays["timesteps"], basis, mean, moments, schedules, float(arrays["contrast"]))
 
     def plan(self, timesteps: np.ndarray) -> Schedules:
         """The schedules for a run at timesteps (S,)."""

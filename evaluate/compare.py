@@ -322,6 +322,6 @@ def run(args: argparse.Namespace) -> None:
             save()
     finally:
         rows = save()  # what a run that is stopped has found is not lost: --known takes it over
-    write_page(rows, intro, files["md"], args.plot)
+    write_page(rows, intro, files["md"], files["png"] if args.plot else None)
     say(table(*next(tables(rows))))
     say(", ".join(str(file) for kind, file in files.items() if kind != "png" or args.plot))

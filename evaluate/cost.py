@@ -212,4 +212,4 @@ def run(args: argparse.Namespace) -> None:
         raise Failure(f"--batch-size {batch} does not fit the device's memory: leave it out") from error
     finally:  # the batches before it are not lost
         if records:
-            print(table(**columns_of([*map(cells, records)])), "", *notes, sep="\n")
+            print(table(**shown), "", *notes, sep="\n")

@@ -183,12 +183,12 @@ def label(axes: Any, ends: Sequence[tuple[tuple[float, float], str, str]]) -> No
         axes.annotate(name, (x, y), **place, color=colour, fontsize="small")
 
 
-def write_page(rows: Sequence[Row], intro: str, page: Path, plotted: bool) -> None:
-    """Write the page, and its plot beside it where one is wanted."""
+def write_page(rows: Sequence[Row], intro: str, page: Path, picture: Path | None) -> None:
+    """Write the page, and its plot where one is wanted."""
     with written_whole(page) as temporary:
         temporary.write_text(markdown(rows, intro))
-    if plotted:
-        plot(rows, page.with_suffix(".png"))
+    if picture is not None:
+        plot(rows, picture)
 
 
 # ------------------------------------------------------------------------------------------- command line
@@ -213,11 +213,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """The whole job. OSError or ValueError for a mistake."""
+    picture = None
     if args.plot:
         check_matplotlib("--plot")
-        picture_beside(args.out)
+        picture = picture_beside(args.out)
     rows, content = read_comparison(args.comparison)
     if not rows:
         raise ValueError(f"{args.comparison} has no rows yet: let the comparison go on")
-    write_page(rows, content["intro"], args.out, args.plot)
+    write_page(rows, content["intro"], args.out, picture)
     print(args.out)
