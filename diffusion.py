@@ -22,6 +22,7 @@ from torch import Tensor
 
 from adacorr.linear_steps import LinearSteps
 from adacorr.spec import Value, hint, parse_spec, spell_value
+from adacorr.transfer import on_device
 
 NUM_TRAIN = 1000  # timesteps the network was trained on
 BETAS = (1e-4, 2e-2)  # the first and the last
@@ -174,10 +175,9 @@ class _ClosedForm(Sampler):
     def _at(self, i: int, x: Tensor) -> tuple[Tensor, ...]:
         """The tables at step `i`, a number each, in the dtype to compute in."""
         self._check(i)
-        # Kept per device, because a copy to the device in every step would make the host wait for it.
         key = x.device, torch.promote_types(x.dtype, torch.float32)
         if key not in self._copies:
-            self._copies[key] = self._tables.to(*key)
+            self._copies[key] = on_device(self._tables, *key)
         return self._copies[key][:, i].view(-1, 1, 1, 1, 1).unbind()
 
     def step(self, i: int, x: Tensor, out: Tensor, noise: Tensor | None = None) -> Tensor:

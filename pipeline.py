@@ -16,6 +16,7 @@ from adacorr import Algorithm1, CacheManager, available
 from adacorr.command import CACHE_DTYPES, DTYPES, number
 from adacorr.outside import Outside, Update
 from adacorr.run import take_rows
+from adacorr.transfer import on_device
 from checkpoint import BUNDLED, VAES, Checkpoint, build_model, load_checkpoint, load_vae, released_name
 from diffusion import Sampler, cumulative_alphas, make_sampler, names, split_output
 from models import DiT, DiT_models, guide, guided_channels
@@ -176,7 +177,7 @@ class Pipeline:
         shape = self.noise_shape
 
         def step_noise(step: int, rows: np.ndarray) -> Tensor:
-            return gaussian(seed, indices[rows], shape, stream=step + 1).to(self.device)
+            return on_device(gaussian(seed, indices[rows], shape, stream=step + 1), self.device)
 
         hooks = {"step_noise": step_noise, "observe": observe, "predicted": predicted, "stop": stop}
         return self.sample_from(gaussian(seed, indices, shape), labels, cache, **hooks)
@@ -188,8 +189,8 @@ class Pipeline:
         return sample_latents(
             self.model,
             self.sampler.fresh(),
-            noise.to(self.device),
-            None if labels is None else labels.to(self.device),
+            on_device(noise, self.device),
+            None if labels is None else on_device(labels, self.device),
             cfg_scale=self.cfg_scale,
             cfg_channels=self.cfg_channels,
             cache=cache,
@@ -318,7 +319,7 @@ def sample_latents(
     everyone = np.arange(n)
     guided = cfg_scale != 1.0
     null = torch.full_like(labels, model.null_label) if guided else None
-    timesteps = sampler.timesteps.to(noise.device)  # once: a copy in each step would wait for the device
+    timesteps = on_device(sampler.timesteps, noise.device)
 
     def evaluate(step: int, x: Tensor, images: np.ndarray) -> Tensor:
         z = sampler.model_input(step, x).to(dtype)

@@ -20,7 +20,7 @@ Where to look:
     the forecast     store and history (what is kept), gates, kriging, injected_noise, linear_steps (rewinding)
     profiles         profile (files), model_profile and stack_profile (what AdaCorrection knows), calibration/
     models           model (what one must offer), integrations/diffusers, compiled and captured (--compile)
-    small parts      spec (NAME:key=value), files, command, bench
+    small parts      spec (NAME:key=value), transfer (host and device), files, command, bench
 """
 
 from adacorr.correct import AdaCorrection, Algorithm1, blend, correction_weight, parse_correction

@@ -321,18 +321,15 @@ class Controller:
 
     def learn(
         self, step: int, cond: np.ndarray, offset: np.ndarray, uncond: np.ndarray, difference_offset: np.ndarray
-    ) -> np.ndarray:
-        """Take in the relative offsets of the images computed in a step; nan where there was no forecast.
+    ) -> None:
+        """Take in which images computed a step, with their newest relative offsets.
 
         cond, offset (a,) of the stack; uncond, difference_offset (b,) of the unconditional halves computed besides.
-        Returns the scores (a,): offsets weighted by how far they reach into the image.
         """
-        score = offset * self.amplify[step]
-        self.clock.restart(cond, step, score)
+        reach = self.amplify[step]  # of an offset into the image
+        self.clock.restart(cond, step, offset * reach)
         if self.infers:
-            difference_score = difference_offset * self.amplify[step] * self.guidance_error
-            self.difference_clock.restart(uncond, step, difference_score)
-        return score
+            self.difference_clock.restart(uncond, step, difference_offset * reach * self.guidance_error)
 
     def next_due(self) -> int:
         """The first step at which any image is due."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from adacorr.control import Controller
 from adacorr.correct import AdaCorrection
 from adacorr.injected_noise import InjectedNoise
-from adacorr.offset import innovation
+from adacorr.offset import relative_offset, token_norms
 from adacorr.outside import Outside
 from adacorr.placement import far_rewind_pays
 from adacorr.policy import Policy, Ran, RunInfo, View, scatter
@@ -33,6 +33,7 @@ from adacorr.run import (
 from adacorr.short_run import LOOK_AHEAD, ShortRun
 from adacorr.store import ComputedRows, FreshStep, UnitStore
 from adacorr.trace import Trace
+from adacorr.transfer import OnItsWay, on_device
 from adacorr.unit import Conditioning, Unit, check_units, run_unit
 
 
@@ -105,6 +106,10 @@ class CorrectedRun(CachedRun):
         # (n, ...) each: the states after those steps, where a rewind starts
         self._anchors: list[Tensor | None] = [None, None]
         self._anchor_noise: Tensor | None = None  # and the noise of the near one
+        # With a profile, offsets are only recorded: they are read a computed step late, once a GPU has measured them.
+        self.late = controller.profile is not None
+        self._offset = np.zeros((2, info.images))  # newest known: of the stack, of the guidance difference
+        self._measured: tuple[int, ComputedRows, OnItsWay] | None = None
         self._left: tuple[Tensor, Tensor] | None = None  # state and output that the step before ended with
         self.newest_added: Tensor | None = None  # (halves * n, T, D): what the stack added in the current step
         self._replayed: Tensor | None = None  # what it is to add in a step that is taken again
@@ -158,7 +163,7 @@ class CorrectedRun(CachedRun):
         both = np.flatnonzero(uncond) if self.halves == 2 else self.everyone[:0]
         computed = ComputedRows(np.flatnonzero(cond), both)
         everything = cond.all() and (uncond.all() or self.halves == 1)
-        rows = None if everything else torch.from_numpy(computed.rows(self.info.images)).to(self.info.device)
+        rows = None if everything else on_device(computed.rows(self.info.images), self.info.device)
         return Plan(computed, rows, weight, None if empty.any() else self.forecast()[1][:, :, 0], probe, view)
 
     def _run_probe(self, x: Tensor, c: Tensor) -> Probe | None:
@@ -219,7 +224,7 @@ class CorrectedRun(CachedRun):
     def _resume(self, plan: Plan, x: Tensor, conditioning: Conditioning, fresh: FreshStep) -> Tensor:
         """Where the probe ends, for the computed rows x: rows that it saw are taken from it, the others run."""
         sees_all = self.info.visible_halves == self.halves
-        own = torch.from_numpy(plan.computed.rows(self.info.images) if sees_all else plan.computed.cond).to(x.device)
+        own = on_device(plan.computed.rows(self.info.images) if sees_all else plan.computed.cond, x.device)
         rest, done = x[len(own) :], plan.probe.out[own]
         for block, pair in zip(conditioning.blocks, plan.probe.branches, strict=False):
             ran: list[Tensor] = []
@@ -239,25 +244,46 @@ class CorrectedRun(CachedRun):
         self.policy.computed(view, Ran(images, x, out, branch))
 
     def learn(self, plan: Plan, computed: Computed | None) -> None:
-        """Measure the offsets of what was computed against its forecast, and tell the controller."""
+        """Measure the offsets of what was computed against its forecast, and tell the controller the newest known."""
         self.trace.score[self.step], self.trace.weight[self.step] = np.nan, plan.weight
         if computed is None:
             return
-        cond, uncond, lam = plan.computed.cond, plan.computed.uncond, self.correction.spatial_weight
-        offset, difference_offset = np.full(len(cond), np.nan), np.full(len(uncond), np.nan)
-        if plan.forecast is not None:
-            own = [take_rows(half, cond) for half in plan.forecast]
-            if self.infers:  # both halves in one call, for a single copy to the host
-                known = own[0]
-                if len(uncond):
-                    known = torch.cat([known, take_rows(computed.inferred, plan.computed.shared)])
-                offset, difference_offset = np.split(innovation(computed.added, known, lam).numpy(), [len(cond)])
-            else:
-                fresh = computed.added.unflatten(0, (self.halves, -1)).transpose(0, 1).flatten(1, 2)
-                offset = innovation(fresh, torch.cat(own, dim=1), lam).numpy()
-        score = np.full(self.info.images, np.nan)
-        score[cond] = self.controller.learn(self.step, cond, offset, uncond, difference_offset)
-        self.trace.score[self.step] = score
+        cond, uncond = plan.computed.halves
+        if not self.late:
+            self._measure(plan, computed)
+        self._take_in()
+        self.controller.learn(self.step, cond, self._offset[0, cond], uncond, self._offset[1, uncond])
+        if self.late:
+            self._measure(plan, computed)
+
+    def _measure(self, plan: Plan, computed: Computed) -> None:
+        """Begin to measure the offsets of the computed rows, if they were forecast; `_take_in` ends it."""
+        if plan.forecast is None:
+            return
+        own = [take_rows(half, plan.computed.cond) for half in plan.forecast]
+        if not self.infers:
+            fresh = computed.added.unflatten(0, (self.halves, -1)).transpose(0, 1).flatten(1, 2)
+            known = torch.cat(own, dim=1)
+        else:  # both halves in one call
+            fresh, known = computed.added, own[0]
+            if len(plan.computed.uncond):
+                known = torch.cat([known, take_rows(computed.inferred, plan.computed.shared)])
+        self._measured = self.step, plan.computed, OnItsWay(token_norms(fresh, known))
+
+    def _take_in(self) -> None:
+        """Make what was measured the newest offsets of their images."""
+        if self._measured is None:
+            return
+        (step, computed, norms), self._measured = self._measured, None
+        cond, uncond = computed.halves
+        offset = relative_offset(norms.read(), self.correction.spatial_weight)
+        self._offset[0, cond] = offset[: len(cond)]
+        if self.infers:
+            self._offset[1, uncond] = offset[len(cond) :]
+        self.trace.score[step, :, cond] = (self._offset[0, cond] * self.controller.amplify[step])[:, None]
+
+    def close(self) -> None:
+        self._take_in()
 
     # ------------------------------------------------------------------ the step's result
 
@@ -273,7 +299,7 @@ class CorrectedRun(CachedRun):
             return torch.stack([computed.added.to(computed.inferred.dtype), computed.inferred])
         added, device = plan.forecast.clone(), computed.added.device
         if computed.inferred is not None:
-            added[1, torch.from_numpy(cond).to(device)] = computed.inferred
+            added[1, on_device(cond, device)] = computed.inferred
         added.flatten(0, 1)[plan.rows] = computed.added.to(added.dtype)
         return added
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from adacorr.model import CachedModel
+from adacorr.transfer import on_device
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def fit_gate_basis(
     size = gram.diagonal().clamp_min(torch.finfo(torch.float64).tiny)
     left = (size[:, None] - (basis.square() * scale).cumsum(dim=1)).clamp_min(0) / size[:, None]
     enough = (left.sqrt().amax(dim=0) <= tolerance).nonzero()
-    basis = basis[:, : int(enough[0]) + 1 if len(enough) else None].float().to(reference.device)
+    basis = on_device(basis[:, : int(enough[0]) + 1 if len(enough) else None].float(), reference.device)
     return _factor(blocks, conditions, basis, basis)
 
 
@@ -84,7 +85,7 @@ def known_gate_basis(
     basis = basis.double().cpu()
     directions = basis.T @ _gram(blocks, known, known, weight) @ basis
     fitted = torch.linalg.solve(directions, (_gram(blocks, reference, known, weight) @ basis).T).T
-    return _factor(blocks, conditions, *(columns.float().to(reference.device) for columns in (basis, fitted)))
+    return _factor(blocks, conditions, *(on_device(columns.float(), reference.device) for columns in (basis, fitted)))
 
 
 def null_condition(model: CachedModel, t: Tensor) -> Tensor:
@@ -99,7 +100,7 @@ def null_condition(model: CachedModel, t: Tensor) -> Tensor:
 def distinct(labels: Tensor, device: torch.device) -> tuple[Tensor, np.ndarray]:
     """The distinct ones of labels (n,), on a device, and the index (n,) of each label among them."""
     unique, index = np.unique(labels.cpu().numpy(), return_inverse=True)
-    return torch.from_numpy(unique).to(device), index
+    return on_device(unique, device), index
 
 
 def conditions(model: CachedModel, t: Tensor, labels: Tensor | None, halves: int) -> list[Tensor]:
@@ -117,10 +118,11 @@ def _gram(blocks: Sequence[nn.Module], a: Tensor, b: Tensor, weight: Tensor | No
     On the CPU: the matrix is small, and torch has no deterministic cumsum on a GPU.
     """
     gram = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.device)
+    weight = None if weight is None else on_device(weight, a.device, torch.float64)
     for i, block in enumerate(blocks):
         sides = [torch.cat(block.gates(c), dim=1).double() for c in ([a] if a is b else [a, b])]
         if weight is not None:
-            sides = [gates * weight[2 * i : 2 * i + 2].flatten().to(gates) for gates in sides]
+            sides = [gates * weight[2 * i : 2 * i + 2].flatten() for gates in sides]
         gram += sides[0] @ sides[-1].T
     return gram.cpu()
 

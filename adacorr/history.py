@@ -16,6 +16,8 @@ import torch
 from numpy.polynomial.hermite import hermval
 from torch import Tensor
 
+from adacorr.transfer import on_device
+
 
 def lagrange_weights(nodes: np.ndarray, at: np.ndarray, order: int) -> np.ndarray:
     """Weights of the newest `order + 1` nodes in the polynomial through them, at the positions `at` (s,) or (n, s).
@@ -147,7 +149,8 @@ class History:
 
     def entries(self, images: np.ndarray, slots: np.ndarray) -> Tensor:
         """(m, E, T, D) in the slots (m,) of `images` (m,)."""
-        return self._stored((torch.from_numpy(images), torch.from_numpy(slots)))
+        device = self.values.device
+        return self._stored((on_device(images, device), on_device(slots, device)))
 
     def _stored(self, index: slice | tuple[Tensor, Tensor]) -> Tensor:
         """(..., E, T, D) of what is stored at an index of images, or of images and slots."""

@@ -30,6 +30,8 @@ from torch import Tensor
 
 from adacorr.history import History
 from adacorr.placement import Schedule, ddim_coefficients, evaluations
+from adacorr.run import put_rows, take_rows
+from adacorr.transfer import on_device
 
 
 def radial_bins(height: int, width: int) -> Tensor:
@@ -75,9 +77,9 @@ class InjectedNoise:
         for step in range(len(alpha_bar) - 1):
             phi.append(carry[step] @ phi[-1])
         answer = (response - held[..., None, None] * unit) @ np.stack(phi)
-        self._answer = torch.from_numpy(answer).to(device, torch.complex64)  # (S, F, C, C): (J - held) Phi
-        self._inverse = torch.from_numpy(np.linalg.inv(np.stack(phi))).to(device, torch.complex64)
-        self._bins = radial_bins(height, width).to(device)
+        self._answer = on_device(answer, device, torch.complex64)  # (S, F, C, C): (J - held) Phi
+        self._inverse = on_device(np.linalg.inv(np.stack(phi)), device, torch.complex64)
+        self._bins = on_device(radial_bins(height, width), device)
         self.amount = torch.zeros(images, channels, *self._bins.shape, dtype=torch.complex64, device=device)  # a
         self.history = History(images, kept, 1, channels, 2 * self._bins.numel(), device, torch.float32)
 
@@ -92,14 +94,14 @@ class InjectedNoise:
 
     def store(self, images: np.ndarray, step: int) -> None:
         """`images` (m,) computed this step: remember the noise that they had."""
-        self.history.push(images, step, _as_entry(self.amount[torch.from_numpy(images)]))
+        self.history.push(images, step, _as_entry(take_rows(self.amount, images)))
 
     def moved(self, images: np.ndarray, amount: Tensor, step: int, change: Tensor) -> None:
         """The state of `images` (m,) changed by (m, C, H, W) after the step was computed; its noise is `amount` now.
 
         What is stored of the step still belongs to the state that it was computed for.
         """
-        self.amount = self.amount.index_copy(0, torch.from_numpy(images).to(amount.device), amount)
+        self.amount = put_rows(self.amount, images, amount)
         computed = amount - self._filter(self._inverse[step], torch.fft.rfft2(change))
         self.history.count[images] -= 1  # it takes the place of what was stored
         self.history.push(images, step, _as_entry(computed))
@@ -113,7 +115,7 @@ class InjectedNoise:
         weights = weights.copy()
         newest = self.history.slot(images, 0)[:, 0]
         weights[np.arange(len(images)), 0, newest] += 1.0 - weights.sum(axis=2)[:, 0]
-        coefficients = torch.from_numpy(weights).to(self.history.values)[..., None]
+        coefficients = on_device(weights, amount.device, torch.float32)[..., None]
         nodes = self.history.read(images, coefficients)[:, 0].unflatten(-1, (*self._bins.shape, 2))
         since = amount - torch.view_as_complex(nodes.contiguous())
         return torch.fft.irfft2(self._filter(self._answer[step], since), s=self.size[1:])

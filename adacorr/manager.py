@@ -33,6 +33,7 @@ from adacorr.stack_profile import GATE_ERROR, StackProfile
 from adacorr.stack_profile import METHOD as STACK
 from adacorr.store import GateSumStore, Track, UnitStore, ValueStore
 from adacorr.trace import Trace
+from adacorr.transfer import on_device
 from adacorr.unit import Unit
 
 KNOWN = {"adacorr": ModelProfile, STACK: StackProfile}  # by the method of their profiles
@@ -167,6 +168,7 @@ class CacheManager:
             hooks = [model.register_forward_hook(run.change_output)] if isinstance(run, PolicyRun) else []
             try:
                 yield run
+                run.close()
             finally:
                 model.cache = None
                 for hook in hooks:
@@ -222,7 +224,7 @@ class _Stores:
         dtype: torch.dtype,
     ):
         self.model, self.info, self.trace, self.dtype = model, info, trace, dtype
-        self.timesteps = timesteps.to(info.device)
+        self.timesteps = on_device(timesteps, info.device)
         self.index = np.zeros(trace.images, dtype=np.int64)  # of each image's label among the run's labels
         self.unique: Tensor | None = None
         if labels is not None:
@@ -249,7 +251,7 @@ class _Stores:
         """One for each half; basis (S, E): how a step reads its entries."""
         kinds, at, entries = KINDS[: self.trace.halves], self.info.timesteps, basis.shape[1]
         if profile is not None:
-            means = [profile.mean_at(kind, at, basis).to(self.info.device) for kind in kinds]
+            means = [profile.mean_at(kind, at, basis) for kind in kinds]
             parts = zip(kinds, means, strict=True)
             return [self._track(entries, KEPT[kind], profile.rule(kind, at), mean=mean) for kind, mean in parts]
         weights = WEIGHTS[predictor.weights]
@@ -263,14 +265,14 @@ class _Stores:
     def _track(self, entries: int, kept: int, *rules: Rule, mean: Tensor | None = None) -> Track:
         info = self.info
         history = History(info.images, kept, entries, info.tokens, info.width, info.device, self.dtype)
-        return Track(history, rules, mean)
+        return Track(history, rules, None if mean is None else on_device(mean, info.device))
 
     def known(self, unit: Unit, profile: ModelProfile, renewed: np.ndarray) -> GateSumStore:
         """The store of one unit under what is known of the model; renewed (S,) see `ModelProfile.rules`."""
         steps = self.info.timesteps
         known = self.timesteps
         if not np.array_equal(steps, profile.timesteps):
-            known = torch.from_numpy(profile.timesteps).to(self.timesteps)
+            known = on_device(profile.timesteps, self.info.device, self.timesteps.dtype)
             self._count_gates(len(steps))  # of the null label
         self._count_gates(len(known) * self.trace.halves)
         basis = known_gate_basis(
@@ -283,7 +285,7 @@ class _Stores:
         )
         tracks = []
         for kind in KINDS[: self.trace.halves]:
-            mean = profile.mean_at(kind, steps).to(self.info.device)
+            mean = profile.mean_at(kind, steps)
             rules = profile.rules(kind, steps, renewed)
             tracks.append(self._track(basis.rank + 1, KEPT[kind], *rules, mean=mean))
         return GateSumStore(unit, basis, self.index, tracks, self.trace.halves == 2)

@@ -45,17 +45,27 @@ def innovation(fresh: Tensor, predicted: Tensor, spatial_weight: float = 1.0) ->
 
     r is Eq. 1 between the two over the mean token norm of `fresh`; q is the relative change of Eq. 2. With the "hold"
     predictor the numerator of r is Eq. 1 itself. (n, T, D), (n, T, D) -> (n,) float32 on the CPU, not finite where a
-    norm is not. The tokens' norms and deviations come to the host in one copy.
+    norm is not.
     """
+    return torch.from_numpy(relative_offset(token_norms(fresh, predicted).cpu().numpy(), spatial_weight))
+
+
+def token_norms(fresh: Tensor, predicted: Tensor) -> Tensor:
+    """What `relative_offset` takes, (4, n, T): |fresh|, |fresh - predicted|, and 1 / deviation of each."""
     fresh, predicted = fresh.float(), predicted.float()
     norms = [torch.linalg.vector_norm(h, dim=-1) for h in (fresh, fresh - predicted)]
     # Layer norm knows the deviation of each token, and is one pass over the memory.
     width = fresh.shape[-1:]
     scales = [torch.native_layer_norm(h, width, None, None, 0.0)[2].squeeze(-1) for h in (fresh, predicted)]
-    norm, change, scale, guess = torch.stack([*norms, *scales]).cpu().numpy()  # (n, T) each
+    return torch.stack([*norms, *scales])
+
+
+def relative_offset(norms: np.ndarray, spatial_weight: float = 1.0) -> np.ndarray:
+    """`innovation` from `token_norms`: (n,) float32."""
+    norm, change, scale, guess = norms  # (n, T) each
     tiny = torch.finfo(torch.float32).tiny
     with np.errstate(all="ignore"):
         norm, change, spread, expected = (v.mean(axis=1) for v in (norm, change, 1 / scale, 1 / guess))
         r = np.where(np.isfinite(norm), change / np.maximum(norm, tiny), np.nan)
         q = np.abs(spread - expected) / np.maximum(spread, tiny)
-        return torch.from_numpy(r + np.float32(spatial_weight) * q)
+        return r + np.float32(spatial_weight) * q

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from adacorr.gates import conditions, distinct
 from adacorr.linear_steps import LinearSteps
+from adacorr.run import take_rows
 from adacorr.store import ComputedRows
+from adacorr.transfer import on_device
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Outside:
         self._projection = weight.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)  # (p * p * C, halves * D)
         self._bias = bias.flatten()
 
-        t, label = timesteps.to(device), np.zeros(images, dtype=np.int64)
+        t, label = on_device(timesteps, device), np.zeros(images, dtype=np.int64)
         if labels is not None:
             labels, label = distinct(labels, device)
         known = torch.cat(conditions(model, t, labels, halves))  # the null label last
@@ -64,15 +66,15 @@ class Outside:
         shift, scale = final.modulation(self._conditions)
         self._modulation = torch.stack([shift.to(self.dtype), 1 + scale.to(self.dtype)], dim=2)  # (S, labels, 2, D)
         coefficients = np.concatenate([update.steps.carry, update.steps.gain[..., None]], axis=2)
-        self._update = torch.from_numpy(coefficients).to(device, self.dtype)  # (S, K, K + 1)
+        self._update = on_device(coefficients, device, self.dtype)  # (S, K, K + 1)
 
     def enter(self, z: Tensor, step: int, computed: ComputedRows) -> tuple[Tensor, Tensor]:
         """What the blocks take for the rows [cond; uncond] of the state z (n, K * C, H, W): tokens, conditioning."""
         x = z[:, : self.model.in_channels].to(self.dtype)
         tokens = embed(self.model, x, self._positions, self._embedding).to(self._conditions.dtype)
-        rows = [tokens if len(own) == len(x) else tokens[torch.from_numpy(own).to(x.device)] for own in computed.halves]
+        rows = [take_rows(tokens, own) for own in computed.halves]
         label = np.concatenate([own[images] for own, images in zip(self._labels, computed.halves, strict=False)])
-        c = self._conditions[step].index_select(0, torch.from_numpy(label).to(x.device))
+        c = self._conditions[step].index_select(0, on_device(label, x.device))
         return torch.cat(rows) if len(computed.uncond) else rows[0], c
 
     def walk(self, z: Tensor, start: int, added: Tensor, images: np.ndarray) -> Tensor:
@@ -80,7 +82,7 @@ class Outside:
 
         added (halves, m, s, T, D): what the stack adds in these steps.
         """
-        steps, label = slice(start, start + added.shape[2]), torch.from_numpy(self._labels[:, images].T).to(z.device)
+        steps, label = slice(start, start + added.shape[2]), on_device(self._labels[:, images].T, z.device)
         modulation = self._modulation[steps].index_select(1, label.flatten()).unflatten(1, label.shape)
         weights = self._positions, self._embedding, self._projection, self._bias
         # Graphs of some of the images would be many, each for a few calls.

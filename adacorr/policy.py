@@ -19,6 +19,7 @@ from adacorr.history import WEIGHTS
 from adacorr.profile import Profile, find_profile
 from adacorr.spec import check_options, option
 from adacorr.trace import Trace
+from adacorr.transfer import on_device
 from adacorr.unit import BRANCHES, SPLITS, Conditioning, Unit
 
 if TYPE_CHECKING:
@@ -367,7 +368,7 @@ def scatter(state: Tensor | None, images: np.ndarray, values: Tensor, total: int
         return values
     if state is None:
         state = values.new_zeros(values.shape[0], total, *values.shape[2:])
-    return state.index_copy(1, torch.from_numpy(images).to(values.device), values)
+    return state.index_copy(1, on_device(images, values.device), values)
 
 
 def push(states: list[Tensor | None], images: np.ndarray, values: Tensor, total: int) -> None:

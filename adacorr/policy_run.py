@@ -11,6 +11,7 @@ from adacorr.policy import Cached, Policy, Predictor, Ran, RunInfo, View
 from adacorr.run import CachedRun, checked_decision, count_modulations, make_view
 from adacorr.store import ComputedRows, UnitStore
 from adacorr.trace import Trace
+from adacorr.transfer import on_device
 from adacorr.unit import Conditioning, Unit, check_units, run_unit
 
 MakeStore = Callable[[Unit, Predictor], UnitStore]
@@ -137,4 +138,4 @@ class PolicyRun(CachedRun):
     def _rows(self, images: np.ndarray, device: torch.device) -> Tensor:
         """Rows of the stacked batch that belong to `images` (m,), all halves that run."""
         rows = np.concatenate([images + half * self.info.images for half in range(self.seen.visible_halves)])
-        return torch.from_numpy(rows).to(device)
+        return on_device(rows, device)

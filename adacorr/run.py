@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from adacorr.policy import Policy, RunInfo, View
 from adacorr.trace import Trace
+from adacorr.transfer import on_device
 from adacorr.unit import Conditioning, Unit
 
 if TYPE_CHECKING:
@@ -68,6 +68,9 @@ class CachedRun(ABC):
         """What takes the steps of this run in place of the sampling loop; None where the loop has to take them."""
         return None
 
+    def close(self) -> None:  # noqa: B027 - few have anything left
+        """The last step is done: the trace is to be whole."""
+
     def check_call(self, x: Tensor) -> None:
         if self.step is None:
             raise RuntimeError("no step is open: call run.begin_step(i) before the model")
@@ -82,14 +85,14 @@ def take_rows(values: Tensor | None, rows: np.ndarray) -> Tensor | None:
     """values[rows], without a copy where that is all of them; None of None."""
     if values is None or len(rows) == len(values):
         return values
-    return values[torch.from_numpy(rows).to(values.device)]
+    return values[on_device(rows, values.device)]
 
 
 def put_rows(values: Tensor, rows: np.ndarray, new: Tensor) -> Tensor:
     """`values` with the rows replaced, as a new tensor where that is some of them."""
     if len(rows) in (0, len(values)):
         return new if len(rows) else values
-    return values.index_copy(0, torch.from_numpy(rows).to(values.device), new)
+    return values.index_copy(0, on_device(rows, values.device), new)
 
 
 def renew_rows(kept: Tensor | None, rows: np.ndarray, now: Tensor) -> Tensor:

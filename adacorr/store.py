@@ -21,6 +21,7 @@ from adacorr.gates import GateBasis
 from adacorr.history import History, Rule
 from adacorr.kriging import mean_coefficients
 from adacorr.run import take_rows
+from adacorr.transfer import on_device, upload
 from adacorr.unit import Unit
 
 # Branch outputs that a GPU holds until they are summed up: more of them make the sums cheaper and take more memory.
@@ -191,13 +192,6 @@ class FreshStep(ABC):
         return self.value.split([len(images) for images in self.computed.halves])
 
 
-def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
-    """The arrays in float32 on a device, in one copy."""
-    flat = torch.from_numpy(np.concatenate([array.ravel() for array in arrays], dtype=np.float32)).to(device)
-    parts = flat.split([array.size for array in arrays])
-    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
-
-
 # ------------------------------------------------------------------------------------------- one tensor a half
 
 
@@ -251,7 +245,7 @@ class GateSumStore(UnitStore):
     def collect(self, computed: ComputedRows, step: int) -> FreshSums:
         null = np.full(len(computed.uncond), self.loadings.shape[1] - 1)
         rows = np.concatenate([self.labels[computed.cond], null][: len(self.tracks)])
-        loadings = self.loadings.index_select(1, torch.from_numpy(rows).to(self.loadings.device))
+        loadings = self.loadings.index_select(1, on_device(rows, self.loadings.device))
         return FreshSums(computed, loadings, self.gates[step] if self.tracks[0].has_rest else None)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from adacorr.policy import BRANCHES, RunInfo, View
+from adacorr.transfer import on_device
 
 Places = tuple[slice, Tensor, Tensor]  # all halves, images (g, 1), tokens (g, M)
 MULTIPLE = 8  # moving tokens are rounded up to a multiple of it, so that images fall into few groups
@@ -32,7 +33,7 @@ def split_tokens(saliency: Tensor, images: Tensor, tau: float) -> list[tuple[Pla
     order = saliency.argsort(dim=1, descending=True, stable=True)
     groups = []
     for moving in np.unique(count):
-        group = torch.from_numpy(np.flatnonzero(count == moving)).to(images.device)
+        group = on_device(np.flatnonzero(count == moving), images.device)
         tokens, own = order[group], (slice(None), images[group, None])
         # In their own order, so that a group of all tokens is computed as without a cache.
         groups.append(((*own, tokens[:, :moving].sort(dim=1).values), (*own, tokens[:, moving:])))

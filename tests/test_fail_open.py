@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
-from toy import Scheduled, fitted, make_run, make_view, open_run, sample, show, timed_dit, tiny_dit
+from toy import Scheduled, fitted, known_model, make_run, make_view, open_run, sample, show, timed_dit, tiny_dit
 
 import adacorr
 from adacorr import AdaCorrection, Algorithm1, CacheManager, Unit, View, make_policy
-from adacorr.offset import innovation
+from adacorr.offset import innovation, relative_offset
 from adacorr.policy import relative_change
 from adacorr.run import checked_decision
 from diffusion import make_sampler
@@ -101,9 +101,9 @@ def break_measure(monkeypatch, name, value, at):
     monkeypatch.setattr(module, measure, broken(getattr(module, measure), at, value, image))
 
 
-def break_innovation(monkeypatch, value, at, row=BAD):
+def break_offset(monkeypatch, value, at, row=BAD):
     """The same for the offset of a row in the computed step number `at` of AdaCorrection, after the first one."""
-    monkeypatch.setattr("adacorr.corrected_run.innovation", broken(innovation, at, value, (..., row)))
+    monkeypatch.setattr("adacorr.corrected_run.relative_offset", broken(relative_offset, at, value, (..., row)))
 
 
 # ------------------------------------------------------------------------------- the state of an image is lost
@@ -208,7 +208,7 @@ def test_an_offset_that_is_not_finite_makes_the_next_step_due(monkeypatch, value
     clean = run(model, CacheManager(correction=correction), cfg_scale=cfg_scale)
     second = clean[1].computed_steps(BAD)[1]
     assert second + 1 not in clean[1].computed_steps(BAD)
-    break_innovation(monkeypatch, value, at=1)  # at the second computed step, which is the same for all images
+    break_offset(monkeypatch, value, at=1)  # at the second computed step, which is the same for all images
     out, trace = found = run(model, CacheManager(correction=correction), cfg_scale=cfg_scale)
     same_for_mates(found, clean)
     assert trace.fallbacks == 1
@@ -217,12 +217,23 @@ def test_an_offset_that_is_not_finite_makes_the_next_step_due(monkeypatch, value
     assert bool(torch.isfinite(out).all())
 
 
+def test_with_a_profile_the_step_after_the_next_computed_one_is_due(monkeypatch, model):
+    manager = CacheManager(correction=AdaCorrection(budget=4)).knowing(known_model(model, "2...1...1....1......"))
+    clean = run(model, manager)
+    _, second, third, fourth = clean[1].computed_steps(BAD)
+    break_offset(monkeypatch, np.nan, at=1)  # of the second one, which is read at the third
+    found = run(model, manager)
+    same_for_mates(found, clean)
+    assert found[1].computed_steps(BAD) == [0, second, third, third + 1, fourth]
+    assert found[1].fallbacks == 1
+
+
 def test_a_guidance_difference_that_is_not_finite_makes_the_next_step_due(monkeypatch, model):
     clean = run(model, CacheManager(correction=AdaCorrection()))
     both = clean[1].computed_steps(BAD, half=1)[1]
     # The offsets of the guidance difference come after those of the images that are computed.
     at, images = sum(0 < s <= both for s in clean[1].computed_steps(BAD)), clean[1].executed[both, 0, 0]
-    break_innovation(monkeypatch, np.nan, at, row=int(images[:, 0].sum() + images[:BAD, 1].sum()))
+    break_offset(monkeypatch, np.nan, at, row=int(images[:, 0].sum() + images[:BAD, 1].sum()))
     found = run(model, CacheManager(correction=AdaCorrection()))
     same_for_mates(found, clean)
     assert found[1].fallbacks == 1

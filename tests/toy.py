@@ -14,6 +14,7 @@ from adacorr.model_profile import KINDS
 from adacorr.policies import calibrated
 from adacorr.policy import Conditioning, RunInfo, Unit, View
 from adacorr.profile import Profile, save_profile
+from adacorr.transfer import on_device
 from checkpoint import save_checkpoint
 from diffusion import make_sampler
 from models import DiT, DiTBlock
@@ -106,7 +107,7 @@ def timed_dit(degree, depth=2, seed=2, bend=0.0):
     return model
 
 
-def sample(model, steps=10, labels=(3, 0, 3), cfg_scale=1.5, cache=None, sampler="ddim", seed=0, first=0):
+def sample(model, steps=10, labels=(3, 0, 3), cfg_scale=1.5, cache=None, sampler="ddim", seed=0, first=0, **options):
     """Final states of images first, first + 1, ... of a seed, through the project's own loop."""
     indices = first + np.arange(len(labels))
     shape, device = (model.in_channels, model.input_size, model.input_size), model.pos_embed.device
@@ -117,8 +118,9 @@ def sample(model, steps=10, labels=(3, 0, 3), cfg_scale=1.5, cache=None, sampler
         torch.tensor(labels, device=device) if model.num_classes else None,
         cfg_scale=cfg_scale,
         cache=cache,
-        step_noise=lambda step, rows: gaussian(seed, indices[rows], shape, stream=step + 1).to(device),
+        step_noise=lambda step, rows: on_device(gaussian(seed, indices[rows], shape, stream=step + 1), device),
         model_id="toy",
+        **options,
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from adacorr.policies import register
 from adacorr.policy import Cached, Knob, Policy, Predictor, Ran, RunInfo, Unit, View, option
 from adacorr.top_tokens import run_mlp
+from adacorr.transfer import on_device
 
 LEAD = 2  # leading steps that are all computed, as in the release
 ROUNDS = 100  # of k-means, at most
@@ -83,7 +84,7 @@ class ClusCa(Policy):
         """Cluster the tokens of x (rows, T, D)."""
         if self._centres is None:
             first = torch.randint(x.shape[1], (self.clusters,), generator=self._random)
-            self._centres = x[:, first.to(x.device)]
+            self._centres = x[:, on_device(first, x.device)]
         labels, self._centres, rounds = cluster(x, self._centres)
         self._labels = labels.unflatten(0, view.x.shape[:2])
         view.spend_flops(rounds * 5 * x.shape[1] * x.shape[2] * self.clusters)  # distances are 3 a number, means 2
@@ -91,7 +92,7 @@ class ClusCa(Policy):
     def reuse(self, view: View, cached: Cached) -> Tensor:
         if view.unit.branch == "attn":
             return cached.forecast
-        rank = torch.rand(view.info.tokens, generator=self._random).to(view.x.device)
+        rank = on_device(torch.rand(view.info.tokens, generator=self._random), view.x.device)
         fresh = one_of_each(self._labels, rank, self.clusters)
         terms, wide = self._terms[view.unit.start], (-1, -1, -1, view.info.width)
         value = run_mlp(view, fresh).float()

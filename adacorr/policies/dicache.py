@@ -21,6 +21,7 @@ from adacorr.policy import (
     relative_change,
     scatter,
 )
+from adacorr.transfer import on_device
 from adacorr.unit import Unit
 
 
@@ -96,6 +97,6 @@ class DiCache(Policy):
         change = cached.stored(0) + newest - cached.stored(1) - older  # R2 - R1, the two units' residuals together
         moved, before = (mean_change(v, older, self.scope) for v in (probe, newest))
         g = (moved / before.clamp_min(torch.finfo(torch.float32).tiny)).clamp(1.0, self.g_max)
-        g = g.where(torch.from_numpy(cached.count >= 2).to(g.device), 1.0)
+        g = g.where(on_device(cached.count >= 2, g.device), 1.0)
         # R1 + g (R2 - R1), written from R2, less the probe, which is in the unit's input already.
         return cached.stored(0) + newest + (g - 1.0).view(1, -1, 1, 1) * change - probe

@@ -9,6 +9,7 @@ from torch import Tensor
 from adacorr.calibration.ertacache import ERTACacheCalibration, over
 from adacorr.policies import register
 from adacorr.policy import Cached, Knob, Policy, RunInfo, View, option
+from adacorr.transfer import on_device
 
 BY_LAG = ("error", "slope", "offset", "correlation")
 BY_CHANNEL = ("mean", "deviation")
@@ -84,5 +85,5 @@ def at(table: np.ndarray, step: int, lag: np.ndarray, otherwise: float) -> np.nd
 
 def rescaled(held: Tensor, factors: np.ndarray) -> Tensor:
     """held (halves, m, T, D) times the first of the factors plus the second one: (2, m, D), or (2, m, 1)."""
-    scale, shift = torch.from_numpy(factors).to(held.device, torch.float32).unsqueeze(2)
+    scale, shift = on_device(factors, held.device, torch.float32).unsqueeze(2)
     return (held.float() * scale + shift).to(held.dtype)

@@ -10,6 +10,7 @@ from adacorr.calibration.fastcache import FastCacheCalibration, load_maps
 from adacorr.policies import register
 from adacorr.policy import SCOPES, Cached, Knob, Policy, Ran, RunInfo, View, option
 from adacorr.tokens import Places, moved, relative_norms, spend_tokens, split_tokens
+from adacorr.transfer import on_device
 
 
 @register
@@ -82,7 +83,7 @@ class FastCache(Policy):
 
     def computed(self, view: View, ran: Ran) -> None:
         block, depth, alone = view.unit.start, view.info.depth, not view.info.corrected
-        place = slice(None), torch.from_numpy(ran.images).to(ran.x.device)
+        place = slice(None), on_device(ran.images, ran.x.device)
         self._known[block, ran.images] = True
         if block == 0:
             self._before = view.x_in
@@ -92,7 +93,7 @@ class FastCache(Policy):
             self._keep(view, depth, place, view.x_in[place], ran.out - view.x_in[place])
 
     def reuse(self, view: View, cached: Cached) -> Tensor:
-        value, images = torch.zeros_like(view.x), torch.from_numpy(cached.images).to(view.x.device)
+        value, images = torch.zeros_like(view.x), on_device(cached.images, view.x.device)
         if view.unit.start == 0:
             self._groups = split_tokens(self._saliency, images, self.tau)
             self._before = view.x_in
@@ -100,7 +101,7 @@ class FastCache(Policy):
                 value[still] = self._map(view, view.info.depth, still, view.x[still])
         for (moving, _), runs in zip(self._groups, self._test(view), strict=True):
             for run in (True, False):
-                chosen = torch.from_numpy(np.flatnonzero(runs == run)).to(images.device)
+                chosen = on_device(np.flatnonzero(runs == run), images.device)
                 at = slice(None), moving[1][chosen], moving[2][chosen]
                 if at[2].numel():
                     value[at] = self._pass(view, at, run)

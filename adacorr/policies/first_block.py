@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from adacorr.history import taylor_weights
 from adacorr.policies import register
 from adacorr.policy import SCOPES, Cached, Knob, Policy, Predictor, Ran, RunInfo, View, option, relative_change, scatter
+from adacorr.transfer import on_device
 from adacorr.unit import Unit
 
 FORECASTS = tuple(f"order=2,max_continuous={most}" for most in (1, 2, 3, 5, 8, 11))
@@ -95,5 +95,5 @@ class FirstBlock(Policy):
             return cached.forecast
         nodes = np.where(forgotten | (steps < 0), np.nan, steps)
         weights = taylor_weights(nodes, np.array([view.step]), self.order)[:, 0]  # (m, K)
-        columns = torch.from_numpy(weights).to(cached.x).T[..., None, None]
+        columns = on_device(weights, cached.x.device, cached.x.dtype).T[..., None, None]
         return sum(column * cached.stored(k) for k, column in enumerate(columns))

@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from adacorr.history import hermite_weights
 from adacorr.policies import register
 from adacorr.policy import Cached, Knob, Policy, Ran, RunInfo, View, option, push
 from adacorr.tokens import low_modes
+from adacorr.transfer import on_device
 
 
 @register
@@ -60,7 +60,7 @@ class FreqCa(Policy):
     def reuse(self, view: View, cached: Cached) -> Tensor:
         weights = hermite_weights(self._steps[cached.images], np.array([view.step]), self.order, self.sigma)[:, 0]
         outputs = [v[:, cached.images].float() for v in self._outputs if v is not None]
-        columns = torch.from_numpy(weights).to(outputs[0]).T[..., None, None]  # (K, m, 1, 1)
+        columns = on_device(weights, outputs[0].device, outputs[0].dtype).T[..., None, None]  # (K, m, 1, 1)
         change = sum(column * v for column, v in zip(columns, outputs, strict=False)) - outputs[0]
         view.spend_flops(4 * change.numel() * len(self._low))
         high = change - self._low.T @ (self._low @ change)

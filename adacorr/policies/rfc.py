@@ -9,6 +9,7 @@ from torch import Tensor
 from adacorr.history import WEIGHTS
 from adacorr.policies import register, taylorseer
 from adacorr.policy import SCOPES, Cached, Knob, Policy, Predictor, Ran, RunInfo, View, option, push, relative_change
+from adacorr.transfer import on_device
 from adacorr.unit import Unit
 
 FIRST = Unit(0, 1, "attn")  # the first module
@@ -103,7 +104,7 @@ class RFC(Policy):
         """(halves, n, T, D) float32: the first module's input by its own history."""
         weights = WEIGHTS[taylorseer.WEIGHTS[self.weights]](self._at, self._positions[[step]], self.order)[:, 0]
         stored = [v for v in self._inputs[FIRST] if v is not None]
-        columns = torch.from_numpy(weights).to(stored[0].device, torch.float32).T[..., None, None]  # (K, n, 1, 1)
+        columns = on_device(weights, stored[0].device, torch.float32).T[..., None, None]  # (K, n, 1, 1)
         return sum(column * v for column, v in zip(columns, stored, strict=False))
 
 

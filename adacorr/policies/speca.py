@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from adacorr.policies import register
 from adacorr.policy import BRANCHES, SCOPES, Cached, Knob, Policy, Predictor, Ran, RunInfo, Unit, View, option
+from adacorr.transfer import on_device
 
 # Below its min_taylor a variant checks nothing, above it at the cost of the last block.
 VARIANTS = ("", "min_taylor=1", *(f"min_taylor=3{rest}" for rest in ("", ",order=1", ",order=2")))
@@ -77,19 +77,19 @@ class SpeCa(Policy):
         checked = view.age[cached.images] > self.min_taylor
         if view.unit.branch is None or not checked.any():
             return cached.forecast
-        own = torch.from_numpy(np.flatnonzero(checked)).to(cached.x.device)
+        own = on_device(np.flatnonzero(checked), cached.x.device)
         if view.unit.branch == "attn":
             self._input = cached.x[:, own]
         else:
             images = cached.images[checked]
-            gate = view.modulation[2][:, torch.from_numpy(images).to(cached.x.device)]
+            gate = view.modulation[2][:, on_device(images, cached.x.device)]
             self._check(view, images, cached.x[:, own] + gate * cached.forecast[:, own])
         return cached.forecast
 
     def _check(self, view: View, images: np.ndarray, forecast: Tensor) -> None:
         """Run the last block for some images and compare its output with the forecast one (halves, m, T, D)."""
         condition = view.conditioning.c.unflatten(0, (len(forecast), -1))
-        condition = condition[:, torch.from_numpy(images).to(forecast.device)]
+        condition = condition[:, on_device(images, forecast.device)]
         true = view.block(self._input.flatten(0, 1), condition.flatten(0, 1)).view_as(forecast).float()
         for branch in BRANCHES:
             view.spend(view.unit.start, branch, images, 1.0)
