@@ -15,7 +15,8 @@ Where to look:
     one run          manager makes it; run is what the loop sees; policy_run (a method alone), corrected_run
                      (AdaCorrection), short_run and outside (its steps, whole), literal (Algorithm 1 of the paper);
                      trace says what happened
-    methods          policy and unit (what a method is and sees), policies/, tokens and top_tokens (methods by token)
+    methods          policy and unit (what a method is and sees), policies/, by_image (state and measures), tokens and
+                     top_tokens (methods by token)
     when to compute  offset and correct (the paper's Eq. 1-3, 6, 7, and options), control, schedules, placement
     the forecast     store and history (what is kept), gates, kriging, injected_noise, linear_steps (rewinding)
     profiles         profile (files), model_profile and stack_profile (what AdaCorrection knows), calibration/

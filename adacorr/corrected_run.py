@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from adacorr.by_image import scatter
 from adacorr.control import Controller
 from adacorr.correct import AdaCorrection
 from adacorr.injected_noise import InjectedNoise
 from adacorr.offset import relative_offset, token_norms
 from adacorr.outside import Outside
 from adacorr.placement import far_rewind_pays
-from adacorr.policy import Policy, Ran, RunInfo, View, scatter
+from adacorr.policy import Policy, Ran, RunInfo, View
 from adacorr.run import (
     Advance,
     CachedRun,

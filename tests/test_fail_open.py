@@ -11,8 +11,8 @@ from toy import Scheduled, fitted, known_model, make_run, make_view, open_run, s
 
 import adacorr
 from adacorr import AdaCorrection, Algorithm1, CacheManager, Unit, View, make_policy
+from adacorr.by_image import relative_change
 from adacorr.offset import innovation, relative_offset
-from adacorr.policy import relative_change
 from adacorr.run import checked_decision
 from diffusion import make_sampler
 from pipeline import gaussian

@@ -3,8 +3,9 @@
 import numpy as np
 from torch import Tensor
 
+from adacorr.by_image import relative_change
 from adacorr.calibration import Calibration
-from adacorr.policy import Ran, RunInfo, View, relative_change
+from adacorr.policy import Ran, RunInfo, View
 
 
 class BlockCacheCalibration(Calibration):

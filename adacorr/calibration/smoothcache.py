@@ -3,8 +3,9 @@
 import numpy as np
 from torch import Tensor
 
+from adacorr.by_image import relative_change
 from adacorr.calibration import Calibration
-from adacorr.policy import BRANCHES, Ran, RunInfo, Unit, View, relative_change
+from adacorr.policy import BRANCHES, Ran, RunInfo, Unit, View
 from adacorr.unit import by_branch
 
 MAX_LAG = 8  # so many outputs of every branch are held

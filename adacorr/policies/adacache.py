@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from adacorr.by_image import SCOPES, gather, relative_change, scatter
 from adacorr.policies import register
-from adacorr.policy import SCOPES, Knob, Policy, Predictor, Ran, RunInfo, Unit, View, option, relative_change, scatter
+from adacorr.policy import Knob, Policy, Predictor, Ran, RunInfo, Unit, View, option
 
 # KEY:RATE pairs. `dit` is ours: its keys are the sextiles of the change per step in uncached runs of the bundled model,
 # as `python -m benchmarks.tables codebook --images 16` measures them. The others are the release's for Open-Sora in 30
@@ -77,7 +78,7 @@ class AdaCache(Policy):
         rates = np.ones(len(images))
         seen = np.flatnonzero(self._last[images] >= 0)
         if len(seen):
-            change = relative_change(added[:, seen], self._reference[:, images[seen]], self.scope)
+            change = relative_change(gather(added, seen), gather(self._reference, images[seen]), self.scope)
             change = change / (view.step - self._last[images[seen]])
             rates[seen] = np.where(np.isfinite(change), self.rate(change), np.nan)
         self._next[images] = view.step + rates

@@ -6,21 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adacorr.by_image import SCOPES, gather, mean_change, relative_change, scatter
 from adacorr.policies import register
-from adacorr.policy import (
-    SCOPES,
-    Cached,
-    Knob,
-    Policy,
-    Predictor,
-    Ran,
-    RunInfo,
-    View,
-    mean_change,
-    option,
-    relative_change,
-    scatter,
-)
+from adacorr.policy import Cached, Knob, Policy, Predictor, Ran, RunInfo, View, option
 from adacorr.transfer import on_device
 from adacorr.unit import Unit
 
@@ -87,13 +75,13 @@ class DiCache(Policy):
         if view.unit.start != self.depth:
             return
         self._sum[ran.images] = 0.0
-        newest = scatter(self._probes[0], ran.images, ran.x - view.x_in[:, ran.images], view.images)
+        newest = scatter(self._probes[0], ran.images, ran.x - gather(view.x_in, ran.images), view.images)
         past = newest if self._probes[0] is None else self._probes[0]
-        self._probes = newest, scatter(self._probes[1], ran.images, past[:, ran.images], view.images)
+        self._probes = newest, scatter(self._probes[1], ran.images, gather(past, ran.images), view.images)
 
     def reuse(self, view: View, cached: Cached) -> Tensor:
-        probe = cached.x - view.x_in[:, cached.images]
-        newest, older = (p[:, cached.images] for p in self._probes)
+        probe = cached.x - gather(view.x_in, cached.images)
+        newest, older = (gather(p, cached.images) for p in self._probes)
         change = cached.stored(0) + newest - cached.stored(1) - older  # R2 - R1, the two units' residuals together
         moved, before = (mean_change(v, older, self.scope) for v in (probe, newest))
         g = (moved / before.clamp_min(torch.finfo(torch.float32).tiny)).clamp(1.0, self.g_max)

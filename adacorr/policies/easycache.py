@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adacorr.by_image import SCOPES, gather, mean_change, scatter
 from adacorr.policies import register
-from adacorr.policy import SCOPES, Knob, Policy, Ran, RunInfo, View, mean_change, option, scatter
+from adacorr.policy import Knob, Policy, Ran, RunInfo, View, option
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -48,18 +49,20 @@ class EasyCache(Policy):
         if view.step < self.warmup or view.step == view.num_steps - 1:
             return view.everyone()
         known = ~np.isnan(self._rate)
-        change = self._mean(view.x, before) / self._size
+        change = mean_change(view.x, before, self.scope).double().cpu().numpy() / self._size
         self._sum = self._sum + view.measured(np.where(known, self._rate, 0.0) * change)
         return ~(known & (self._sum < self.threshold))
 
     def computed(self, view: View, ran: Ran) -> None:
         images, seen = ran.images, (ran.x, ran.out)
+        changes = [mean_change(ran.out, scope=self.scope)]
         if self._pair[0] is not None:
-            into, out = (self._mean(now, then[:, images]) for now, then in zip(seen, self._pair, strict=True))
+            before = (gather(then, images) for then in self._pair)
+            changes += [mean_change(now, then, self.scope) for now, then in zip(seen, before, strict=True)]
+        size, *moved = torch.stack(changes).double().cpu().numpy()
+        if moved:
+            into, out = moved
             self._rate[images] = np.where(view.age[images] > 0, out / np.maximum(into, TINY), np.nan)
         self._pair = tuple(scatter(then, images, now, view.images) for now, then in zip(seen, self._pair, strict=True))
-        self._size[images] = np.maximum(self._mean(ran.out), TINY)
+        self._size[images] = np.maximum(size, TINY)
         self._sum[images] = 0.0
-
-    def _mean(self, now: Tensor, before: Tensor | None = None) -> np.ndarray:
-        return mean_change(now, before, self.scope).double().cpu().numpy()

@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adacorr.by_image import SCOPES
 from adacorr.calibration.fastcache import FastCacheCalibration, load_maps
 from adacorr.policies import register
-from adacorr.policy import SCOPES, Cached, Knob, Policy, Ran, RunInfo, View, option
+from adacorr.policy import Cached, Knob, Policy, Ran, RunInfo, View, option
 from adacorr.tokens import Places, moved, relative_norms, spend_tokens, split_tokens
 from adacorr.transfer import on_device
 

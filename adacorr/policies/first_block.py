@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from adacorr.by_image import SCOPES, gather, relative_change, scatter
 from adacorr.history import taylor_weights
 from adacorr.policies import register
-from adacorr.policy import SCOPES, Cached, Knob, Policy, Predictor, Ran, RunInfo, View, option, relative_change, scatter
+from adacorr.policy import Cached, Knob, Policy, Predictor, Ran, RunInfo, View, option
 from adacorr.transfer import on_device
 from adacorr.unit import Unit
 
@@ -84,7 +85,7 @@ class FirstBlock(Policy):
 
     def computed(self, view: View, ran: Ran) -> None:
         if view.unit.start == self.front:
-            residual = ran.x - view.x_in[:, ran.images]
+            residual = ran.x - gather(view.x_in, ran.images)
             self._reference = scatter(self._reference, ran.images, residual, view.images)
             self._computed[ran.images] += 1
 

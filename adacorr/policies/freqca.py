@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from adacorr.by_image import gather, push
 from adacorr.history import hermite_weights
 from adacorr.policies import register
-from adacorr.policy import Cached, Knob, Policy, Ran, RunInfo, View, option, push
+from adacorr.policy import Cached, Knob, Policy, Ran, RunInfo, View, option
 from adacorr.tokens import low_modes
 from adacorr.transfer import on_device
 
@@ -59,7 +60,7 @@ class FreqCa(Policy):
 
     def reuse(self, view: View, cached: Cached) -> Tensor:
         weights = hermite_weights(self._steps[cached.images], np.array([view.step]), self.order, self.sigma)[:, 0]
-        outputs = [v[:, cached.images].float() for v in self._outputs if v is not None]
+        outputs = [gather(v, cached.images).float() for v in self._outputs if v is not None]
         columns = on_device(weights, outputs[0].device, outputs[0].dtype).T[..., None, None]  # (K, m, 1, 1)
         change = sum(column * v for column, v in zip(columns, outputs, strict=False)) - outputs[0]
         view.spend_flops(4 * change.numel() * len(self._low))

@@ -7,8 +7,9 @@ import numpy as np
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
+from adacorr.by_image import SCOPES, gather, relative_change, scatter
 from adacorr.policies import register
-from adacorr.policy import SCOPES, Knob, Policy, Predictor, Ran, RunInfo, Unit, View, option, relative_change, scatter
+from adacorr.policy import Knob, Policy, Predictor, Ran, RunInfo, Unit, View, option
 
 
 @register
@@ -79,7 +80,7 @@ class H2Cache(Policy):
         if rest:
             now = self._first[stage]
             if now is not None:
-                self._before[stage] = scatter(self._before[stage], ran.images, now[:, ran.images], view.images)
+                self._before[stage] = scatter(self._before[stage], ran.images, gather(now, ran.images), view.images)
         elif stage == 1 and not view.info.corrected:
             self._first[1] = thumbnail(ran.value, self.detail_pool)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 
+from adacorr.by_image import gather
 from adacorr.policies import register
 from adacorr.policy import Cached, Knob, Policy, Ran, RunInfo, View, option
 
@@ -69,7 +70,7 @@ class ICC(Policy):
         value = self._run(view, fresh)
         share = 1.0 if fresh else self._share(view)
         view.spend(view.unit.start, view.unit.branch, cached.images, share)
-        return value[:, cached.images]
+        return gather(value, cached.images)
 
     def _run(self, view: View, fresh: bool) -> Tensor:
         """The branch's output (halves, n, T, D), by full products, which are noted, or by increments."""

@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adacorr.by_image import SCOPES, scatter
 from adacorr.calibration.lazydit import STAND_IN, LazyDiTCalibration, gate_input, load_gates, mean_norm
 from adacorr.policies import register
-from adacorr.policy import SCOPES, Knob, Policy, Predictor, Ran, RunInfo, Unit, View, option, scatter
+from adacorr.policy import Knob, Policy, Predictor, Ran, RunInfo, Unit, View, option
 from adacorr.unit import by_branch
 
 

@@ -7,8 +7,9 @@ import numpy as np
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
+from adacorr.by_image import SCOPES, gather, relative_change, scatter
 from adacorr.policies import register
-from adacorr.policy import SCOPES, Knob, Policy, Predictor, Ran, RunInfo, View, option, relative_change, scatter
+from adacorr.policy import Knob, Policy, Predictor, Ran, RunInfo, View, option
 from adacorr.tokens import flops_of_tokens, low_modes
 
 
@@ -70,8 +71,8 @@ class PreciseCache(Policy):
     def computed(self, view: View, ran: Ran) -> None:
         layer, images = view.unit.start, ran.images
         if layer == 0:
-            self._reference = scatter(self._reference, images, self._low[:, images], view.images)
-        else:
+            self._reference = scatter(self._reference, images, gather(self._low, images), view.images)
+        elif self.block > 0:
             self._resting[layer, images] = relative_change(ran.out, ran.x, self.scope) < self.block
 
 

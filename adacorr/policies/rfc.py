@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adacorr.by_image import SCOPES, gather, push, relative_change
 from adacorr.history import WEIGHTS
 from adacorr.policies import register, taylorseer
-from adacorr.policy import SCOPES, Cached, Knob, Policy, Predictor, Ran, RunInfo, View, option, push, relative_change
+from adacorr.policy import Cached, Knob, Policy, Predictor, Ran, RunInfo, View, option
 from adacorr.transfer import on_device
 from adacorr.unit import Unit
 
@@ -78,7 +79,7 @@ class RFC(Policy):
         if not first and (view.info.corrected or not self.rfe):
             return
         stored = self._inputs.setdefault(view.unit, [None] * (self.order + 1 if first else 2))
-        push(stored, images, view.modulated()[:, images], view.images)
+        push(stored, images, gather(view.modulated(), images), view.images)
         if first:
             self._sum[images] = 0.0
             self._at[images, 1:] = self._at[images, :-1]
@@ -89,7 +90,7 @@ class RFC(Policy):
             return cached.forecast
         dim = NORMS[self.norm]
         inputs = view.modulated(), *self._inputs[view.unit][:2]
-        now, newest, older = (v[:, cached.images].float() for v in inputs)
+        now, newest, older = (gather(v, cached.images).float() for v in inputs)
         out, out_older = cached.stored(0), cached.stored(1)
         change = cached.forecast - out
         size, apart = norm(change, dim), norm(newest - older, dim)

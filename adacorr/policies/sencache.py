@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from adacorr.by_image import SCOPES, scatter
 from adacorr.calibration.sencache import SenCacheCalibration, rms_of
 from adacorr.policies import register
-from adacorr.policy import SCOPES, Knob, Policy, Ran, RunInfo, View, option, scatter
+from adacorr.policy import Knob, Policy, Ran, RunInfo, View, option
 
 
 @register

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from adacorr.by_image import SCOPES, gather
 from adacorr.policies import register
-from adacorr.policy import BRANCHES, SCOPES, Cached, Knob, Policy, Predictor, Ran, RunInfo, Unit, View, option
+from adacorr.policy import BRANCHES, Cached, Knob, Policy, Predictor, Ran, RunInfo, Unit, View, option
 from adacorr.transfer import on_device
 
 # Below its min_taylor a variant checks nothing, above it at the cost of the last block.
@@ -82,14 +83,14 @@ class SpeCa(Policy):
             self._input = cached.x[:, own]
         else:
             images = cached.images[checked]
-            gate = view.modulation[2][:, on_device(images, cached.x.device)]
+            gate = gather(view.modulation[2], images)
             self._check(view, images, cached.x[:, own] + gate * cached.forecast[:, own])
         return cached.forecast
 
     def _check(self, view: View, images: np.ndarray, forecast: Tensor) -> None:
         """Run the last block for some images and compare its output with the forecast one (halves, m, T, D)."""
         condition = view.conditioning.c.unflatten(0, (len(forecast), -1))
-        condition = condition[:, on_device(images, forecast.device)]
+        condition = gather(condition, images)
         true = view.block(self._input.flatten(0, 1), condition.flatten(0, 1)).view_as(forecast).float()
         for branch in BRANCHES:
             view.spend(view.unit.start, branch, images, 1.0)

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from adacorr.by_image import SCOPES, relative_change
 from adacorr.calibration.teacache import TeaCacheCalibration, rescale
 from adacorr.policies import register
-from adacorr.policy import SCOPES, Knob, Policy, Ran, RunInfo, View, option, relative_change
+from adacorr.policy import Knob, Policy, Ran, RunInfo, View, option
 
 
 @register
