@@ -124,18 +124,20 @@ class CacheManager:
         eta: float = 0.0,
         model_id: str | None = None,
         sampler: str | None = None,
+        spent: float = 0.0,
     ) -> CachedRun:
         """The state of one sampling run, attached to nothing: for a loop that calls `run_blocks` itself.
 
         labels (n,) on any device, or None with `images` for an unconditional model; timesteps (S,) in sampling order
         with their alpha_bar (S,). With cfg_scale other than 1 the model is called on rows [labels; null labels].
         `rewindable`: the sampler can take a step again; `eta`: how much noise it injects, as in DDIM. model_id (the
-        checkpoint's sha256) and sampler (its spec) are what profiles of methods are held to. Raises ValueError for what
-        the policy refuses.
+        checkpoint's sha256) and sampler (its spec) are what profiles of methods are held to; `spent`: evaluations that
+        were made for the run before. Raises ValueError for what the policy refuses.
         """
         n = images if labels is None else len(labels)
         halves = 1 if cfg_scale == 1.0 else 2
         self.trace = Trace(len(timesteps), len(model.blocks), n, halves, model.branch_flops())
+        self.trace.extra_flops = round(spent * self.trace.evaluation_flops)
         corrected = isinstance(self.correction, AdaCorrection)
         tokens, width, device = model.stream
         info = RunInfo(

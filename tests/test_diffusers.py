@@ -1,7 +1,6 @@
 """The cache on diffusers' transformers: exactness, resets, guidance layouts, hooks that come and go."""
 
 import copy
-from contextlib import nullcontext
 from itertools import product
 from types import SimpleNamespace
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 from diffusers import FirstBlockCacheConfig
 from diffusers.hooks import HookRegistry, ModelHook
-from tiny_diffusers import TINY, by_row, call, inputs, sample, tiny
+from tiny_diffusers import SCALE, STEPS, TINY, by_row, call, guided, inputs, sample, tiny
 
 from adacorr import available, compiled
 from adacorr.integrations.diffusers import CacheConfig, enable
@@ -19,7 +18,6 @@ from adacorr.integrations.diffusers.schedule import TOLERANCE
 
 families = pytest.mark.parametrize("name", TINY)
 INTERVAL = {"adacorr": None, "cache": "interval:every=2,align=start"}
-STEPS = 6
 
 
 def config(**options):
@@ -28,7 +26,7 @@ def config(**options):
 
 def run(model, name, latents, other, **options):
     with enable(model, config(**options)) as cache:
-        return sample(model, name, latents, other, STEPS), cache.stats()
+        return sample(model, name, latents, other), cache.stats()
 
 
 def traces(model):
@@ -45,14 +43,14 @@ def test_every_family_is_tried():
 @families
 def test_what_is_computed_is_bit_equal_and_nothing_stays(name):
     model, (latents, other) = tiny(name), inputs(name, 2)
-    before, plain = traces(model), sample(model, name, latents, other, STEPS)
+    before, plain = traces(model), sample(model, name, latents, other)
     for options in ({"adacorr": None, "cache": "never"}, {"adacorr": "gamma=1e6"}):
         cached, stats = run(model, name, latents, other, **options)
         assert torch.equal(cached, plain)
         assert stats["hit_rate"] == 0
         assert stats["bypassed"] == {}
     assert traces(model) == before
-    assert torch.equal(sample(model, name, latents, other, STEPS), plain)
+    assert torch.equal(sample(model, name, latents, other), plain)
 
 
 @families
@@ -61,15 +59,15 @@ def test_what_is_computed_is_bit_equal_and_nothing_stays(name):
 )
 def test_cached_runs_leave_nothing_to_the_next_one_nor_to_other_images(name, options):
     model, (latents, other) = tiny(name), inputs(name, 3)
-    plain = sample(model, name, latents, other, STEPS)
+    plain = sample(model, name, latents, other)
     with enable(model, config(**options)) as cache:
-        first = sample(model, name, latents, other, STEPS)
+        first = sample(model, name, latents, other)
         assert cache.stats()["compute"] < 0.95
-        moved = sample(model, name, latents + 1, other, STEPS)
-        assert torch.equal(sample(model, name, latents, other, STEPS), first)
+        moved = sample(model, name, latents + 1, other)
+        assert torch.equal(sample(model, name, latents, other), first)
         own = {key: value[2:] if by_row(key, value) else value for key, value in other.items()}
         alone = sample(model, name, latents[2:], own, STEPS)  # a smaller batch, then the first again
-        assert torch.equal(sample(model, name, latents, other, STEPS), first)
+        assert torch.equal(sample(model, name, latents, other), first)
         assert cache.stats()["runs"] == 5
     assert first.isfinite().all()
     assert not torch.equal(first, plain)
@@ -138,39 +136,6 @@ def test_every_method_runs_or_says_why_not(name, policy, adacorr):
 # --------------------------------------------------------------------------------------------------- guidance
 
 
-SCALE = 2.0
-
-
-def unconditional(name, rows):
-    """The other inputs of the unconditional half: other text, or the null label."""
-    _, other = inputs(name, rows, seed=9)
-    return {key: torch.full_like(value, 7) if key == "class_labels" else value for key, value in other.items()}
-
-
-def guided(model, name, latents, other, order):
-    """Sampled with both halves in one batch."""
-    swap = -1 if order == "uncond_first" else 1
-    halves = [other, unconditional(name, len(latents))][::swap]
-    both = {k: torch.cat([half[k] for half in halves]) if by_row(k, v) else v for k, v in other.items()}
-
-    def evaluate(x, t):
-        cond, uncond = call(model, name, torch.cat([x, x]), t, both).chunk(2)[::swap]
-        return uncond + SCALE * (cond - uncond)
-
-    return sample(model, name, latents, other, STEPS, evaluate)
-
-
-def in_two_calls(model, name, latents, other, context=lambda half: nullcontext()):
-    def evaluate(x, t):
-        with context("cond"):
-            cond = call(model, name, x, t, other)
-        with context("uncond"):
-            uncond = call(model, name, x, t, unconditional(name, len(x)))
-        return uncond + SCALE * (cond - uncond)
-
-    return sample(model, name, latents, other, STEPS, evaluate)
-
-
 @pytest.mark.parametrize("name", ["dit", "pixart", "sd3", "cogvideox"])
 @pytest.mark.parametrize("options", [INTERVAL, {"adacorr": "budget=3.5"}], ids=str)
 def test_both_orders_of_the_halves_give_the_same_images(name, options):
@@ -179,9 +144,8 @@ def test_both_orders_of_the_halves_give_the_same_images(name, options):
     for order in ("cond_first", "uncond_first"):
         with enable(model, config(guidance=order, guidance_scale=SCALE, **options)) as cache:
             images.append(guided(model, name, latents, other, order))
-            (stream,) = cache.stats()["streams"].values()
-            assert stream["halves"] == 2
-            assert stream["images"] == 2
+            trace = cache.stats()["trace"]
+            assert (trace["halves"], trace["images"]) == (2, 2)
     torch.testing.assert_close(*images, atol=1e-6, rtol=1e-5)
     assert not torch.equal(images[0], guided(model, name, latents, other, "cond_first"))
 
@@ -190,8 +154,8 @@ def test_two_equal_halves_without_a_null_label_are_taken_image_by_image():
     model, (latents, other) = tiny("dit"), inputs("dit", 4)
     latents = latents[:2].repeat(2, 1, 1, 1)
     with enable(model, config(guidance_scale=SCALE, **INTERVAL)) as cache:
-        images = sample(model, "dit", latents, other, STEPS)
-        assert cache.stats()["streams"]["batch"]["images"] == 4
+        images = sample(model, "dit", latents, other)
+        assert cache.stats()["trace"]["images"] == 4
     assert torch.equal(images, run(model, "dit", latents, other, **INTERVAL)[0])
 
 
@@ -199,32 +163,10 @@ def test_a_bare_transformer_is_asked_anew_whether_its_rows_are_both_halves():
     model, (latents, other), two = tiny("sd3"), inputs("sd3", 1), inputs("sd3", 2)
     with enable(model, config(guidance_scale=SCALE, **INTERVAL)) as cache:
         guided(model, "sd3", latents, other, "uncond_first")
-        assert cache.stats()["streams"]["batch"]["halves"] == 2
-        images = sample(model, "sd3", *two, STEPS)
-        assert cache.stats()["streams"]["batch"]["images"] == 2
+        assert cache.stats()["trace"]["halves"] == 2
+        images = sample(model, "sd3", *two)
+        assert cache.stats()["trace"]["images"] == 2
     assert torch.equal(images, run(model, "sd3", *two, **INTERVAL)[0])
-
-
-@pytest.mark.parametrize("name", ["dit", "flux"])
-def test_halves_in_calls_of_their_own_have_runs_of_their_own(name):
-    model, (latents, other) = tiny(name), inputs(name, 2)
-    with enable(model, config(guidance="separate", **INTERVAL)) as cache:
-        apart = in_two_calls(model, name, latents, other)
-        assert torch.equal(in_two_calls(model, name, latents, other), apart)
-        assert cache.stats()["streams"].keys() == {"cond", "uncond"}
-        assert cache.stats()["runs"] == 2
-    with enable(model, config(guidance="cond_first", guidance_scale=SCALE, **INTERVAL)):
-        torch.testing.assert_close(guided(model, name, latents, other, "cond_first"), apart, atol=1e-5, rtol=1e-4)
-
-
-def test_contexts_of_diffusers_name_the_halves():
-    model, (latents, other) = tiny("flux"), inputs("flux", 2)
-    with enable(model, config(guidance="separate", **INTERVAL)):
-        expected = in_two_calls(model, "flux", latents, other)
-    with enable(model, config(**INTERVAL)) as cache:
-        named = in_two_calls(model, "flux", latents, other, context=model.cache_context)
-        assert cache.stats()["streams"].keys() == {"cond", "uncond"}
-    assert torch.equal(named, expected)
 
 
 # ----------------------------------------------------------------------------------------------------- resets
@@ -243,12 +185,12 @@ def test_a_run_that_breaks_off_leaves_nothing(name, broken):
         return call(model, name, x, t, other)
 
     with enable(model, config(**INTERVAL)) as cache:
-        expected = sample(model, name, latents, other, STEPS)
+        expected = sample(model, name, latents, other)
         with pytest.raises(KeyboardInterrupt):
-            sample(model, name, latents + 1, other, STEPS, breaks)
-        assert torch.equal(sample(model, name, latents, other, STEPS), expected)
+            sample(model, name, latents + 1, other, evaluate=breaks)
+        assert torch.equal(sample(model, name, latents, other), expected)
         cache.reset()
-        assert torch.equal(sample(model, name, latents, other, STEPS), expected)
+        assert torch.equal(sample(model, name, latents, other), expected)
 
 
 @pytest.mark.parametrize("where", ["transformer_blocks.1.attn1", "proj_out_1"])
@@ -259,7 +201,7 @@ def test_a_failure_in_the_model_ends_the_run(where):
         raise RuntimeError("out of memory")
 
     with enable(model, config(**INTERVAL)) as cache, torch.no_grad():
-        expected = sample(model, "dit", latents, other, STEPS)
+        expected = sample(model, "dit", latents, other)
         call(model, "dit", latents, 1000.0, other)
         call(model, "dit", latents, 1000.0 * 5 / 6, other)
         hook = model.get_submodule(where).register_forward_pre_hook(fail)
@@ -268,9 +210,9 @@ def test_a_failure_in_the_model_ends_the_run(where):
         hook.remove()
         # Goes on as if nothing had been: the step begins a run, and nothing of the old one is in it.
         call(model, "dit", latents, 1000.0 * 3 / 6, other)
-        assert cache.stats()["streams"]["batch"]["steps"] == STEPS
-        assert cache.stats()["streams"]["batch"]["executed_per_step"][0] == 1
-        assert torch.equal(sample(model, "dit", latents, other, STEPS), expected)
+        assert cache.stats()["trace"]["steps"] == STEPS
+        assert cache.stats()["trace"]["executed_per_step"][0] == 1
+        assert torch.equal(sample(model, "dit", latents, other), expected)
 
 
 def test_dtype_and_timesteps_that_jump_begin_a_run():
@@ -282,7 +224,7 @@ def test_dtype_and_timesteps_that_jump_begin_a_run():
         assert torch.equal(call(model, "sd3", latents, 1000.0, other), out[0])  # up: a new run
         call(model, "sd3", latents, 600.0, other)  # a step left out: one more, from there to the end
         assert cache.stats()["runs"] == 3
-        assert cache.stats()["streams"]["batch"]["steps"] == 3
+        assert cache.stats()["trace"]["steps"] == 3
         call(model, "sd3", latents, 500.0, other)  # no step of the grid
         assert cache.stats()["bypassed"] == {"a timestep that is none of the scheduler's": 1}
         half = {k: v.bfloat16() for k, v in other.items()}
@@ -306,14 +248,14 @@ def test_calls_that_the_cache_does_not_know_run_as_they_are(name, argument, valu
     with torch.no_grad():
         plain = call(model, name, latents, 1000.0, given)
     with enable(model, config(**INTERVAL)) as cache, torch.no_grad():
-        expected = sample(model, name, latents, other, STEPS)
+        expected = sample(model, name, latents, other)
 
         def evaluate(x, t):
             out = call(model, name, x, t, other)
             assert torch.equal(call(model, name, latents, 1000.0, given), plain)
             return out
 
-        assert torch.equal(sample(model, name, latents, other, STEPS, evaluate), expected)
+        assert torch.equal(sample(model, name, latents, other, evaluate=evaluate), expected)
         assert cache.stats()["bypassed"] == {argument: STEPS}
 
 
@@ -414,7 +356,7 @@ def test_versions():
 
 def test_disable_keeps_hooks_that_others_put_on_top():
     model, (latents, other) = tiny("flux"), inputs("flux", 1)
-    plain = sample(model, "flux", latents, other, STEPS)
+    plain = sample(model, "flux", latents, other)
     seen = []
 
     class Seen(ModelHook):
@@ -426,7 +368,7 @@ def test_disable_keeps_hooks_that_others_put_on_top():
     HookRegistry.check_if_exists_or_initialize(block).register_hook(Seen(), "seen")
     cache.disable()
     cache.disable()
-    assert torch.equal(sample(model, "flux", latents, other, STEPS), plain)
+    assert torch.equal(sample(model, "flux", latents, other), plain)
     assert len(seen) == STEPS
 
 
@@ -438,7 +380,7 @@ def test_compiled_blocks(how, monkeypatch):
     monkeypatch.setattr(compiled, "BACKEND", "eager")
     model, (latents, other) = tiny("sd3"), inputs("sd3", 2)
     with enable(model, config(**INTERVAL)):
-        expected = sample(model, "sd3", latents, other, STEPS)
+        expected = sample(model, "sd3", latents, other)
     if how == "before":
         for block in model.transformer_blocks:
             block.compile(backend="eager")
@@ -447,7 +389,7 @@ def test_compiled_blocks(how, monkeypatch):
         if how == "after":
             for block in model.transformer_blocks:
                 block.compile(backend="eager")
-        torch.testing.assert_close(sample(model, "sd3", latents, other, STEPS), expected)
+        torch.testing.assert_close(sample(model, "sd3", latents, other), expected)
         assert cache.stats()["hit_rate"] == 0.5
     if how != "after":
         assert traces(model) == before
@@ -464,12 +406,12 @@ def test_branches_of_compiled_blocks(monkeypatch):
 def test_lora():
     peft = pytest.importorskip("peft")
     model, (latents, other) = tiny("sd3"), inputs("sd3", 2)
-    plain = sample(model, "sd3", latents, other, STEPS)
+    plain = sample(model, "sd3", latents, other)
     with enable(model, config(adacorr=None, cache="never")):
         model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
-        with_lora = sample(model, "sd3", latents, other, STEPS)
+        with_lora = sample(model, "sd3", latents, other)
     assert not torch.equal(with_lora, plain)
-    assert torch.equal(sample(model, "sd3", latents, other, STEPS), with_lora)
+    assert torch.equal(sample(model, "sd3", latents, other), with_lora)
 
 
 @pytest.mark.parametrize("name", ["sd3", "pixart"])
@@ -480,7 +422,7 @@ def test_group_offloading_and_layerwise_casting(name):
     model.enable_group_offload(
         onload_device=device, offload_device=device, offload_type="block_level", num_blocks_per_group=1
     )
-    plain = sample(model, name, latents, other, STEPS)
+    plain = sample(model, name, latents, other)
     exact, _ = run(model, name, latents, other, adacorr="gamma=1e6")
     assert torch.equal(exact, plain)
     cached, stats = run(model, name, latents, other, **INTERVAL)

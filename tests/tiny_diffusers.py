@@ -1,11 +1,14 @@
-"""Tiny random transformers of every diffusers family, their inputs, and a sampling loop as short as can be."""
+"""Tiny random transformers of every diffusers family, their inputs and pipelines, and loops as short as can be."""
 
 from itertools import pairwise
 
 import diffusers
 import torch
 
+from adacorr.integrations.diffusers.tiny import random_transformer, tiny_pipeline
+
 TEXT, SIZE = 5, 4  # text tokens; latent height and width
+STEPS, SCALE = 6, 2.0  # of a run; of guidance
 
 
 # Inputs of one image beside its latent, from a generator.
@@ -129,7 +132,7 @@ def call(model, name, latents, t, other):
     return model(hidden_states=latents, timestep=torch.full((len(latents),), t), **other, return_dict=False)[0]
 
 
-def sample(model, name, latents, other, steps=8, evaluate=None):
+def sample(model, name, latents, other, steps=STEPS, evaluate=None):
     """Euler steps; evaluate(x, t) in place of the plain call, for guidance."""
     evaluate = evaluate or (lambda x, t: call(model, name, x, t, other))
     x, grid = latents, [1000.0 * (1 - k / steps) for k in range(steps + 1)]
@@ -138,3 +141,76 @@ def sample(model, name, latents, other, steps=8, evaluate=None):
             out = evaluate(x, t)[:, : x.shape[1]]
             x = x - 0.3 * (t - after) / 1000.0 * out
     return x
+
+
+def unconditional(name, rows):
+    """The other inputs of the unconditional half: other text, or the null label."""
+    _, other = inputs(name, rows, seed=9)
+    return {key: torch.full_like(value, 7) if key == "class_labels" else value for key, value in other.items()}
+
+
+def guided(model, name, latents, other, order):
+    """Sampled with both halves in one batch."""
+    swap = -1 if order == "uncond_first" else 1
+    halves = [other, unconditional(name, len(latents))][::swap]
+    both = {k: torch.cat([half[k] for half in halves]) if by_row(k, v) else v for k, v in other.items()}
+
+    def evaluate(x, t):
+        cond, uncond = call(model, name, torch.cat([x, x]), t, both).chunk(2)[::swap]
+        return uncond + SCALE * (cond - uncond)
+
+    return sample(model, name, latents, other, evaluate=evaluate)
+
+
+# ---------------------------------------------------------------------------------------------------- whole pipelines
+
+PLAIN_BETAS = {"beta_schedule": "linear"}
+PLAIN = {"clip_sample": False, **PLAIN_BETAS}
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+
+
+def toy_pipeline(name):
+    """(pipeline without encoders, arguments of its call for two images); "sd3 unipc" takes that scheduler."""
+    name, _, solver = name.partition(" ")
+    pipe, call = tiny_pipeline(name, images=2) if name in ("pixart", "sd3", "flux") else _toy_pipeline(name)
+    if solver == "ddim":
+        pipe.scheduler = diffusers.DDIMScheduler(**PLAIN)
+    elif solver == "unipc":
+        pipe.scheduler = diffusers.UniPCMultistepScheduler(**(PLAIN_BETAS if name == "dit" else FLOW))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, call
+
+
+def _toy_pipeline(name):
+    flow = diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=name == "mochi")
+    if name == "dit":
+        arguments = {"num_attention_heads": 2, "num_layers": 4, "attention_head_dim": 12, "sample_size": 8}
+        arguments |= {"in_channels": 4, "out_channels": 8, "num_embeds_ada_norm": 1000}
+        transformer = random_transformer("DiTTransformer2DModel", arguments)
+        vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
+        pipe = diffusers.DiTPipeline(transformer, vae, diffusers.DDIMScheduler(**PLAIN))
+        return pipe, {"class_labels": [1, 7], "guidance_scale": 4.0, "output_type": "pt"}
+    text = inputs("wan", 2)[1]["encoder_hidden_states"]
+    call = {"prompt_embeds": text, "negative_prompt_embeds": text.flip(1), "num_frames": 5, "output_type": "latent"}
+    call |= {"height": 128, "width": 128} if name == "ltx" else {"height": 64, "width": 64}
+    if name in ("ltx", "hunyuan", "mochi"):
+        call |= dict.fromkeys(("prompt_attention_mask", "negative_prompt_attention_mask"), torch.ones(2, TEXT))
+    parts = {"transformer": tiny(name), "scheduler": flow, "vae": None, "text_encoder": None, "tokenizer": None}
+    if name == "wan":
+        return diffusers.WanPipeline(**parts), call
+    if name == "ltx":
+        return diffusers.LTXPipeline(**parts), call
+    if name == "mochi":
+        return diffusers.MochiPipeline(**parts), call
+    if name == "cogvideox":
+        parts["scheduler"] = diffusers.CogVideoXDDIMScheduler()
+        return diffusers.CogVideoXPipeline(**parts), call | {"max_sequence_length": TEXT}
+    pooled = inputs("hunyuan", 2)[1]["pooled_projections"]
+    call |= {"pooled_prompt_embeds": pooled, "negative_pooled_prompt_embeds": -pooled, "true_cfg_scale": 4.0}
+    return diffusers.HunyuanVideoPipeline(**parts, text_encoder_2=None, tokenizer_2=None), call
+
+
+def draw(pipe, call, seed=0, **more):
+    """Final states or pictures of a pipeline's call with noise of a seed."""
+    call = {"num_inference_steps": STEPS, **call, **more, "generator": torch.Generator().manual_seed(seed)}
+    return torch.as_tensor(pipe(**call, return_dict=False)[0])

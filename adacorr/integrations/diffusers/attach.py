@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
-from diffusers.hooks.hooks import StateManager
 from torch import Tensor, nn
 
 from adacorr import compiled
@@ -20,39 +18,23 @@ from adacorr.corrected_run import CorrectedRun
 from adacorr.integrations.diffusers.blocks import argument_names
 from adacorr.integrations.diffusers.config import CacheConfig
 from adacorr.integrations.diffusers.families import KEYWORDS, Family
-from adacorr.integrations.diffusers.rewinding import APART, Rewinding
+from adacorr.integrations.diffusers.halves import Arguments, Call, Halves, Uncached, alike
+from adacorr.integrations.diffusers.rewinding import Rewinding
 from adacorr.integrations.diffusers.rows import Rows
 from adacorr.integrations.diffusers.schedule import Grid, sampler_of, time_of
 from adacorr.integrations.diffusers.stack import Stack
 from adacorr.linear_steps import LinearSteps, linear_steps, scheduler_step
-from adacorr.manager import CacheManager
 from adacorr.run import CachedRun
 
 HOOK = "adacorr"
 
 
-class ContextName(StateManager):
-    """The name that `cache_context` gave the call: "cond", "uncond", ...; None outside of one."""
-
-    def __init__(self):
-        super().__init__(None)
-        self.name: str | None = None
-
-    def set_context(self, context: Any) -> None:
-        self.name = context if context is None or isinstance(context, str) else context.name
-
-    def reset(self, *args: Any, **kwargs: Any) -> None:
-        self.name = None
-
-
 class BlockHook(ModelHook):
     """Stands in for a block's forward: the first block runs the whole stack, the others pass its result on."""
 
-    _is_stateful = True  # so that contexts and resets of diffusers reach it
-
     def __init__(self, attachment: Attachment, first: bool):
         super().__init__()
-        self.attachment, self.first, self.context = attachment, first, ContextName()
+        self.attachment, self.first = attachment, first
         self.compiled: Any = None
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -62,63 +44,47 @@ class BlockHook(ModelHook):
         """The block's forward without this hook."""
         return (self.compiled or self.fn_ref.original_forward)(*args, **kwargs)
 
-    def reset_state(self, module: nn.Module) -> nn.Module:
-        self.context.reset()
-        self.attachment.reset()
-        return module
-
 
 @dataclass
-class Stream:
-    """One sampling run: of a whole batch, or of one guidance half where these are called apart.
+class Sampling:
+    """One sampling run: rows of the newest call's state are in `state`."""
 
-    manager has its trace; run is None once it is over, since its tensors are large.
-    """
-
-    manager: CacheManager
-    run: CachedRun | None
+    run: CachedRun
     grid: Grid
     key: tuple
     rewinding: Rewinding | None = None
     step: int = -1
     time: float = float("inf")
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of stored tensors."""
-        return self.manager.bytes if self.run is None else self.run.bytes
-
-    def close(self) -> None:
-        """The run is over: its statistics stay, and no tensor."""
-        self.manager.bytes, self.run, self.rewinding = self.bytes, None, None
+    state: Tensor | None = None
 
 
 class Attachment:
     """One transformer under a cache, from `install` to `remove`.
 
-    guidance_scale  of the pipeline's call that is under way, or None
-    not_rewound     why runs go on without rewinding, and how many
-    observe         what looks at each step of a run: (stream, rows that it began with, output)
+    arguments    of the pipeline's call that is under way, or None
+    not_rewound  why runs go on without rewinding, and how many
+    observe      what looks at each step of a run: (run, rows that it began with, output)
     """
 
-    def __init__(self, transformer: nn.Module, family: Family, config: CacheConfig, pipe: Any = None):
-        self.transformer, self.family, self.config, self.pipe = transformer, family, config, pipe
+    def __init__(self, transformer: nn.Module, family: Family, config: CacheConfig, pipe: Any, component: str):
+        self.transformer, self.family, self.config = transformer, family, config
+        self.pipe, self.component = pipe, component
         self.manager = config.manager()
         self.layout = config.guidance or family.layout
         self.cond_first = self.layout != "uncond_first"
-        self.guidance_scale: float | None = None
+        self.arguments: Arguments | None = None
         self.stack: Stack | None = None
-        self.streams: dict[str, Stream] = {}
-        self.finished: dict[str, Stream] = {}  # those of the last run, for its statistics
+        self.sampling: Sampling | None = None
+        self.halves = Halves()
         self.runs = 0
         self.bypassed: Counter[str] = Counter()
         self.not_rewound: Counter[str] = Counter()
-        self.observe: Callable[[Stream, Tensor, Tensor], None] | None = None
-        self._given: dict[str, Any] | None = None  # arguments of the call under way, where the cache takes it
-        self._result: Any = None
-        self._now: Stream | None = None  # that of the call under way
-        self._replayed: np.ndarray | None = None  # rows of the call for which a step is taken again
+        self.observe: Callable[[Sampling, Tensor, Tensor], None] | None = None
+        self._call: Call | None = None  # that is under way, where the cache takes it
         self._undo = ExitStack()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError("a cache is attached: disable() its handle before the model is copied or pickled")
 
     # ------------------------------------------------------------------ hooks
 
@@ -132,14 +98,15 @@ class Attachment:
                 undo.callback(block.remove)
             # torch's own hooks: those of diffusers and accelerate on a whole model replace each other.
             undo.enter_context(self.transformer.register_forward_pre_hook(self._before, with_kwargs=True))
-            undo.enter_context(self.transformer.register_forward_hook(self._after, always_call=True))
+            undo.enter_context(self.transformer.register_forward_hook(self._after))
             self._undo = undo.pop_all()
-        self._renew_registries()
 
     def remove(self) -> None:
         """Take the hooks off; the modules are as they were found."""
         self._undo.close()
-        self._renew_registries()
+        for module in self.transformer.modules():
+            if hasattr(module, "_diffusers_hook"):  # it remembers those of its children, of which some are gone
+                module._diffusers_hook._child_registries_cache = None
         self.reset()
 
     def _hook(self, module: nn.Module, first: bool, undo: ExitStack) -> BlockHook:
@@ -165,148 +132,190 @@ class Attachment:
             hook.compiled = torch.compile(hook.fn_ref.original_forward, backend=compiled.BACKEND)
         return hook
 
-    def _renew_registries(self) -> None:
-        """Registries remember their children, so that contexts would not reach new hooks."""
-        for module in self.transformer.modules():
-            if hasattr(module, "_diffusers_hook"):
-                module._diffusers_hook._child_registries_cache = None
-
     @torch.compiler.disable
-    def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """The transformer is called: see whether the cache takes the call."""
+    def _before(self, module: nn.Module, args: tuple, kwargs: Arguments) -> tuple[tuple, Arguments] | None:
+        """The transformer is called: see whether the cache takes the call. The arguments to call it with, if others."""
+        if self._call is not None:  # the call before broke off
+            self.reset()
         names = argument_names(type(module))
         given = dict.fromkeys(names) | dict(zip(names, args, strict=False)) | kwargs
-        self._given = self._result = self._now = None
-        if why := self._outside(given):
-            self.bypassed[why] += 1
-            for stream in self.streams.values():  # guidance by a further call
-                self._note(stream, f"calls with {why}")
-        else:
-            self._given = given
+        try:
+            self._call = self._taken(given)
+        except Uncached as why:
+            self.bypassed[str(why)] += 1
+            self._note(str(why))  # guidance by a further call
+        if self._call is None or self._call.given is given:
+            return None
+        return (), _known(self._call.given)
 
     @torch.compiler.disable
-    def _after(self, module: nn.Module, args: tuple, out: Any) -> None:
-        """The call is over: past steps are taken again, if it is time. One that failed leaves no state: out is None."""
-        if out is None:
-            self.reset()
-        elif self._now is not None:
-            stream, rows = self._now, self._given["hidden_states"]
-            with self._state_or_none():
-                if stream.rewinding is not None:
-                    self._note(stream, stream.rewinding.correct(rows, out[0], self.replay))
-                if self.observe is not None:
-                    self.observe(stream, rows, out[0])
-        self._given = self._result = self._now = None
-
-    @contextmanager
-    def _state_or_none(self) -> Iterator[None]:
-        """What changes the state of a run, without gradients; where it fails, the run is over."""
-        try:
+    def _after(self, module: nn.Module, args: tuple, out: Any) -> Any:
+        """The call is over: past steps are taken again, if it is time. What it gives, if that is not `out`."""
+        if (call := self._call) is None:
+            return None
+        if (sampling := call.sampling) is not None:
+            rows = call.given["hidden_states"]
             with torch.no_grad():
-                yield
-        except BaseException:
-            self.reset()
-            raise
+                if sampling.rewinding is not None:
+                    self._note(sampling.rewinding.correct(rows, out[0], self.replay))
+                if self.observe is not None:
+                    self.observe(sampling, rows, out[0])
+        self._call = None
+        gives = call.known
+        if call.half is not None:
+            halves = out[0].chunk(2)
+            gives = halves[call.half]
+            if call.half == 0:
+                self.halves.kept = halves[1]
+            elif sampling.rewinding is not None:
+                sampling.rewinding.expected = None  # of the first half, the pipeline has what it got before
+        return None if gives is None else (gives,) if isinstance(out, tuple) else type(out)(gives)
 
-    def _note(self, stream: Stream, why: str) -> None:
+    def _note(self, why: str) -> None:
         """A run that rewinds goes on without it if there is a reason."""
-        if why and isinstance(stream.run, CorrectedRun) and stream.run.rewinds:
+        now = self.sampling
+        if why and now is not None and isinstance(now.run, CorrectedRun) and now.run.rewinds:
             self.not_rewound[why] += 1
-            stream.rewinding, stream.run.rewinds = None, False
+            now.rewinding, now.run.rewinds = None, False
 
     def replay(self, step: int, rows: Tensor, images: np.ndarray) -> Tensor:
         """The transformer's output for other rows at a step up to this one, of which those of `images` count."""
-        rewinding = self._now.rewinding
-        self._replayed = rewinding.rows_of(images)
+        call, rewinding = self._call, self._call.sampling.rewinding
+        call.replayed = rewinding.rows_of(images)
         try:
-            return self._forward(self._given, hidden_states=rows, timestep=rewinding.timesteps[step])
+            return self._forward(call.given, hidden_states=rows, timestep=rewinding.timesteps[step])
         finally:
-            self._replayed = None
+            call.replayed = None
 
     def uncached(self, rows: Tensor) -> Tensor:
         """The transformer's output for other rows at this step; all blocks run."""
-        given, self._given = self._given, None
+        call, self._call = self._call, None
         try:
-            return self._forward(given, hidden_states=rows)
+            return self._forward(call.given, hidden_states=rows)
         finally:
-            self._given = given
+            self._call = call
 
-    def _forward(self, given: dict[str, Any], **others: Any) -> Tensor:
+    def _forward(self, given: Arguments, **others: Any) -> Tensor:
         """The output for the arguments of a call, with others in their place."""
-        known = {name: value for name, value in given.items() if value is not None}
-        return self.transformer.forward(**known | others | {"return_dict": False})[0]
-
-    def _outside(self, given: dict[str, Any]) -> str:
-        """Why a call runs uncached; empty if it does not."""
-        for name in self.family.bypass:
-            if given.get(name) is not None:
-                return name
-        for name in KEYWORDS:
-            if any(not isinstance(value, (int, float, str)) for value in (given.get(name) or {}).values()):
-                return name
-        if getattr(self.transformer, "_parallel_config", None) is not None:
-            raise RuntimeError("context or tensor parallelism was enabled under the cache: disable() it first")
-        return ""
+        return self.transformer.forward(**_known(given) | others | {"return_dict": False})[0]
 
     @torch.compiler.disable
-    def enter(self, hook: BlockHook, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def enter(self, hook: BlockHook, args: tuple, kwargs: Arguments) -> Any:
         """The block of a hook is called."""
-        if self._given is None:
+        if self._call is None:
             return hook.forward(*args, **kwargs)
         if hook.first:
-            with self._state_or_none():
-                self._result = self._run(args, kwargs, hook.context.name)
-            if self._result is None:  # no step of a run: the call goes on without the cache
-                self._given = None
-                return hook.forward(*args, **kwargs)
-        return self._result
+            with torch.no_grad():
+                self._call.result = self._run(self._call, args, kwargs)
+        return self._call.result
+
+    # ------------------------------------------------------------------ calls
+
+    def _taken(self, given: Arguments) -> Call | None:
+        """The call to make in place of one with these arguments; None if it is to run as it is for now.
+
+        Uncached for one that is no step of a run.
+        """
+        for name in self.family.bypass:
+            if given.get(name) is not None:
+                raise Uncached(name)
+        for name in KEYWORDS:
+            if any(not isinstance(value, (int, float, str)) for value in (given.get(name) or {}).values()):
+                raise Uncached(name)
+        if getattr(self.transformer, "_parallel_config", None) is not None:
+            raise RuntimeError("context or tensor parallelism was enabled under the cache: disable() it first")
+        if self.pipe is not None and self.arguments is None:
+            name = type(self.pipe).__name__
+            raise RuntimeError(
+                f"the cache of {name} is on a transformer that is called from elsewhere: enable the pipeline that "
+                "calls it, or the transformer itself"
+            )
+        time, newest = time_of(given["timestep"], self.family), self.sampling
+        follows = newest is not None and newest.grid.follows(newest.step, newest.time, time, self.pipe is None)
+        call, apart = Call(given, time, follows), self.layout == "separate" and (self._scale() or 0.0) > 1.0
+        if apart and (second := self.halves.second(call)) is not None:
+            return second
+        if self.pipe is not None and newest is not None and newest.time == time:
+            state = given["hidden_states"]
+            if alike(state, newest.state[: len(state)]):
+                raise Uncached("a further call at a timestep")
+        if not follows and self._grid(time) is None:
+            raise Uncached("a timestep that is none of the scheduler's")
+        return self.halves.begin(call) if apart else call
+
+    def _scale(self) -> float | None:
+        """Of guidance: as it was given, or that of the pipeline's call."""
+        names = ("true_cfg_scale", "guidance_scale")  # the second one is no guidance where there is the first
+        if self.component == "transformer_2":
+            names = ("guidance_scale_2", *names)
+        found = (self.config.guidance_scale, *map((self.arguments or {}).get, names))
+        return next((scale for scale in found if scale is not None), None)
+
+    @torch.compiler.disable
+    def enter(self, hook: BlockHook, args: tuple, kwargs: Arguments) -> Any:
+        """The block of a hook is called."""
+        if self._call is None:
+            return hook.forward(*args, **kwargs)
+        if hook.first:
+            with torch.no_grad():
+                self._call.result = self._run(self._call, args, kwargs)
+        return self._call.result
 
     # ------------------------------------------------------------------ runs
 
+    def begin_call(self, arguments: Arguments) -> None:
+        """The pipeline is called. RuntimeError where it has another transformer by now."""
+        if all(module is not self.transformer for module in getattr(self.pipe, self.component).modules()):
+            raise RuntimeError(f"the pipeline has another {self.component} than its cache is on: enable it anew")
+        self.reset()
+        self.arguments = arguments
+
+    def end_call(self) -> None:
+        """The pipeline's call is over."""
+        self.reset()
+        self.arguments = None
+
     def reset(self) -> None:
         """Forget the run under way; its statistics stay."""
-        for stream in self.streams.values():
-            stream.close()
-        if self.streams:
-            self.finished, self.streams = self.streams, {}
+        if self.sampling is not None:
+            self.manager.bytes, self.sampling = self.sampling.run.bytes, None
+        self.halves, self._call = Halves(), None
 
-    def _run(self, args: tuple, kwargs: dict[str, Any], context: str | None) -> Any:
+    def _run(self, call: Call, args: tuple, kwargs: Arguments) -> Any:
         """The whole stack for the first block's call -> what its last block would give."""
         full = {**dict(enumerate(args)), **kwargs}
         x, start = full[0 if 0 in full else "hidden_states"], 0
         if self.family.joint:
             text = full[1 if 1 in full else "encoder_hidden_states"]
             x, start = torch.cat([text, x], dim=1), text.shape[1]
-        x = self._step(x, full, start, context) if self._replayed is None else self._add_replayed(x)
-        if x is None or not self.family.joint:
+        if call.replayed is not None:
+            x = self._add_replayed(call, x)
+        elif call.known is None:
+            x = self._step(call, x, full, start)
+        if not self.family.joint:
             return x
         text, image = x[:, :start], x[:, start:]
         return (image, text) if self.family.returns == "image, text" else (text, image)
 
-    def _step(self, x: Tensor, full: dict[Any, Any], text: int, context: str | None) -> Tensor | None:
+    def _step(self, call: Call, x: Tensor, full: dict[Any, Any], text: int) -> Tensor:
         """The stack for tokens x (rows, T, D), of which `text` are of text, at the step that the call belongs to."""
         c = Rows.of(full, self.stack.blocks[0].keys(self.family.by_row), len(x), text)
-        self.stack.describe(x, c, self._given)
-        time = time_of(self._given["timestep"], self.family)
-        name, order = context or self._ordinal(time), None
-        halves = self._halves(name, len(x), time)
+        self.stack.describe(x, c, call.given)
+        halves, order = self._halves(call, len(x)), None
         if halves == 2 and not self.cond_first:  # the core wants the conditional half first
             order = torch.arange(len(x), device=x.device).roll(len(x) // 2)
             x, c = x[order], c[order]
-        stream = self._stream(x, c, halves, name, time)
-        if stream is None:
-            return None
-        if stream.rewinding is not None:
-            self._note(stream, stream.rewinding.begin(self._given["hidden_states"], self._given["timestep"]))
-        self._now = stream
-        stream.run.begin_step(stream.step)
-        x = stream.run.run_blocks(self.stack.blocks, x, c)
+        now = call.sampling = self._sampling(call, x, c, halves)
+        if now.rewinding is not None:
+            self._note(now.rewinding.begin(now.state, call.given["timestep"]))
+        now.run.begin_step(now.step)
+        x = now.run.run_blocks(self.stack.blocks, x, c)
         return x if order is None else x[order]  # a swap of halves undoes itself
 
-    def _add_replayed(self, x: Tensor) -> Tensor:
+    def _add_replayed(self, call: Call, x: Tensor) -> Tensor:
         """The stack where a step is taken again: what is known that it adds, in the rows that it is known of."""
-        rows = torch.from_numpy(self._replayed).to(x.device)
-        return x.index_copy(0, rows, self._now.run.run_blocks(self.stack.blocks, x[rows], None))
+        rows = torch.from_numpy(call.replayed).to(x.device)
+        return x.index_copy(0, rows, call.sampling.run.run_blocks(self.stack.blocks, x[rows], None))
 
     @property
     def scheduler(self) -> Any:
@@ -315,70 +324,54 @@ class Attachment:
 
     def linear_steps(self, grid: Grid, *, remembers: bool = True) -> LinearSteps | None:
         """Those of the pipeline's scheduler on a grid, as `adacorr.linear_steps` finds them."""
-        scheduler, advance = self.scheduler, getattr(self.pipe, "advance", scheduler_step)
-        return linear_steps(scheduler, scheduler.timesteps[-len(grid.timesteps) :], advance, remembers=remembers)
+        advance = getattr(self.pipe, "advance", scheduler_step)
+        return linear_steps(self.scheduler, self.scheduler.timesteps[grid.where], advance, remembers=remembers)
 
-    def _halves(self, name: str, rows: int, time: float) -> int:
+    def _halves(self, call: Call, rows: int) -> int:
         """2 where the call's rows are both guidance halves of each image; looked at once in a run."""
+        if call.half is not None:
+            return 2
         scale = self._scale()
         if self.layout == "separate" or scale is None or scale <= 1.0 or rows % 2:
             return 1
-        if (stream := self.streams.get(name)) is not None and time < stream.time:  # a run's timesteps fall
-            trace = stream.manager.trace
-            if rows == trace.halves * trace.images:
-                return trace.halves
-        return 2 if self._is_doubled() else 1
+        trace = self.manager.trace
+        if call.follows and rows == trace.halves * trace.images:
+            return trace.halves
+        return 2 if self._is_doubled(call.given) else 1
 
-    def _is_doubled(self) -> bool:
+    def _is_doubled(self, given: Arguments) -> bool:
         """Whether both halves of the batch are the same images, and one of them has the null label, where there is one.
 
         Other kinds of guidance stack other things.
         """
-        if not torch.equal(*self._given["hidden_states"].chunk(2)):
+        if not torch.equal(*given["hidden_states"].chunk(2)):
             return False
         if not self.stack.num_classes:
             return True
-        first, second = self._given["class_labels"].chunk(2)
+        first, second = given["class_labels"].chunk(2)
         null = second if self.cond_first else first
         return bool((null == self.stack.num_classes).all())
 
-    def _scale(self) -> float | None:
-        return self.guidance_scale if self.config.guidance_scale is None else self.config.guidance_scale
+    def _grid(self, time: float) -> Grid | None:
+        return Grid.of(time, self.family, self.config, self.pipe, self.component)
 
-    def _stream(self, x: Tensor, c: Rows, halves: int, name: str, time: float) -> Stream | None:
+    def _sampling(self, call: Call, x: Tensor, c: Rows, halves: int) -> Sampling:
         """The run that the call belongs to, at its step; a new one where the call does not follow on."""
         key = (x.shape, x.dtype, x.device, c.text, halves, self._scale())
-        stream = self.streams.get(name)
-        if stream is None or stream.key != key or not stream.grid.follows(stream.step, stream.time, time):
-            grid = Grid.of(time, self.family, self.config, self.scheduler)
-            if grid is None:
-                self.bypassed["a timestep that is none of the scheduler's"] += 1
-                return None
-            if stream is not None:
-                self.reset()
-            self.runs += not self.streams
-            stream = self.streams[name] = self._open(grid, key, halves, len(x) // halves)
-            for one in self.streams.values() if len(self.streams) > 1 else ():
-                self._note(one, APART)
-        stream.step, stream.time = stream.step + 1, time
-        return stream
+        if not call.follows or self.sampling.key != key:
+            self.sampling = self._open(call, key, halves, len(x) // halves)
+            self.runs += 1
+        now = self.sampling
+        now.step, now.time, now.state = now.step + 1, call.time, call.given["hidden_states"]
+        return now
 
-    def _ordinal(self, time: float) -> str:
-        """The name of a call without a context: the first at a timestep is the conditional half, the next the other."""
-        # The loop of a bare transformer may break off and begin again at the same timestep: it has to say so.
-        if (self.config.guidance if self.pipe is None else self.layout) != "separate":
-            return "batch"
-        called = [name for name, stream in self.streams.items() if stream.time == time]
-        if len(called) == 2:
-            self.reset()
-        return "uncond" if len(called) == 1 else "cond"
-
-    def _open(self, grid: Grid, key: tuple, halves: int, images: int) -> Stream:
-        manager, scheduler, labels = copy.copy(self.manager), self.scheduler, None
+    def _open(self, call: Call, key: tuple, halves: int, images: int) -> Sampling:
+        grid, scheduler, labels = self._grid(call.time), self.scheduler, None
         if self.stack.num_classes:
-            labels = self._given["class_labels"]
+            labels = call.given["class_labels"]
             labels = labels[:images] if self.cond_first else labels[-images:]
-        run = manager.open(
+        self.sampling = None  # its tensors make room
+        run = self.manager.open(
             self.stack,
             labels,
             torch.from_numpy(grid.timesteps),
@@ -388,11 +381,19 @@ class Attachment:
             rewindable=scheduler is not None,
             model_id=self.config.model_id,
             sampler=sampler_of(scheduler),
+            spent=0.5 if call.half == 1 else 0.0,  # the conditional half was called before
         )
-        stream = Stream(manager, run, grid, key)
+        sampling = Sampling(run, grid, key)
         if isinstance(run, CorrectedRun) and run.rewinds:
             if (steps := self.linear_steps(grid)) is None:
-                self._note(stream, f"steps of {type(scheduler).__name__} that are not known to be linear")
+                why = f"steps of {type(scheduler).__name__} that are not known to be linear"
+                self.not_rewound[why] += 1
+                run.rewinds = False
             else:
-                stream.rewinding = Rewinding(run, steps, scheduler, halves, self.cond_first, self._scale() or 1.0)
-        return stream
+                sampling.rewinding = Rewinding(run, steps, scheduler, halves, self.cond_first, self._scale() or 1.0)
+        return sampling
+
+
+def _known(given: Arguments) -> Arguments:
+    """Without arguments that were not given."""
+    return {name: value for name, value in given.items() if value is not None}

@@ -17,7 +17,7 @@ from adacorr.integrations.diffusers.families import Family, family_of
 from adacorr.policy import Policy
 
 OLDEST = (0, 36)  # diffusers whose blocks have the arguments that families.py knows
-_HANDLES = "_adacorr_handles"
+_CACHES = "_adacorr_caches"
 
 
 def enable(pipe: Any, config: CacheConfig | None = None, *, component: str = "transformer") -> Handle:
@@ -41,12 +41,14 @@ def enable(pipe: Any, config: CacheConfig | None = None, *, component: str = "tr
     has_steps = config.num_steps is not None or config.timesteps is not None
     if bare and not has_steps:
         raise ValueError("a bare transformer needs num_steps or timesteps in the configuration; or give the pipeline")
+    if bare and config.guidance == "separate" and config.guidance_scale is None:
+        raise ValueError("a bare transformer whose guidance halves are called apart needs their guidance_scale")
     if has_steps and not bare:
         raise ValueError("num_steps and timesteps are for a bare transformer; the pipeline's scheduler has its own")
     if not bare and getattr(pipe.scheduler, "order", 1) != 1:
         name = type(pipe.scheduler).__name__
         raise ValueError(f"{name} calls the network more than once in a step: take a scheduler of first order calls")
-    attachment = Attachment(transformer, family, config, None if bare else pipe)
+    attachment = Attachment(transformer, family, config, None if bare else pipe, component)
     attachment.install()
     return Handle(attachment)
 
@@ -57,31 +59,28 @@ class Handle:
     def __init__(self, attachment: Attachment):
         self.config, self._attachment, self.enabled = attachment.config, attachment, True
         if attachment.pipe is not None:
-            _watch(attachment.pipe, self)
+            _watch(attachment.pipe, attachment)
 
     def stats(self) -> dict[str, Any]:
         """Of the newest run: compute (share of the block FLOPs), hit_rate, evaluations, rewound (steps of images that
-        were taken again), fallbacks and bytes.
+        were taken again), fallbacks, bytes, and `trace`, a summary.
 
-        `streams` has the trace's summary of each stream, of which there are two where guidance halves are called apart;
         `runs`, and by their reasons `bypassed` calls and runs that are `not_rewound`, count since `enable`.
         """
-        streams = self._attachment.streams or self._attachment.finished
-        traces = [stream.manager.trace for stream in streams.values()]
-        uncached = sum(trace.uncached_flops for trace in traces)
-        whole = max(sum(trace.evaluation_flops for trace in traces), 1)
-        flops = sum(trace.flops for trace in traces)
+        own = self._attachment
+        trace, sampling = own.manager.trace, own.sampling
+        begun = trace is not None and trace.done > 0
         return {
-            "compute": flops / uncached if uncached else 1.0,
-            "hit_rate": sum(trace.hit_rate * trace.evaluation_flops for trace in traces) / whole,
-            "evaluations": flops / whole,
-            "rewound": sum(trace.rewound for trace in traces),
-            "fallbacks": sum(trace.fallbacks for trace in traces),
-            "bytes": sum(stream.bytes for stream in streams.values()),
-            "runs": self._attachment.runs,
-            "bypassed": dict(self._attachment.bypassed),
-            "not_rewound": dict(self._attachment.not_rewound),
-            "streams": {name: stream.manager.trace.summary() for name, stream in streams.items()},
+            "compute": trace.compute if begun else 1.0,
+            "hit_rate": trace.hit_rate if begun else 0.0,
+            "evaluations": trace.flops / trace.evaluation_flops if begun else 0.0,
+            "rewound": trace.rewound if begun else 0,
+            "fallbacks": trace.fallbacks if begun else 0,
+            "bytes": own.manager.bytes if sampling is None else sampling.run.bytes,
+            "runs": own.runs,
+            "bypassed": dict(own.bypassed),
+            "not_rewound": dict(own.not_rewound),
+            "trace": trace.summary() if begun else {},
         }
 
     def reset(self) -> None:
@@ -95,7 +94,7 @@ class Handle:
         self.enabled = False
         self._attachment.remove()
         if self._attachment.pipe is not None:
-            _unwatch(self._attachment.pipe, self)
+            _unwatch(self._attachment.pipe, self._attachment)
 
     def __enter__(self) -> Handle:
         return self
@@ -103,42 +102,38 @@ class Handle:
     def __exit__(self, *error: Any) -> None:
         self.disable()
 
-    def _called(self, guidance_scale: float | None) -> None:
-        """The pipeline's call begins, or is over."""
-        self._attachment.reset()
-        self._attachment.guidance_scale = guidance_scale
-
 
 # ------------------------------------------------------------------------------------------- the pipeline's call
 
 
-def _watch(pipe: Any, handle: Handle) -> None:
-    """Tell the handle of the pipeline's calls. Python looks `pipe(...)` up in the class, so it gets its own."""
-    if _HANDLES not in vars(pipe):
+def _watch(pipe: Any, attachment: Attachment) -> None:
+    """Tell the attachment of the pipeline's calls. Python looks `pipe(...)` up in the class, so it gets its own."""
+    if _CACHES not in vars(pipe):
         kind = type(pipe)
 
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             bound = inspect.signature(kind.__call__).bind(self, *args, **kwargs)
             bound.apply_defaults()
-            handles = list(vars(self)[_HANDLES])
-            for one in handles:
-                one._called(bound.arguments.get("guidance_scale"))
+            caches = list(vars(self)[_CACHES])
+            for cache in caches:
+                cache.begin_call(bound.arguments)
             try:
                 return kind.__call__(self, *args, **kwargs)
             finally:
-                for one in handles:
-                    one._called(None)
+                for cache in caches:
+                    cache.end_call()
 
-        names = {"__call__": call, "__module__": kind.__module__, "__doc__": kind.__doc__}
-        object.__setattr__(pipe, _HANDLES, [])
-        object.__setattr__(pipe, "__class__", type(kind.__name__, (kind,), names))
-    vars(pipe)[_HANDLES].append(handle)
+        own = {"__call__": call, "__reduce_ex__": Attachment.__reduce_ex__}
+        own |= {"__module__": kind.__module__, "__doc__": kind.__doc__}
+        object.__setattr__(pipe, _CACHES, [])
+        object.__setattr__(pipe, "__class__", type(kind.__name__, (kind,), own))
+    vars(pipe)[_CACHES].append(attachment)
 
 
-def _unwatch(pipe: Any, handle: Handle) -> None:
-    vars(pipe)[_HANDLES].remove(handle)
-    if not vars(pipe)[_HANDLES]:
-        del vars(pipe)[_HANDLES]
+def _unwatch(pipe: Any, attachment: Attachment) -> None:
+    vars(pipe)[_CACHES].remove(attachment)
+    if not vars(pipe)[_CACHES]:
+        del vars(pipe)[_CACHES]
         object.__setattr__(pipe, "__class__", type(pipe).__mro__[1])
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from adacorr.calibration.stack import StackCalibration
 from adacorr.calibration.trajectory import ROUNDING
 from adacorr.files import check_writable
-from adacorr.integrations.diffusers.attach import Attachment, Stream
+from adacorr.integrations.diffusers.attach import Attachment, Sampling
 from adacorr.integrations.diffusers.config import CacheConfig
 from adacorr.integrations.diffusers.handle import enable
 from adacorr.integrations.diffusers.schedule import sampler_of
@@ -60,7 +60,7 @@ def measure(
     for seed, call in enumerate(calls, SEED):
         with enable(pipe, wrong, component=component) as cache:
             cached: list[Tensor] = []
-            cache._attachment.observe = lambda stream, rows, out, to=cached: to.append(rows)
+            cache._attachment.observe = lambda now, rows, out, to=cached: to.append(rows)
             draw(call, seed)
         with enable(pipe, whole, component=component) as cache:
             observer = _Observer(cache._attachment, cached, known)
@@ -86,15 +86,15 @@ class _Observer:
         self.before: Tensor | None = None  # what the stack added in the step before
         attachment.observe = self.see
 
-    def see(self, stream: Stream, rows: Tensor, out: Tensor) -> None:
-        rewinding, run = stream.rewinding, stream.run
+    def see(self, now: Sampling, rows: Tensor, out: Tensor) -> None:
+        rewinding, run = now.rewinding, now.run
         if rewinding is None:
             reasons = ", ".join(self.attachment.not_rewound)
             raise ValueError(f"this pipeline cannot be measured: {reasons}")
-        timesteps, scale = stream.grid.timesteps, rewinding.scale if rewinding.halves == 2 else 1.0
+        timesteps, scale = now.grid.timesteps, rewinding.scale if rewinding.halves == 2 else 1.0
         basis = np.ones((len(timesteps), 1)) if run.store.basis is None else run.store.basis.astype(np.float64)
         if self.calibration is None:
-            first = self.attachment.linear_steps(stream.grid, remembers=False)
+            first = self.attachment.linear_steps(now.grid, remembers=False)
             steps = np.stack([first.carry[:, 0, 0], first.gain[:, 0]], axis=1)
             self.calibration = StackCalibration(timesteps, steps, basis, scale)
         known, step = self.calibration, run.step
@@ -104,7 +104,7 @@ class _Observer:
             raise ValueError("the calls that measure a transformer must have the same steps and the same guidance")
         if known.basis.shape != basis.shape or not np.allclose(known.basis, basis, atol=1e-3):
             raise ValueError("the gates of the calls that measure a transformer differ: give calls of one picture size")
-        x, own, added = rewinding.state(rows), self.halves_of(stream, out, rows), run.newest_added
+        x, own, added = rewinding.state(rows), self.halves_of(now, out, rows), run.newest_added
         everyone = np.arange(len(x))
         self.stored.append([])
         for track in run.store.tracks:
@@ -112,27 +112,27 @@ class _Observer:
             self.stored[-1].append(values[:, :, :: max(values.shape[2] // TOKENS, 1)].float().cpu())
         if self.before is not None:
             change = (self.before - added)[: len(x)]
-            other = self.replayed(stream, rows, added + torch.cat([change] * rewinding.halves))
+            other = self.replayed(now, rows, added + torch.cat([change] * rewinding.halves))
             known.add_reading(step, change, other[0] - own[0])
         self.before = added
         error = rewinding.state(self.cached[step]) - x
         if error.norm() > ROUNDING * x.norm():
             moved = torch.cat([x + error] * rewinding.halves).to(rows.dtype)
-            held = self.replayed(stream, moved, added)[0] - own[0]
-            fresh = self.halves_of(stream, self.attachment.uncached(moved), rows)
+            held = self.replayed(now, moved, added)[0] - own[0]
+            fresh = self.halves_of(now, self.attachment.uncached(moved), rows)
             answers = [new - old for new, old in zip(fresh, own, strict=True)]
             known.add_response(step, error, [held, answers[0], *(answers[0] - other for other in answers[1:])])
         if step == len(known.timesteps) - 1:
             self.final = rewinding.expected
 
-    def halves_of(self, stream: Stream, out: Tensor, rows: Tensor) -> list[Tensor]:
-        return stream.rewinding.halves_of(stream.rewinding.predicted(out, rows))
+    def halves_of(self, now: Sampling, out: Tensor, rows: Tensor) -> list[Tensor]:
+        return now.rewinding.halves_of(now.rewinding.predicted(out, rows))
 
-    def replayed(self, stream: Stream, rows: Tensor, added: Tensor) -> list[Tensor]:
+    def replayed(self, now: Sampling, rows: Tensor, added: Tensor) -> list[Tensor]:
         """The halves of the output where the stack adds this in the current step."""
-        with stream.run.adding(added):
-            out = self.attachment.replay(stream.run.step, rows, np.arange(stream.run.info.images))
-        return self.halves_of(stream, out, rows)
+        with now.run.adding(added):
+            out = self.attachment.replay(now.run.step, rows, np.arange(now.run.info.images))
+        return self.halves_of(now, out, rows)
 
     def end(self) -> StackCalibration:
         """The run is over: the calibration with it."""

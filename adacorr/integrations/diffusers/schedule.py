@@ -16,34 +16,44 @@ TOLERANCE = 4.0
 
 
 class Grid:
-    """The steps of a run. timesteps (S,), falling; `loose` where only their number is known, not where they are."""
+    """The steps of a run. timesteps (S,), falling; `loose` where only their number is known, not where they are.
 
-    def __init__(self, timesteps: np.ndarray, loose: bool = False):
-        self.timesteps, self.loose = timesteps, loose
+    where: a slice, the places of a pipeline's among the timesteps of its scheduler.
+    """
+
+    def __init__(self, timesteps: np.ndarray, where: slice = slice(None), loose: bool = False):
+        self.timesteps, self.where, self.loose = timesteps, where, loose
 
     @classmethod
-    def of(cls, time: float, family: Family, config: CacheConfig, scheduler: Any) -> Grid | None:
+    def of(cls, time: float, family: Family, config: CacheConfig, pipe: Any, component: str) -> Grid | None:
         """The grid of the run whose first call is at `time`, from there on; None if it has no such step.
 
         ValueError for a scheduler that evaluates the network twice in a step.
         """
-        if scheduler is not None:
-            whole = np.asarray(torch.as_tensor(scheduler.timesteps).double().cpu())
+        if pipe is not None:
+            whole = np.asarray(torch.as_tensor(pipe.scheduler.timesteps).double().cpu())
             whole = 1000.0 - whole if family.rising else whole
         elif config.timesteps is not None:
             whole = np.array(config.timesteps)
         else:
             return cls(time * (1.0 - np.arange(config.num_steps) / config.num_steps), loose=True)
         if (np.diff(whole) >= 0).any():
-            name = "the timesteps" if scheduler is None else type(scheduler).__name__
+            name = "the timesteps" if pipe is None else type(pipe.scheduler).__name__
             way = "take another spacing, or a scheduler that calls the network once in a step"
             raise ValueError(f"{name} must fall from step to step, and one comes twice or rises: {way}")
-        first = int(np.abs(whole - time).argmin())
-        return cls(whole[first:]) if abs(whole[first] - time) <= TOLERANCE else None
+        first, end = int(np.abs(whole - time).argmin()), len(whole)
+        boundary = getattr(getattr(pipe, "config", None), "boundary_ratio", None)
+        if boundary is not None and component == "transformer":  # Wan 2.2 takes another one for the rest
+            end = int((whole >= 1000.0 * boundary).sum())
+        where = slice(first, end)
+        return cls(whole[where], where) if first < end and abs(whole[first] - time) <= TOLERANCE else None
 
-    def follows(self, step: int, before: float, time: float) -> bool:
-        """Whether a call at `time` is the step after `step`, which was called at `before`."""
-        if step + 1 >= len(self.timesteps) or time >= before:
+    def follows(self, step: int, before: float, time: float, strictly: bool) -> bool:
+        """Whether a call at `time` is the step after `step`, which was called at `before`.
+
+        Not strictly also where both were rounded to one timestep.
+        """
+        if step + 1 >= len(self.timesteps) or time > before or (strictly and time == before):
             return False
         return self.loose or abs(self.timesteps[step + 1] - time) <= TOLERANCE
 
