@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig
+from diffusers import FirstBlockCacheConfig, FlowMatchEulerDiscreteScheduler
 from diffusers.hooks import HookRegistry, ModelHook
-from tiny_diffusers import SCALE, STEPS, TINY, by_row, call, guided, inputs, sample, tiny
+from tiny_diffusers import SCALE, STEPS, TINY, by_row, call, draw, guided, inputs, sample, tiny, toy_pipeline
 
 from adacorr import available, compiled
 from adacorr.integrations.diffusers import CacheConfig, enable
@@ -484,3 +484,9 @@ def test_timesteps_that_pipelines_round_are_those_of_the_scheduler():
     for dtype in (torch.bfloat16, torch.float16):
         rounded = (exact.to(dtype) / 1000).double() * 1000
         assert (rounded - exact).abs().max() <= TOLERANCE
+    pipe, given = toy_pipeline("flux")
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)  # in bf16 some of 100 steps have one timestep
+    given = {key: value.bfloat16() if torch.is_tensor(value) else value for key, value in given.items()}
+    with enable(pipe.to(torch.bfloat16), CacheConfig(adacorr="budget=9")) as cache:
+        draw(pipe, given, num_inference_steps=100)
+        assert (cache.stats()["runs"], cache.stats()["bypassed"]) == (1, {})

@@ -152,8 +152,9 @@ def test_the_mean_is_read_by_the_basis_of_a_run():
 
 def test_what_cannot_be_measured():
     pipe, calls = made("sd3")
-    with pytest.raises(ValueError, match="one call of the pipeline at least"):
-        measure(pipe, [])
+    for calls_of_none in ([], calls[0]):
+        with pytest.raises(ValueError, match="a list with the arguments of one call of the pipeline at least"):
+            measure(pipe, calls_of_none)
     with pytest.raises(ValueError, match=r"own\.txt: the name must end in"):
         measure(pipe, calls, "own.txt")
     with pytest.raises(OSError, match=r"own\.json.*is a file, not a folder"):

@@ -47,7 +47,7 @@ class BlockHook(ModelHook):
 
 @dataclass
 class Sampling:
-    """One sampling run: rows of the newest call's state are in `state`."""
+    """One sampling run, up to its newest step, whose call was given `state`."""
 
     run: CachedRun
     grid: Grid
@@ -250,16 +250,6 @@ class Attachment:
             names = ("guidance_scale_2", *names)
         found = (self.config.guidance_scale, *map((self.arguments or {}).get, names))
         return next((scale for scale in found if scale is not None), None)
-
-    @torch.compiler.disable
-    def enter(self, hook: BlockHook, args: tuple, kwargs: Arguments) -> Any:
-        """The block of a hook is called."""
-        if self._call is None:
-            return hook.forward(*args, **kwargs)
-        if hook.first:
-            with torch.no_grad():
-                self._call.result = self._run(self._call, args, kwargs)
-        return self._call.result
 
     # ------------------------------------------------------------------ runs
 

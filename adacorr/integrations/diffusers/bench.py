@@ -104,6 +104,8 @@ def compare(args: argparse.Namespace, say: Callable[[str], object]) -> list[dict
     device = torch.device(args.device)
     pipe, call = load(args, device)
     pipe.set_progress_bar_config(disable=True)
+    for arguments in filter(None, plans.values()):  # what is refused is refused before anything is sampled
+        apply_cache_on_transformer(pipe, **arguments).disable()
 
     def draw(steps: int) -> np.ndarray:
         generator = torch.Generator("cpu").manual_seed(args.seed)

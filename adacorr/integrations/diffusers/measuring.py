@@ -48,8 +48,8 @@ def measure(
     if path is not None:
         check_suffix(path)
         check_writable("profile", Path(path))
-    if not calls:
-        raise ValueError("measure needs the arguments of one call of the pipeline at least; give two")
+    if not calls or isinstance(calls, Mapping):
+        raise ValueError("measure needs a list with the arguments of one call of the pipeline at least; give two")
     config, known = config or CacheConfig(), None
     wrong = replace(config, adacorr=None, cache=WRONG, profile=None)
     whole = replace(config, adacorr=EVERYTHING, cache=None, profile=None)
