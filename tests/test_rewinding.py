@@ -128,8 +128,8 @@ def test_a_pipeline_with_a_memory_goes_on_as_one_that_was_better_all_along(kind,
             return z, out
         return torch.cat([other, *remembered(better)], dim=1), network(learnt, other)
 
-    run = SimpleNamespace(step=0, info=SimpleNamespace(images=2), correct=correct)
-    own = Rewinding(run, steps, scheduler, 1, True, 1.0)
+    run = SimpleNamespace(step=0, info=SimpleNamespace(images=2), halves=1, correct=correct)
+    own = Rewinding(run, steps, scheduler, True)
     for step, t in enumerate(scheduler.timesteps):
         run.step, out = step, network(step, x)
         assert own.begin(x, t) == ""
@@ -155,9 +155,9 @@ def test_the_scheduler_makes_the_better_state_of_the_output(halves, channels, co
         torch.testing.assert_close(advance(0, x, answer, np.arange(n)), 2.0 * x + 3.0 * answer)
         return better, answer
 
-    run = SimpleNamespace(step=1, info=SimpleNamespace(images=n), correct=correct)
+    run = SimpleNamespace(step=1, info=SimpleNamespace(images=n, cfg_scale=scale), halves=halves, correct=correct)
     steps = LinearSteps(np.array([[[2.0]], [[a]]]), np.array([[3.0], [b]]))
-    own = Rewinding(run, steps, None, halves, conditional_first, scale)
+    own = Rewinding(run, steps, None, conditional_first)
     rows, out = torch.cat([x] * halves), torch.randn(halves * n, channels, 4, 4)
     given, again = out.clone(), torch.randn(halves * n, channels, 4, 4)
 
@@ -186,8 +186,8 @@ def test_the_scheduler_makes_the_better_state_of_the_output(halves, channels, co
 
 
 def test_an_output_of_other_tokens_is_left_alone():
-    run = SimpleNamespace(step=0, info=SimpleNamespace(images=1))
-    own, rows = Rewinding(run, None, None, 1, True, 1.0), torch.zeros(1, 4, 2, 2)
+    run = SimpleNamespace(step=0, info=SimpleNamespace(images=1), halves=1)
+    own, rows = Rewinding(run, None, None, True), torch.zeros(1, 4, 2, 2)
     assert "(2, 2, 2)" in own.correct(rows, torch.zeros(1, 2, 2, 2), None)
 
 

@@ -191,7 +191,7 @@ def _toy_pipeline(name):
         pipe = diffusers.DiTPipeline(transformer, vae, diffusers.DDIMScheduler(**PLAIN))
         return pipe, {"class_labels": [1, 7], "guidance_scale": 4.0, "output_type": "pt"}
     text = inputs("wan", 2)[1]["encoder_hidden_states"]
-    call = {"prompt_embeds": text, "negative_prompt_embeds": text.flip(1), "num_frames": 5, "output_type": "latent"}
+    call = {"prompt_embeds": text, "negative_prompt_embeds": -text, "num_frames": 5, "output_type": "latent"}
     call |= {"height": 128, "width": 128} if name == "ltx" else {"height": 64, "width": 64}
     if name in ("ltx", "hunyuan", "mochi"):
         call |= dict.fromkeys(("prompt_attention_mask", "negative_prompt_attention_mask"), torch.ones(2, TEXT))

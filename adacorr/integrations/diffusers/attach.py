@@ -380,7 +380,7 @@ class Attachment:
                 self.not_rewound[why] += 1
                 run.rewinds = False
             else:
-                sampling.rewinding = Rewinding(run, steps, scheduler, halves, self.cond_first, self._scale() or 1.0)
+                sampling.rewinding = Rewinding(run, steps, scheduler, self.cond_first)
         return sampling
 
 

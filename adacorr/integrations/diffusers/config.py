@@ -29,10 +29,8 @@ class CacheConfig:
     model_id        sha256 of the checkpoint that profiles are held to, this one and those of calibrated methods; None
                     takes what the pipeline's own config says of it (PixelDiTPipeline), if anything
     guidance_scale  None takes it from the pipeline's call; needed for a bare transformer that gets both guidance halves
-                    in one batch
     guidance        where the halves are: cond_first or uncond_first in one batch, separate in calls of their own, cond
-                    first; None takes the layout of the class's own pipelines. A bare transformer whose halves are
-                    called apart needs separate
+                    first; None takes the layout of the class's own pipelines
     num_steps, timesteps  of a bare transformer, one of them: the sampling timesteps in 0..1000, falling from noise to
                     image, or their number where they are even
     compile         run the blocks through torch.compile

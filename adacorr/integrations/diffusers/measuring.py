@@ -91,7 +91,7 @@ class _Observer:
         if rewinding is None:
             reasons = ", ".join(self.attachment.not_rewound)
             raise ValueError(f"this pipeline cannot be measured: {reasons}")
-        timesteps, scale = now.grid.timesteps, rewinding.scale if rewinding.halves == 2 else 1.0
+        timesteps, scale = now.grid.timesteps, run.info.cfg_scale
         basis = np.ones((len(timesteps), 1)) if run.store.basis is None else run.store.basis.astype(np.float64)
         if self.calibration is None:
             first = self.attachment.linear_steps(now.grid, remembers=False)

@@ -31,7 +31,6 @@ from adacorr.run import put_rows, take_rows
 TOLERANCE = 1e-4
 
 UNEXPECTED = "a state that the scheduler does not make of this output"
-APART = "guidance halves in calls of their own"
 
 
 def sizes(x: Tensor) -> Tensor:
@@ -42,25 +41,16 @@ def sizes(x: Tensor) -> Tensor:
 class Rewinding:
     """The rewinds of one run of the core under a pipeline.
 
-    steps      those of the pipeline's scheduler
-    halves     guidance halves in the rows of a call; conditional_first: their order
-    scale      of guidance, with two halves
+    steps               those of the pipeline's scheduler
+    conditional_first   the order of guidance halves in the rows of a call
     """
 
-    def __init__(
-        self,
-        run: CorrectedRun,
-        steps: LinearSteps,
-        scheduler: Any,
-        halves: int,
-        conditional_first: bool,
-        scale: float,
-    ):
-        self.run, self.steps, self.scheduler, self.scale = run, steps, scheduler, scale
-        self.halves, self.conditional_first = halves, conditional_first
+    def __init__(self, run: CorrectedRun, steps: LinearSteps, scheduler: Any, conditional_first: bool):
+        self.run, self.steps, self.scheduler, self.conditional_first = run, steps, scheduler, conditional_first
+        self.halves = run.halves
         self.timesteps: list[Any] = []  # what the transformer was given for each step
         self.expected: Tensor | None = None  # the state (n, C, ...) that the next step is to begin with,
-        self.parts: Tensor | None = None  # and the sizes (n,) of what it is the sum of
+        self.allowed: Tensor | None = None  # and how far (n,) it may be from that
         self.own: Tensor | None = None  # (n, (K - 1) * C, ...): what z' remembers; None where it is the scheduler's
 
     def begin(self, rows: Tensor, timestep: Any) -> str:
@@ -68,9 +58,7 @@ class Rewinding:
         self.timesteps.append(timestep)
         if self.expected is None:
             return ""
-        x = self.state(rows)
-        allowed = TOLERANCE * sizes(x) + torch.finfo(rows.dtype).eps * self.parts
-        return "" if bool((sizes(x - self.expected) <= allowed).all()) else UNEXPECTED
+        return "" if bool((sizes(self.state(rows) - self.expected) <= self.allowed).all()) else UNEXPECTED
 
     def state(self, rows: Tensor) -> Tensor:
         """(n, C, ...) float32."""
@@ -96,7 +84,7 @@ class Rewinding:
     def guided(self, predicted: Tensor) -> Tensor:
         """(rows, C, ...) -> (n, C, ...) float32."""
         cond, *others = self.halves_of(predicted)
-        return cond if not others else others[0] + self.scale * (cond - others[0])
+        return cond if not others else others[0] + self.run.info.cfg_scale * (cond - others[0])
 
     def correct(self, rows: Tensor, out: Tensor, replay: Callable[[int, Tensor, np.ndarray], Tensor]) -> str:
         """Take past steps again if this one was computed, and move the state by changing the output in place.
@@ -121,7 +109,7 @@ class Rewinding:
             return f"a scheduler that remembers other shapes than {tuple(x.shape[1:])}"
         z = torch.cat([x, *memory], dim=1)
         own = z if self.own is None else torch.cat([x, self.own], dim=1)
-        better, answer = self.run.correct(own, noise, evaluate, self._advance)
+        better, answer = self.run.correct(own, noise, evaluate, lambda at, z, out, images: steps.take(at, z, out))
         if better is not z:
             # Of its own memory the scheduler is to make the state that the better one leads to.
             target = steps.take(step, better, answer)
@@ -129,14 +117,8 @@ class Rewinding:
             predicted += torch.cat([move] * self.halves).to(out.dtype)
             noise = self.guided(predicted)
             self.own = target[:, x.shape[1] :] if steps.size > 1 else None
-        self.expected, self.parts = steps.take(step, z, noise)[:, : x.shape[1]], self.sizes_in(step, z, noise)
+        self.expected = steps.take(step, z, noise)[:, : x.shape[1]]
+        parts = zip([*steps.carry[step, 0], steps.gain[step, 0]], [*z.chunk(steps.size, dim=1), noise], strict=True)
+        summed = sum(abs(float(weight)) * sizes(part) for weight, part in parts)
+        self.allowed = TOLERANCE * sizes(self.expected) + torch.finfo(rows.dtype).eps * summed
         return ""
-
-    def _advance(self, step: int, z: Tensor, out: Tensor, images: np.ndarray) -> Tensor:
-        return self.steps.take(step, z, out)
-
-    def sizes_in(self, step: int, z: Tensor, out: Tensor) -> Tensor:
-        """(n,): the sizes of what the next state is the sum of."""
-        parts = [*z.chunk(self.steps.size, dim=1), out]
-        weights = [*self.steps.carry[step, 0], self.steps.gain[step, 0]]
-        return sum(abs(float(weight)) * sizes(part) for weight, part in zip(weights, parts, strict=True))
