@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers import FluxPipeline
 from tiny_diffusers import SCALE, STEPS, call, draw, guided, inputs, sample, tiny, toy_pipeline, unconditional
 
 from adacorr.integrations.diffusers import CacheConfig, enable
@@ -92,6 +93,17 @@ def test_pipelines_that_give_them_no_name():
         assert stats["rewound"] > 0
         draw(pipe, cond)
         assert (cache.stats()["runs"], cache.stats()["trace"]["halves"]) == (2, 1)
+
+
+def test_a_distilled_scale_announces_no_other_half():
+    class Plain(FluxPipeline):  # as the pipelines of Flux without `true_cfg_scale`
+        def __call__(self, guidance_scale=3.5, **others):
+            return super().__call__(guidance_scale=guidance_scale, **others)
+
+    pipe, given = toy_pipeline("flux")
+    with enable(Plain(**pipe.components), CacheConfig(**INTERVAL)) as cache:
+        draw(cache._attachment.pipe, given)
+        assert (cache.stats()["trace"]["steps"], cache.stats()["hit_rate"]) == (STEPS, 0.5)
 
 
 def test_other_rounding_in_the_first_step_is_no_edit():

@@ -245,7 +245,9 @@ class Attachment:
 
     def _scale(self) -> float | None:
         """Of guidance: as it was given, or that of the pipeline's call."""
-        names = ("true_cfg_scale", "guidance_scale")  # the second one is no guidance where there is the first
+        # A transformer that is told the scale was distilled to it: two halves are guided by another one.
+        distilled = "guidance" in argument_names(type(self.transformer))
+        names = ("true_cfg_scale",) if distilled else ("guidance_scale",)
         if self.component == "transformer_2":
             names = ("guidance_scale_2", *names)
         found = (self.config.guidance_scale, *map((self.arguments or {}).get, names))

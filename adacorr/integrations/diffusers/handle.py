@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
-import re
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +15,6 @@ from adacorr.integrations.diffusers.config import CacheConfig
 from adacorr.integrations.diffusers.families import Family, family_of
 from adacorr.policy import Policy
 
-OLDEST = (0, 36)  # diffusers whose blocks have the arguments that families.py knows
 _CACHES = "_adacorr_caches"
 
 
@@ -24,13 +22,12 @@ def enable(pipe: Any, config: CacheConfig | None = None, *, component: str = "tr
     """Attach a cache to a diffusers pipeline, or to a bare transformer; until `Handle.disable`.
 
     component: which of the pipeline's transformers ("transformer_2" of some). Raises ValueError, before anything is
-    changed, for a model, diffusers, scheduler or configuration that cannot be served, RuntimeError where a cache is
+    changed, for a model, scheduler or configuration that cannot be served, RuntimeError where a cache is
     attached already.
     """
     config = config or CacheConfig()
     if config.model_id is None and (known := getattr(getattr(pipe, "config", None), "checkpoint_sha256", None)):
         config = replace(config, model_id=known)
-    check_version(importlib.metadata.version("diffusers"))
     bare = isinstance(pipe, nn.Module)
     transformer = pipe if bare else getattr(pipe, component, None)
     if not isinstance(transformer, nn.Module):
@@ -138,14 +135,6 @@ def _unwatch(pipe: Any, attachment: Attachment) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- checks
-
-
-def check_version(version: str) -> None:
-    """ValueError for a diffusers that is too old."""
-    numbers = re.match(r"(\d+)\.(\d+)", version)
-    if numbers is None or tuple(map(int, numbers.groups())) < OLDEST:
-        oldest = ".".join(map(str, OLDEST))
-        raise ValueError(f"diffusers {version} is too old: {oldest} or newer is needed: pip install -U diffusers")
 
 
 def check_transformer(transformer: nn.Module, family: Family) -> None:
