@@ -25,6 +25,7 @@ from adacorr.integrations.diffusers.schedule import Grid, sampler_of, time_of
 from adacorr.integrations.diffusers.stack import Stack
 from adacorr.linear_steps import LinearSteps, linear_steps, scheduler_step
 from adacorr.run import CachedRun
+from adacorr.transfer import on_device
 
 HOOK = "adacorr"
 
@@ -270,6 +271,7 @@ class Attachment:
     def reset(self) -> None:
         """Forget the run under way; its statistics stay."""
         if self.sampling is not None:
+            self.sampling.run.close()
             self.manager.bytes, self.sampling = self.sampling.run.bytes, None
         self.halves, self._call = Halves(), None
 
@@ -306,7 +308,7 @@ class Attachment:
 
     def _add_replayed(self, call: Call, x: Tensor) -> Tensor:
         """The stack where a step is taken again: what is known that it adds, in the rows that it is known of."""
-        rows = torch.from_numpy(call.replayed).to(x.device)
+        rows = on_device(call.replayed, x.device)
         return x.index_copy(0, rows, call.sampling.run.run_blocks(self.stack.blocks, x[rows], None))
 
     @property
