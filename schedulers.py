@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 
+import numpy as np
 import torch
 from diffusers import schedulers
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from adacorr.linear_steps import LinearSteps, linear_steps
 from adacorr.spec import Value, hint
 from diffusion import BETAS, NUM_TRAIN, SCHEDULERS, Sampler, check_arguments, names, split_output, unknown_sampler
-from timesteps import optimized_steps
+from timesteps import half_log_snr, optimized_steps
 
 # What the network was trained with, which no option can change,
 _NETWORK: dict[str, Value] = {
@@ -128,14 +129,19 @@ class SchedulerSampler(Sampler):
             raise ValueError(f"{calls}; valid: {', '.join(names())}")
         sigmas = getattr(self.scheduler, "sigmas", torch.empty(0))
         if bool((sigmas.diff() >= 0).any()):
-            levels = f"{self.name} has no {num_steps} distinct noise levels"
-            raise ValueError(f"{levels}; take fewer steps or timestep_spacing=trailing")
+            where = f"{self.name} has a step between equal noise levels in {num_steps} steps with these options"
+            raise ValueError(f"{where}; take fewer steps, timestep_spacing=trailing or other options")
+        levels = sigmas[:num_steps].double().log().numpy()  # at the timesteps that have them, to rounding to whole ones
+        meant = np.interp(levels, -half_log_snr(), np.arange(NUM_TRAIN))
+        if len(sigmas) and (np.abs(meant - self.timesteps.double().numpy()) > 1).any():
+            raise ValueError(f"{self.name} steps along other noise levels than its timesteps have; take other options")
         self.scheduler.set_begin_index(0)
         self._due = 0
 
     def _probe(self) -> bool:
         """Whether a run on a single number comes out differently for two seeds; some add noise in the middle only."""
         accepts = inspect.signature(self._class.step).parameters
+        nonsense = f"{self.name} gives values that are not finite with these options; leave some out"
         trial, runs = copy.copy(self), []
         trial._power = None  # which would be optimised anew for these steps
         for seed in (0, 1):
@@ -146,8 +152,13 @@ class SchedulerSampler(Sampler):
                 x = states[-1]
                 given = {"generator": rng, "variance_noise": torch.randn(x.shape, generator=rng)}
                 given = {key: value for key, value in given.items() if key in accepts}
-                states.append(trial._advance(trial.model_input(i, x), x, given))
+                try:
+                    states.append(trial._advance(trial.model_input(i, x), x, given))
+                except RuntimeError as error:  # of linear algebra
+                    raise ValueError(nonsense) from error
             runs.append(torch.cat(states))
+            if not runs[-1].isfinite().all():
+                raise ValueError(nonsense)
         stochastic = not torch.equal(*runs)
         if stochastic and "variance_noise" not in accepts:
             raise ValueError(f"{self.name} draws its own noise, not per image; use ddpm or sde-dpmsolver++")
