@@ -54,8 +54,9 @@ class AdaCorrection:
     gamma          more is more correction, fidelity and compute; 1 is the tuned middle
     spatial_weight lambda of Eq. 3, the share of the change of spatial variation in the offset; changes no image with a
                    profile
-    budget         full-evaluation equivalents (both guidance halves) for the whole run, or None: gamma decides.
-                   Exceeded only where measures are not finite, since what follows them is computed
+    budget         full-evaluation equivalents (both guidance halves) for the whole run, or None: gamma decides. On top
+                   come what a policy runs in order to decide (the first blocks in first_block, dicache and h2_cache,
+                   trials in precisecache), and what is computed because a measure was not finite
     order          order of the forecast polynomial
     difference     carry the unconditional half by the guidance difference between its refreshes
     rewind         after a computed step, take the steps since the one before again with interpolated activations

@@ -165,9 +165,7 @@ class NoiseSchedules:
         return nodes.tolist(), sorted(set(nodes[nearest].tolist()))
 
     def within(self, budget: float) -> Schedule:
-        """The largest schedule of at most so many full evaluations. ValueError if none costs so little."""
-        if budget < 1.0:
-            raise ValueError(f"the budget leaves {max(budget, 0):g} evaluations; one is needed: give a larger one")
+        """The largest schedule of at most so many full evaluations, which are at least 1."""
         small, large = np.log(1e-6), np.log(1e6)  # error
         for _ in range(50):
             error = (small + large) / 2

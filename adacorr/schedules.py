@@ -43,7 +43,7 @@ class Schedules:
         return tuple(sorted(set(nodes.tolist()))), tuple(sorted(set(refreshes.tolist())))
 
     def within(self, timesteps: np.ndarray, budget: float) -> Schedule:
-        """The best schedule of a run that costs at most so many full evaluations. ValueError if none does.
+        """The best schedule of a run that costs at most so many full evaluations, which are at least 1.
 
         Where several of its steps are one in this run, what that leaves of the budget goes into the longest gaps: the
         run's steps lie closer than those of any schedule there, as towards the image on a grid in log-SNR.
@@ -55,8 +55,6 @@ class Schedules:
         schedules = [self.at(timesteps, row) for row in range(len(self.rows))]
         # In a coarser run a schedule may cost less than the one before it.
         paid = [row for row, own in enumerate(schedules) if payable(own)]
-        if not paid:
-            raise ValueError(f"the budget leaves {max(budget, 0):g} evaluations; one is needed: give a larger one")
         nodes, refreshes = schedules[paid[-1]]
         if len(nodes) == np.count_nonzero(self.rows[paid[-1]]):
             return nodes, refreshes

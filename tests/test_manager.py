@@ -378,6 +378,14 @@ def test_a_budget_is_used_up_and_never_exceeded(model, steps, cfg_scale):
 def test_a_budget_that_is_too_small_raises_before_any_work(model):
     with pytest.raises(ValueError, match="leaves . computed step"):
         sample(model, cfg_scale=1.0, cache=corrected(budget=1))
+    profile = known_model(model, "2.........", 1.5)
+    for sampler in ("ddim", "ddpm"):
+        with pytest.raises(ValueError, match="budget=1 is too little: .* give at least") as caught:
+            sample(model, sampler=sampler, cache=CacheManager(correction=AdaCorrection(budget=1), profile=profile))
+        least = float(str(caught.value).split()[-1])
+        manager = CacheManager(correction=AdaCorrection(budget=least), profile=profile)
+        sample(model, sampler=sampler, cache=manager)
+        assert least - 0.01 < manager.trace.summary()["evaluations"] <= least
     assert model.cache is None
 
 
