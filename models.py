@@ -182,7 +182,7 @@ class DiT(nn.Module):
         """Label of the unconditional branch, `num_classes`; ValueError for a model that never learnt one."""
         if self.num_classes == 0 or self.config["class_dropout_prob"] == 0:
             raise ValueError(f"no null label: num_classes is {self.num_classes} and class_dropout_prob "
-                             f"{self.config['class_dropout_prob']}, so sample without guidance")
+                             f"{self.config['class_dropout_prob']}, so sample without guidance, by --cfg-scale 1")
         return self.num_classes
 
     @property

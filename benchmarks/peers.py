@@ -236,9 +236,9 @@ def lines(peers: Peers) -> Lines:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("benchmarks.peers", description=__doc__)
-    parser.add_argument("--num-images", type=number(1, 10_000), default=8)
-    parser.add_argument("--seed", type=int, default=5)
-    parser.add_argument("--repeats", type=number(1, 1000), default=1)
+    parser.add_argument("--num-images", type=number(1, 10_000), default=8, help="default %(default)s")
+    parser.add_argument("--seed", type=number(0, 2**31 - 1), default=5, help="default %(default)s")
+    parser.add_argument("--repeats", type=number(1, 1000), default=1, help="default %(default)s")
     parser.add_argument("--out", type=writable, help="JSON file")
     args = parser.parse_args(argv)
     return run_command("benchmarks.peers", lambda: show(lines(Peers(load(ModelOptions()), args)), args))

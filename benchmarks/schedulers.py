@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add("--steps", type=number(4, 1000), default=20, help="of each run (default %(default)s)")
     add("--num-images", type=number(1, 10_000), default=4, help="labels in turn (default %(default)s)")
-    add("--seed", type=int, default=5, help="of their noise (default %(default)s)")
+    add("--seed", type=number(0, 2**31 - 1), default=5, help="of their noise (default %(default)s)")
     add("--out", type=writable, help="JSON file")
     args = parser.parse_args(argv)
     return run_command("benchmarks.schedulers", lambda: show(lines(args), args))

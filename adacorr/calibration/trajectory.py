@@ -281,7 +281,8 @@ class TrajectoryCalibration:
         asked, answered = self.asked.cpu().numpy(), self.answered.cpu().numpy()
         known = np.flatnonzero((asked > 0).all(axis=1))
         if not len(known):
-            raise ValueError("adacorr: the cached run never differed from the uncached one; calibrate on more steps")
+            why = "cached steps never differed from uncached ones, as in a model whose blocks do nothing yet"
+            raise ValueError(f"adacorr: {why}: train it further, or give --calibrate off")
         return split_answers(asked, answered, known)
 
 
