@@ -30,7 +30,7 @@ class Profile:
     """
 
     method: str
-    arrays: dict
+    arrays: dict = field(repr=False)  # `measure` is the last line of many a notebook's cell
     model_id: str
     sampler: str
     num_sampling_steps: int
@@ -76,6 +76,9 @@ def save_profile(path: str | Path, profile: Profile) -> None:
 def load_profile(path: str | Path) -> Profile:
     """Read a profile. ValueError, with the way out, for a file that is none."""
     check_suffix(path)
+    make = "make one with python calibrate.py, or of a diffusers pipeline with measure"
+    if not Path(path).is_file():
+        raise ValueError(f"profile {path} is no file: {make}")
     try:
         if Path(path).suffix == ".json":
             header = json.loads(Path(path).read_text())
@@ -87,7 +90,7 @@ def load_profile(path: str | Path) -> Profile:
         return Profile(arrays=arrays, **header)
     except Exception as error:  # safetensors has error types of its own
         reason = repr(error)[:200]  # one line, whatever the file holds
-        raise ValueError(f"profile {path} cannot be read ({reason}): make one with python calibrate.py") from None
+        raise ValueError(f"profile {path} cannot be read ({reason}): {make}") from None
 
 
 def check_suffix(path: str | Path) -> None:

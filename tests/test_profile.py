@@ -44,6 +44,10 @@ def shipped(tmp_path, monkeypatch):
     return folder
 
 
+def test_its_arrays_do_not_fill_the_screen():
+    assert repr(make(arrays={"table": np.arange(3.0)})) == repr(make(arrays={"table": np.arange(5000.0)}))
+
+
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_round_trip(tmp_path, suffix):
     path = tmp_path / "new" / "folder" / f"p.{suffix}"
@@ -87,7 +91,7 @@ def good(**changes):
 
 
 def is_one_clear_line(path, *words):
-    with pytest.raises(ValueError, match="cannot be read") as caught:
+    with pytest.raises(ValueError, match="cannot be read|is no file") as caught:
         load_profile(path)
     text = str(caught.value)
     assert text.isprintable()  # so it is one line
@@ -138,7 +142,7 @@ def test_a_missing_file_is_one_line_and_notes_may_be_missing(tmp_path):
     (tmp_path / "p.json").write_text(good(notes="left out"))
     assert load_profile(tmp_path / "p.json").notes == {}
     is_one_clear_line(tmp_path / "nowhere.json")
-    with pytest.raises(ValueError, match=r"nowhere.json cannot be read .*python calibrate.py"):
+    with pytest.raises(ValueError, match=r"nowhere.json is no file: .*python calibrate.py"):
         find_profile("rule", str(tmp_path / "nowhere.json"), make_run())
 
 
