@@ -349,6 +349,7 @@ def sample_latents(
             eta=sampler.eta,
             model_id=model_id,
             sampler=sampler.spec,
+            steps=sampler.linear,
         )
     x = sampler.prepare(noise)
     with opened as run:

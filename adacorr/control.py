@@ -15,6 +15,7 @@ from functools import partial
 import numpy as np
 
 from adacorr.correct import AdaCorrection
+from adacorr.linear_steps import LinearSteps
 from adacorr.model_profile import ModelProfile
 
 Interval = Callable[[float], float]  # length of the interval after a computed step at a timestep
@@ -269,14 +270,16 @@ class Controller:
         spent: float = 0.0,
         profile: ModelProfile | None = None,
         renewed: np.ndarray | None = None,
+        steps: LinearSteps | None = None,
     ):
         """`spent`: full evaluations that the run costs beside its computed steps; they count against a budget.
-        `renewed` (S,): share of the noise that each step renews, in a run with a profile; None where none does."""
+        `renewed` (S,): share of the noise that each step renews, in a run with a profile; None where none does.
+        `steps`: those of the sampler, where they are known."""
         self.infers, self.profile = infers_unconditional(correction, halves), profile
         self.guidance_error = abs(cfg_scale - 1.0)  # the guided output moves this much with the unconditional half
         self.amplify = amplification(np.asarray(alpha_bar, dtype=np.float64))
         if profile is not None:
-            plan = profile.plan(timesteps)
+            plan = profile.plan(timesteps, steps)
             error, leaving, within = ERROR, partial(plan.leaving, timesteps), partial(plan.within, timesteps)
             if renewed is not None:
                 schedules = profile.noise_schedules(timesteps, alpha_bar, renewed, cfg_scale)

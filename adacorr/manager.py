@@ -20,6 +20,7 @@ from adacorr.corrected_run import CorrectedRun
 from adacorr.gates import GateBasis, conditions, distinct, fit_gate_basis, known_gate_basis, null_condition
 from adacorr.history import WEIGHTS, History, Polynomial, Rule
 from adacorr.injected_noise import renewed
+from adacorr.linear_steps import LinearSteps
 from adacorr.literal import Algorithm1Run
 from adacorr.model import CachedModel
 from adacorr.model_profile import KEPT, KINDS, SAMPLER, ModelProfile
@@ -125,6 +126,7 @@ class CacheManager:
         model_id: str | None = None,
         sampler: str | None = None,
         spent: float = 0.0,
+        steps: LinearSteps | None = None,
     ) -> CachedRun:
         """The state of one sampling run, attached to nothing: for a loop that calls `run_blocks` itself.
 
@@ -132,7 +134,8 @@ class CacheManager:
         with their alpha_bar (S,). With cfg_scale other than 1 the model is called on rows [labels; null labels].
         `rewindable`: the sampler can take a step again; `eta`: how much noise it injects, as in DDIM. model_id (the
         checkpoint's sha256) and sampler (its spec) are what profiles of methods are held to; `spent`: evaluations that
-        were made for the run before. Raises ValueError for what the policy refuses.
+        were made for the run before; with the sampler's `steps` schedules of AdaCorrection are made for it. Raises
+        ValueError for what the policy refuses.
         """
         n = images if labels is None else len(labels)
         halves = 1 if cfg_scale == 1.0 else 2
@@ -155,7 +158,7 @@ class CacheManager:
             sampler=sampler,
         )
         with torch.no_grad():
-            return self._open(model, labels, timesteps, np.asarray(alpha_bar), info, rewindable, eta)
+            return self._open(model, labels, timesteps, np.asarray(alpha_bar), info, rewindable, eta, steps)
 
     @contextmanager
     def run(self, model: nn.Module, *where: Any, **options: Any) -> Iterator[CachedRun]:
@@ -177,7 +180,7 @@ class CacheManager:
                     hook.remove()
                 self.bytes = run.bytes
 
-    def _open(self, model, labels, timesteps, alpha_bar, info: RunInfo, rewindable: bool, eta: float) -> CachedRun:
+    def _open(self, model, labels, timesteps, alpha_bar, info: RunInfo, rewindable, eta, steps) -> CachedRun:
         """The run's state, by what this manager was given."""
         if isinstance(self.correction, Algorithm1):
             return Algorithm1Run(self.correction, info, self.trace)
@@ -209,7 +212,7 @@ class CacheManager:
                 noise = self._known.noise(info.timesteps, alpha_bar, info.images, size, info.device)
         spent = trace.extra_flops / trace.evaluation_flops
         run = info.timesteps, alpha_bar, info.images, trace.halves, info.cfg_scale
-        controller = Controller(self.correction, *run, spent, self._known, injected if eta else None)
+        controller = Controller(self.correction, *run, spent, self._known, injected if eta else None, steps)
         return CorrectedRun(policy, self.correction, controller, info, trace, store, rewindable, noise)
 
 

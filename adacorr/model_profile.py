@@ -6,7 +6,8 @@ runs of any number of steps, which it is interpolated to.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -16,13 +17,60 @@ from torch import Tensor
 from adacorr.history import lagrange_weights
 from adacorr.injected_noise import InjectedNoise, NoiseSchedules
 from adacorr.kriging import Kriging
-from adacorr.placement import ddim_coefficients
+from adacorr.linear_steps import LinearSteps
+from adacorr.placement import ErrorModel, Process, ddim_coefficients
 from adacorr.profile import Profile
-from adacorr.schedules import Schedules, nearest
+from adacorr.schedules import OwnSchedules, Schedules, nearest
+from adacorr.store import with_rest
 
 SAMPLER = "ddim"  # that a model is measured under; the others go along nearly the same states
 KINDS = ("conditional", "difference")  # the processes: the conditional half, and how the unconditional one differs
 KEPT = {"conditional": 4, "difference": 3}  # computed steps that a forecast rests on
+SEARCHED = 50  # steps of a run up to which it has schedules of its own: a search among more takes seconds
+
+
+@dataclass(frozen=True)
+class KnownErrors:
+    """What the error models of runs are made of, at the timesteps (P,) of a profile.
+
+    held (P, F), readout (P, E) and processes are those of an ErrorModel.
+    """
+
+    timesteps: np.ndarray
+    held: np.ndarray
+    readout: np.ndarray
+    processes: list[Process]
+
+    @classmethod
+    def of(cls, profile: Profile, kinds: Sequence[str]) -> KnownErrors:
+        """ValueError for arrays that are missing or of another shape."""
+        count, halves = profile.num_sampling_steps, len(kinds)
+        shapes = {"reading": (count,), "factor": (halves, None, count, None, None)}
+        found = profile.require(answers=(1 + 2 * halves, count, None), **shapes)
+        held, *answers = found["answers"].astype(np.float64)
+        processes, weights = [], (1.0, profile.cfg_scale - 1.0)
+        for half, (kind, factor) in enumerate(zip(kinds, found["factor"].astype(np.float64), strict=True)):
+            own = profile.arrays[f"covariance_{kind}"], profile.arrays[f"rest_{kind}"]
+            processes.append(Process(factor, *own, *answers[2 * half :][:2], KEPT[kind], weights[half]))
+        readout = with_rest(profile.arrays["basis"].astype(np.float64)) * found["reading"][:, None]
+        return cls(profile.arrays["timesteps"], held, readout, processes)
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Those of a profile that `of` reads, but for the basis, the covariances and `reading`."""
+        answers = [self.held, *(own for process in self.processes for own in (process.response, process.scatter))]
+        factor = np.stack([process.factor for process in self.processes])
+        return {"factor": factor.astype(np.float16), "answers": np.stack(answers).astype(np.float32)}
+
+    def of_run(self, timesteps: np.ndarray, steps: LinearSteps) -> ErrorModel:
+        """The error model of a run at timesteps (S,): covariances as their processes, answers between neighbours."""
+        onto, processes = interpolation(timesteps, self.timesteps), []
+        for known in self.processes:
+            factor = np.einsum("sp,fpqr->fsqr", onto, known.factor)
+            covariance, rest = onto @ known.covariance @ onto.T, onto @ known.rest @ onto.T
+            response, scatter = (between(timesteps, self.timesteps, own) for own in (known.response, known.scatter))
+            processes.append(Process(factor, covariance, rest, response, scatter, known.kept, known.weight))
+        return ErrorModel(steps, between(timesteps, self.timesteps, self.held), onto @ self.readout, processes)
 
 
 @dataclass(frozen=True)
@@ -40,6 +88,7 @@ class ModelProfile:
     held (P, F)               the part of it that comes from the layers outside of the blocks
     unexplained[kind] (P,)    power of the answer that `response` misses, over that of the noise in units of sigma
     readout[kind] (P,)        how much a step's final layer makes of the branch sums, rms over rms
+    errors                    what schedules for other runs are searched by; None in older profiles
     """
 
     timesteps: np.ndarray
@@ -54,6 +103,8 @@ class ModelProfile:
     held: np.ndarray
     unexplained: dict[str, np.ndarray]
     readout: dict[str, np.ndarray]
+    errors: KnownErrors | None
+    searched: dict[bytes, OwnSchedules] = field(default_factory=dict, repr=False)  # by timesteps and sampler
 
     @classmethod
     def of(cls, profile: Profile) -> ModelProfile:
@@ -74,11 +125,22 @@ class ModelProfile:
         by_kind = ("mean", "covariance", "rest", "unexplained", "readout")
         grouped = {name: {kind: arrays.pop(f"{name}_{kind}") for kind in kinds} for name in by_kind}
         arrays["contrast"] = float(arrays["contrast"])
-        return cls(schedules=schedules, **arrays, **grouped)
+        errors = KnownErrors.of(profile, kinds) if "factor" in profile.arrays else None
+        return cls(schedules=schedules, errors=errors, **arrays, **grouped)
 
-    def plan(self, timesteps: np.ndarray) -> Schedules:
-        """The schedules for a run at timesteps (S,)."""
-        return nearest(self.schedules, timesteps)
+    def plan(self, timesteps: np.ndarray, steps: LinearSteps | None = None) -> Schedules | OwnSchedules:
+        """The schedules for a run at timesteps (S,), its own where the sampler's `steps` are given.
+
+        Those of the profile serve the runs that they were made for, and runs of more than SEARCHED steps.
+        """
+        known = nearest(self.schedules, timesteps)
+        made_for_it = np.array_equal(known.timesteps, timesteps)
+        if self.errors is None or steps is None or made_for_it or len(timesteps) > SEARCHED:
+            return known
+        key = b"".join(own.tobytes() for own in (timesteps, steps.carry, steps.gain))
+        if key not in self.searched:  # every batch asks anew
+            self.searched[key] = OwnSchedules(self.schedules, self.errors.of_run(timesteps, steps))
+        return self.searched[key]
 
     def rules(self, kind: str, timesteps: np.ndarray, renewed: np.ndarray) -> tuple[Kriging, Kriging]:
         """How the process, and what the basis leaves of it, are forecast in a run at timesteps (S,).

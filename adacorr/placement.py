@@ -6,7 +6,8 @@ half, or the guidance difference) with error sum_k w_k M(s_k) - M(s); a computed
 
     skipped:   noise error = held_s * e_s     + forecast error, and the nodes' own errors N_k under the weights w_k
     computed:  noise error = response_s * e_s + scatter        = held_s * e_s + N_s
-    step:      e_(s+1) = sqrt(abar' / abar) e_s + c_s * noise error,   c_s of DDIM
+    step:      z_(s+1) = A_s z_s + b_s * noise error,   e the first entry of z: the others are errors of what the
+               sampler remembers. DDIM remembers nothing: A_s = sqrt(abar' / abar)
 
 `held` is the share of a state's error that the layers outside the blocks answer, `response` what the whole network
 answers along it, and `scatter` the size of what it answers besides. All three are measured by spatial frequency. M has
@@ -27,6 +28,7 @@ from itertools import takewhile
 import numpy as np
 
 from adacorr.kriging import kriging_weights
+from adacorr.linear_steps import LinearSteps
 
 Schedule = tuple[tuple[int, ...], tuple[int, ...]]  # computed steps, and those that compute both guidance halves
 
@@ -50,6 +52,12 @@ def ddim_coefficients(alpha_bar: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(keep, c), (S,) each, of the DDIM steps x -> keep x + c eps. alpha_bar (S,) in sampling order."""
     after = np.append(alpha_bar[1:], 1.0)
     return np.sqrt(after / alpha_bar), np.sqrt(1.0 - after) - np.sqrt(after * (1.0 - alpha_bar) / alpha_bar)
+
+
+def ddim_steps(alpha_bar: np.ndarray) -> LinearSteps:
+    """Those of `ddim_coefficients`."""
+    keep, c = ddim_coefficients(alpha_bar)
+    return LinearSteps(keep[:, None, None], c[:, None])
 
 
 @dataclass(frozen=True)
@@ -78,12 +86,13 @@ class Process:
 class _State:
     """What is known after a computed step: the next step, the error of its state, and what is kept of each process.
 
+    z: the errors (F, M, columns) of the state and of what the sampler remembers.
     kept: of each process the computed steps that its forecast rests on, and their own errors (F, K, columns).
-    anchors: (step, error of its state) from which a rewind goes on that is near, and one that is far.
+    anchors: (step, its z) from which a rewind goes on that is near, and one that is far.
     """
 
     at: int
-    e: np.ndarray
+    z: np.ndarray
     kept: tuple[tuple[tuple[int, ...], np.ndarray], ...]
     anchors: tuple[tuple[int, np.ndarray] | None, tuple[int, np.ndarray] | None]
 
@@ -91,21 +100,20 @@ class _State:
 class ErrorModel:
     """The expected error of a schedule. held (S, F), readout (S, E): how a step reads its entries.
 
-    keep, noise (S,): of the sampler's steps x -> keep x + noise out. processes: that of the conditional half, and with
-    guidance that of the guidance difference.
+    steps: the S steps of the sampler. processes: that of the conditional half, and with guidance that of the guidance
+    difference.
     """
 
-    def __init__(
-        self, keep: np.ndarray, noise: np.ndarray, held: np.ndarray, readout: np.ndarray, processes: list[Process]
-    ):
-        self.noise, self.held, self.readout, self.processes = noise, held, readout, processes
-        self.carry = keep[:, None] + noise[:, None] * held  # (S, F) of a skipped step
-        # (S + 1, S + 1, F) from a step to another, all between skipped; 1 where there is none between
-        self.carried = np.ones((len(held) + 1, len(held) + 1, held.shape[1]))
-        for start in range(len(held)):
-            self.carried[start, start + 1 :] = self.carry[start:].cumprod(axis=0)
-        self.size = np.linalg.norm(readout[:, :-1], axis=1)
+    def __init__(self, steps: LinearSteps, held: np.ndarray, readout: np.ndarray, processes: list[Process]):
+        self.gain, self.held, self.readout, self.processes = steps.gain, held, readout, processes
         self.steps, self.bands = held.shape
+        self.carry = np.repeat(steps.carry[:, None], self.bands, axis=1)  # (S, F, M, M) of a skipped step
+        self.carry[..., 0] += self.gain[:, None] * held[..., None]
+        # (S + 1, S + 1, F, M, M) from a step to another, all between skipped
+        self.carried = np.tile(np.eye(steps.size), (self.steps + 1, self.steps + 1, self.bands, 1, 1))
+        for step in range(self.steps):
+            self.carried[: step + 1, step + 1] = self.carry[step] @ self.carried[: step + 1, step]
+        self.size = np.linalg.norm(readout[:, :-1], axis=1)
         self.rank = processes[0].factor.shape[3]  # columns of e: those of the processes, then the scatter of each node
         self.true = [np.einsum("sq,fsqr->sfr", readout, process.factor) for process in processes]
         self._weights: dict[tuple, list[np.ndarray]] = {}
@@ -114,8 +122,8 @@ class ErrorModel:
         # The schedule looked at last, as (node, whether it is a refresh), and what was known before each of its nodes:
         # a search changes schedules little by little, and what comes before the change is not worked out again.
         self._path: list[tuple[int, bool]] = []
-        e = np.zeros((self.bands, self.rank + len(processes) * self.steps))
-        self._states = [_State(0, e, (((), e[:, None][:, :0]),) * len(processes), (None, None))]
+        z = np.zeros((self.bands, steps.size, self.rank + len(processes) * self.steps))
+        self._states = [_State(0, z, (((), z[:, :0]),) * len(processes), (None, None))]
 
     @property
     def guided(self) -> bool:
@@ -130,11 +138,12 @@ class ErrorModel:
         for node, both in path[same:]:
             self._states.append(self._compute(self._states[-1], node, both))
         self._path, last = path, self._states[-1]
-        return float((self._skip(last.e, last.at, self.steps, last.kept) ** 2).sum())
+        return float((self._skip(last.z, last.at, self.steps, last.kept)[:, 0] ** 2).sum())
 
     def _compute(self, before: _State, node: int, both: bool) -> _State:
         """What is known after the computed step `node`, from what was known after the one before it."""
-        e, kept = self._skip(before.e, before.at, node, before.kept), list(before.kept)
+        z, kept = self._skip(before.z, before.at, node, before.kept), list(before.kept)
+        e = z[:, 0]
         size, answers = np.sqrt((e**2).sum(axis=1)), 0.0
         for i, process in enumerate(self.processes):
             nodes, noises = kept[i]
@@ -149,10 +158,10 @@ class ErrorModel:
             answers = answers + process.weight * own
         origin = before.anchors[self.guided and both and self._goes_far(before.anchors[1], kept[0][0])]
         if origin is not None and origin[0] < node:
-            e = self._skip(origin[1], origin[0], node, kept)
-        e = self.carry[node][:, None] * e + self.noise[node] * answers
-        here = node + 1, e
-        return _State(node + 1, e, tuple(kept), (here, here if both else before.anchors[1]))
+            z = self._skip(origin[1], origin[0], node, kept)
+        z = self.carry[node] @ z + self.gain[node][:, None] * answers[:, None]
+        here = node + 1, z
+        return _State(node + 1, z, tuple(kept), (here, here if both else before.anchors[1]))
 
     def _goes_far(self, refreshed: tuple[int, np.ndarray] | None, kept: tuple[int, ...]) -> bool:
         """Whether a rewind at a refresh, the newest of the kept steps, goes back to the refresh before."""
@@ -162,26 +171,27 @@ class ErrorModel:
         return far_rewind_pays(abs(self.processes[1].weight), kept[-1] - refreshed[0] - between, between)
 
     def _skip(
-        self, e: np.ndarray, start: int, stop: int, kept: Sequence[tuple[tuple[int, ...], np.ndarray]]
+        self, z: np.ndarray, start: int, stop: int, kept: Sequence[tuple[tuple[int, ...], np.ndarray]]
     ) -> np.ndarray:
-        """The error at step `stop` from that at `start`, all steps between skipped, as a new array."""
-        e = self.carried[start, stop][:, None] * e
+        """The errors z at step `stop` from those at `start`, all steps between skipped, as a new array."""
+        z = self.carried[start, stop] @ z
         if start == stop:
-            return e
+            return z
         for i, (nodes, noises) in enumerate(kept):
             added, gains = self._interval(i, nodes, start, stop)
-            e += (gains @ noises)[:, 0]
-            e[:, : self.rank] += added
-        return e
+            z += gains @ noises
+            z[..., : self.rank] += added
+        return z
 
     def _interval(self, i: int, kept: tuple[int, ...], start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """What skipping start..stop-1 adds to e: (F, r) in the processes' columns, (F, 1, K) of a kept node's noise."""
+        """What skipping start..stop-1 adds to z: (F, M, r) in the processes' columns, (F, M, K) of the kept noises."""
         key = i, kept, start, stop
         if key not in self._intervals:
             steps = np.arange(start, stop)
             wrong, gains = self._forecast(i, kept, steps)
-            reach = self.carried[start + 1 : stop + 1, stop] * self.noise[steps, None] * self.processes[i].weight
-            self._intervals[key] = np.einsum("mf,mfr->fr", reach, wrong), (reach.T @ gains)[:, None]
+            reach = self.carried[start + 1 : stop + 1, stop] @ self.gain[steps, None, :, None]  # (m, F, M, 1)
+            reach = reach[..., 0].transpose(1, 2, 0) * self.processes[i].weight
+            self._intervals[key] = reach @ wrong.transpose(1, 0, 2), reach @ gains
         return self._intervals[key]
 
     def _forecast(self, i: int, kept: tuple[int, ...], steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -250,7 +260,8 @@ def best_schedules(model: ErrorModel, enough: float) -> list[tuple[Schedule, flo
                 keep(min(larger, key=model.error))
     for split in sorted(found, key=sum, reverse=True):
         if found[split] is best(sum(split)) or found[split][1] > fine:
-            keep(min(_smaller(found[split][0]), key=model.error, default=found[split][0]))
+            known = found[split][0]
+            keep(min(_fewer_refreshes(known) + _fewer_steps(known), key=model.error, default=known))
     schedules = {own: best(own) for own in sorted({sum(split) for split in found})}
     while size < most:
         schedule, size = schedules[size][0], size + 1
@@ -264,6 +275,20 @@ def best_schedules(model: ErrorModel, enough: float) -> list[tuple[Schedule, flo
             rows.append((schedule, error))
             least = error
     return rows
+
+
+def improved(model: ErrorModel, schedule: Schedule) -> tuple[Schedule, float]:
+    """A schedule of the same cost that is better, or the same, with its expected squared error.
+
+    Local search, and after it the best trade of a refresh for a step, or the other way round, while that helps.
+    """
+    best, better = local_search(model, schedule), True
+    while better:
+        traded = min(_trades(model, best[0]), key=model.error, default=best[0])
+        found = local_search(model, traded)
+        better = found[1] < best[1] * (1 - GAIN)
+        best = found if better else best
+    return best
 
 
 def local_search(model: ErrorModel, schedule: Schedule, gain: float = GAIN) -> tuple[Schedule, float]:
@@ -310,14 +335,21 @@ def _another_refresh(model: ErrorModel, schedule: Schedule) -> Iterator[Schedule
     yield from ((nodes, _swap(refreshes, None, node)) for node in nodes if model.guided and node not in refreshes)
 
 
-def _smaller(schedule: Schedule) -> Iterator[Schedule]:
-    """One step or one refresh less."""
+def _fewer_refreshes(schedule: Schedule) -> list[Schedule]:
     nodes, refreshes = schedule
-    for refresh in refreshes[1:]:
-        yield nodes, _swap(refreshes, refresh, None)
-    for node in nodes[1:]:
-        if node not in refreshes:
-            yield _swap(nodes, node, None), refreshes
+    return [(nodes, _swap(refreshes, refresh, None)) for refresh in refreshes[1:]]
+
+
+def _fewer_steps(schedule: Schedule) -> list[Schedule]:
+    nodes, refreshes = schedule
+    return [(_swap(nodes, node, None), refreshes) for node in nodes[1:] if node not in refreshes]
+
+
+def _trades(model: ErrorModel, schedule: Schedule) -> Iterator[Schedule]:
+    """A step more in place of the refresh that is missed least, and a refresh more in place of such a step."""
+    for fewer, more in ((_fewer_refreshes, _another_step), (_fewer_steps, _another_refresh)):
+        if smaller := fewer(schedule):
+            yield from more(model, min(smaller, key=model.error))
 
 
 def _swap(steps: tuple[int, ...], out: int | None, into: int | None) -> tuple[int, ...]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from adacorr.placement import Schedule, evaluations
+from adacorr.placement import ErrorModel, Schedule, evaluations, improved
 
 CONDITIONAL, BOTH = 1, 2  # what a schedule computes in a step; 0 where it computes nothing
 
@@ -70,6 +70,39 @@ class Schedules:
     def leaving(self, timesteps: np.ndarray, error: float) -> Schedule:
         """The cheapest schedule of a run that is expected to leave at most this rms error in the final state."""
         return self.at(timesteps, int((self.expected <= error).argmax()))
+
+
+@dataclass(frozen=True)
+class OwnSchedules:
+    """The schedules of one run, found when they are asked for: those that are known, improved under its error model."""
+
+    known: list[Schedules]
+    model: ErrorModel
+    found: dict[Schedule, tuple[Schedule, float]] = field(default_factory=dict)  # of each schedule that was improved
+
+    def _improved(self, schedule: Schedule) -> tuple[Schedule, float]:
+        nodes, refreshes = schedule
+        if schedule not in self.found:
+            (nodes, refreshes), error = improved(self.model, (nodes, refreshes if self.model.guided else ()))
+            self.found[schedule] = (nodes, refreshes if self.model.guided else nodes), error
+        return self.found[schedule]
+
+    def within(self, timesteps: np.ndarray, budget: float) -> Schedule:
+        """See `Schedules.within`."""
+        return self._improved(min((own.within(timesteps, budget) for own in self.known), key=self.model.error))[0]
+
+    def leaving(self, timesteps: np.ndarray, error: float) -> Schedule:
+        """See `Schedules.leaving`."""
+        known = nearest(self.known, timesteps)
+        tried = [known.at(timesteps, row) for row in range(len(known.rows))]
+        low = high = int((known.expected <= error).argmax())  # which is enough on the grid that they were made for
+        while self.model.error(tried[high]) > error**2 and high < len(tried) - 1:  # the last one computes everything
+            high += 1
+        while low < high:
+            middle = (low + high) // 2
+            good = self._improved(tried[middle])[1] <= error**2
+            low, high = (low, middle) if good else (middle + 1, high)
+        return self._improved(tried[high])[0]
 
 
 def tabulate(found: list[tuple[Schedule, float]], steps: int, guided: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from adacorr.kriging import Kriging
+from adacorr.linear_steps import LinearSteps
 from adacorr.model_profile import KINDS, interpolation
 from adacorr.profile import Profile
 from adacorr.schedules import Schedules
@@ -53,7 +54,7 @@ class StackProfile:
         mean, moments = ({kind: arrays[f"{name}_{kind}"] for kind in kinds} for name in ("mean", "moments"))
         return cls(arrays["timesteps"], basis, mean, moments, schedules, float(arrays["contrast"]))
 
-    def plan(self, timesteps: np.ndarray) -> Schedules:
+    def plan(self, timesteps: np.ndarray, steps: LinearSteps | None = None) -> Schedules:
         """The schedules for a run at timesteps (S,)."""
         return self.schedules
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from adacorr.calibration.trajectory import ENOUGH, split_answers
+from adacorr.linear_steps import LinearSteps
 from adacorr.model_profile import KEPT, KINDS
 from adacorr.placement import ErrorModel, Process, best_schedules
 from adacorr.schedules import tabulate
@@ -85,7 +86,8 @@ class StackCalibration:
             weight = 1.0 if half == 0 else self.cfg_scale - 1.0
             processes.append(Process(factor[half][None], own, np.zeros_like(own), *answers[half], KEPT[kind], weight))
         readout = with_rest(self.basis) * reading[:, None]
-        model = ErrorModel(*self.steps.T, held, readout, processes)
+        steps = LinearSteps(self.steps[:, :1, None], self.steps[:, 1:])
+        model = ErrorModel(steps, held, readout, processes)
         contrast = np.sqrt(self.power / self.images)
         rows, expected = tabulate(best_schedules(model, (ENOUGH * contrast) ** 2), count, model.guided)
         arrays |= {"schedules": rows, "expected": expected, "contrast": contrast}

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from adacorr.calibration.noise_response import NoiseResponse
 from adacorr.gates import GateBasis, conditions, fit_gate_basis, null_condition
-from adacorr.model_profile import KEPT, KINDS, between, interpolation
-from adacorr.placement import ErrorModel, Process, best_schedules, ddim_coefficients
+from adacorr.model_profile import KEPT, KINDS, KnownErrors
+from adacorr.placement import Process, best_schedules, ddim_steps
 from adacorr.schedules import tabulate
 from adacorr.store import ComputedRows, FreshSums, with_rest
 
@@ -87,7 +87,8 @@ class TrajectoryCalibration:
             raise ValueError("adacorr: nothing was observed; calibrate on one image at least")
         kinds, count = KINDS[: self.halves], self.images * self.tokens
         means = [sums / count for sums in self.sums]
-        readout = with_rest(self.basis.basis.double().cpu().numpy()) * self._reading()[:, None]
+        reading = self._reading()
+        readout = with_rest(self.basis.basis.double().cpu().numpy()) * reading[:, None]
         arrays = {"timesteps": self.timesteps.double().cpu().numpy(), "basis": self.basis.basis.cpu().numpy()}
         arrays["gate_weight"] = self.gate_weight.half().cpu().numpy()
         processes, spectrum = [], self._centred(means)  # (F, P * halves * E, P * halves * E) per pixel
@@ -109,27 +110,15 @@ class TrajectoryCalibration:
         arrays |= self.noise.fit()
         arrays["contrast"] = np.sqrt(self.power / self.images / self.pixels)
         arrays["runs"] = np.array([len(timesteps) for timesteps, _ in self.runs])
+        errors = KnownErrors(arrays["timesteps"], held, readout, processes)
+        arrays |= {"reading": reading, **errors.arrays}
         for timesteps, alpha_bar in self.runs:
-            model = self.error_model(timesteps, alpha_bar, held, readout, processes)
+            model = errors.of_run(timesteps, ddim_steps(alpha_bar))
             found = best_schedules(model, (ENOUGH * arrays["contrast"]) ** 2)
             rows, expected = tabulate(found, len(timesteps), model.guided)
             own = {"timesteps": timesteps.astype(np.float64), "schedules": rows, "expected": expected}
             arrays |= {f"{name}_{len(timesteps)}": array for name, array in own.items()}
         return arrays, {"images": self.images, "gate_directions": self.basis.rank, "gate_error": self.basis.error}
-
-    def error_model(
-        self, timesteps: np.ndarray, alpha_bar: np.ndarray, held: np.ndarray, readout: np.ndarray, known: list[Process]
-    ) -> ErrorModel:
-        """The error model of a run at timesteps (S,), from what is known at those of the calibration."""
-        measured = self.timesteps.double().cpu().numpy()
-        onto = interpolation(timesteps, measured)
-        processes = []
-        for process in known:
-            factor = np.einsum("sp,fpqr->fsqr", onto, process.factor)
-            covariance, rest = onto @ process.covariance @ onto.T, onto @ process.rest @ onto.T
-            response, scatter = (between(timesteps, measured, own) for own in (process.response, process.scatter))
-            processes.append(Process(factor, covariance, rest, response, scatter, process.kept, process.weight))
-        return ErrorModel(*ddim_coefficients(alpha_bar), between(timesteps, measured, held), onto @ readout, processes)
 
     # -------------------------------------------------------------------------------- before the first image
 
