@@ -26,7 +26,7 @@ from adacorr.store import with_rest
 SAMPLER = "ddim"  # that a model is measured under; the others go along nearly the same states
 KINDS = ("conditional", "difference")  # the processes: the conditional half, and how the unconditional one differs
 KEPT = {"conditional": 4, "difference": 3}  # computed steps that a forecast rests on
-SEARCHED = 50  # steps of a run up to which it has schedules of its own: a search among more takes seconds
+SEARCHED = 30  # steps of a run up to which it has schedules of its own: a search among 50 takes up to 3 seconds
 
 
 @dataclass(frozen=True)

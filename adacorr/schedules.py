@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from adacorr.placement import ErrorModel, Schedule, evaluations, improved
+from adacorr.placement import ErrorModel, Schedule, evaluations, improved, local_search
+
+Search = Callable[[ErrorModel, Schedule], tuple[Schedule, float]]
 
 CONDITIONAL, BOTH = 1, 2  # what a schedule computes in a step; 0 where it computes nothing
 
@@ -74,35 +77,38 @@ class Schedules:
 
 @dataclass(frozen=True)
 class OwnSchedules:
-    """The schedules of one run, found when they are asked for: those that are known, improved under its error model."""
+    """The schedules of one run, searched when they are asked for: from those known, under the run's own error model."""
 
     known: list[Schedules]
     model: ErrorModel
-    found: dict[Schedule, tuple[Schedule, float]] = field(default_factory=dict)  # of each schedule that was improved
-
-    def _improved(self, schedule: Schedule) -> tuple[Schedule, float]:
-        nodes, refreshes = schedule
-        if schedule not in self.found:
-            (nodes, refreshes), error = improved(self.model, (nodes, refreshes if self.model.guided else ()))
-            self.found[schedule] = (nodes, refreshes if self.model.guided else nodes), error
-        return self.found[schedule]
+    found: dict[Schedule | float, Schedule] = field(default_factory=dict)  # from where, or for which error
 
     def within(self, timesteps: np.ndarray, budget: float) -> Schedule:
         """See `Schedules.within`."""
-        return self._improved(min((own.within(timesteps, budget) for own in self.known), key=self.model.error))[0]
+        start = min((own.within(timesteps, budget) for own in self.known), key=self.model.error)
+        if start not in self.found:
+            self.found[start] = self._searched(improved, start)[0]
+        return self.found[start]
 
     def leaving(self, timesteps: np.ndarray, error: float) -> Schedule:
-        """See `Schedules.leaving`."""
-        known = nearest(self.known, timesteps)
-        tried = [known.at(timesteps, row) for row in range(len(known.rows))]
-        low = high = int((known.expected <= error).argmax())  # which is enough on the grid that they were made for
-        while self.model.error(tried[high]) > error**2 and high < len(tried) - 1:  # the last one computes everything
-            high += 1
-        while low < high:
-            middle = (low + high) // 2
-            good = self._improved(tried[middle])[1] <= error**2
-            low, high = (low, middle) if good else (middle + 1, high)
-        return self._improved(tried[high])[0]
+        """See `Schedules.leaving`; it costs no less than on the grid that it comes from."""
+        if error not in self.found:
+            known = nearest(self.known, timesteps)
+            tried = [known.at(timesteps, row) for row in range(len(known.rows))]
+            low = high = int((known.expected <= error).argmax())
+            while self.model.error(tried[high]) > error**2 and high < len(tried) - 1:  # the last one computes all
+                high += 1
+            while low < high:  # what is good enough as it is may be cheaper after a search
+                middle = (low + high) // 2
+                good = self._searched(local_search, tried[middle])[1] <= error**2
+                low, high = (low, middle) if good else (middle + 1, high)
+            self.found[error] = self._searched(improved, tried[high])[0]
+        return self.found[error]
+
+    def _searched(self, search: Search, schedule: Schedule) -> tuple[Schedule, float]:
+        nodes, refreshes = schedule
+        (nodes, refreshes), error = search(self.model, (nodes, refreshes if self.model.guided else ()))
+        return (nodes, refreshes if self.model.guided else nodes), error
 
 
 def tabulate(found: list[tuple[Schedule, float]], steps: int, guided: bool) -> tuple[np.ndarray, np.ndarray]:

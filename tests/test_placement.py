@@ -4,14 +4,29 @@ import numpy as np
 import pytest
 
 from adacorr.kriging import kriging_weights
-from adacorr.placement import ErrorModel, Process, best_schedules, ddim_coefficients, evaluations, local_search
+from adacorr.linear_steps import LinearSteps
+from adacorr.placement import (
+    ErrorModel,
+    Process,
+    best_schedules,
+    ddim_steps,
+    evaluations,
+    improved,
+    local_search,
+)
 
 STEPS, BANDS, RANK = 12, 2, 3
 ALPHA_BAR = np.linspace(0.01, 0.99, STEPS)
 GUIDED = ((0, 3, 5, 9), (0, 5, 9))
 
 
-def error_model(seed=0, guided=True, smooth=3.0, scatter=0.3):
+def with_memory(seed=0):
+    """Steps of a sampler that remembers two things."""
+    carry, gain = np.split(0.6 * np.random.default_rng(seed).normal(size=(STEPS, 3, 4)), [3], axis=2)
+    return LinearSteps(carry, gain[..., 0])
+
+
+def error_model(seed=0, guided=True, smooth=3.0, scatter=0.3, steps=None):
     """A model of random numbers whose processes are smooth in time."""
     generator = np.random.default_rng(seed)
     time = np.arange(STEPS)
@@ -24,10 +39,10 @@ def error_model(seed=0, guided=True, smooth=3.0, scatter=0.3):
         answers = generator.uniform(0, 1, size=(STEPS, BANDS)), scatter * generator.uniform(size=(STEPS, BANDS))
         processes.append(Process(factor, covariance, rest, *answers, kept=2, weight=weight))
     held, readout = generator.uniform(0, 1, (STEPS, BANDS)), generator.normal(size=(STEPS, RANK))
-    return ErrorModel(*ddim_coefficients(ALPHA_BAR), held, readout, processes)
+    return ErrorModel(steps or ddim_steps(ALPHA_BAR), held, readout, processes)
 
 
-def simulate(model, schedule):
+def simulate(model, schedule, steps):
     """The recursion of the module's docstring step by step, without scatter: e (F, r) at the end."""
     nodes, refreshes = schedule
     noise = [{}, {}]  # of each process's nodes
@@ -45,25 +60,24 @@ def simulate(model, schedule):
             out = out + w * (seen[0] + seen[1] + noise[i][k] * size[at] / size[k]) + v * seen[2]
         return out
 
-    after = np.append(ALPHA_BAR[1:], 1.0)
-    keep = np.sqrt(after / ALPHA_BAR)
-    c = np.sqrt(1 - after) - keep * np.sqrt(1 - ALPHA_BAR)
+    def take(z, step, noise):
+        return np.einsum("ij,jfr->ifr", steps.carry[step], z) + steps.gain[step][:, None, None] * noise
 
-    def step_over(e, step, kept):
+    def step_over(z, step, kept):
         wrong = sum(p.weight * forecast(i, kept[i], step) for i, p in enumerate(model.processes))
-        return keep[step] * e + c[step] * (model.held[step][:, None] * e + wrong)
+        return take(z, step, model.held[step][:, None] * z[0] + wrong)
 
-    e = np.zeros((BANDS, model.processes[0].factor.shape[3]))
+    z = np.zeros((steps.size, BANDS, model.processes[0].factor.shape[3]))  # of the state, and of what is remembered
     kept, last, refreshed, states = [[], []], None, None, {}
     for step in range(STEPS):
         if step not in nodes:
-            e = step_over(e, step, kept)
+            z = step_over(z, step, kept)
             continue
         both = step in refreshes
         answer = []
         for i, p in enumerate(model.processes):
             if i == 0 or both:
-                own = (p.response[step] - (model.held[step] if i == 0 else 0))[:, None] * e
+                own = (p.response[step] - (model.held[step] if i == 0 else 0))[:, None] * z[0]
                 noise[i][step] = own
                 answer.append(p.weight * own)
                 kept[i] = (kept[i] + [step])[-p.kept :]
@@ -75,24 +89,32 @@ def simulate(model, schedule):
             if 0.5 * (step - refreshed - 1 - between) > between:
                 start = refreshed
         if start is not None:
-            e = states[start]
+            z = states[start]
             for past in range(start + 1, step):
-                e = step_over(e, past, kept)
-        e = keep[step] * e + c[step] * (model.held[step][:, None] * e + sum(answer))
-        states[step], last = e, step
+                z = step_over(z, past, kept)
+        z = take(z, step, model.held[step][:, None] * z[0] + sum(answer))
+        states[step], last = z, step
         if both:
             refreshed = step
-    return e
+    return z[0]
 
 
+def test_ddim_steps_are_its_update():
+    steps, after = ddim_steps(ALPHA_BAR), np.append(ALPHA_BAR[1:], 1.0)
+    np.testing.assert_allclose(steps.carry[:, 0, 0], np.sqrt(after / ALPHA_BAR))
+    expected = np.sqrt(1 - after) - np.sqrt(after / ALPHA_BAR) * np.sqrt(1 - ALPHA_BAR)
+    np.testing.assert_allclose(steps.gain[:, 0], expected)
+
+
+@pytest.mark.parametrize("steps", [ddim_steps(ALPHA_BAR), with_memory()], ids=["ddim", "with a memory"])
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize(
     "schedule", [((0,), (0,)), ((0, 1, 2), (0, 2)), GUIDED, ((0, 4, 7, 8, 11), (0, 8)), ((0, 2, 5, 11), (0, 5, 11))]
 )
-def test_the_error_is_that_of_the_recursion(guided, schedule):
-    model = error_model(guided=guided, scatter=0.0)
+def test_the_error_is_that_of_the_recursion(guided, schedule, steps):
+    model = error_model(guided=guided, scatter=0.0, steps=steps)
     schedule = schedule if guided else (schedule[0], ())
-    expected = (simulate(model, schedule) ** 2).sum()
+    expected = (simulate(model, schedule, steps) ** 2).sum()
     assert model.error(schedule) == pytest.approx(expected, rel=1e-9)
     model.error((schedule[0][:2], (0,) if guided else ()))
     assert model.error(schedule) == pytest.approx(expected, rel=1e-9)  # from what it remembers
@@ -140,3 +162,12 @@ def test_schedules_get_better_with_cost_and_moves_keep_it():
     better, error = local_search(model, GUIDED)
     assert evaluations(better, 2) == evaluations(GUIDED, 2)
     assert error <= model.error(GUIDED)
+
+
+def test_trades_find_what_moves_cannot():
+    """As many evaluations, in another split into steps and refreshes."""
+    model, start = error_model(), ((0, 1, 2, 3, 4), (0, 1, 2, 3, 4))
+    moved, traded = local_search(model, start), improved(model, start)
+    assert evaluations(traded[0], 2) == evaluations(start, 2)
+    assert len(traded[0][1]) != len(start[1])
+    assert traded[1] == model.error(traded[0]) < moved[1]

@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from test_placement import STEPS, error_model, with_memory
 
-from adacorr.schedules import Schedules, nearest
+from adacorr.placement import evaluations
+from adacorr.schedules import OwnSchedules, Schedules, nearest, tabulate
 from diffusion import make_sampler
 
 TIMES = make_sampler("ddim", 10).timesteps.numpy()
@@ -14,6 +16,14 @@ def schedules(steps=10):
     rows = np.zeros((3, steps), dtype=np.uint8)
     rows[:, 0], rows[1, [2, 6, 8]], rows[1, 4], rows[2] = 2, 1, 2, 2
     return Schedules(make_sampler("ddim", steps).timesteps.numpy(), rows, np.array([0.3, 0.1, 0.0]), halves=2)
+
+
+def own_schedules(guided):
+    """Of a run at the timesteps of two schedules and all, under another error model than theirs; the known ones too."""
+    chosen = [((0,), (0,)), ((0, 1, 2, 3), (0, 1)), ((0, 1, 2, 3, 4, 5, 6), (0, 1, 3)), (tuple(range(STEPS)),) * 2]
+    rows, expected = tabulate([(own, 0.1 * i) for i, own in enumerate(chosen[::-1])][::-1], STEPS, guided)
+    known = Schedules(make_sampler("ddim", STEPS).timesteps.numpy(), rows, expected, halves=1 + guided)
+    return known, OwnSchedules([known], error_model(guided=guided, steps=with_memory()))
 
 
 def test_the_cheapest_that_is_good_enough_and_the_largest_that_can_be_paid():
@@ -65,3 +75,27 @@ def test_what_is_left_of_a_budget_goes_into_the_longest_gaps():
     assert known.within(timesteps, 2.9) == ((0, 1, 2), (0, 1))
     assert known.within(timesteps, 3.5) == ((0, 1, 2, 3, 5), (0, 1))
     assert known.within(timesteps, 8.0) == (tuple(range(8)),) * 2
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_a_run_of_its_own_gets_better_schedules_of_the_same_cost(guided):
+    known, own = own_schedules(guided)
+    for budget in (4.0, 7.0):
+        start, found = (kind.within(known.timesteps, budget) for kind in (known, own))
+        assert evaluations(found, known.halves) == evaluations(start, known.halves)
+        assert own.model.error(found) < 0.9 * own.model.error(start)
+        assert own.within(known.timesteps, budget) is found  # a second batch does not search
+    with pytest.raises(ValueError, match="give a larger one"):
+        own.within(known.timesteps, 0.9)
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_a_run_of_its_own_leaves_the_error_that_is_asked_for(guided):
+    """And costs no more than a known schedule that leaves it without a search."""
+    known, own = own_schedules(guided)
+    tried = [known.at(known.timesteps, row) for row in range(len(known.rows))]
+    for row in range(1, len(tried)):
+        error = 1.001 * own.model.error(tried[row]) ** 0.5
+        found = own.leaving(known.timesteps, error)
+        assert own.model.error(found) <= error**2
+        assert own.leaving(known.timesteps, error) is found

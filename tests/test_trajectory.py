@@ -8,8 +8,8 @@ from toy import alphas, run_all, timed_dit
 from adacorr import AdaCorrection, CacheManager
 from adacorr.calibration import trajectory
 from adacorr.calibration.trajectory import TrajectoryCalibration
-from adacorr.model_profile import ModelProfile, between, interpolation
-from adacorr.placement import Process
+from adacorr.model_profile import KnownErrors, ModelProfile, between, interpolation
+from adacorr.placement import Process, ddim_steps
 from adacorr.profile import Profile
 from adacorr.schedules import BOTH
 from diffusion import make_sampler
@@ -167,7 +167,8 @@ def test_a_run_of_other_steps_has_the_error_model_between_the_measured_timesteps
     response, scatter, held = rng.standard_normal((3, STEPS, 2))
     process = Process(factor, a @ a.T, 2 * a @ a.T, response, scatter, 4, 1.0)
     readout = rng.standard_normal((STEPS, 3))
-    found = calibration.error_model(at, alpha_bar, held, readout, [process])
+    errors = KnownErrors(known, held, readout, [process])
+    found = errors.of_run(at, ddim_steps(alpha_bar))
     onto, own = interpolation(at, known), found.processes[0]
     assert found.steps == FEWER
     for step in range(FEWER):
@@ -177,7 +178,8 @@ def test_a_run_of_other_steps_has_the_error_model_between_the_measured_timesteps
     np.testing.assert_allclose(own.rest, 2 * own.covariance)
     for found_values, values in ((own.response, response), (own.scatter, scatter), (found.held, held)):
         np.testing.assert_allclose(found_values, between(at, known, values))
-    same = calibration.error_model(*calibration.runs[0], held, readout, [process])
+    at, alpha_bar = calibration.runs[0]
+    same = errors.of_run(at, ddim_steps(alpha_bar))
     np.testing.assert_array_equal(same.processes[0].factor, factor)
     np.testing.assert_array_equal(same.held, held)
 
