@@ -25,13 +25,13 @@ from pipeline import Pipeline, alpha_bar, check_finite, gaussian
 from runtime import check_range, say
 
 METHOD = "adacorr"
-FORMAT = 5  # of the arrays: profiles that earlier versions kept are not looked at
+FORMAT = 6  # of the arrays: profiles that earlier versions kept are not looked at
 SEED_OFFSET = 2**31  # calibrations draw their noise from seeds above it, on which nobody evaluates
 IMAGES = 6
 AT_ONCE = 2
 STEPS = 50  # at which a model is measured, whatever number it is sampled with,
 LAST = (15, 10, 5)  # and timesteps besides, since towards the image activations turn fast
-RUNS = (50, 30, 20)  # steps of the runs that schedules are made for, which serve others: see adacorr.schedules
+RUNS = (50, 30, 20)  # steps of the runs that schedules are made for; others start from them: see adacorr.schedules
 
 
 def check_calibrate(text: str) -> None:

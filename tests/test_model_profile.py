@@ -58,7 +58,7 @@ def with_errors():
     reading = rng.uniform(1, 2, size=10)
     readout = np.append(profile.arrays["basis"], np.ones((10, 1)), axis=1) * reading[:, None]
     errors = KnownErrors(profile.arrays["timesteps"], held, readout, processes)
-    profile.arrays |= {"reading": reading, **errors.arrays}
+    profile.arrays.update(reading=reading, **errors.arrays)
     return profile, errors
 
 
