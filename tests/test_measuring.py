@@ -124,7 +124,7 @@ def test_what_is_added_up(monkeypatch):
     (model, enough), (process,) = seen[0], seen[0][0].processes
     np.testing.assert_allclose(arrays["mean_conditional"].ravel(), [3, -1])
     np.testing.assert_allclose(arrays["moments_conditional"], [[9, -3], [-3, 1]])
-    np.testing.assert_allclose((model.carry[:, 0], model.noise), ([1.5 - 0.25, 2.0 - 0.5], [-0.5, -1.0]))
+    np.testing.assert_allclose((model.carry[:, 0, 0, 0], model.gain[:, 0]), ([1.5 - 0.25, 2.0 - 0.5], [-0.5, -1.0]))
     np.testing.assert_allclose(model.held, [[0.5], [0.5]])  # the first step tells nothing, and the next one stands in
     np.testing.assert_allclose(process.response, [[1], [1]])
     np.testing.assert_allclose(process.scatter, np.sqrt([[2], [2]]))  # power 4 beside the error, of power 2
