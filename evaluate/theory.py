@@ -103,7 +103,7 @@ class Observer(CacheManager):
         super().__init__(correction=Algorithm1())
         self.gammas, self.log = list(gammas), Log()
 
-    def _open(self, model, labels, timesteps, alpha_bar, info: RunInfo, rewindable, eta) -> ObservedRun:
+    def _open(self, model, labels, timesteps, alpha_bar, info: RunInfo, rewindable, eta, steps) -> ObservedRun:
         run = ObservedRun(info, self.trace, torch.tensor(self.gammas, device=info.device))
         self.log = run.log
         return run
