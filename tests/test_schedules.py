@@ -85,8 +85,6 @@ def test_a_run_of_its_own_gets_better_schedules_of_the_same_cost(guided):
         assert evaluations(found, known.halves) == evaluations(start, known.halves)
         assert own.model.error(found) < 0.9 * own.model.error(start)
         assert own.within(known.timesteps, budget) is found  # a second batch does not search
-    with pytest.raises(ValueError, match="give a larger one"):
-        own.within(known.timesteps, 0.9)
 
 
 @pytest.mark.parametrize("guided", [True, False])
