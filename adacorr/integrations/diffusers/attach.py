@@ -14,6 +14,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
 from adacorr import compiled
+from adacorr.correct import AdaCorrection
 from adacorr.corrected_run import CorrectedRun
 from adacorr.integrations.diffusers.blocks import argument_names
 from adacorr.integrations.diffusers.config import CacheConfig
@@ -364,6 +365,8 @@ class Attachment:
         if self.stack.num_classes:
             labels = call.given["class_labels"]
             labels = labels[:images] if self.cond_first else labels[-images:]
+        corrects = scheduler is not None and isinstance(self.manager.correction, AdaCorrection)
+        steps = self.linear_steps(grid) if corrects else None
         self.sampling = None  # its tensors make room
         run = self.manager.open(
             self.stack,
@@ -376,10 +379,11 @@ class Attachment:
             model_id=self.config.model_id,
             sampler=sampler_of(scheduler),
             spent=0.5 if call.half == 1 else 0.0,  # the conditional half was called before
+            steps=steps,
         )
         sampling = Sampling(run, grid, key)
         if isinstance(run, CorrectedRun) and run.rewinds:
-            if (steps := self.linear_steps(grid)) is None:
+            if steps is None:
                 why = f"steps of {type(scheduler).__name__} that are not known to be linear"
                 self.not_rewound[why] += 1
                 run.rewinds = False
