@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from fake_gpu import DEVICE, fake_gpu
+from tiny_diffusers import draw, toy_pipeline
 from toy import fitted, known_model, sample, tiny_dit
 
 import adacorr
 from adacorr import AdaCorrection, Algorithm1, CacheManager
+from adacorr.integrations.diffusers import CacheConfig, enable
 
 STEPS = 12
 KNOWN = "2..1...2..1."
@@ -59,6 +61,21 @@ def test_without_a_profile_it_reads_one_offset_a_computed_step(cfg_scale):
     computed = trace.computed_steps(0)[1:]
     assert np.array_equal(np.flatnonzero(waits), computed)
     assert (waits[computed] == 1).all()
+
+
+@pytest.mark.parametrize("name", ["dit", "sd3", "wan"])
+def test_pipelines_of_diffusers(name):
+    pipe, call = toy_pipeline(name)
+    with enable(pipe, CacheConfig(adacorr="budget=6")) as cache:
+        expected = draw(pipe, call, num_inference_steps=STEPS)
+    rewound = cache.stats()["rewound"]
+    with fake_gpu():
+        pipe.to(DEVICE)
+        call = {key: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for key, value in call.items()}
+        with enable(pipe, CacheConfig(adacorr="budget=6")) as cache:
+            out = draw(pipe, call, num_inference_steps=STEPS)
+        torch.testing.assert_close(out.cpu(), expected, rtol=1e-3, atol=1e-3)
+    assert cache.stats()["rewound"] == rewound > 0
 
 
 def test_the_literal_form_and_an_uncached_run():
