@@ -45,13 +45,13 @@ class Captured:
         for mine, given in zip(own, inputs, strict=True):
             mine.copy_(given)
         replay()
-        return result.clone()  # the next replay writes over it
+        return result.clone()  # the next replay, of any graph, writes over it
 
 
 def capture_graph(function: Function, inputs: Sequence[Tensor], pool: Any = None) -> tuple[Replay, Tensor]:
     """(what runs the function on these very tensors again, the tensor that holds its result afterwards).
 
-    Graphs of one memory `pool` must not run at the same time. While it is kept, no other graph writes over a result.
+    Graphs of one memory `pool` must not run at the same time, and each may write over the others' results.
     """
     try:
         with torch.cuda.device(inputs[0].device):

@@ -129,6 +129,11 @@ class ErrorModel:
     def guided(self) -> bool:
         return len(self.processes) == 2
 
+    def forget(self) -> None:
+        """Drop what a search has worked out, megabytes of it; what is needed again is worked out again."""
+        for known in (self._weights, self._intervals, self._forecasts):
+            known.clear()
+
     def error(self, schedule: Schedule) -> float:
         """Expected mean square of the error of the final state, per pixel."""
         nodes, refreshes = schedule

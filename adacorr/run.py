@@ -33,6 +33,7 @@ class CachedRun(ABC):
         out = evaluate(step, x, images)                  # DiT.forward passes its blocks through run.run_blocks
         x, out = run.correct(x, out, evaluate, advance)  # may be left out: the run then forecasts only
         x = advance(step, x, out, images)
+    run.close()                                          # the trace is whole
 
     Where the sampler's step is linear, `shorten` may give what takes the steps in a few operations: x = short.take(x).
     """

@@ -81,18 +81,18 @@ class OwnSchedules:
 
     known: list[Schedules]
     model: ErrorModel
-    found: dict[Schedule | float, Schedule] = field(default_factory=dict)  # from where, or for which error
+    found: dict[tuple[str, float], Schedule] = field(default_factory=dict)  # of a budget or an error: batches ask anew
 
     def within(self, timesteps: np.ndarray, budget: float) -> Schedule:
         """See `Schedules.within`."""
-        start = min((own.within(timesteps, budget) for own in self.known), key=self.model.error)
-        if start not in self.found:
-            self.found[start] = self._searched(improved, start)[0]
-        return self.found[start]
+        if ("budget", budget) not in self.found:
+            start = min((own.within(timesteps, budget) for own in self.known), key=self.model.error)
+            self._find(("budget", budget), start)
+        return self.found["budget", budget]
 
     def leaving(self, timesteps: np.ndarray, error: float) -> Schedule:
         """See `Schedules.leaving`; it costs no less than on the grid that it comes from."""
-        if error not in self.found:
+        if ("error", error) not in self.found:
             known = nearest(self.known, timesteps)
             tried = [known.at(timesteps, row) for row in range(len(known.rows))]
             low = high = int((known.expected <= error).argmax())
@@ -102,8 +102,12 @@ class OwnSchedules:
                 middle = (low + high) // 2
                 good = self._searched(local_search, tried[middle])[1] <= error**2
                 low, high = (low, middle) if good else (middle + 1, high)
-            self.found[error] = self._searched(improved, tried[high])[0]
-        return self.found[error]
+            self._find(("error", error), tried[high])
+        return self.found["error", error]
+
+    def _find(self, asked: tuple[str, float], start: Schedule) -> None:
+        self.found[asked] = self._searched(improved, start)[0]
+        self.model.forget()  # the profile keeps this for every sampler and number of steps
 
     def _searched(self, search: Search, schedule: Schedule) -> tuple[Schedule, float]:
         nodes, refreshes = schedule

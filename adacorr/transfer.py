@@ -16,9 +16,10 @@ from torch import Tensor
 def on_device(values: np.ndarray | Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """`values` on a device, in their own dtype or another. Without a copy where they are there already."""
     values = torch.as_tensor(values)
-    if device.type == "cuda" and values.device.type == "cpu":
+    gpu = device.type == "cuda"  # a copy to a CPU would be read before it is there
+    if gpu and values.device.type == "cpu":
         values = values.pin_memory()
-    return values.to(device, dtype, non_blocking=True)
+    return values.to(device, dtype, non_blocking=gpu)
 
 
 def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
@@ -34,9 +35,9 @@ class OnItsWay:
     def __init__(self, values: Tensor):
         self._there: torch.cuda.Event | None = None
         if values.device.type == "cuda":
+            stream, self._there = torch.cuda.current_stream(values.device), torch.cuda.Event()
             values = values.to("cpu", non_blocking=True)  # into pinned memory
-            self._there = torch.cuda.Event()
-            self._there.record()
+            self._there.record(stream)
         self._values = values
 
     def read(self) -> np.ndarray:

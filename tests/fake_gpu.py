@@ -1,8 +1,9 @@
 """A GPU that is none: tensors that say they are on cuda:0 and keep their values in the CPU's memory.
 
 What a GPU refuses is refused: an operation on tensors of two devices. What makes the host wait for a GPU is counted:
-reading a value, copies that are not asked to go on by themselves, operations whose result has a shape that depends on
-values, and an event that was recorded just before.
+reading a value, copies that are not asked to go on by themselves or are not of pinned memory, operations whose result
+has a shape that depends on values, and an event that was recorded just before. A copy to the host that goes on by itself
+is there once an event after it was waited for.
 """
 
 from collections import Counter
@@ -60,6 +61,7 @@ class FakeGPU(TorchDispatchMode):
         super().__init__()
         self.waits: Counter[str] = Counter()
         self.issued = 0  # operations so far
+        self.coming: list[tuple[Tensor, Tensor]] = []  # copies to the host, and what they will hold
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -79,6 +81,7 @@ class FakeGPU(TorchDispatchMode):
         to_gpu = bool(on_gpu) if device is None else torch.device(device).type == "cuda"
         if func is aten.copy_.default:
             to_gpu, at_once = isinstance(args[0], OnGPU), at_once or args[2:] == (True,)
+        at_once = at_once and all(hasattr(x, "pinned") for x in given if not isinstance(x, OnGPU))
         crosses = bool(on_gpu) != to_gpu or (strangers and to_gpu)
         if func in WAITS and on_gpu or crosses and given and not at_once:
             self.waits[str(func)] += 1
@@ -87,6 +90,9 @@ class FakeGPU(TorchDispatchMode):
         inner_args, inner_kwargs = tree_map_only(OnGPU, lambda x: x.inner, (args, kwargs))
         out = func(*inner_args, **inner_kwargs)
         if not to_gpu:
+            if on_gpu and at_once:
+                self.coming.append((out, out.clone()))
+                out.fill_(torch.nan)
             return out
         known = {id(x.inner): x for x in on_gpu}  # an operation in place gives back what it was given
         with torch.inference_mode(False):  # a wrapper cannot be an inference tensor
@@ -99,23 +105,34 @@ class Event:
     def __init__(self, gpu: FakeGPU):
         self.gpu = gpu
 
-    def record(self):
-        self.at = self.gpu.issued
+    def record(self, stream):
+        assert stream == DEVICE
+        self.at, self.coming = self.gpu.issued, self.gpu.coming
+        self.gpu.coming = []
 
     def synchronize(self):
         if self.gpu.issued < self.at + BEHIND:
             self.gpu.waits["event"] += 1
+        for there, values in self.coming:
+            there.numpy()[...] = values.numpy()
+
+
+def pin(values: Tensor) -> Tensor:
+    values = values.clone()
+    values.pinned = True
+    return values
 
 
 @contextmanager
 def fake_gpu():
     """A `FakeGPU` for as long as it is open, on a machine with or without a GPU."""
-    pinned = patch.object(Tensor, "pin_memory", Tensor.clone)
+    pinned = patch.object(Tensor, "pin_memory", pin)
     lift = torch._C._only_lift_cpu_tensors()
     torch._C._ensureCUDADeviceGuardSet()
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") goes by way of the CPU
     torch.__future__.set_overwrite_module_params_on_conversion(True)
-    with FakeGPU() as gpu, patch.multiple(torch.cuda, _lazy_init=Mock(), Event=partial(Event, gpu)), pinned:
+    cuda = {"_lazy_init": Mock(), "current_stream": lambda device: device}
+    with FakeGPU() as gpu, patch.multiple(torch.cuda, Event=partial(Event, gpu), **cuda), pinned:
         try:
             yield gpu
         finally:
