@@ -287,7 +287,7 @@ class Controller:
             if correction.budget is None:
                 nodes, refreshes = leaving(error * profile.contrast / max(correction.gamma, 1e-9))
             elif correction.budget < 1 + spent:
-                given = f"budget={correction.budget:g} is too little: the first step takes 1, and {spent:.3f} come besides"
+                given = f"budget={correction.budget:g} is too little: the first step takes 1, other work {spent:.3f}"
                 raise ValueError(f"adacorr: {given}; give at least {1.001 + spent:.3f}")
             else:
                 nodes, refreshes = within(correction.budget - spent)

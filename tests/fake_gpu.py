@@ -2,8 +2,8 @@
 
 What a GPU refuses is refused: an operation on tensors of two devices. What makes the host wait for a GPU is counted:
 reading a value, copies that are not asked to go on by themselves or are not of pinned memory, operations whose result
-has a shape that depends on values, and an event that was recorded just before. A copy to the host that goes on by itself
-is there once an event after it was waited for.
+has a shape that depends on values, and an event that was recorded just before. A copy to the host that goes on by
+itself is there once an event after it was waited for.
 """
 
 from collections import Counter

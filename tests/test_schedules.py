@@ -82,6 +82,7 @@ def test_a_run_of_its_own_gets_better_schedules_of_the_same_cost(guided):
     known, own = own_schedules(guided)
     for budget in (4.0, 7.0):
         start, found = (kind.within(known.timesteps, budget) for kind in (known, own))
+        assert not own.model._intervals  # the profile does not keep what the search looked at
         assert evaluations(found, known.halves) == evaluations(start, known.halves)
         assert own.model.error(found) < 0.9 * own.model.error(start)
         assert own.within(known.timesteps, budget) is found  # a second batch does not search
