@@ -45,14 +45,15 @@ class KnownErrors:
     def of(cls, profile: Profile, kinds: Sequence[str]) -> KnownErrors:
         """ValueError for arrays that are missing or of another shape."""
         count, halves = profile.num_sampling_steps, len(kinds)
-        shapes = {"reading": (count,), "factor": (halves, None, count, None, None)}
-        found = profile.require(answers=(1 + 2 * halves, count, None), **shapes)
+        found = profile.require(answers=(1 + 2 * halves, count, None), reading=(count,), basis=(count, None))
+        bands, entries = found["answers"].shape[2], found["basis"].shape[1] + 1
+        found |= profile.require(factor=(halves, bands, count, entries, None))
         held, *answers = found["answers"].astype(np.float64)
         processes, weights = [], (1.0, profile.cfg_scale - 1.0)
         for half, (kind, factor) in enumerate(zip(kinds, found["factor"].astype(np.float64), strict=True)):
             own = profile.arrays[f"covariance_{kind}"], profile.arrays[f"rest_{kind}"]
             processes.append(Process(factor, *own, *answers[2 * half :][:2], KEPT[kind], weights[half]))
-        readout = with_rest(profile.arrays["basis"].astype(np.float64)) * found["reading"][:, None]
+        readout = with_rest(found["basis"].astype(np.float64)) * found["reading"][:, None]
         return cls(profile.arrays["timesteps"], held, readout, processes)
 
     @property

@@ -87,10 +87,10 @@ def test_runs_of_few_steps_that_no_schedule_was_made_for_have_their_own():
     assert profile.plan(timesteps, solver).model.gain.shape == solver.gain.shape != few.linear.gain.shape
 
 
-@pytest.mark.parametrize("missing", ["answers", "reading"])
+@pytest.mark.parametrize("missing", ["answers", "reading", "factor"])
 def test_a_profile_with_a_part_of_what_schedules_are_searched_by_is_refused(missing):
     profile, _ = with_errors()
-    del profile.arrays[missing]
+    profile.arrays[missing] = profile.arrays[missing][:, :-1] if missing == "factor" else None
     with pytest.raises(ValueError, match=f"the profile's {missing} must have shape"):
         ModelProfile.of(profile)
 
