@@ -136,6 +136,30 @@ def test_a_further_call_at_a_timestep_runs_as_it_is(name):
     assert stats["hit_rate"] > 0.3
 
 
+def test_the_conditional_half_alone():
+    """Where both do not fit into memory as one batch."""
+    pipe, given = toy_pipeline("wan")
+    rows = []
+    pipe.transformer.blocks[0].ffn.register_forward_pre_hook(lambda m, args: rows.append(len(args[0])))
+    with enable(pipe, CacheConfig(guidance_scale=1.0, **INTERVAL)) as cache:
+        draw(pipe, given)
+        stats = cache.stats()
+    assert (stats["runs"], stats["hit_rate"], stats["trace"]["halves"]) == (1, 0.5, 1)
+    assert stats["bypassed"] == {"a further call at a timestep": STEPS}
+    assert set(rows) == {2}
+
+
+def test_a_caller_may_change_what_it_gets_in_place():
+    model, (latents, other) = tiny("wan").requires_grad_(True), inputs("wan", 2)
+    with enable(model, config(adacorr="gamma=1e6")):
+        for t in (1000.0, 830.0):
+            timestep, both = torch.full((2,), t), (other, unconditional("wan", 2))
+            halves = [model(hidden_states=latents, timestep=timestep, **given).sample for given in both]
+            kept = halves[1].clone()
+            halves[0].zero_()
+            assert torch.equal(halves[1], kept)
+
+
 def test_halves_of_other_shapes_run_uncached():
     pipe, given = toy_pipeline("wan")
     plain = draw(pipe, given | {"negative_prompt_embeds": given["negative_prompt_embeds"][:, :3]})
@@ -143,7 +167,7 @@ def test_halves_of_other_shapes_run_uncached():
         assert torch.equal(
             draw(pipe, given | {"negative_prompt_embeds": given["negative_prompt_embeds"][:, :3]}), plain
         )
-        why = "guidance halves that differ in the shape of encoder_hidden_states"
+        why = "guidance halves whose encoder_hidden_states makes no batch"
         assert cache.stats()["bypassed"] == {why: STEPS}
 
 
@@ -154,7 +178,7 @@ def test_what_is_joined():
     assert torch.equal(both["hidden_states"], torch.tensor([[0.0] * 3] * 2 + [[1.0] * 3] * 2))
     assert (both["img_ids"] is one["img_ids"], both["scale"], both["guidance"]) == (True, {"x": 1.0}, None)
     for change in ({"scale": {"x": 2.0}}, {"guidance": torch.ones(2)}, {"img_ids": torch.zeros(2, 3)}):
-        with pytest.raises(Uncached, match="differ in the shape of"):
+        with pytest.raises(Uncached, match="makes no batch"):
             joined(one, two | change)
 
 

@@ -133,13 +133,13 @@ def call(model, name, latents, t, other):
 
 
 def sample(model, name, latents, other, steps=STEPS, evaluate=None):
-    """Euler steps; evaluate(x, t) in place of the plain call, for guidance."""
+    """Euler steps, which change the state in place; evaluate(x, t) instead of the plain call, for guidance."""
     evaluate = evaluate or (lambda x, t: call(model, name, x, t, other))
-    x, grid = latents, [1000.0 * (1 - k / steps) for k in range(steps + 1)]
+    x, grid = latents.clone(), [1000.0 * (1 - k / steps) for k in range(steps + 1)]
     with torch.no_grad():
         for t, after in pairwise(grid):
             out = evaluate(x, t)[:, : x.shape[1]]
-            x = x - 0.3 * (t - after) / 1000.0 * out
+            x -= 0.3 * (t - after) / 1000.0 * out
     return x
 
 

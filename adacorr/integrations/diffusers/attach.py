@@ -165,7 +165,7 @@ class Attachment:
         self._call = None
         gives = call.known
         if call.half is not None:
-            halves = out[0].chunk(2)
+            halves = out[0].detach().chunk(2)
             gives = halves[call.half]
             if call.half == 0:
                 self.halves.kept = halves[1]

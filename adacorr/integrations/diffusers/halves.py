@@ -62,7 +62,9 @@ class Halves:
     def second(self, call: Call) -> Call | None:
         """The call to make where this one is of the other half of the one before; else None."""
         first, kept = self.first, self.kept
-        if first is None or first.time != call.time or not same_state(first, call):
+        if first is None or first.time != call.time:
+            return None
+        if not alike(first.given["hidden_states"], call.given["hidden_states"]):
             return None
         if kept is not None and alike(call.given, self._now(call)):
             self.first = self.kept = None
@@ -79,17 +81,12 @@ class Halves:
             self.kept = self.other = None
         if self.other is not None:
             return replace(call, given=joined(call.given, self._now(call)), half=0)
-        alone = call.follows or (before is not None and call.time < before.time)
-        return call if alone else None
+        # Alone, if the one before had no other half. A copy: what is kept here is not to hold what comes of it.
+        return None if before is None else replace(call)
 
     def _now(self, call: Call) -> Arguments:
         """The arguments of the other half in the step of a call."""
         return self.other | {name: call.given[name] for name in ("hidden_states", "timestep")}
-
-
-def same_state(one: Call, other: Call) -> bool:
-    """Whether two calls, each on one half, are of one state (n, C, ...)."""
-    return alike(one.given["hidden_states"], other.given["hidden_states"])
 
 
 def alike(one: Any, other: Any) -> bool:
@@ -114,5 +111,5 @@ def joined(first: Arguments, second: Arguments, rows: int | None = None) -> Argu
         elif alike(one, other):
             both[name] = one
         else:
-            raise Uncached(f"guidance halves that differ in the shape of {name}")
+            raise Uncached(f"guidance halves whose {name} makes no batch")
     return both

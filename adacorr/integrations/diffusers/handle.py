@@ -112,9 +112,9 @@ def _watch(pipe: Any, attachment: Attachment) -> None:
             bound = inspect.signature(kind.__call__).bind(self, *args, **kwargs)
             bound.apply_defaults()
             caches = list(vars(self)[_CACHES])
-            for cache in caches:
-                cache.begin_call(bound.arguments)
             try:
+                for cache in caches:
+                    cache.begin_call(bound.arguments)
                 return kind.__call__(self, *args, **kwargs)
             finally:
                 for cache in caches:
