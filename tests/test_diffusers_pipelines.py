@@ -181,6 +181,11 @@ def test_two_transformers_have_caches_of_their_own():
             assert stats["trace"]["steps"] == 3
             assert 2 <= stats["evaluations"] <= 2.5
             assert stats["not_rewound"] == {}
+        own, pipe.transformer_2 = pipe.transformer_2, tiny("wan")
+        with pytest.raises(RuntimeError, match="another transformer_2 than"):
+            draw(pipe, call)
+        assert high._attachment.arguments is None  # those of the refused call are not kept
+        pipe.transformer_2 = own
         high.disable()
         assert not torch.equal(draw(pipe, call), plain)
     assert torch.equal(draw(pipe, call), plain)
