@@ -18,7 +18,7 @@ Where to look:
     methods          policy and unit (what a method is and sees), policies/, by_image (state and measures), tokens and
                      top_tokens (methods by token)
     when to compute  offset and correct (the paper's Eq. 1-3, 6, 7, and options), control, schedules, placement
-    the forecast     store and history (what is kept), gates, kriging, injected_noise, linear_steps (rewinding)
+    the forecast     store and history (what is kept), gates, kriging, injected_noise, rewinds, linear_steps
     profiles         profile (files), model_profile and stack_profile (what AdaCorrection knows), calibration/
     models           model (what one must offer), integrations/diffusers, compiled and captured (--compile)
     small parts      spec (NAME:key=value), transfer (host and device), files, command, bench

@@ -18,8 +18,8 @@ from adacorr.correct import AdaCorrection
 from adacorr.injected_noise import InjectedNoise
 from adacorr.offset import relative_offset, token_norms
 from adacorr.outside import Outside
-from adacorr.placement import far_rewind_pays
 from adacorr.policy import Policy, Ran, RunInfo, View
+from adacorr.rewinds import Rewinds
 from adacorr.run import (
     Advance,
     CachedRun,
@@ -28,7 +28,6 @@ from adacorr.run import (
     count_modulations,
     make_view,
     put_rows,
-    renew_rows,
     take_rows,
 )
 from adacorr.short_run import LOOK_AHEAD, ShortRun
@@ -96,22 +95,15 @@ class CorrectedRun(CachedRun):
         self.policy, self.correction, self.controller, self.store = policy, correction, controller, store
         self.halves, self.infers, self.noise = trace.halves, controller.infers, noise
         self.everyone = np.arange(info.images)
-        self.last = np.full(info.images, -1)  # newest computed step of each image,
-        self.previous = self.last  # and the one before the current step
         self._ahead: tuple[range, Tensor | None] = (range(0), None)  # forecasts (halves, n, s, T, D) of coming steps
-        self.rewinds = rewindable and correction.rewind
-        # Under injected noise a far rewind has more noise to bridge than it gains.
-        self.rewinds_far = self.infers and controller.profile is not None and noise is None
-        self.refreshed = np.full(info.images, -1)  # newest step that computed both halves, of each image,
-        self.refreshed_before = self.refreshed  # and the one before the current step
-        # (n, ...) each: the states after those steps, where a rewind starts
-        self._anchors: list[Tensor | None] = [None, None]
-        self._anchor_noise: Tensor | None = None  # and the noise of the near one
+        # Under injected noise a rewind to a refresh has more noise to bridge than it gains.
+        far = self.infers and controller.profile is not None and noise is None
+        rewinds = Rewinds(store, trace, controller.guidance_error if far else None)
+        self.rewinds = rewinds if rewindable and correction.rewind else None
         # With a profile, offsets are only recorded: they are read a computed step late, once a GPU has measured them.
         self.late = controller.profile is not None
         self._offset = np.zeros((2, info.images))  # newest known: of the stack, of the guidance difference
         self._measured: tuple[int, ComputedRows, OnItsWay] | None = None
-        self._left: tuple[Tensor, Tensor] | None = None  # state and output that the step before ended with
         self.newest_added: Tensor | None = None  # (halves * n, T, D): what the stack added in the current step
         self._replayed: Tensor | None = None  # what it is to add in a step that is taken again
         self._set_units(policy, info.depth)
@@ -138,7 +130,7 @@ class CorrectedRun(CachedRun):
         computed = self.compute(plan, x[rows], c[rows]) if len(plan.computed.cond) else None
         self.learn(plan, computed)
         out = self._assemble(plan, computed, x)
-        self.finish(plan, computed, out - x if self.rewinds else None)
+        self.finish(plan, computed, None if self.rewinds is None else out - x)
         return out
 
     @contextmanager
@@ -184,7 +176,8 @@ class CorrectedRun(CachedRun):
         visible = self.info.visible_halves * self.info.images
         head = x[:visible] if probe is None else probe.out
         conditioning = Conditioning(self.info.blocks, c[:visible])
-        view = make_view(self.info, self.step, self.units[0], head, x[:visible], self.last, conditioning, self.trace)
+        last = self.store.newest
+        view = make_view(self.info, self.step, self.units[0], head, x[:visible], last, conditioning, self.trace)
         return view, checked_decision(self.policy, view, self.policy.propose)
 
     def forecast(self) -> tuple[range, Tensor]:
@@ -319,8 +312,7 @@ class CorrectedRun(CachedRun):
             self.store.keep(computed.fresh, self.step)
             self._ahead = (range(0), None)
         self.newest_added = added
-        self._pass()
-        self.last[plan.computed.cond] = self.refreshed[plan.computed.uncond] = self.step
+        self.trace.done = self.step + 1
         executed = self.trace.executed[self.step]
         executed[:, :, plan.computed.cond, 0] = 1
         if self.halves == 2:
@@ -328,116 +320,48 @@ class CorrectedRun(CachedRun):
         if plan.view is not None:
             count_modulations(self.trace, self.step, plan.view.conditioning, self.info)
 
-    def _pass(self) -> None:
-        """This step is done; nothing was computed in it so far."""
-        self.previous, self.refreshed_before = self.last.copy(), self.refreshed.copy()
-        self.trace.done = self.step + 1
-
     def shorten(self, make: Callable[[], Outside]) -> ShortRun | None:
         # A policy looks at every step, and noise is answered in it.
         return ShortRun(self, make()) if self.policy is None and self.noise is None else None
 
-    def skip_step(self, x: Tensor) -> None:
-        """This step, which begins with the state x (n, ...), is skipped for all images."""
+    def skip_step(self) -> None:
+        """This step is skipped for all images."""
         self.trace.score[self.step], self.trace.weight[self.step] = np.nan, self.controller.clock.weight(self.step)
-        self._pass()
-        if self.rewinds:
-            self._set_anchors(x)
+        self.trace.done = self.step + 1
 
     # ------------------------------------------------------------------ correcting state and output
 
     def correct(self, x: Tensor, out: Tensor, evaluate: Evaluate, advance: Advance) -> tuple[Tensor, Tensor]:
         if self.noise is not None:
-            out = self._answer_noise(x, out)
-        if self.rewinds:
+            out = self.noise.begin(self.step, x, out, self.store.newest == self.step)
+        if self.rewinds is not None:
+            self.rewinds.begin(self.step, x)
             x, out = self._rewind(x, out, evaluate, advance)
-        self._left = None if self.noise is None else (x, out)
+        if self.noise is not None:
+            self.noise.left = x, out
         return x, out
-
-    def _answer_noise(self, x: Tensor, out: Tensor) -> Tensor:
-        """The output (n, C, ...) of this step for the state x, with the answer to noise where it was forecast."""
-        if self._left is not None:
-            self.noise.amount = self.noise.follow(self.noise.amount, self.step - 1, *self._left, x)
-        self.noise.store(np.flatnonzero(self.last == self.step), self.step)
-        skipped = np.flatnonzero(self.last != self.step)
-        answered = self._add_answer(self.step, take_rows(out, skipped), skipped, take_rows(self.noise.amount, skipped))
-        return put_rows(out, skipped, answered)
-
-    def _add_answer(self, step: int, out: Tensor, images: np.ndarray, amount: Tensor) -> Tensor:
-        """Output (m, C, ...) of a step for `images` (m,), with the answer to the noise `amount` that they have."""
-        if not len(images):
-            return out
-        answer = self.noise.answer(step, images, amount, self.store.tracks[0].weights(images, np.array([step]))[..., 0])
-        return torch.cat([out[:, : answer.shape[1]] + answer, out[:, answer.shape[1] :]], dim=1)
 
     def _rewind(self, x: Tensor, out: Tensor, evaluate: Evaluate, advance: Advance) -> tuple[Tensor, Tensor]:
         """State x and output `out` of this step, (n, ...) both, after past steps were taken again; no block runs."""
-        for first, again, state in self.rewinds_of(x):
-            amount = take_rows(self._anchor_noise, again)
-            for past, between in self.between(first, again):
-                for step in range(past, past + between.shape[2]):
-                    known = between[:, :, step - past].flatten(0, 1)
-                    replayed = self._replay(step, state, again, known, evaluate, amount)
+        for again, state, forecasts in self.rewinds.of(self.step):
+            if self.noise is not None:
+                self.noise.go_back(again)
+            for first, ahead in forecasts:
+                for step, added in enumerate(ahead.unbind(2), first):
+                    replayed = self._replay(step, state, again, added.flatten(0, 1), evaluate)
                     after = advance(step, state, replayed, again)
                     if self.noise is not None:
-                        amount = self.noise.follow(amount, step, state, replayed, after)
+                        self.noise.follow(step, again, state, replayed, after)
                     state = after
             if self.noise is not None:
-                self.noise.moved(again, amount, self.step, state - take_rows(x, again))
+                self.noise.moved(self.step, again, state - take_rows(x, again))
             added = torch.cat([take_rows(half, again) for half in self.newest_added.unflatten(0, (self.halves, -1))])
-            replayed = self._replay(self.step, state, again, added, evaluate, amount)
+            replayed = self._replay(self.step, state, again, added, evaluate)
             x, out = put_rows(x, again, state), put_rows(out, again, replayed)
         return x, out
 
-    def rewinds_of(self, x: Tensor) -> Iterator[tuple[int, np.ndarray, Tensor]]:
-        """(first step to take again, images (m,), their state (m, ...) before it), for images that computed this step.
-
-        An image goes back to its computed step before. With a profile, one whose guidance difference was refreshed goes
-        back to its refresh before, if the computed steps since then are still kept, and if that pays: taking a step
-        again corrects the difference, which counts |guidance - 1| times, and a computed step that is taken again no
-        longer fits its state. x (n, ...) is the state that this step begins with, and that the one before ended with.
-        """
-        self._set_anchors(x)
-        origin, (anchor, far_anchor) = np.where(self.last == self.step, self.previous, -1), self._anchors
-        if self.rewinds_far:
-            before = self.refreshed_before
-            computed = self.store.kept_after(before) - 1  # the current step is kept, too
-            skipped = self.step - before - 1 - computed
-            pays = far_rewind_pays(self.controller.guidance_error, skipped, computed)
-            far = np.flatnonzero((self.refreshed == self.step) & (before >= self.store.oldest()) & pays)
-            if len(far):
-                origin[far] = before[far]
-                anchor = put_rows(anchor, far, take_rows(far_anchor, far))
-        first = np.where(origin < 0, self.step, origin + 1)
-        for start in np.unique(first[first < self.step]).tolist():
-            again = np.flatnonzero(first == start)
-            self.trace.rewound += len(again) * (self.step - start)
-            yield start, again, take_rows(anchor, again)
-
-    def between(self, first: int, images: np.ndarray) -> Iterator[tuple[int, Tensor]]:
-        """(a step, what the stack is to add in the s steps from it on, (halves, m, s, T, D)), up to the current one.
-
-        Some steps in one pass over the stored tensors.
-        """
-        for past in range(first, self.step, LOOK_AHEAD):
-            yield past, self.store.predict(images, np.arange(past, min(past + LOOK_AHEAD, self.step)))
-
-    def _set_anchors(self, x: Tensor) -> None:
-        """Keep the state x that the current step begins with where the step before was computed."""
-        for i, newest in enumerate((self.previous, self.refreshed_before)[: 1 + self.rewinds_far]):
-            new = np.flatnonzero(newest == self.step - 1)
-            self._anchors[i] = renew_rows(self._anchors[i], new, x)
-        if self.noise is not None:
-            new = np.flatnonzero(self.previous == self.step - 1)
-            self._anchor_noise = renew_rows(self._anchor_noise, new, self.noise.amount)
-
-    def _replay(
-        self, step: int, x: Tensor, images: np.ndarray, added: Tensor, evaluate: Evaluate, amount: Tensor | None
-    ) -> Tensor:
-        """The network's output at a step for `images` (m,), the stack adding `added` (halves * m, T, D).
-
-        amount: the noise that they have, where it is to be answered.
-        """
+    def _replay(self, step: int, x: Tensor, images: np.ndarray, added: Tensor, evaluate: Evaluate) -> Tensor:
+        """The network's output at a step for `images` (m,), the stack adding `added` (halves * m, T, D)."""
         with self.adding(added):
             out = evaluate(step, x, images)
-        return out if amount is None else self._add_answer(step, out, images, amount)
+        return out if self.noise is None else self.noise.answered(step, out, images)

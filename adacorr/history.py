@@ -121,6 +121,12 @@ class History:
     def bytes(self) -> int:
         return sum(t.nbytes for t in (self.values, self.scale) if t is not None)
 
+    @property
+    def newest(self) -> np.ndarray:
+        """(n,) the newest step of each image, -1 where there is none."""
+        everyone = np.arange(len(self.steps))
+        return self.steps[everyone, self.slot(everyone, 0)[:, 0]]
+
     def push(self, images: np.ndarray, step: int, values: Tensor) -> None:
         """Store a computed step for `images` (n,) over their oldest. values (n, E, T, D)."""
         if len(images) == 0:
@@ -135,6 +141,11 @@ class History:
                     stored[image, slot] = value
         self.steps[images, slots] = step
         self.count[images] += 1
+
+    def replace(self, images: np.ndarray, step: int, values: Tensor) -> None:
+        """Store other values of the newest step of `images` in place of those that `push` got."""
+        self.count[images] -= 1
+        self.push(images, step, values)
 
     def _parts(self, values: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Pairs of a stored tensor (n, K, ...) and what goes into it (m, ...), for new values (m, E, T, D)."""

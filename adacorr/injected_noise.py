@@ -30,7 +30,8 @@ from torch import Tensor
 
 from adacorr.history import History
 from adacorr.placement import Schedule, ddim_coefficients, evaluations
-from adacorr.run import put_rows, take_rows
+from adacorr.run import put_rows, renew_rows, take_rows
+from adacorr.store import Track
 from adacorr.transfer import on_device
 
 
@@ -54,8 +55,9 @@ class InjectedNoise:
     """The noise that the images of a run got, and the answer of skipped steps to it.
 
     response (S, F, C, C) of the predicted noise to a change of the state in each frequency bin, held (S, F) the part
-    of it that comes from outside of the blocks; alpha_bar (S,); size (C, H, W) of the state; `kept` computed steps that
-    a forecast rests on.
+    of it that comes from outside of the blocks; alpha_bar (S,); size (C, H, W) of the state; `track` is forecast from.
+
+    amount (n, ...) is the noise that the images have now, left the state and output that the newest step ended with.
     """
 
     def __init__(
@@ -63,12 +65,11 @@ class InjectedNoise:
         response: np.ndarray,
         held: np.ndarray,
         alpha_bar: np.ndarray,
-        images: int,
         size: tuple[int, int, int],
-        kept: int,
-        device: torch.device,
+        track: Track,
     ):
-        self.size = size
+        (images, kept), device = track.history.steps.shape, track.history.values.device
+        self.size, self.rule = size, track.rules[0]
         channels, height, width = size
         self.keep, self.c = ddim_coefficients(alpha_bar)
         unit = np.eye(channels)
@@ -81,43 +82,64 @@ class InjectedNoise:
         self._inverse = on_device(np.linalg.inv(np.stack(phi)), device, torch.complex64)
         self._bins = on_device(radial_bins(height, width), device)
         self.amount = torch.zeros(images, channels, *self._bins.shape, dtype=torch.complex64, device=device)  # a
+        self.left: tuple[Tensor, Tensor] | None = None
+        self._back: Tensor | None = None  # (n, ...) what they had after their newest computed step before this one
         self.history = History(images, kept, 1, channels, 2 * self._bins.numel(), device, torch.float32)
 
     @property
     def bytes(self) -> int:
         return self.history.bytes + self.amount.nbytes
 
-    def follow(self, amount: Tensor, step: int, x: Tensor, out: Tensor, after: Tensor) -> Tensor:
-        """The noise a (m, ...) of images after a step: from state x (m, C, H, W) with output `out` to `after`."""
+    def begin(self, step: int, x: Tensor, out: Tensor, computed: np.ndarray) -> Tensor:
+        """The output of a step, `out` (n, C, ...) for the state x, with the answer where it is not `computed` (n,)."""
+        everyone = np.arange(len(computed))
+        if self.left is not None:
+            self.follow(step - 1, everyone, *self.left, x)
+        self._back = renew_rows(self._back, np.flatnonzero(self.history.newest == step - 1), self.amount)
+        self.store(everyone[computed], step)
+        skipped = everyone[~computed]
+        return put_rows(out, skipped, self.answered(step, take_rows(out, skipped), skipped))
+
+    def follow(self, step: int, images: np.ndarray, x: Tensor, out: Tensor, after: Tensor) -> None:
+        """A step took `images` (m,) from state x (m, C, H, W) with output `out` to `after`."""
         injected = after - float(self.keep[step]) * x - float(self.c[step]) * out[:, : self.size[0]]
-        return amount + self._filter(self._inverse[step + 1], torch.fft.rfft2(injected))
+        amount = take_rows(self.amount, images) + self._filter(self._inverse[step + 1], torch.fft.rfft2(injected))
+        self.amount = put_rows(self.amount, images, amount)
 
     def store(self, images: np.ndarray, step: int) -> None:
         """`images` (m,) computed this step: remember the noise that they had."""
         self.history.push(images, step, _as_entry(take_rows(self.amount, images)))
 
-    def moved(self, images: np.ndarray, amount: Tensor, step: int, change: Tensor) -> None:
-        """The state of `images` (m,) changed by (m, C, H, W) after the step was computed; its noise is `amount` now.
+    def go_back(self, images: np.ndarray) -> None:
+        """`images` (m,) take the steps since their newest computed one before again."""
+        self.amount = put_rows(self.amount, images, take_rows(self._back, images))
+
+    def moved(self, step: int, images: np.ndarray, change: Tensor) -> None:
+        """The state of `images` (m,) changed by (m, C, H, W) after the step was computed.
 
         What is stored of the step still belongs to the state that it was computed for.
         """
-        self.amount = put_rows(self.amount, images, amount)
-        computed = amount - self._filter(self._inverse[step], torch.fft.rfft2(change))
-        self.history.count[images] -= 1  # it takes the place of what was stored
-        self.history.push(images, step, _as_entry(computed))
+        computed = take_rows(self.amount, images) - self._filter(self._inverse[step], torch.fft.rfft2(change))
+        self.history.replace(images, step, _as_entry(computed))
 
-    def answer(self, step: int, images: np.ndarray, amount: Tensor, weights: np.ndarray) -> Tensor:
-        """(m, C, H, W) to add to the output of a forecast step for `images` (m,), whose noise is `amount` (m, ...).
+    def answered(self, step: int, out: Tensor, images: np.ndarray) -> Tensor:
+        """Output (m, C', ...) of a step for `images` (m,), with the answer to their noise."""
+        if not len(images):
+            return out
+        answer = self.answer(step, images)
+        return torch.cat([out[:, : answer.shape[1]] + answer, out[:, answer.shape[1] :]], dim=1)
 
-        weights (m, 1, K) of the kept steps in the forecast, in the order of their slots. What they lack to 1 is the
-        mean, which knows no noise: it counts as the newest step.
+    def answer(self, step: int, images: np.ndarray) -> Tensor:
+        """(m, C, H, W) to add to the output of a forecast step for `images` (m,).
+
+        What the forecast's weights lack to 1 is the mean, which knows no noise: it counts as the newest step.
         """
-        weights = weights.copy()
+        weights = self.history.weights(images, np.array([step]), self.rule)
         newest = self.history.slot(images, 0)[:, 0]
         weights[np.arange(len(images)), 0, newest] += 1.0 - weights.sum(axis=2)[:, 0]
-        coefficients = on_device(weights, amount.device, torch.float32)[..., None]
+        coefficients = on_device(weights, self.amount.device, torch.float32)[..., None]
         nodes = self.history.read(images, coefficients)[:, 0].unflatten(-1, (*self._bins.shape, 2))
-        since = amount - torch.view_as_complex(nodes.contiguous())
+        since = take_rows(self.amount, images) - torch.view_as_complex(nodes.contiguous())
         return torch.fft.irfft2(self._filter(self._answer[step], since), s=self.size[1:])
 
     def _filter(self, matrices: Tensor, spectrum: Tensor) -> Tensor:

@@ -209,7 +209,7 @@ class CacheManager:
             store = stores.known(whole, self._known, injected)
             if eta:
                 size = model.in_channels, model.input_size, model.input_size
-                noise = self._known.noise(info.timesteps, alpha_bar, info.images, size, info.device)
+                noise = self._known.noise(info.timesteps, alpha_bar, size, store.tracks[0])
         spent = trace.extra_flops / trace.evaluation_flops
         run = info.timesteps, alpha_bar, info.images, trace.halves, info.cfg_scale
         controller = Controller(self.correction, *run, spent, self._known, injected if eta else None, steps)

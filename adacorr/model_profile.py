@@ -21,7 +21,7 @@ from adacorr.linear_steps import LinearSteps
 from adacorr.placement import ErrorModel, Process, ddim_coefficients
 from adacorr.profile import Profile
 from adacorr.schedules import OwnSchedules, Schedules, nearest
-from adacorr.store import with_rest
+from adacorr.store import Track, with_rest
 
 SAMPLER = "ddim"  # that a model is measured under; the others go along nearly the same states
 KINDS = ("conditional", "difference")  # the processes: the conditional half, and how the unconditional one differs
@@ -164,13 +164,13 @@ class ModelProfile:
         return torch.from_numpy(np.einsum("sp,pqd->sqd", onto, self.mean[kind].astype(np.float32))).float()
 
     def noise(
-        self, timesteps: np.ndarray, alpha_bar: np.ndarray, images: int, size: tuple[int, int, int], device
+        self, timesteps: np.ndarray, alpha_bar: np.ndarray, size: tuple[int, int, int], track: Track
     ) -> InjectedNoise:
-        """The noise of a run that injects some."""
+        """The noise of a run that injects some; `track` forecasts the conditional half."""
         sigma = np.sqrt(1.0 - alpha_bar)
         response, held = (between(timesteps, self.timesteps, values) for values in (self.response, self.held))
         response, held = response / sigma[:, None, None, None], held / sigma[:, None]
-        return InjectedNoise(response, held, alpha_bar, images, size, KEPT["conditional"], device)
+        return InjectedNoise(response, held, alpha_bar, size, track)
 
     def noise_schedules(
         self, timesteps: np.ndarray, alpha_bar: np.ndarray, renewed: np.ndarray, cfg_scale: float

@@ -30,8 +30,10 @@ class ShortRun:
     def take(self, x: Tensor) -> Tensor:
         """The state after the step that is open, from the state x before it; (n, K * C, H, W) both."""
         run, (steps, states) = self.run, self._walked
+        if run.rewinds is not None:
+            run.rewinds.begin(run.step, x)
         if run.step in steps:
-            run.skip_step(x)
+            run.skip_step()
             return states[run.step - steps.start]
         plan = run.plan()
         if len(plan.computed.cond):
@@ -39,7 +41,7 @@ class ShortRun:
         ahead, added = run.forecast()
         steps = range(run.step, max(run.step + 1, min(run.controller.next_due(), ahead.stop)))
         self._walked = steps, self.outside.walk(x, run.step, added[:, :, : len(steps)], run.everyone)
-        run.skip_step(x)
+        run.skip_step()
         return self._walked[1][0]
 
     def _compute(self, x: Tensor, plan: Plan) -> Tensor:
@@ -48,9 +50,9 @@ class ShortRun:
         run.learn(plan, computed)
         added = run.added(plan, computed)
         run.finish(plan, computed, None)
-        if run.rewinds:
-            for first, again, state in run.rewinds_of(x):
-                for past, between in run.between(first, again):
-                    state = self.outside.walk(state, past, between, again)[-1]
+        if run.rewinds is not None:
+            for again, state, forecasts in run.rewinds.of(run.step):
+                for first, ahead in forecasts:
+                    state = self.outside.walk(state, first, ahead, again)[-1]
                 x = put_rows(x, again, state)
         return self.outside.walk(x, run.step, added.unsqueeze(2), run.everyone)[0]

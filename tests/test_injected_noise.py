@@ -10,9 +10,11 @@ from toy import alphas, known_model, save_tiny, tiny_dit
 import pipeline
 from adacorr import AdaCorrection, CacheManager
 from adacorr.correct import parse_correction
+from adacorr.history import History
 from adacorr.injected_noise import EXCESS, InjectedNoise, NoiseSchedules, radial_bins, renewed
 from adacorr.model_profile import ModelProfile
 from adacorr.placement import ddim_coefficients, evaluations
+from adacorr.store import Track
 from diffusion import make_sampler
 from evaluate.fidelity import psnr
 from profiles import with_profile
@@ -53,23 +55,25 @@ def through(matrices, x):
     return torch.fft.irfft2(out, s=x.shape[2:])
 
 
-@pytest.fixture
-def noise():
-    return InjectedNoise(*filters(), ALPHA_BAR, IMAGES, SIZE, kept=2, device=torch.device("cpu"))
+def injected_noise(*weights):
+    """That of a run whose forecasts have these weights: first of the newest step."""
+    history = History(IMAGES, len(weights), 1, 1, 1, "cpu", torch.float32)
+    track = Track(history, (lambda kept, at: np.tile(weights, (len(kept), len(at), 1)),), None)
+    return InjectedNoise(*filters(), ALPHA_BAR, SIZE, track)
 
 
-def noisy_path(stored, noise):
+def noisy_path(noise, stored):
     """States (S) of a stochastic run of the linear network, and their noise; `noise` stores some steps."""
     response, _ = filters()
     keep, c = ddim_coefficients(ALPHA_BAR)
     torch.manual_seed(1)
-    states, amounts = [torch.randn(IMAGES, *SIZE)], [noise.amount]
+    states, amounts, everyone = [torch.randn(IMAGES, *SIZE)], [noise.amount], np.arange(IMAGES)
     for step in range(STEPS - 1):
         if step in stored:
-            noise.store(np.arange(IMAGES), step)
+            noise.store(everyone, step)
         out = through(response[step], states[-1])
         after = keep[step] * states[-1] + c[step] * out + 0.5 * torch.randn(IMAGES, *SIZE)
-        noise.amount = noise.follow(noise.amount, step, states[-1], out, after)
+        noise.follow(step, everyone, states[-1], out, after)
         states.append(after)
         amounts.append(noise.amount)
     return states, amounts
@@ -92,38 +96,33 @@ def blocks_answer(step, change):
     return through(response[step] - held[step][:, None, None] * np.eye(2), change)
 
 
-def weights(*shares):
-    """The forecast's weights for all images: first of the older node."""
-    return np.tile(np.array(shares), (IMAGES, 1, 1))
-
-
 @pytest.mark.parametrize("at", [2, 3, 4])
-def test_what_blocks_would_answer_to_the_noise_since_a_node(noise, at):
-    states, amounts = noisy_path({1}, noise)
-    answer = noise.answer(at, np.arange(IMAGES), amounts[at], weights(1.0, 0.0))
+def test_what_blocks_would_answer_to_the_noise_since_a_node(at):
+    noise = injected_noise(1.0, 0.0)
+    states, amounts = noisy_path(noise, {1})
+    noise.amount = amounts[at]
     expected = blocks_answer(at, states[at] - without_noise(states[1], 1, at))
-    torch.testing.assert_close(answer, expected, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(noise.answer(at, np.arange(IMAGES)), expected, atol=1e-4, rtol=1e-3)
 
 
-def test_a_forecast_from_two_nodes_answers_to_the_noise_since_each_and_interpolates(noise):
-    states, amounts = noisy_path({1, 4}, noise)
+# Weights that add up to less leave the rest to the mean, which counts as the newest node.
+@pytest.mark.parametrize("weights", [(0.7, 0.3), (0.2, 0.3)])
+def test_a_forecast_from_two_nodes_answers_to_the_noise_since_each_and_interpolates(weights):
+    noise = injected_noise(*weights)
+    states, amounts = noisy_path(noise, {1, 4})
     since = [states[3] - without_noise(states[node], node, 3) for node in (1, 4)]  # the other node is yet to come
-    some = np.array([0, 2])
-    answer = noise.answer(3, some, amounts[3][some], weights(0.3, 0.7)[:2])
+    some, noise.amount = np.array([0, 2]), amounts[3]
     expected = blocks_answer(3, 0.3 * since[0] + 0.7 * since[1])[some]
-    torch.testing.assert_close(answer, expected, atol=1e-4, rtol=1e-3)
-    # Weights that add up to less leave the rest to the mean, which counts as the newest node.
-    less = noise.answer(3, some, amounts[3][some], weights(0.3, 0.2)[:2])
-    torch.testing.assert_close(less, answer, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(noise.answer(3, some), expected, atol=1e-4, rtol=1e-3)
 
 
-def test_a_state_that_was_moved_after_its_step_was_computed_is_answered_for_the_move(noise):
-    _, amounts = noisy_path({1, 4}, noise)
-    some, change = np.array([1]), torch.randn(1, *SIZE)
-    noise.moved(some, amounts[4][some], 4, change)
-    answer = noise.answer(4, some, noise.amount[some], weights(0.0, 1.0)[:1])
-    torch.testing.assert_close(answer, blocks_answer(4, change), atol=1e-4, rtol=1e-3)
-    other = noise.answer(4, np.array([0]), amounts[4][:1], weights(0.0, 1.0)[:1])
+def test_a_state_that_was_moved_after_its_step_was_computed_is_answered_for_the_move():
+    noise = injected_noise(1.0, 0.0)
+    _, amounts = noisy_path(noise, {1, 4})
+    some, change, noise.amount = np.array([1]), torch.randn(1, *SIZE), amounts[4]
+    noise.moved(4, some, change)
+    torch.testing.assert_close(noise.answer(4, some), blocks_answer(4, change), atol=1e-4, rtol=1e-3)
+    other = noise.answer(4, np.array([0]))
     torch.testing.assert_close(other, torch.zeros_like(other), atol=1e-4, rtol=0)
 
 
@@ -212,8 +211,7 @@ def test_answered_noise_brings_the_image_closer(uncached, monkeypatch):
     pipe, reference = uncached
     answered, cache = final(pipe, "budget=15")
     assert cache.trace.compute <= 15 / 60
-    monkeypatch.setattr(InjectedNoise, "answer", lambda self, step, images, amount, weights: amount.new_zeros(
-        len(images), *self.size, dtype=torch.float32))  # fmt: skip
+    monkeypatch.setattr(InjectedNoise, "answer", lambda self, step, images: torch.zeros(len(images), *self.size))
     ignored, _ = final(pipe, "budget=15")
     near, far = (psnr(pipe.decode(reference), pipe.decode(x)) for x in (answered, ignored))
     assert near.min() > 27

@@ -202,7 +202,7 @@ def replays(monkeypatch):
     def checked(run, x, out, evaluate, advance):
         halves = run.newest_added.unflatten(0, (run.halves, -1))
         for images in (np.arange(len(x)), np.array([1])):
-            again = run._replay(run.step, x[images], images, halves[:, images].flatten(0, 1), evaluate, None)
+            again = run._replay(run.step, x[images], images, halves[:, images].flatten(0, 1), evaluate)
             torch.testing.assert_close(again, out[images], atol=1e-4, rtol=1e-4)
             done.append(run.step)
         return correct(run, x, out, evaluate, advance)

@@ -176,9 +176,9 @@ class Attachment:
     def _note(self, why: str) -> None:
         """A run that rewinds goes on without it if there is a reason."""
         now = self.sampling
-        if why and now is not None and isinstance(now.run, CorrectedRun) and now.run.rewinds:
+        if why and now is not None and isinstance(now.run, CorrectedRun) and now.run.rewinds is not None:
             self.not_rewound[why] += 1
-            now.rewinding, now.run.rewinds = None, False
+            now.rewinding = now.run.rewinds = None
 
     def replay(self, step: int, rows: Tensor, images: np.ndarray) -> Tensor:
         """The transformer's output for other rows at a step up to this one, of which those of `images` count."""
@@ -382,11 +382,11 @@ class Attachment:
             steps=steps,
         )
         sampling = Sampling(run, grid, key)
-        if isinstance(run, CorrectedRun) and run.rewinds:
+        if isinstance(run, CorrectedRun) and run.rewinds is not None:
             if steps is None:
                 why = f"steps of {type(scheduler).__name__} that are not known to be linear"
                 self.not_rewound[why] += 1
-                run.rewinds = False
+                run.rewinds = None
             else:
                 sampling.rewinding = Rewinding(run, steps, scheduler, self.cond_first)
         return sampling
