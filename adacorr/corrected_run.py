@@ -96,10 +96,11 @@ class CorrectedRun(CachedRun):
         self.halves, self.infers, self.noise = trace.halves, controller.infers, noise
         self.everyone = np.arange(info.images)
         self._ahead: tuple[range, Tensor | None] = (range(0), None)  # forecasts (halves, n, s, T, D) of coming steps
-        # Under injected noise a rewind to a refresh has more noise to bridge than it gains.
-        far = self.infers and controller.profile is not None and noise is None
-        rewinds = Rewinds(store, trace, controller.guidance_error if far else None)
-        self.rewinds = rewinds if rewindable and correction.rewind else None
+        self.rewinds: Rewinds | None = None
+        if rewindable and correction.rewind:
+            # Under injected noise a rewind to a refresh has more noise to bridge than it gains.
+            far = self.infers and controller.profile is not None and noise is None
+            self.rewinds = Rewinds(store, trace, controller.guidance_error if far else None)
         # With a profile, offsets are only recorded: they are read a computed step late, once a GPU has measured them.
         self.late = controller.profile is not None
         self._offset = np.zeros((2, info.images))  # newest known: of the stack, of the guidance difference
@@ -176,7 +177,7 @@ class CorrectedRun(CachedRun):
         visible = self.info.visible_halves * self.info.images
         head = x[:visible] if probe is None else probe.out
         conditioning = Conditioning(self.info.blocks, c[:visible])
-        last = self.store.newest
+        last = self.store.stored_steps(self.everyone, 0)
         view = make_view(self.info, self.step, self.units[0], head, x[:visible], last, conditioning, self.trace)
         return view, checked_decision(self.policy, view, self.policy.propose)
 
@@ -333,7 +334,7 @@ class CorrectedRun(CachedRun):
 
     def correct(self, x: Tensor, out: Tensor, evaluate: Evaluate, advance: Advance) -> tuple[Tensor, Tensor]:
         if self.noise is not None:
-            out = self.noise.begin(self.step, x, out, self.store.newest == self.step)
+            out = self.noise.begin(self.step, x, out)
         if self.rewinds is not None:
             self.rewinds.begin(self.step, x)
             x, out = self._rewind(x, out, evaluate, advance)

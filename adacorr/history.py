@@ -124,8 +124,7 @@ class History:
     @property
     def newest(self) -> np.ndarray:
         """(n,) the newest step of each image, -1 where there is none."""
-        everyone = np.arange(len(self.steps))
-        return self.steps[everyone, self.slot(everyone, 0)[:, 0]]
+        return self.steps[np.arange(len(self.steps)), (self.count - 1) % self.steps.shape[1]]
 
     def push(self, images: np.ndarray, step: int, values: Tensor) -> None:
         """Store a computed step for `images` (n,) over their oldest. values (n, E, T, D)."""

@@ -55,21 +55,15 @@ class InjectedNoise:
     """The noise that the images of a run got, and the answer of skipped steps to it.
 
     response (S, F, C, C) of the predicted noise to a change of the state in each frequency bin, held (S, F) the part
-    of it that comes from outside of the blocks; alpha_bar (S,); size (C, H, W) of the state; `track` is forecast from.
-
-    amount (n, ...) is the noise that the images have now, left the state and output that the newest step ended with.
+    of it that comes from outside of the blocks; alpha_bar (S,); size (C, H, W) of the state; `track` is what forecasts
+    rest on. amount (n, ...): the noise that the images have now; left: state and output that the newest step ended with.
     """
 
     def __init__(
-        self,
-        response: np.ndarray,
-        held: np.ndarray,
-        alpha_bar: np.ndarray,
-        size: tuple[int, int, int],
-        track: Track,
+        self, response: np.ndarray, held: np.ndarray, alpha_bar: np.ndarray, size: tuple[int, int, int], track: Track
     ):
         (images, kept), device = track.history.steps.shape, track.history.values.device
-        self.size, self.rule = size, track.rules[0]
+        self.size, self.track = size, track
         channels, height, width = size
         self.keep, self.c = ddim_coefficients(alpha_bar)
         unit = np.eye(channels)
@@ -90,14 +84,14 @@ class InjectedNoise:
     def bytes(self) -> int:
         return self.history.bytes + self.amount.nbytes
 
-    def begin(self, step: int, x: Tensor, out: Tensor, computed: np.ndarray) -> Tensor:
-        """The output of a step, `out` (n, C, ...) for the state x, with the answer where it is not `computed` (n,)."""
-        everyone = np.arange(len(computed))
+    def begin(self, step: int, x: Tensor, out: Tensor) -> Tensor:
+        """The output of a step, `out` (n, C, ...) for the state x, with the answer where it was forecast."""
         if self.left is not None:
-            self.follow(step - 1, everyone, *self.left, x)
+            self.follow(step - 1, np.arange(len(x)), *self.left, x)
         self._back = renew_rows(self._back, np.flatnonzero(self.history.newest == step - 1), self.amount)
-        self.store(everyone[computed], step)
-        skipped = everyone[~computed]
+        computed = self.track.history.newest == step
+        self.store(np.flatnonzero(computed), step)
+        skipped = np.flatnonzero(~computed)
         return put_rows(out, skipped, self.answered(step, take_rows(out, skipped), skipped))
 
     def follow(self, step: int, images: np.ndarray, x: Tensor, out: Tensor, after: Tensor) -> None:
@@ -134,7 +128,7 @@ class InjectedNoise:
 
         What the forecast's weights lack to 1 is the mean, which knows no noise: it counts as the newest step.
         """
-        weights = self.history.weights(images, np.array([step]), self.rule)
+        weights = self.history.weights(images, np.array([step]), self.track.rules[0])
         newest = self.history.slot(images, 0)[:, 0]
         weights[np.arange(len(images)), 0, newest] += 1.0 - weights.sum(axis=2)[:, 0]
         coefficients = on_device(weights, self.amount.device, torch.float32)[..., None]

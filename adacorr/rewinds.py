@@ -51,9 +51,6 @@ class Rewinds:
             yield again, take_rows(state, again), self._forecasts(start, step, again)
 
     def _forecasts(self, start: int, stop: int, images: np.ndarray) -> Iterator[tuple[int, Tensor]]:
-        """(a step, what the stack is to add in the s steps from it on, (halves, m, s, T, D)), from `start` to `stop`.
-
-        Some steps in one pass over the stored tensors.
-        """
+        """From `start` to `stop`: (a step, what the stack is to add in s steps from it on, (halves, m, s, T, D))."""
         for first in range(start, stop, LOOK_AHEAD):
             yield first, self.store.predict(images, np.arange(first, min(first + LOOK_AHEAD, stop)))

@@ -107,11 +107,6 @@ class UnitStore(ABC):
         """(n,) True for images without a computed step."""
         return self.count == 0
 
-    @property
-    def newest(self) -> np.ndarray:
-        """(n,) the newest computed step, -1 where there is none."""
-        return self.tracks[0].history.newest
-
     def predict(self, images: np.ndarray, steps: np.ndarray) -> Tensor:
         """What the unit gives for `images` (m,) at some steps (s,): (halves, m, s, T, D); pre-gate for a branch.
 
