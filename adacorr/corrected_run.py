@@ -20,16 +20,7 @@ from adacorr.offset import relative_offset, token_norms
 from adacorr.outside import Outside
 from adacorr.policy import Policy, Ran, RunInfo, View
 from adacorr.rewinds import Rewinds
-from adacorr.run import (
-    Advance,
-    CachedRun,
-    Evaluate,
-    checked_decision,
-    count_modulations,
-    make_view,
-    put_rows,
-    take_rows,
-)
+from adacorr.run import Advance, CachedRun, Evaluate, checked_decision, count_modulations, put_rows, take_rows
 from adacorr.short_run import LOOK_AHEAD, ShortRun
 from adacorr.store import ComputedRows, FreshStep, UnitStore
 from adacorr.trace import Trace
@@ -178,7 +169,7 @@ class CorrectedRun(CachedRun):
         head = x[:visible] if probe is None else probe.out
         conditioning = Conditioning(self.info.blocks, c[:visible])
         last = self.store.stored_steps(self.everyone, 0)
-        view = make_view(self.info, self.step, self.units[0], head, x[:visible], last, conditioning, self.trace)
+        view = self.view(self.info, self.units[0], head, x[:visible], last, conditioning)
         return view, checked_decision(self.policy, view, self.policy.propose)
 
     def forecast(self) -> tuple[range, Tensor]:

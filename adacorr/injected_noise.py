@@ -56,7 +56,7 @@ class InjectedNoise:
 
     response (S, F, C, C) of the predicted noise to a change of the state in each frequency bin, held (S, F) the part
     of it that comes from outside of the blocks; alpha_bar (S,); size (C, H, W) of the state; `track` is what forecasts
-    rest on. amount (n, ...): the noise that the images have now; left: state and output that the newest step ended with.
+    rest on. amount (n, ...): the noise that images have now; left: state and output that the newest step ended with.
     """
 
     def __init__(

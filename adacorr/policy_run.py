@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from adacorr.policy import Cached, Policy, Predictor, Ran, RunInfo, View
-from adacorr.run import CachedRun, checked_decision, count_modulations, make_view
+from adacorr.run import CachedRun, checked_decision, count_modulations
 from adacorr.store import ComputedRows, UnitStore
 from adacorr.trace import Trace
 from adacorr.transfer import on_device
@@ -89,7 +89,7 @@ class PolicyRun(CachedRun):
 
     def _run_unit(self, state: UnitState, x: Tensor, x_in: Tensor, conditioning: Conditioning) -> Tensor:
         """One unit for all rows: x (halves * n, T, D) -> the same."""
-        view = make_view(self.seen, self.step, state.unit, x, x_in, state.last, conditioning, self.trace)
+        view = self.view(self.seen, state.unit, x, x_in, state.last, conditioning)
         run = checked_decision(self.policy, view, self.policy.decide) | (state.last < 0)
         computed, reused = np.flatnonzero(run), np.flatnonzero(~run)
         if not len(reused):

@@ -81,6 +81,12 @@ class CachedRun(ABC):
                 "call it on [conditional; unconditional] rows of all images"
             )
 
+    def view(self, info: RunInfo, unit: Unit, x: Tensor, x_in: Tensor, last: np.ndarray, c: Conditioning) -> View:
+        """Of a unit at this step: x, x_in (halves * n, T, D), and `last` (n,) the newest step that ran it, or -1."""
+        age = np.where(last < 0, 0, self.step - last)
+        halves = (info.visible_halves, info.images)
+        return View(info, self.step, unit, x.unflatten(0, halves), x_in.unflatten(0, halves), age, c, self.trace)
+
 
 def take_rows(values: Tensor | None, rows: np.ndarray) -> Tensor | None:
     """values[rows], without a copy where that is all of them; None of None."""
@@ -102,22 +108,6 @@ def renew_rows(kept: Tensor | None, rows: np.ndarray, now: Tensor) -> Tensor:
 
 
 # --------------------------------------------------------------------------------- what both kinds ask of a policy
-
-
-def make_view(
-    info: RunInfo,
-    step: int,
-    unit: Unit,
-    x: Tensor,
-    x_in: Tensor,
-    last: np.ndarray,
-    conditioning: Conditioning,
-    trace: Trace,
-) -> View:
-    """The view of a unit at a step: x, x_in (halves * n, T, D), and `last` (n,) the newest step that ran it, or -1."""
-    age = np.where(last < 0, 0, step - last)
-    halves = (info.visible_halves, info.images)
-    return View(info, step, unit, x.unflatten(0, halves), x_in.unflatten(0, halves), age, conditioning, trace)
 
 
 def checked_decision(policy: Policy, view: View, question: Callable[[View], np.ndarray]) -> np.ndarray:

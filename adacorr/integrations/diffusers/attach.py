@@ -176,7 +176,7 @@ class Attachment:
     def _note(self, why: str) -> None:
         """A run that rewinds goes on without it if there is a reason."""
         now = self.sampling
-        if why and now is not None and isinstance(now.run, CorrectedRun) and now.run.rewinds is not None:
+        if why and now is not None and now.rewinding is not None:
             self.not_rewound[why] += 1
             now.rewinding = now.run.rewinds = None
 
