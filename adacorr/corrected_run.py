@@ -92,8 +92,6 @@ class CorrectedRun(CachedRun):
             # Under injected noise a rewind to a refresh has more noise to bridge than it gains.
             far = self.infers and controller.profile is not None and noise is None
             self.rewinds = Rewinds(store, trace, controller.guidance_error if far else None)
-        # With a profile, offsets are only recorded: they are read a computed step late, once a GPU has measured them.
-        self.late = controller.profile is not None
         self._offset = np.zeros((2, info.images))  # newest known: of the stack, of the guidance difference
         self._measured: tuple[int, ComputedRows, OnItsWay] | None = None
         self.newest_added: Tensor | None = None  # (halves * n, T, D): what the stack added in the current step
@@ -168,7 +166,7 @@ class CorrectedRun(CachedRun):
         visible = self.info.visible_halves * self.info.images
         head = x[:visible] if probe is None else probe.out
         conditioning = Conditioning(self.info.blocks, c[:visible])
-        last = self.store.stored_steps(self.everyone, 0)
+        last = self.store.tracks[0].history.newest
         view = self.view(self.info, self.units[0], head, x[:visible], last, conditioning)
         return view, checked_decision(self.policy, view, self.policy.propose)
 
@@ -231,15 +229,17 @@ class CorrectedRun(CachedRun):
 
     def learn(self, plan: Plan, computed: Computed | None) -> None:
         """Measure the offsets of what was computed against its forecast, and tell the controller the newest known."""
-        self.trace.score[self.step], self.trace.weight[self.step] = np.nan, plan.weight
+        self.trace.weight[self.step] = plan.weight
         if computed is None:
             return
         cond, uncond = plan.computed.halves
-        if not self.late:
+        # With a profile, offsets are only recorded: they are read a computed step late, once a GPU has measured them.
+        late = self.controller.profile is not None
+        if not late:
             self._measure(plan, computed)
         self._take_in()
         self.controller.learn(self.step, cond, self._offset[0, cond], uncond, self._offset[1, uncond])
-        if self.late:
+        if late:
             self._measure(plan, computed)
 
     def _measure(self, plan: Plan, computed: Computed) -> None:
@@ -318,7 +318,7 @@ class CorrectedRun(CachedRun):
 
     def skip_step(self) -> None:
         """This step is skipped for all images."""
-        self.trace.score[self.step], self.trace.weight[self.step] = np.nan, self.controller.clock.weight(self.step)
+        self.trace.weight[self.step] = self.controller.clock.weight(self.step)
         self.trace.done = self.step + 1
 
     # ------------------------------------------------------------------ correcting state and output

@@ -124,7 +124,8 @@ class History:
     @property
     def newest(self) -> np.ndarray:
         """(n,) the newest step of each image, -1 where there is none."""
-        return self.steps[np.arange(len(self.steps)), (self.count - 1) % self.steps.shape[1]]
+        everyone = np.arange(len(self.steps))
+        return self.steps[everyone, self.slot(everyone, 0)[:, 0]]
 
     def push(self, images: np.ndarray, step: int, values: Tensor) -> None:
         """Store a computed step for `images` (n,) over their oldest. values (n, E, T, D)."""

@@ -81,7 +81,7 @@ def forget(scheduler: Any) -> None:
 
 
 def linear_steps(
-    scheduler: Any, timesteps: Sequence[Tensor], advance: Advance = scheduler_step, *, remembers: bool = True
+    scheduler: Any, timesteps: Tensor, advance: Advance = scheduler_step, *, remembers: bool = True
 ) -> LinearSteps | None:
     """The scheduler's steps at each of the timesteps, found by trying; None where a step is no linear one.
 
@@ -96,7 +96,7 @@ def linear_steps(
     vars(scheduler).update(tables)  # pipelines put them on their device
     size, carry, gain = 1 + len(remembered(scheduler)), [], []
     with torch.random.fork_rng(devices=[]):  # a stochastic one draws
-        for t in timesteps:
+        for t in timesteps.cpu():
             if not remembers:
                 forget(scheduler)
             known = [True, *(value is not None for value in remembered(scheduler)), True]
@@ -105,7 +105,7 @@ def linear_steps(
             z *= torch.tensor(known)[:, None, None, None, None]
             x, *memory, out = z
             remember(scheduler, [value if given else None for value, given in zip(memory, known[1:], strict=False)])
-            after = [advance(scheduler, out, t.cpu(), x), *remembered(scheduler)]
+            after = [advance(scheduler, out, t, x), *remembered(scheduler)]
             after = torch.stack([torch.zeros_like(x) if value is None else value.double() for value in after])
             found = after[:, : size + 1].flatten(2).mean(dim=2)  # (K, K + 1)
             expected = torch.einsum("ij,jnchw->inchw", found, z)

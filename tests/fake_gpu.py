@@ -55,7 +55,7 @@ class OnGPU(Tensor):
 
 
 class FakeGPU(TorchDispatchMode):
-    """Within it `tensor.to("cuda")` gives a `OnGPU`. waits: what the host waited for, by operation."""
+    """Within it `tensor.to("cuda")` gives an `OnGPU`. waits: what the host waited for, by operation."""
 
     def __init__(self):
         super().__init__()

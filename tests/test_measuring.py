@@ -15,6 +15,7 @@ from adacorr.calibration.stack import StackCalibration
 from adacorr.corrected_run import CorrectedRun
 from adacorr.integrations.diffusers import CacheConfig, enable, measure
 from adacorr.integrations.diffusers.measuring import SEED
+from adacorr.linear_steps import LinearSteps
 from adacorr.model_profile import KINDS
 from adacorr.profile import Profile, load_profile, save_profile
 from adacorr.stack_profile import METHOD, StackProfile
@@ -112,7 +113,8 @@ def test_a_run_has_the_mean_and_the_gates_of_its_profile(tmp_path, monkeypatch):
 
 def test_what_is_added_up(monkeypatch):
     """By hand: two steps, one entry, one half."""
-    own = StackCalibration(np.array([900.0, 100.0]), np.array([[1.5, -0.5], [2.0, -1.0]]), np.ones((2, 1)), 1.0)
+    steps = LinearSteps(np.array([[[1.5]], [[2.0]]]), np.array([[-0.5], [-1.0]]))
+    own = StackCalibration(np.array([900.0, 100.0]), steps, np.ones((2, 1)), 1.0)
     own.add_reading(1, torch.full((1, 3, 2), 2.0), torch.full((1, 1, 4), 1.0))  # four times the power
     error = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     own.add_response(1, error, [0.5 * error, error + torch.tensor([[0.0, 2.0], [0.0, 0.0]])])

@@ -26,10 +26,10 @@ NEGLIGIBLE = 1e-9  # share of the whole variance below which a direction of it i
 class StackCalibration:
     """Adds up what is seen of uncached runs at timesteps (P,), all with the same scheduler and guidance.
 
-    steps (P, 2): a and b of the scheduler's steps x <- a x + b out. basis (P, E): how a step reads what is stored.
+    steps: the scheduler's, without a memory. basis (P, E): how a step reads what is stored.
     """
 
-    def __init__(self, timesteps: np.ndarray, steps: np.ndarray, basis: np.ndarray, cfg_scale: float):
+    def __init__(self, timesteps: np.ndarray, steps: LinearSteps, basis: np.ndarray, cfg_scale: float):
         self.timesteps, self.steps, self.basis, self.cfg_scale = timesteps, steps, basis, cfg_scale
         self.halves, count = 1 if cfg_scale == 1.0 else 2, len(timesteps)
         self.images, self.power, self.gram, self.sums = 0, 0.0, 0.0, 0.0
@@ -86,8 +86,7 @@ class StackCalibration:
             weight = 1.0 if half == 0 else self.cfg_scale - 1.0
             processes.append(Process(factor[half][None], own, np.zeros_like(own), *answers[half], KEPT[kind], weight))
         readout = with_rest(self.basis) * reading[:, None]
-        steps = LinearSteps(self.steps[:, :1, None], self.steps[:, 1:])
-        model = ErrorModel(steps, held, readout, processes)
+        model = ErrorModel(self.steps, held, readout, processes)
         contrast = np.sqrt(self.power / self.images)
         rows, expected = tabulate(best_schedules(model, (ENOUGH * contrast) ** 2), count, model.guided)
         arrays |= {"schedules": rows, "expected": expected, "contrast": contrast}

@@ -18,6 +18,7 @@ from adacorr.integrations.diffusers.attach import Attachment, Sampling
 from adacorr.integrations.diffusers.config import CacheConfig
 from adacorr.integrations.diffusers.handle import enable
 from adacorr.integrations.diffusers.schedule import sampler_of
+from adacorr.linear_steps import LinearSteps
 from adacorr.profile import Profile, check_suffix, save_profile
 from adacorr.stack_profile import GATE_ERROR, METHOD
 
@@ -95,7 +96,7 @@ class _Observer:
         basis = np.ones((len(timesteps), 1)) if run.store.basis is None else run.store.basis.astype(np.float64)
         if self.calibration is None:
             first = self.attachment.linear_steps(now.grid, remembers=False)
-            steps = np.stack([first.carry[:, 0, 0], first.gain[:, 0]], axis=1)
+            steps = LinearSteps(first.carry[:, :1, :1], first.gain[:, :1])
             self.calibration = StackCalibration(timesteps, steps, basis, scale)
         known, step = self.calibration, run.step
         # Both halves are computed in every step: the clocks alone leave some out where steps lie close together.
