@@ -127,6 +127,13 @@ class FinalLayer(nn.Module):
         return self.linear(x)                                    # (N, T, p * p * out_channels)
 
 
+def run_blocks(blocks, x, c):
+    """x (N, T, D) through all blocks under c (N, D) -> (N, T, D)."""
+    for block in blocks:
+        x = block(x, c)                                          # (N, T, D)
+    return x
+
+
 class DiT(nn.Module):
     """Class-conditional diffusion transformer: x (N, C, H, W), t (N,), y (N,) -> (N, C or 2C, H, W).
 
@@ -157,7 +164,7 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList([DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.cache = None  # an adacorr.run.CachedRun, while one is open
-        self.walk = None  # in place of adacorr.outside.walk, once that is captured
+        self.captured = None  # an adacorr.captured.Captured, once the model is compiled
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -239,11 +246,12 @@ class DiT(nn.Module):
         x = self.embed(x)                                         # (N, T, D)
         if 2 * len(x) == len(c):
             x = torch.cat([x, x])                                 # (N, T, D)
-        if self.cache is None:
-            for block in self.blocks:
-                x = block(x, c)                                   # (N, T, D)
-        else:
+        if self.cache is not None:
             x = self.cache.run_blocks(self.blocks, x, c)          # (N, T, D)
+        elif self.captured is not None:
+            x = self.captured(run_blocks, self.blocks, x, c)      # (N, T, D)
+        else:
+            x = run_blocks(self.blocks, x, c)                     # (N, T, D)
         return self.decode(x, c)                                  # (N, out_channels, H, W)
 
     def forward_with_cfg(self, x, t, y, cfg_scale, cfg_channels=3):

@@ -1,4 +1,4 @@
-"""torch.compile for the branches of the blocks, CUDA graphs for skipped steps; the decisions stay as they are."""
+"""torch.compile for the branches of the blocks, CUDA graphs for whole steps; the decisions stay as they are."""
 
 from functools import wraps
 from types import MethodType
@@ -8,7 +8,6 @@ import torch._dynamo.config
 from torch import Tensor, nn
 
 from adacorr.captured import Captured
-from adacorr.outside import walk
 
 BACKEND = "inductor"
 
@@ -21,10 +20,11 @@ def compile_blocks(model: nn.Module) -> None:
     first are made here, so that a missing compiler shows now: ValueError. With TORCHINDUCTOR_FREEZING=1 in the
     environment the weights become part of the graphs, and each block has its own: slower to start, faster on a CPU.
 
-    On a GPU, steps in which no block runs become CUDA graphs, one for each number of steps that are taken in one call,
-    captured when it first occurs.
+    On a GPU these become CUDA graphs, each captured when it first occurs: the stack of all blocks of an uncached step;
+    under AdaCorrection alone that of a step which all images compute, with the sums that are stored; and steps in which
+    no block runs, one graph for each number of steps that are taken in one call.
     """
-    model.walk = Captured(walk)
+    model.captured = Captured()
     dynamo = torch._dynamo.config  # its limit for graphs of one piece of code, which all blocks share
     dynamo.cache_size_limit = max(dynamo.cache_size_limit, 4 * len(model.blocks))
     for block in model.blocks:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from adacorr.by_image import scatter
+from adacorr.captured import Captured
 from adacorr.control import Controller
 from adacorr.correct import AdaCorrection
 from adacorr.injected_noise import InjectedNoise
@@ -22,7 +23,7 @@ from adacorr.policy import Policy, Ran, RunInfo, View
 from adacorr.rewinds import Rewinds
 from adacorr.run import Advance, CachedRun, Evaluate, checked_decision, count_modulations, put_rows, take_rows
 from adacorr.short_run import LOOK_AHEAD, ShortRun
-from adacorr.store import ComputedRows, FreshStep, UnitStore
+from adacorr.store import ComputedRows, FreshStep, UnitStore, stack_and_sums
 from adacorr.trace import Trace
 from adacorr.transfer import OnItsWay, on_device
 from adacorr.unit import Conditioning, Unit, check_units, run_unit
@@ -68,7 +69,7 @@ class CorrectedRun(CachedRun):
 
     With `infers` the unconditional half of an image follows from the conditional one and the guidance difference
     wherever it is not computed; the policy then sees one half only. `rewindable`: the sampler can take a step again;
-    `noise`: what it injects, if that is known and to be answered.
+    `noise`: what it injects, if that is known and to be answered; `captured`: see CachedModel.
     """
 
     def __init__(
@@ -81,10 +82,11 @@ class CorrectedRun(CachedRun):
         store: UnitStore,
         rewindable: bool,
         noise: InjectedNoise | None = None,
+        captured: Captured | None = None,
     ):
         super().__init__(info, trace)
         self.policy, self.correction, self.controller, self.store = policy, correction, controller, store
-        self.halves, self.infers, self.noise = trace.halves, controller.infers, noise
+        self.halves, self.infers, self.noise, self.captured = trace.halves, controller.infers, noise, captured
         self.everyone = np.arange(info.images)
         self._ahead: tuple[range, Tensor | None] = (range(0), None)  # forecasts (halves, n, s, T, D) of coming steps
         self.rewinds: Rewinds | None = None
@@ -190,7 +192,21 @@ class CorrectedRun(CachedRun):
 
     def compute(self, plan: Plan, head: Tensor, c: Tensor) -> Computed:
         """The stack for the plan's rows, `head` (rows, T, D) with c (rows, D)."""
-        conditioning, fresh = Conditioning(self.info.blocks, c), self.store.collect(plan.computed, self.step)
+        fresh = self.store.collect(plan.computed, self.step)
+        # Graphs of some of the images would be many, each for a few calls.
+        if self.captured is not None and self.policy is None and len(head) % self.info.images == 0:
+            out, fresh.value = self.captured(stack_and_sums, self.info.blocks, head, c, *fresh.inputs)
+        else:
+            out = self._run_units(plan, head, c, fresh)
+        added, inferred = out - head, None
+        if plan.forecast is not None and self.infers:
+            # The inferred half adds what the computed one did, less the forecast difference of the two.
+            cond, uncond = (take_rows(half, plan.computed.cond) for half in plan.forecast)
+            inferred = added[: len(cond)] + (uncond - cond)
+        return Computed(out, added, fresh, inferred)
+
+    def _run_units(self, plan: Plan, head: Tensor, c: Tensor, fresh: FreshStep) -> Tensor:
+        conditioning = Conditioning(self.info.blocks, c)
         out = head if plan.probe is None else self._resume(plan, head, conditioning, fresh)
         for unit in self.units:
             unit_in = out
@@ -198,12 +214,7 @@ class CorrectedRun(CachedRun):
             if plan.view is not None:
                 self._tell(plan, unit, unit_in, out, branch)
         fresh.finish(head, out, None)
-        added, inferred = out - head, None
-        if plan.forecast is not None and self.infers:
-            # The inferred half adds what the computed one did, less the forecast difference of the two.
-            cond, uncond = (take_rows(half, plan.computed.cond) for half in plan.forecast)
-            inferred = added[: len(cond)] + (uncond - cond)
-        return Computed(out, added, fresh, inferred)
+        return out
 
     def _resume(self, plan: Plan, x: Tensor, conditioning: Conditioning, fresh: FreshStep) -> Tensor:
         """Where the probe ends, for the computed rows x: rows that it saw are taken from it, the others run."""

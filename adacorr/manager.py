@@ -213,7 +213,8 @@ class CacheManager:
         spent = trace.extra_flops / trace.evaluation_flops
         run = info.timesteps, alpha_bar, info.images, trace.halves, info.cfg_scale
         controller = Controller(self.correction, *run, spent, self._known, injected if eta else None, steps)
-        return CorrectedRun(policy, self.correction, controller, info, trace, store, rewindable, noise)
+        parts = policy, self.correction, controller, info, trace, store
+        return CorrectedRun(*parts, rewindable, noise, model.captured)
 
 
 class _Stores:

@@ -6,6 +6,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from adacorr.captured import Captured
+
 
 class Block(Protocol):
     """One block of the stack.
@@ -30,11 +32,13 @@ class CachedModel(Protocol):
 
     num_classes  0 for a model whose gates know no labels
     y_embedder   of a model with classes; its table has a row for each label, the null label last
+    captured     what takes its whole steps as CUDA graphs, of a model with `gates` that is compiled
     """
 
     blocks: Sequence[Block]
     num_classes: int
     y_embedder: Any
+    captured: Captured | None
 
     @property
     def stream(self) -> tuple[int, int, torch.device]:

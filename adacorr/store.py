@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adacorr.gates import GateBasis
 from adacorr.history import History, Rule
@@ -262,6 +262,11 @@ class FreshSums(FreshStep):
         self._pending: list[Tensor] = []
         self._branch = 0
 
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What `stack_and_sums` makes the same sums of."""
+        return self._loadings, *(() if self._gates is None else (self._gates,))
+
     def tap(self, *branches: Tensor) -> None:
         self._pending += branches
         if branches[0].device.type == "cpu" or len(self._pending) >= BRANCHES_AT_ONCE:
@@ -283,6 +288,18 @@ class FreshSums(FreshStep):
         self.value = add(self.value, own, loadings)
         self._branch += len(own)
         self._pending.clear()
+
+
+def stack_and_sums(blocks: nn.ModuleList, x: Tensor, c: Tensor, *sums: Tensor) -> tuple[Tensor, Tensor]:
+    """What all blocks give for x (rows, T, D) under c (rows, D), and what they leave to be stored: a pure function.
+
+    sums: the `inputs` of a `FreshSums`.
+    """
+    fresh, out = FreshSums(None, *sums), x
+    for block in blocks:
+        out = block(out, c, fresh.tap)
+    fresh.finish(x, out, None)
+    return out, fresh.value
 
 
 def with_rest(basis: np.ndarray) -> np.ndarray:

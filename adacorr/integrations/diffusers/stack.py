@@ -15,6 +15,8 @@ from adacorr.integrations.diffusers.rows import Rows
 class Stack:
     """See `adacorr.model.CachedModel`. `describe` tells it what a call looks like, before a run is opened."""
 
+    captured = None
+
     def __init__(
         self, transformer: nn.Module, family: Family, modules: Sequence[nn.Module], forwards: Sequence[Forward]
     ):
