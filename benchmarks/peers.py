@@ -26,9 +26,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import diffusers
 import torch
 from diffusers import hooks
-from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from torch import Tensor, nn
 
 from adacorr import CacheManager
@@ -41,6 +41,11 @@ from evaluate.fidelity import psnr, summarise_psnr
 from evaluate.pages import spread
 from pipeline import ModelOptions, Pipeline, gaussian, load
 from profiles import with_profile
+
+try:
+    from diffusers.hooks.hooks import CacheContext, _set_cache_context
+except ImportError:
+    CacheContext = None
 
 BUDGETS = (25.0, 19.0, 12.5, 8.5)  # full evaluations of 50 steps
 WARM_UP = 4  # steps
@@ -75,6 +80,8 @@ class Peers:
     """Runs of one pipeline on one noise. The first one in diffusers must be uncached: others are compared with it."""
 
     def __init__(self, ours: Pipeline, args: argparse.Namespace):
+        if CacheContext is None:
+            raise ValueError(f"diffusers {diffusers.__version__} has no CacheContext for its own caches: install 0.41")
         self.ours, self.args = ours, args
         self.pipe = diffusers_pipeline(ours.checkpoint)
         self.pipe.set_progress_bar_config(disable=True)

@@ -406,6 +406,7 @@ def test_lora():
     assert torch.equal(sample(model, "sd3", latents, other), with_lora)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="group offloading needs a GPU there")
 @pytest.mark.parametrize("name", ["sd3", "pixart"])
 def test_group_offloading_and_layerwise_casting(name):
     model, (latents, other) = tiny(name), inputs(name, 2)

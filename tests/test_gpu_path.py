@@ -13,6 +13,7 @@ import adacorr
 from adacorr import AdaCorrection, Algorithm1, CacheManager
 from adacorr.integrations.diffusers import CacheConfig, enable
 
+pytestmark = pytest.mark.skipif(not hasattr(torch._C, "_ensureCUDADeviceGuardSet"), reason="torch is too old for it")
 STEPS = 12
 KNOWN = "2..1...2..1."
 # Waits of a step, at most: one for each decision by what was measured (3 blocks, 6 branches), and what else is read.
