@@ -25,8 +25,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import diffusers
+import numpy as np
 import torch
 from diffusers import hooks
 from torch import Tensor, nn
