@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 Result = Tensor | tuple[Tensor, ...]
 Function = Callable[..., Result]
@@ -19,9 +19,10 @@ class Captured:
     """Functions of a model and tensors, called as captured(function, model, *inputs): CUDA graphs, or a plain call on
     a CPU and where gradients are recorded.
 
-    A function is captured once for each model and combination of input shapes. Its graph reads copies of the inputs;
-    the copies and the results are kept as long as this object, and the memory in between, which the graphs share. The
-    function gives a tensor or a tuple of tensors, by operations that follow from the shapes of its inputs alone.
+    A function is captured once for each model, a module or a tuple of them, and combination of input shapes. Its graph
+    reads copies of the inputs; the copies and the results are kept as long as this object, and the memory in between,
+    which the graphs share. The function gives a tensor or a tuple of tensors, by operations that follow from the shapes
+    of its inputs alone.
     RuntimeError where it cannot be captured.
     """
 
@@ -33,7 +34,7 @@ class Captured:
     def __deepcopy__(self, memo: dict) -> Captured:  # a graph reads the weights of the model that it was made of
         return Captured(self._capture)
 
-    def __call__(self, function: Function, model: nn.Module, *inputs: Tensor) -> Result:
+    def __call__(self, function: Function, model: Any, *inputs: Tensor) -> Result:
         on_cpu = self._capture is None and inputs[0].device.type != "cuda"
         if on_cpu or torch.is_grad_enabled():
             return function(model, *inputs)

@@ -20,9 +20,9 @@ def compile_blocks(model: nn.Module) -> None:
     first are made here, so that a missing compiler shows now: ValueError. With TORCHINDUCTOR_FREEZING=1 in the
     environment the weights become part of the graphs, and each block has its own: slower to start, faster on a CPU.
 
-    On a GPU these become CUDA graphs, each captured when it first occurs: the stack of all blocks of an uncached step;
-    under AdaCorrection alone that of a step which all images compute, with the sums that are stored; and steps in which
-    no block runs, one graph for each number of steps that are taken in one call.
+    On a GPU these become CUDA graphs, each captured when it first occurs: all blocks of an uncached step; those that a
+    method which keeps no branches computes for all images; under AdaCorrection alone a computed step's, with the sums
+    that are stored; and steps in which no block runs, one graph for each number of steps that are taken in one call.
     """
     model.captured = Captured()
     dynamo = torch._dynamo.config  # its limit for graphs of one piece of code, which all blocks share

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from adacorr.by_image import scatter
-from adacorr.captured import Captured
 from adacorr.control import Controller
 from adacorr.correct import AdaCorrection
 from adacorr.injected_noise import InjectedNoise
@@ -69,7 +68,7 @@ class CorrectedRun(CachedRun):
 
     With `infers` the unconditional half of an image follows from the conditional one and the guidance difference
     wherever it is not computed; the policy then sees one half only. `rewindable`: the sampler can take a step again;
-    `noise`: what it injects, if that is known and to be answered; `captured`: see CachedModel.
+    `noise`: what it injects, if that is known and to be answered.
     """
 
     def __init__(
@@ -82,11 +81,10 @@ class CorrectedRun(CachedRun):
         store: UnitStore,
         rewindable: bool,
         noise: InjectedNoise | None = None,
-        captured: Captured | None = None,
     ):
         super().__init__(info, trace)
         self.policy, self.correction, self.controller, self.store = policy, correction, controller, store
-        self.halves, self.infers, self.noise, self.captured = trace.halves, controller.infers, noise, captured
+        self.halves, self.infers, self.noise = trace.halves, controller.infers, noise
         self.everyone = np.arange(info.images)
         self._ahead: tuple[range, Tensor | None] = (range(0), None)  # forecasts (halves, n, s, T, D) of coming steps
         self.rewinds: Rewinds | None = None

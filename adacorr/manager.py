@@ -158,7 +158,9 @@ class CacheManager:
             sampler=sampler,
         )
         with torch.no_grad():
-            return self._open(model, labels, timesteps, np.asarray(alpha_bar), info, rewindable, eta, steps)
+            run = self._open(model, labels, timesteps, np.asarray(alpha_bar), info, rewindable, eta, steps)
+        run.captured = model.captured
+        return run
 
     @contextmanager
     def run(self, model: nn.Module, *where: Any, **options: Any) -> Iterator[CachedRun]:
@@ -213,8 +215,7 @@ class CacheManager:
         spent = trace.extra_flops / trace.evaluation_flops
         run = info.timesteps, alpha_bar, info.images, trace.halves, info.cfg_scale
         controller = Controller(self.correction, *run, spent, self._known, injected if eta else None, steps)
-        parts = policy, self.correction, controller, info, trace, store
-        return CorrectedRun(*parts, rewindable, noise, model.captured)
+        return CorrectedRun(policy, self.correction, controller, info, trace, store, rewindable, noise)
 
 
 class _Stores:

@@ -15,6 +15,7 @@ from adacorr.transfer import on_device
 from adacorr.unit import Conditioning, Unit
 
 if TYPE_CHECKING:
+    from adacorr.captured import Captured
     from adacorr.outside import Outside
     from adacorr.short_run import ShortRun
 
@@ -41,6 +42,7 @@ class CachedRun(ABC):
     def __init__(self, info: RunInfo, trace: Trace):
         self.info, self.trace = info, trace
         self.step: int | None = None
+        self.captured: Captured | None = None  # see CachedModel
 
     @property
     @abstractmethod

@@ -22,7 +22,7 @@ from adacorr.history import History, Rule
 from adacorr.kriging import mean_coefficients
 from adacorr.run import take_rows
 from adacorr.transfer import on_device, upload
-from adacorr.unit import Unit
+from adacorr.unit import Unit, run_blocks
 
 # Branch outputs that a GPU holds until they are summed up: more of them make the sums cheaper and take more memory.
 BRANCHES_AT_ONCE = 24
@@ -295,9 +295,8 @@ def stack_and_sums(blocks: nn.ModuleList, x: Tensor, c: Tensor, *sums: Tensor) -
 
     sums: the `inputs` of a `FreshSums`.
     """
-    fresh, out = FreshSums(None, *sums), x
-    for block in blocks:
-        out = block(out, c, fresh.tap)
+    fresh = FreshSums(None, *sums)
+    out = run_blocks(blocks, x, c, fresh.tap)
     fresh.finish(x, out, None)
     return out, fresh.value
 

@@ -1,9 +1,14 @@
 """Units of work: ranges of blocks or single branches, how they are run, and the conditioning they share."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
+
+from adacorr.captured import Captured
 
 BRANCHES = ("attn", "mlp")
 
@@ -75,25 +80,37 @@ class Conditioning:
         """What branches need besides x, shift and scale: nothing in a DiT, where c is a tensor."""
         return () if isinstance(self.c, Tensor) else (self.c,)
 
-    def of(self, rows: Tensor) -> "Conditioning":
+    def of(self, rows: Tensor) -> Conditioning:
         """The same for some of the rows."""
         part = Conditioning(self.blocks, self.c[rows])
         part.made = {layer: tuple(v[rows] for v in six) for layer, six in self.made.items()}
         return part
 
 
+def run_blocks(blocks: Sequence[nn.Module], x: Tensor, c: Any, tap: Callable[..., None] | None = None) -> Tensor:
+    """x (rows, T, D) through the blocks under c; `tap` gets the pre-gate outputs of each."""
+    for block in blocks:
+        x = block(x, c, tap)
+    return x
+
+
 def run_unit(
-    unit: Unit, x: Tensor, conditioning: Conditioning, tap: Callable[..., None] | None = None
+    unit: Unit,
+    x: Tensor,
+    conditioning: Conditioning,
+    tap: Callable[..., None] | None = None,
+    captured: Captured | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """x (rows, T, D) -> the unit's output and, for a branch unit, its pre-gate output (else None).
 
     The same operations in the same order as in the plain block, so that the results are equal to the bit. `tap` gets
-    all pre-gate outputs in order.
+    all pre-gate outputs in order. `captured`: what calls blocks that are not tapped.
     """
     if unit.branch is None:
-        for block in conditioning.blocks[unit.start : unit.stop]:
-            x = block(x, conditioning.c, tap)
-        return x, None
+        blocks = tuple(conditioning.blocks[unit.start : unit.stop])
+        if tap is None and captured is not None:
+            return captured(run_blocks, blocks, x, conditioning.c), None
+        return run_blocks(blocks, x, conditioning.c, tap), None
     block, first = conditioning.blocks[unit.start], unit.branch == "attn"
     six = conditioning(unit.start)
     shift, scale, gate = six[:3] if first else six[3:]

@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map
 from toy import known_model, sample, tiny_dit
 
-from adacorr import AdaCorrection, CacheManager
+from adacorr import AdaCorrection, CacheManager, unit
 from adacorr.captured import Captured
 from adacorr.outside import walk
 from adacorr.store import stack_and_sums
@@ -114,6 +114,18 @@ def test_with_a_profile_every_step_is_a_graph(sampler):
     assert [function for function in counted.captured if function is not walk] == [stack_and_sums] * 2 + [run_blocks]
     assert counted.replays[stack_and_sums] == 2 * len(manager.trace.computed_steps(0)) == 2 * 4
     assert counted.replays[run_blocks] == 2 * 12
+
+
+@pytest.mark.parametrize("spec", ["teacache:threshold=0.1,profile=none", "first_block:threshold=0.1"])
+def test_methods_alone_run_their_blocks_as_graphs(spec):
+    """Those that keep no branches; the first block and the rest are two units."""
+    model, counted, manager = tiny_dit(), Counted(), CacheManager.of(spec)
+    expected = sample(model, 12, cache=manager)
+    executed = int(manager.trace.executed.sum())
+    model.captured = Captured(counted)
+    assert torch.equal(sample(model, 12, cache=manager), expected)
+    assert set(counted.captured) == {unit.run_blocks}
+    assert manager.trace.executed.sum() == executed
 
 
 def test_on_a_cpu_nothing_is_captured():
