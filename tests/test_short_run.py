@@ -121,6 +121,7 @@ def test_hooks_on_the_model_are_told_of_every_step(model):
 # -------------------------------------------------------------------------------------------- operations
 
 
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="another kernel of attention there, which counts as less")
 def test_few_operations_are_dispatched_beside_the_blocks(monkeypatch):
     """4 images, guidance, the shipped profile: bars for steps that are skipped, taken again, or computed."""
     pipe = load(ModelOptions(device="cpu", offline=True))

@@ -1,7 +1,5 @@
 """A diffusers pipeline for class-conditional DiTs that work on pixels, as the bundled one does."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -45,9 +43,10 @@ class PixelDiTPipeline(DiffusionPipeline):
         self,
         transformer: DiTTransformer2DModel,
         scheduler: SchedulerMixin,
-        id2label: dict[str, str] | None = None,
+        # Classes alone: when it loads a pipeline, diffusers 0.36 looks at these types, and knows no unions with None.
+        id2label: dict = None,
         timestep_shift: float = 0.0,
-        checkpoint_sha256: str | None = None,
+        checkpoint_sha256: str = None,
     ):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler)
@@ -62,7 +61,7 @@ class PixelDiTPipeline(DiffusionPipeline):
         config: dict[str, Any],
         class_names: list[str] | None = None,
         checkpoint_sha256: str | None = None,
-    ) -> PixelDiTPipeline:
+    ) -> "PixelDiTPipeline":
         """A pipeline of the weights and arguments of a DiTTransformer2DModel that was trained as the release was.
 
         Its scheduler is DDIM on even timesteps.
