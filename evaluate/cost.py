@@ -15,6 +15,7 @@ and after. VAE decoding has a column of its own. Runs take turns in one process 
                     the same turn (median). The caching method and AdaCorrection decide, measure, forecast and store at
                     every step as they do, and then every block of every image runs in both guidance halves. What stands
                     in for skipped steps (a method's own reuse, rewinding) has no part in it
+    of peak         block FLOPs of the uncached run per second, as a share of what one large matrix product reaches here
     peak GB         most memory that torch had allocated during a run, the model included; CUDA only
 
 --random-weights needs no checkpoint: a step costs the same whatever the weights are. Which steps are computed does
@@ -79,6 +80,13 @@ def random_checkpoint(name: str, image_size: int) -> Checkpoint:
     return Checkpoint(model.state_dict(), model.config, Path(f"random {name.replace('/', '-')}"), "", "random", None)
 
 
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product, the best of some."""
+    size = 8192 if device.type == "cuda" else 2048
+    x = torch.randn(size, size, device=device, dtype=dtype)
+    return 2 * size**3 / min(timed(lambda: x @ x, device)[1] for _ in range(10))
+
+
 def measure(
     pipe: pipeline.Pipeline, cache: CacheManager, batch: int, seed: int, repeats: int, progress: Progress
 ) -> dict[str, Any]:
@@ -118,6 +126,7 @@ def measure(
         "hit_rate": cache.trace.hit_rate,
         "block_flops_per_image": cache.trace.flops / batch,
         "block_flops_per_image_uncached": cache.trace.uncached_flops / batch,
+        "uncached_flops_per_second": cache.trace.uncached_flops / found["uncached"]["median"],
         "overhead_seconds": float(np.median(np.subtract(seconds["every_step"], seconds["uncached"]))),
         "cache_bytes_per_image": cache.bytes // batch,
         "peak_bytes": peaks if cuda else None,
@@ -138,6 +147,7 @@ def cells(record: dict[str, Any]) -> dict[str, str]:
         "of 1 / compute": f"{record['speedup'] * record['compute']:.0%}",
         "overhead s": f"{overhead:.3f} ({overhead / before:+.1%})",
     }
+    row["of peak"] = f"{record['uncached_flops_per_second'] / record['matmul_flops_per_second']:.0%}"
     if "decode" in seconds:
         row["decode s"] = f"{seconds['decode']['median']:.3f}"
     row["cache MB per image"] = f"{record['cache_bytes_per_image'] / 1e6:.2f}"
@@ -155,7 +165,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     help = "a row of the table for each (default 1)"
     add("--batch-size", type=number(1, 10_000), nargs="+", default=[1], metavar="N", help=help)
     add("--repeats", type=number(1, 1000), default=10, help="timed runs of each (default %(default)s)")
-    add("--compile", action="store_true", help="torch.compile the blocks, cached and uncached")
+    add("--compile", action="store_true", help="torch.compile the blocks; CUDA graphs of whole steps on a GPU")
     help = "DiT-XL/2 and so on, in place of a checkpoint; 256 px, or --image-size"
     add("--random-weights", choices=sorted(DiT_models), metavar="MODEL", help=help)
     add("--out", type=writable, metavar="FILE", help="JSON of the table and its numbers")
@@ -199,11 +209,12 @@ def run(args: argparse.Namespace) -> None:
     protocol |= {"cache": args.cache, "adacorr": args.adacorr, "cache_dtype": args.cache_dtype}
     protocol |= {"compile": args.compile, "device": str(pipe.device), "checkpoint_sha256": pipe.checkpoint.sha256}
     records: list[dict[str, Any]] = []
+    peak = {"matmul_flops_per_second": matmul_rate(pipe.device, pipeline.DTYPES[args.dtype])}
     runs = len(args.batch_size) * len(KINDS) * (len(WARM_UPS) + args.repeats)
     try:
         with Progress(runs, "run", "cost", line=say) as progress:
             for batch in args.batch_size:
-                records.append(measure(pipe, cache, batch, args.seed, args.repeats, progress))
+                records.append(measure(pipe, cache, batch, args.seed, args.repeats, progress) | peak)
                 if records[-1]["speedup"] < 1:
                     notes.append(f"At batch {batch} the cached run is slower: its own work eats the gain.")
                 shown = columns_of([*map(cells, records)])

@@ -87,7 +87,8 @@ def test_a_row_by_hand(model, monkeypatch):
     assert record["block_flops_per_image_uncached"] == flops
     assert record["overhead_seconds"] == 0.5  # turn by turn: 0.5, 10 and 0.2
     assert record["peak_bytes"] is None
-    assert cost.cells(record) == {
+    assert record["uncached_flops_per_second"] == 2 * flops / 2.0
+    assert cost.cells(record | {"matmul_flops_per_second": 4 * flops}) == {
         "batch": "2",
         "uncached s, median / p10 / p90": "2.000 / 1.200 / 8.400",
         "cached s, median / p10 / p90": "0.500 / 0.300 / 0.500",
@@ -96,15 +97,23 @@ def test_a_row_by_hand(model, monkeypatch):
         "compute": f"{record['compute']:.3f}",
         "of 1 / compute": f"{4 * record['compute']:.0%}",
         "overhead s": "0.500 (+25.0%)",
+        "of peak": "25%",
         "decode s": "0.200",
         "cache MB per image": f"{record['cache_bytes_per_image'] / 1e6:.2f}",
         "peak GB": "",
     }
 
 
+def test_the_rate_of_a_matrix_product_is_that_of_the_fastest(monkeypatch):
+    spent = iter([3.0, 2.0, *[4.0] * 8])
+    monkeypatch.setattr(cost, "timed", lambda job, device: (job(), next(spent)))
+    assert cost.matmul_rate(torch.device("cpu"), torch.bfloat16) == 2 * 2048**3 / 2.0
+
+
 def test_the_command_writes_what_it_prints(tiny32, tmp_path, monkeypatch, capsys):
     spent, out = iter([1.0, 1.5, 1.5, 1.0, 0.5, 1.5]), tmp_path / "cost.json"  # batch 1, then batch 3
     monkeypatch.setattr(cost, "timed", lambda job, device: (job(), next(spent)))
+    monkeypatch.setattr(cost, "matmul_rate", lambda device, dtype: 1e12)
     common = f"--num-sampling-steps {STEPS} --device cpu --repeats 1 --ckpt {tiny32} --out {out}"
     assert main(f"cost --adacorr gamma=0.1 --calibrate off --batch-size 1 3 {common}".split()) == 0
     content, lines = json.loads(out.read_text()), capsys.readouterr().out.splitlines()
