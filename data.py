@@ -26,6 +26,7 @@ from runtime import Progress, random_stream
 
 DAMAGED = (ValueError, EOFError, zipfile.BadZipFile, zlib.error)  # what reading an .npz raises that is not whole
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # of images in a folder; other files are passed over
+FORMATS = ("jpeg", "offsets", "labels", "classes"), ("latents", "labels")  # arrays of an .npz to train on
 ORDER = 0  # the random streams of a seed for the order of images, an epoch each
 
 
@@ -44,16 +45,23 @@ class Data:
         return self.images.is_floating_point()
 
 
+def find_data(path: Path) -> dict[str, list[Path]]:
+    """The images of each class folder, none of an .npz; the errors of `read_data` that show before it reads."""
+    if not path.is_dir():
+        find_arrays(path, *FORMATS)
+        return {}
+    classes = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not classes:
+        raise ValueError(f"{path} holds no class folders; put the images into one folder for each class")
+    return {folder.name: image_files(folder) for folder in classes}
+
+
 def read_data(path: Path, image_size: int | None = None) -> Data:
     """Class folders, packed images or latents, with labels; `image_size` crops and resizes images to squares of it."""
-    if path.is_dir():
-        classes = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-        if not classes:
-            raise ValueError(f"{path} holds no class folders; put the images into one folder for each class")
-        files = [image_files(folder) for folder in classes]
-        labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(found) for found in files]))
-        return Data(*read_files(path, sum(files, []), image_size), labels, [c.name for c in classes], len(classes))
-    arrays = read_arrays(path, ("jpeg", "offsets", "labels", "classes"), ("latents", "labels"))
+    if classes := find_data(path):
+        labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(own) for own in classes.values()]))
+        return Data(*read_files(path, sum(classes.values(), []), image_size), labels, [*classes], len(classes))
+    arrays = read_arrays(path, *FORMATS)
     if "jpeg" in arrays:
         return read_packed(path, **arrays, size=image_size)
     if image_size is not None:
@@ -132,21 +140,30 @@ def read_image(name: Path | str, source: Path | IO[bytes]) -> Image.Image:
         raise ValueError(f"{name} cannot be read as an image: {error}") from error
 
 
-def read_arrays(path: Path, *formats: Sequence[str]) -> dict[str, np.ndarray]:
-    """The arrays of the first of the `formats`, sets of names, that an .npz holds whole."""
+def find_arrays(path: Path, *formats: Sequence[str]) -> Sequence[str]:
+    """The first of the `formats`, sets of names, that an .npz holds whole."""
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is neither a folder of images nor a whole .npz")
+    try:
+        with zipfile.ZipFile(path) as file:
+            held = [name.removesuffix(".npy") for name in file.namelist()]
+    except zipfile.BadZipFile:
+        raise ValueError(f"{path} is neither a folder of images nor a whole .npz") from None
+    for names in formats:
+        if set(names) <= set(held):
+            return names
+    expected = ", or ".join(", ".join(names) for names in formats)
+    raise ValueError(f"{path} holds {', '.join(held) or 'nothing'}; expected {expected}")
+
+
+def read_arrays(path: Path, *formats: Sequence[str]) -> dict[str, np.ndarray]:
+    """Those arrays."""
+    names = find_arrays(path, *formats)
     try:
         with np.load(path, allow_pickle=False) as file:
-            for names in formats:
-                if set(names) <= set(file.files):
-                    return {name: file[name] for name in names}
-            held = ", ".join(file.files) or "nothing"
+            return {name: file[name] for name in names}
     except DAMAGED as error:
         raise ValueError(f"{path} is damaged, copy it again: {error}") from error
-    raise ValueError(f"{path} holds {held}; expected {', or '.join(', '.join(names) for names in formats)}")
 
 
 def check_latents(path: Path, latents: np.ndarray, labels: np.ndarray) -> Data:

@@ -35,7 +35,7 @@ import runtime
 from adacorr.command import Failure, Parser, number
 from adacorr.files import check_writable, write_json, written_whole
 from checkpoint import save_checkpoint
-from data import Data, order, read_data
+from data import Data, find_data, order, read_data
 from diffusion import NUM_TRAIN
 from models import DiT, DiT_models
 from objective import Objective
@@ -125,8 +125,7 @@ def check(options: Options, ranks: Ranks) -> None:
         raise ValueError(f"--batch-size {options.batch_size} cannot be divided among {ranks.world} ranks")
     ranks.device(options.device)
     check_writable("--out", options.out / "state.pt")
-    if not options.data.exists():
-        raise ValueError(f"--data {options.data} does not exist")
+    find_data(options.data)
 
 
 # ------------------------------------------------------------------------------------------------- training

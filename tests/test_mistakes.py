@@ -79,6 +79,8 @@ CASES = {
     },
     "train.py --data nothing --out run": {
         "": "nothing does not exist",
+        "--data folder": "page.md holds no .png",
+        "--data file": "file is neither a folder of images nor a whole .npz",
         "--lr nan": "--lr: nan is outside",
         "--batch-size 0": "--batch-size: 0 is outside 1..",
         "--steps 5 --warmup-steps 5": "--warmup-steps 5 is outside 0..4",
