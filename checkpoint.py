@@ -260,6 +260,11 @@ def model_name(config: dict[str, Any]) -> str:
     return "a DiT {depth} deep, {hidden_size} wide, {num_heads} heads, patch {patch_size}".format(**config)
 
 
+def decoded_size(config: dict[str, Any], vae: Any) -> int:
+    """Pixels on a side of what a model of that config gives, through a VAE unless it is None."""
+    return config["input_size"] * (1 if vae is None else VAE_FACTOR)
+
+
 def diffusers_pipeline(checkpoint: Checkpoint) -> Any:
     """The checkpoint as a PixelDiTPipeline of adacorr.integrations.diffusers; ValueError for a model of latents."""
     from adacorr.integrations.diffusers import PixelDiTPipeline  # late, as below

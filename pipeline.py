@@ -17,7 +17,7 @@ from adacorr.command import CACHE_DTYPES, DTYPES, number
 from adacorr.outside import Outside, Update
 from adacorr.run import take_rows
 from adacorr.transfer import on_device
-from checkpoint import BUNDLED, VAES, Checkpoint, build_model, load_checkpoint, load_vae, released_name
+from checkpoint import BUNDLED, VAES, Checkpoint, build_model, decoded_size, load_checkpoint, load_vae, released_name
 from diffusion import Sampler, cumulative_alphas, make_sampler, names, split_output
 from models import DiT, DiT_models, guide, guided_channels
 from runtime import check_range, find_device, random_stream
@@ -153,6 +153,11 @@ class Pipeline:
     def noise_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the state."""
         return self.model.in_channels, self.model.input_size, self.model.input_size
+
+    @property
+    def image_size(self) -> int:
+        """Pixels on a side of a decoded image."""
+        return decoded_size(self.model.config, self.vae)
 
     def labels_in_turn(self, indices: np.ndarray) -> Tensor | None:
         """Labels (n,) of images (n,), the classes in turn; None for a model without classes."""

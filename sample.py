@@ -27,7 +27,7 @@ from adacorr import CacheManager
 from adacorr.command import Failure, Parser, number, run_command, timed, writable
 from adacorr.files import write_json
 from checkpoint import BUNDLED
-from evaluate.fidelity import fidelity
+from evaluate.fidelity import check_size, fidelity
 from pictures import grid, save_png, side_by_side
 from runtime import Progress
 
@@ -55,6 +55,8 @@ def run(args: argparse.Namespace) -> None:
     cache = pipeline.make_cache(args)
     pipe = pipeline.load(pipeline.ModelOptions.of(args))
     pipe.check_decodes()
+    if args.compare:
+        check_size(pipe.image_size, pipe.image_size)
     labels = parse_labels(args.class_labels, pipe.model)
     cache = profiles.with_profile(cache, pipe, args.calibrate)
     if doubt := pipeline.caveat(pipe.sampler, cache):
@@ -150,7 +152,7 @@ def describe(
     options |= {"cfg_channels": pipe.cfg_channels, "device": str(pipe.device), "num_images": count}
     options["num_classes"] = pipe.model.num_classes
     options["vae"] = "none" if pipe.vae is None else args.vae or "mse"
-    options["image_size"] = pipe.model.input_size * (1 if pipe.vae is None else 8)
+    options["image_size"] = pipe.image_size
     if args.ckpt is None:
         options["ckpt"] = BUNDLED if args.model is None else pipe.checkpoint.path.name
     source = pipe.checkpoint

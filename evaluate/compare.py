@@ -33,6 +33,7 @@ from adacorr.files import check_writable, write_json
 from adacorr.policy import Knob
 from adacorr.spec import hint, parse_value
 from evaluate.bench import NEAR, REACHED, Bench, Row, Rows, Setting
+from evaluate.fidelity import check_size
 from evaluate.jobs import Job, run_jobs, threads_of
 from evaluate.leaderboard import read_comparison, tables, write_page
 from evaluate.pages import table
@@ -266,8 +267,9 @@ def known_rows(file: Path, identity: dict[str, str], profile: str | None) -> Row
 
 
 def make_bench(args: argparse.Namespace, rows: Rows) -> Bench:
-    """The bench of a comparison, with the rows that are known."""
+    """The bench of a comparison, with the rows that are known. ValueError for a model that does not fit the flags."""
     pipe = pipeline.load(pipeline.ModelOptions.of(args))
+    check_size(pipe.image_size, pipe.image_size)
     given = args.seed, args.num_images, args.solution_steps, args.search_images, args.calibrate
     return Bench(pipe, *given, timed=True, rows=rows)
 

@@ -42,12 +42,17 @@ def psnr(reference: Tensor, images: Tensor) -> Tensor:  # 2 x uint8 (N, H, W, 3)
     return 10 * torch.log10(PEAK**2 / mse)  # mse = 0 -> inf
 
 
+def check_size(height: int, width: int) -> None:
+    """ValueError for images that the window of SSIM does not fit into."""
+    if min(height, width) < 11:
+        raise ValueError(f"a comparison (SSIM) needs images of at least 11 x 11 pixels, these have {width} x {height}")
+
+
 # Structural similarity, Wang et al. 2004 (IEEE TIP 13(4), eq. 13): an 11x11 gaussian window of sigma 1.5,
 # population (co)variances under it, only windows that lie inside the image, mean over windows and channels.
 def ssim(reference: Tensor, images: Tensor) -> Tensor:  # 2 x uint8 (N, H, W, 3), H, W >= 11 -> float64 (N,)
     _check(reference, images)
-    if min(reference.shape[1:3]) < 11:
-        raise ValueError(f"SSIM needs images of at least 11 x 11 pixels, got {tuple(reference.shape[1:3])}")
+    check_size(*reference.shape[1:3])
     c1, c2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2
     offsets = torch.arange(-5, 6, dtype=torch.float64, device=reference.device)
     window = torch.exp(-0.5 * (offsets / 1.5) ** 2)

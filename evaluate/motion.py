@@ -29,12 +29,11 @@ from adacorr import CacheManager
 from adacorr.command import number, writable
 from diffusion import NUM_TRAIN, make_sampler
 from evaluate.bench import Setting
-from evaluate.fidelity import fidelity
+from evaluate.fidelity import psnr, summarise_psnr
 from evaluate.frechet import ENOUGH, Moments, frechet_distance
 from evaluate.networks import Network, add_features_flags, network_of
 from evaluate.pages import spread
 from evaluate.results import conclude, protocol_line
-from fid_run.protocol import image_size
 from pipeline import Pipeline, check_finite, gaussian
 from profiles import check_calibrate, with_profile
 from runtime import Progress, check_range, say
@@ -176,8 +175,7 @@ def measure(
             else:
                 row["t_fid"] = difference_distance(features, found)
                 row["motion_ratio"] = motion_ratio(features, found)
-                row["psnr"] = fidelity(reference.flatten(0, 1), sampled.frames.flatten(0, 1))["psnr"]
-                del row["psnr"]["per_image"]
+                row["psnr"] = summarise_psnr(psnr(reference.flatten(0, 1), sampled.frames.flatten(0, 1)))
             yield row
 
 
@@ -204,7 +202,7 @@ def run(args: argparse.Namespace) -> None:
     if make_sampler(args.sampler, args.num_sampling_steps).stochastic:
         raise ValueError(f"--sampler {args.sampler} injects noise, which makes frames flicker by itself: take ddim")
     pipe = pipeline.load(pipeline.ModelOptions.of(args))
-    network = network_of(args, image_size(pipe.model.config, pipe.vae), pipe.device)
+    network = network_of(args, pipe.image_size, pipe.device)
     caches, first = {}, np.zeros(1, dtype=int)
     for setting in settings:
         cache = with_profile(CacheManager.of(setting.cache, setting.adacorr), pipe, args.calibrate)

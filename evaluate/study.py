@@ -20,7 +20,6 @@ from evaluate.frechet import Moments, frechet_distance
 from evaluate.motion import difference_distance, frame_features, trajectory_frames
 from evaluate.networks import Network
 from evaluate.reference import Measured
-from fid_run.protocol import image_size
 from runtime import Progress
 
 EVERY = 5  # steps from one predicted image of t-FID to the next
@@ -148,7 +147,7 @@ class Study:
 
     def _keep(self, batches: Iterator[tuple[int, Tensor]]) -> dict[str, Any]:
         """Write the uncached images to `spool`, and score them."""
-        size = image_size(self.bench.pipe.model.config, self.bench.pipe.vae)
+        size = self.bench.pipe.image_size
         with written_whole(self.spool) as temporary:
             shape = self.bench.count, size, size, 3
             kept = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)

@@ -35,6 +35,7 @@ from adacorr.command import number, numbers, writable
 from checkpoint import released_name
 from evaluate.bench import Bench, Setting
 from evaluate.compare import parse_methods
+from evaluate.fidelity import check_size
 from evaluate.frechet import ENOUGH
 from evaluate.networks import add_features_flags, network_of
 from evaluate.pages import columns_of, table
@@ -42,7 +43,6 @@ from evaluate.published import OTHER_MODELS, PUBLISHED
 from evaluate.reference import REFERENCES, find_reference, reference
 from evaluate.results import differing, read_result, write_result
 from evaluate.study import EVERY, UNCACHED, Row, Study
-from fid_run.protocol import image_size
 from pipeline import ModelOptions, Pipeline
 from profiles import check_calibrate, digest
 from runtime import Progress, check_range, environment, say
@@ -225,10 +225,11 @@ def studies_of(args: argparse.Namespace, folder: Path) -> list[Study]:
     pipes = [load(replace(options, ckpt=ckpt)) for ckpt in ckpts]
     if len({pipe.checkpoint.sha256 for pipe in pipes}) < len(pipes):
         raise ValueError("--ckpt: two of the files hold the same weights; give each once")
-    sizes = [image_size(pipe.model.config, pipe.vae) for pipe in pipes]
+    sizes = [pipe.image_size for pipe in pipes]
     network = network_of(args, sizes[0], pipes[0].device)
     studies = []
     for i, pipe in enumerate(pipes):
+        check_size(sizes[i], sizes[i])
         black = torch.zeros(1, sizes[i], sizes[i], 3, dtype=torch.uint8)
         network.features(black)  # ValueError for a size that the network is not for
         real = reference(paths[i], network, pool=False) if paths else None

@@ -22,9 +22,10 @@ from adacorr import CacheManager
 from adacorr.command import Failure
 from adacorr.compiled import compile_blocks
 from adacorr.profile import Profile, save_profile
+from checkpoint import decoded_size
 from fid_run.images import Store, pack
 from fid_run.labels import make_labels
-from fid_run.protocol import canonical, describe, differences, folder_name, image_size, run_id
+from fid_run.protocol import canonical, describe, differences, folder_name, run_id
 from fid_run.record import WAYS_OUT, RunFolder, RunMismatch
 from fid_run.worker import Sampling, plan, statistics
 from pipeline import Pipeline
@@ -199,7 +200,7 @@ def prepare(
     say("folder", str(folder.path))
     if doubt := pipeline.caveat(pipe.sampler, cache):
         warn(doubt)
-    store = Store(folder.images, run_id(protocol), image_size(pipe.model.config, pipe.vae))
+    store = Store(folder.images, run_id(protocol), pipe.image_size)
     found, unusable = store.scan(count, args.verify)
     for path, why in [*unusable.items()][:5]:
         note(f"made again: {path}: {why}")
@@ -259,7 +260,7 @@ def finish(job: Job) -> None:
 def store_of(folder: RunFolder, record: dict[str, Any]) -> Store:
     """The images of the run that a folder has this record of."""
     protocol = record["protocol"]
-    return Store(folder.images, record["run_id"], image_size(protocol["model"], protocol["vae"]))
+    return Store(folder.images, record["run_id"], decoded_size(protocol["model"], protocol["vae"]))
 
 
 # -------------------------------------------------------------------------------------------- what is printed

@@ -14,7 +14,7 @@ import pipeline
 import profiles
 from adacorr import CacheManager
 from adacorr.files import file_sha256
-from checkpoint import VAE_FACTOR, model_name
+from checkpoint import model_name
 from models import DiT_models
 from pipeline import Pipeline
 
@@ -93,7 +93,7 @@ def folder_name(args: argparse.Namespace, pipe: Pipeline, cache: CacheManager | 
         model = "DiT-{depth}x{hidden_size}/{patch_size}".format(**pipe.model.config)
     model = model.replace("/", "-")
     parts = [stem if stem.lower().startswith(model.lower()) else f"{model}-{stem}"]
-    parts.append(f"{image_size(pipe.model.config, pipe.vae)}px")
+    parts.append(f"{pipe.image_size}px")
     if pipe.vae is not None:
         parts.append(f"vae-{Path(args.vae or 'mse').name}")
     parts += [pipe.sampler.spec, f"{pipe.sampler.num_steps}steps", f"cfg{pipe.cfg_scale:g}"]
@@ -104,8 +104,3 @@ def folder_name(args: argparse.Namespace, pipe: Pipeline, cache: CacheManager | 
     name = re.sub(r"[^A-Za-z0-9._=+-]", "-", "-".join(parts))
     # The temporary name of the .npz has host and process in it, and must not be too long either.
     return name if len(name) <= 150 else f"{name[:150]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-
-
-def image_size(config: dict[str, Any], vae: Any) -> int:
-    """Pixels on a side of what a model of that config gives, through a VAE unless it is None."""
-    return config["input_size"] * (1 if vae is None else VAE_FACTOR)

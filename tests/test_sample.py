@@ -116,6 +116,13 @@ def test_what_does_not_fit_the_model_is_one_line(monkeypatch, capsys, argv, word
     one_line(capsys, words)
 
 
+def test_images_that_are_too_small_to_compare(monkeypatch, capsys, tmp_path):
+    ckpt, out = save_tiny(tmp_path / "small.safetensors"), tmp_path / "x.png"
+    monkeypatch.setattr(diffusion.DDIM, "step", lambda *_: pytest.fail("sampled"))
+    assert code(sample.main, "--device cpu --cache interval --compare --ckpt", ckpt, "--out", out) == 2
+    one_line(capsys, "at least 11 x 11 pixels, these have 8 x 8")
+
+
 def test_debug_shows_where(monkeypatch):
     with pytest.raises(ValueError, match="'cat'"):
         code(sample.main, "--class-labels", "cat", "--debug")
