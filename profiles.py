@@ -34,12 +34,27 @@ LAST = (15, 10, 5)  # and timesteps besides, since towards the image activations
 RUNS = (50, 30, 20)  # steps of the runs that schedules are made for; others start from them: see adacorr.schedules
 
 
-def check_calibrate(text: str) -> None:
-    """ValueError unless --calibrate is auto, off, a number of images or a profile's file."""
+def check_calibrate(text: str, *caches: CacheManager | None) -> None:
+    """ValueError unless --calibrate is auto, off, a number of images or a profile's file, and not without effect.
+
+    The last two have none where caches are given and none of them takes a profile.
+    """
+    if text in ("auto", "off"):
+        return
     if text.isdecimal():
         check_range("--calibrate", int(text), 1, 1000)
-    elif text not in ("auto", "off") and not text.endswith(SUFFIXES):
+    elif text.endswith(SUFFIXES):
+        load_profile(text)
+    else:
         raise ValueError(f"--calibrate {text}: give auto, off, a number of images (1..1000) or a profile's file")
+    if caches and not any(map(takes_profile, caches)):
+        shown = ", ".join("a run without a cache" if cache is None else cache.spec for cache in caches)
+        raise ValueError(f"--calibrate {text} has no effect on {shown}, which takes no profile: leave it out")
+
+
+def takes_profile(cache: CacheManager | None) -> bool:
+    """Whether a profile serves the cache: AdaCorrection without options of the polynomial."""
+    return cache is not None and isinstance(cache.correction, AdaCorrection) and not cache.correction.polynomial_options
 
 
 def with_profile(
@@ -52,17 +67,14 @@ def with_profile(
     off     none: the polynomial
     FILE    this one
 
-    A profile serves AdaCorrection without options of the polynomial, under every sampler. `say` takes a line of text
-    where a model is measured; stderr by default. ValueError for a FILE that does not fit.
+    `say` takes a line of text where a model is measured; stderr by default. ValueError for a FILE that does not fit.
     """
-    if cache is None or not isinstance(cache.correction, AdaCorrection) or calibrate == "off":
+    if calibrate == "off" or not takes_profile(cache):
         return cache
     if calibrate.endswith(SUFFIXES):
         profile = load_profile(calibrate)
         if why := misfit(profile, pipe):
             raise ValueError(f"--calibrate {calibrate} does not fit this run ({why}): give auto")
-    elif cache.correction.polynomial_options:
-        return cache
     else:
         profile = find_profile(pipe)
         if profile is None:

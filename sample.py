@@ -51,8 +51,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     """The whole job. ValueError or OSError for a mistake, before heavy work where it shows by then."""
-    check(args)
     cache = pipeline.make_cache(args)
+    check(args, cache)
     pipe = pipeline.load(pipeline.ModelOptions.of(args))
     pipe.check_decodes()
     if args.compare:
@@ -100,11 +100,11 @@ def run(args: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------------------ before the work
 
 
-def check(args: argparse.Namespace) -> None:
+def check(args: argparse.Namespace, cache: CacheManager | None) -> None:
     """Mistakes that show without a model: ValueError or OSError names the flag and the value."""
-    if args.compare and args.cache is None and args.adacorr is None:
+    if args.compare and cache is None:
         raise ValueError("--compare needs a cache to compare with: add --adacorr, --cache POLICY or both")
-    profiles.check_calibrate(args.calibrate)
+    profiles.check_calibrate(args.calibrate, cache)
     if args.class_labels is not None:
         label_numbers(args.class_labels)
     if args.out.suffix.lower() != ".png":

@@ -26,7 +26,7 @@ from adacorr.short_run import ShortRun
 from adacorr.store import FreshSums, GateSumStore
 from models import DiTBlock
 from pipeline import ModelOptions, Pipeline, add_cache_flags, add_model_flags, load, make_cache
-from profiles import with_profile
+from profiles import check_calibrate, with_profile
 
 PARTS = {
     "blocks": (DiTBlock, "forward"),
@@ -101,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         cache = make_cache(args)
         if cache is None or cache.name != "adacorr":
             raise ValueError("the parts are those of AdaCorrection alone: give --adacorr, and no --cache")
+        check_calibrate(args.calibrate, cache)
         pipe = load(ModelOptions.of(args))
         if pipe.sampler.linear is None:
             raise ValueError(f"--sampler {args.sampler} has no linear step: give ddim")

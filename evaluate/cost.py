@@ -175,7 +175,7 @@ def check(args: argparse.Namespace, cache: CacheManager | None) -> None:
     """Mistakes that show without a model: ValueError names the flag and the value."""
     if cache is None:
         raise ValueError("there is no cache to measure: give --cache METHOD, --adacorr or both")
-    check_calibrate(args.calibrate)
+    check_calibrate(args.calibrate, cache)
     if args.random_weights is None:
         return
     if args.model is not None or args.ckpt is not None:

@@ -55,8 +55,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """The whole job. ValueError or OSError for a mistake, before anything is sampled."""
-    check_calibrate(args.calibrate)
     cache = pipeline.make_cache(args)
+    check_calibrate(args.calibrate, cache)
     if cache is None:
         raise ValueError("nothing to measure without a cache: give --adacorr, --cache METHOD or both")
     pipe = pipeline.load(pipeline.ModelOptions.of(args))

@@ -205,10 +205,11 @@ def measure_figure2(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
 def measure_figure5(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     """Numbers and drawing; ValueError for a mistake, before anything is sampled."""
     setting = Setting.of(args.setting)
-    check_calibrate(args.calibrate)
+    cache = CacheManager.of(setting.cache, setting.adacorr)
+    check_calibrate(args.calibrate, cache)
     check_range("--num-sampling-steps", args.num_sampling_steps, 2, 1000)  # one step leaves nothing to reuse
     pipe = pipeline.load(pipeline.ModelOptions.of(args))
-    cache = with_profile(CacheManager.of(setting.cache, setting.adacorr), pipe, args.calibrate)
+    cache = with_profile(cache, pipe, args.calibrate)
     with Progress(4 * args.num_sampling_steps, "step", line=say) as progress:
         maps = drift_maps(pipe, args.seed, args.num_images, cache, progress)
     content = {"protocol": _protocol(args, pipe), "setting": cache.spec}

@@ -197,15 +197,16 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
 def run(args: argparse.Namespace) -> None:
     """The whole job. ValueError or OSError for a mistake, before anything is sampled."""
     check_range("--num-sampling-steps", args.num_sampling_steps, 2, 1000)  # one step leaves nothing to reuse
-    check_calibrate(args.calibrate)
     settings = [Setting.of(spec) for spec in dict.fromkeys(args.settings)]
+    plain = [CacheManager.of(setting.cache, setting.adacorr) for setting in settings]
+    check_calibrate(args.calibrate, *plain)
     if make_sampler(args.sampler, args.num_sampling_steps).stochastic:
         raise ValueError(f"--sampler {args.sampler} injects noise, which makes frames flicker by itself: take ddim")
     pipe = pipeline.load(pipeline.ModelOptions.of(args))
     network = network_of(args, pipe.image_size, pipe.device)
     caches, first = {}, np.zeros(1, dtype=int)
-    for setting in settings:
-        cache = with_profile(CacheManager.of(setting.cache, setting.adacorr), pipe, args.calibrate)
+    for cache in plain:
+        cache = with_profile(cache, pipe, args.calibrate)
         pipe.sample(args.seed, first, pipe.labels_in_turn(first), cache, stop=1)  # what refuses the model says so now
         caches[cache.spec] = cache
     with Progress(sum(args.frames) * args.clips * (1 + len(caches)), "frame", line=say) as progress:

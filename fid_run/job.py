@@ -170,7 +170,7 @@ def prepare(
         note("started again by torchrun: --overwrite was for the first start, so what is there is kept")
         args.overwrite = False
     set_up(args, ranks)
-    profiles.check_calibrate(args.calibrate)
+    profiles.check_calibrate(args.calibrate, pipeline.make_cache(args))
     pipe, cache = load(args)
     pipe.check_decodes()
     labels = make_labels(args.labels, args.seed, count, pipe.model.num_classes)
