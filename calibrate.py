@@ -26,7 +26,7 @@ from adacorr.manager import CacheManager
 from adacorr.policies import calibrated
 from adacorr.profile import Profile, check_suffix, save_profile
 from adacorr.spec import hint
-from runtime import check_range
+from runtime import Progress, check_range
 
 
 def run(args: argparse.Namespace, command_line: Sequence[str]) -> None:
@@ -45,8 +45,10 @@ def run(args: argparse.Namespace, command_line: Sequence[str]) -> None:
         profile = profiles.measure(pipe, args.num_images, seed)
     else:
         calibration = calibrated()[args.cache].calibration()
-        for indices, labels in profiles.batches(args.num_images, args.batch_size, pipe.model.num_classes):
-            pipe.sample(seed, indices, labels, CacheManager(calibration))
+        with Progress(args.num_images * args.num_sampling_steps, "step", "measuring") as progress:
+            for indices, labels in profiles.batches(args.num_images, args.batch_size, pipe.model.num_classes):
+                observed = CacheManager(calibration)
+                pipe.sample(seed, indices, labels, observed, lambda step, x, cache: progress.update(len(x)))
         arrays, notes = calibration.fit()
         notes |= {"checkpoint": pipe.checkpoint.path.name, "seed": seed, "images": args.num_images}
         made_for = pipe.checkpoint.sha256, pipe.sampler.spec, args.num_sampling_steps, args.cfg_scale

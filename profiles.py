@@ -22,7 +22,7 @@ from diffusion import make_sampler
 from download import cache_folder
 from models import guided_channels
 from pipeline import Pipeline, alpha_bar, check_finite, gaussian
-from runtime import check_range, say
+from runtime import Progress, check_range, say
 
 METHOD = "adacorr"
 FORMAT = 6  # of the arrays: profiles that earlier versions kept are not looked at
@@ -142,14 +142,15 @@ def measure(pipe: Pipeline, images: int, seed: int = SEED_OFFSET) -> Profile:
     grids = [(run.timesteps.double().numpy(), alpha_bar(run)) for run in runs]
     calibration = TrajectoryCalibration(model, timesteps, alpha_bar(sampler), grids, pipe.cfg_scale, guided)
     own = replace(pipe, sampler=sampler)
-    for indices, labels in batches(images, AT_ONCE, model.num_classes):
-        labels = None if labels is None else labels.to(pipe.device)
-        cached: list[torch.Tensor] = []
-        polynomial = CacheManager(correction=AdaCorrection())
-        x = own.sample(seed, indices, labels, polynomial, lambda step, x, cache, to=cached: to.append(x.clone()))
-        check_finite(x)
-        noise = gaussian(seed, indices, pipe.noise_shape).to(pipe.device)
-        calibration.add(sampler.fresh(), noise, labels, cached)
+    with Progress(images * len(timesteps), "step", "measuring") as progress:
+        for indices, labels in batches(images, AT_ONCE, model.num_classes):
+            labels = None if labels is None else labels.to(pipe.device)
+            cached: list[torch.Tensor] = []
+            polynomial = CacheManager(correction=AdaCorrection())
+            x = own.sample(seed, indices, labels, polynomial, lambda step, x, cache, to=cached: to.append(x.clone()))
+            check_finite(x)
+            noise = gaussian(seed, indices, pipe.noise_shape).to(pipe.device)
+            calibration.add(sampler.fresh(), noise, labels, cached, progress.update)
     arrays, notes = calibration.fit()
     notes |= {"checkpoint": pipe.checkpoint.path.name, "seed": seed, "guided_channels": guided, "dtype": dtype(pipe)}
     return Profile(METHOD, arrays, pipe.checkpoint.sha256, SAMPLER, len(timesteps), pipe.cfg_scale, notes)

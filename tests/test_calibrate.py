@@ -13,10 +13,12 @@ from toy import make_run, tiny_dit
 
 import calibrate
 import pipeline
+import profiles
 from adacorr import CacheManager, make_policy
 from adacorr.policies import calibrated
 from adacorr.profile import FOLDER, load_profile, save_profile
 from checkpoint import load_checkpoint, save_checkpoint
+from runtime import Progress
 
 STEPS, IMAGES, CLASSES = 10, 6, 5
 NAMES = sorted(calibrated())
@@ -53,6 +55,22 @@ def made(ckpt, folder):
         return path
 
     return make
+
+
+@pytest.mark.parametrize("name", ["adacorr", "magcache"])
+def test_progress_counts_the_steps_of_all_images(ckpt, tmp_path, monkeypatch, name):
+    made = []
+
+    class Counted(Progress):
+        def __init__(self, *given):
+            super().__init__(*given)
+            made.append(self)
+
+    monkeypatch.setattr(calibrate, "Progress", Counted)
+    monkeypatch.setattr(profiles, "Progress", Counted)
+    measure(ckpt, name, tmp_path / "p.safetensors", "--batch-size", 2, images=3)
+    (progress,) = made
+    assert progress.done == progress.total >= 3 * STEPS
 
 
 def labels(count):
@@ -154,9 +172,9 @@ def test_images_labels_and_the_seed_that_is_no_seed_to_evaluate_on(
 ):
     seen, sample = [], pipeline.Pipeline.sample
 
-    def spy(self, seed, indices, labels, cache):
+    def spy(self, seed, indices, labels, *more):
         seen.append((seed, indices.tolist(), labels.tolist()))
-        return sample(self, seed, indices, labels, cache)
+        return sample(self, seed, indices, labels, *more)
 
     monkeypatch.setattr(pipeline.Pipeline, "sample", spy)
     measure(ckpt, "magcache", tmp_path / "p.json", "--seed", 3, "--batch-size", batch, images=images)

@@ -7,7 +7,7 @@ state, with a part of its noise renewed, is how the network answers noise (adaco
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -51,9 +51,17 @@ class TrajectoryCalibration:
         self.basis: GateBasis | None = None
 
     @torch.no_grad()
-    def add(self, sampler, noise: Tensor, labels: Tensor | None, cached: list[Tensor]) -> None:
+    def add(
+        self,
+        sampler,
+        noise: Tensor,
+        labels: Tensor | None,
+        cached: list[Tensor],
+        stepped: Callable[[int], object] = lambda images: None,
+    ) -> None:
         """Observe images: noise (n, C, H, W), labels (n,), and `cached` (P of (n, C, H, W)): the states that a cached
-        run of the same noise had after each step. `sampler` is that of both runs."""
+        run of the same noise had after each step. `sampler` is that of both runs; `stepped` is called with n after
+        each step."""
         if self.basis is None:
             self._begin(labels, cached)
         n, x = len(noise), sampler.prepare(noise)
@@ -77,6 +85,7 @@ class TrajectoryCalibration:
             guided = answers[0] + (self.cfg_scale - 1.0) * answers[1] if self.halves == 2 else answers[0]
             self.noise.add(step, change, held, answers, guided)
             x = sampler.step(step, x, predicted, None)
+            stepped(n)
         self._add_spectrum(torch.cat([torch.stack(images) for images in seen], dim=2))
         self.power += float(x.square().sum())
         self.images += n
