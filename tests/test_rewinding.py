@@ -11,6 +11,7 @@ from tiny_diffusers import FLOW, PLAIN, PLAIN_BETAS, STEPS, draw, toy_pipeline
 
 from adacorr.corrected_run import CorrectedRun
 from adacorr.integrations.diffusers import CacheConfig, enable
+from adacorr.integrations.diffusers.attach import Attachment
 from adacorr.integrations.diffusers.rewinding import UNEXPECTED, Rewinding
 from adacorr.linear_steps import LinearSteps, linear_steps, remembered
 
@@ -270,6 +271,14 @@ def test_what_cannot_rewind_says_so():
         stats = cache.stats()
     assert stats["rewound"] == 0
     assert stats["not_rewound"] == {"steps of DPMSolverMultistepScheduler that are not known to be linear": 1}
+
+
+def test_where_nothing_rewinds_the_scheduler_is_not_tried(monkeypatch):
+    pipe, call = toy_pipeline("sd3")
+    monkeypatch.setattr(Attachment, "linear_steps", lambda *_: pytest.fail("tried"))
+    for config in (CacheConfig(adacorr="budget=3,rewind=false"), CacheConfig(cache="interval", adacorr=None)):
+        with enable(pipe, config):
+            draw(pipe, call)
 
 
 def test_a_failure_while_a_step_is_taken_again_ends_the_run(monkeypatch):

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from adacorr import compiled
 from adacorr.correct import AdaCorrection
-from adacorr.corrected_run import CorrectedRun
 from adacorr.integrations.diffusers.blocks import argument_names
 from adacorr.integrations.diffusers.config import CacheConfig
 from adacorr.integrations.diffusers.families import KEYWORDS, Family
@@ -365,8 +364,9 @@ class Attachment:
         if self.stack.num_classes:
             labels = call.given["class_labels"]
             labels = labels[:images] if self.cond_first else labels[-images:]
-        corrects = scheduler is not None and isinstance(self.manager.correction, AdaCorrection)
-        steps = self.linear_steps(grid) if corrects else None
+        correction = self.manager.correction
+        rewinds = scheduler is not None and isinstance(correction, AdaCorrection) and correction.rewind
+        steps = self.linear_steps(grid) if rewinds else None
         self.sampling = None  # its tensors make room
         run = self.manager.open(
             self.stack,
@@ -382,7 +382,7 @@ class Attachment:
             steps=steps,
         )
         sampling = Sampling(run, grid, key)
-        if isinstance(run, CorrectedRun) and run.rewinds is not None:
+        if rewinds:
             if steps is None:
                 why = f"steps of {type(scheduler).__name__} that are not known to be linear"
                 self.not_rewound[why] += 1
