@@ -89,7 +89,7 @@ class ModelProfile:
     held (P, F)               the part of it that comes from the layers outside of the blocks
     unexplained[kind] (P,)    power of the answer that `response` misses, over that of the noise in units of sigma
     readout[kind] (P,)        how much a step's final layer makes of the branch sums, rms over rms
-    errors                    what schedules for other runs are searched by; None in older profiles
+    errors                    what schedules for other runs are searched by
     """
 
     timesteps: np.ndarray
@@ -104,7 +104,7 @@ class ModelProfile:
     held: np.ndarray
     unexplained: dict[str, np.ndarray]
     readout: dict[str, np.ndarray]
-    errors: KnownErrors | None
+    errors: KnownErrors
     searched: dict[bytes, OwnSchedules] = field(default_factory=dict, repr=False)  # by timesteps and sampler
 
     @classmethod
@@ -126,8 +126,7 @@ class ModelProfile:
         by_kind = ("mean", "covariance", "rest", "unexplained", "readout")
         grouped = {name: {kind: arrays.pop(f"{name}_{kind}") for kind in kinds} for name in by_kind}
         arrays["contrast"] = float(arrays["contrast"])
-        errors = KnownErrors.of(profile, kinds) if "factor" in profile.arrays else None
-        return cls(schedules=schedules, errors=errors, **arrays, **grouped)
+        return cls(schedules=schedules, errors=KnownErrors.of(profile, kinds), **arrays, **grouped)
 
     def plan(self, timesteps: np.ndarray, steps: LinearSteps | None = None) -> Schedules | OwnSchedules:
         """The schedules for a run at timesteps (S,), its own where the sampler's `steps` are given.
@@ -136,7 +135,7 @@ class ModelProfile:
         """
         known = nearest(self.schedules, timesteps)
         made_for_it = np.array_equal(known.timesteps, timesteps)
-        if self.errors is None or steps is None or made_for_it or len(timesteps) > SEARCHED:
+        if steps is None or made_for_it or len(timesteps) > SEARCHED:
             return known
         key = b"".join(own.tobytes() for own in (timesteps, steps.carry, steps.gain))
         if key not in self.searched:  # every batch asks anew

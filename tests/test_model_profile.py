@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from toy import known_model, tiny_dit
 
-from adacorr.model_profile import KnownErrors, ModelProfile, between, interpolation
+from adacorr.model_profile import ModelProfile, between, interpolation
 from adacorr.placement import Process
 from adacorr.profile import Profile
 from adacorr.schedules import OwnSchedules, Schedules
@@ -44,52 +44,40 @@ def test_a_run_has_the_schedules_made_for_its_number_of_steps(known):
     assert two.plan(runs[4]).halves == 2
 
 
-def with_errors():
-    """A profile of 10 steps that holds what schedules are searched by, and that."""
-    profile, rng = known_model(tiny_dit(), "2.1.2.1.1."), np.random.default_rng(0)
-    entries, own = (
-        profile.arrays["basis"].shape[1] + 1,
-        [profile.arrays[f"{n}_difference"] for n in ("covariance", "rest")],
-    )
-    held, *answers = rng.uniform(size=(5, 10, 2)).astype(np.float32)
-    factor = rng.normal(size=(2, 2, 10, entries, 4)).astype(np.float16)
-    parts = zip(factor, answers[::2], answers[1::2], (4, 3), (1.0, 0.5), strict=True)
+def test_what_schedules_are_searched_by_comes_back_from_a_profile(known):
+    arrays = known_model(tiny_dit(), "2.1.2.1.1.").arrays
+    held, *answers = arrays["answers"]
+    readout = np.append(arrays["basis"], np.ones((10, 1)), axis=1) * arrays["reading"][:, None]
+    own = arrays["covariance_difference"], arrays["rest_difference"]
+    parts = zip(arrays["factor"], answers[::2], answers[1::2], (4, 3), (1.0, 0.5), strict=True)
     processes = [Process(f, *own, response, scatter, *more) for f, response, scatter, *more in parts]
-    reading = rng.uniform(1, 2, size=10)
-    readout = np.append(profile.arrays["basis"], np.ones((10, 1)), axis=1) * reading[:, None]
-    errors = KnownErrors(profile.arrays["timesteps"], held, readout, processes)
-    profile.arrays.update(reading=reading, **errors.arrays)
-    return profile, errors
-
-
-def test_what_schedules_are_searched_by_comes_back_from_a_profile():
-    profile, errors = with_errors()
-    found = ModelProfile.of(profile).errors
-    np.testing.assert_array_equal(found.held, errors.held)
-    np.testing.assert_allclose(found.readout, errors.readout, rtol=1e-6)
-    for own, process in zip(found.processes, errors.processes, strict=True):
+    np.testing.assert_array_equal(known.errors.held, held)
+    np.testing.assert_allclose(known.errors.readout, readout, rtol=1e-6)
+    for own, process in zip(known.errors.processes, processes, strict=True):
         assert (own.kept, own.weight) == (process.kept, process.weight)
         for name in ("factor", "covariance", "rest", "response", "scatter"):
             np.testing.assert_array_equal(getattr(own, name), getattr(process, name))
+    for name, array in known.errors.arrays.items():
+        np.testing.assert_array_equal(array, arrays[name])
+        assert array.dtype == arrays[name].dtype
 
 
-def test_runs_of_few_steps_that_no_schedule_was_made_for_have_their_own():
-    profile = ModelProfile.of(with_errors()[0])
+def test_runs_of_few_steps_that_no_schedule_was_made_for_have_their_own(known):
     runs = {steps: make_sampler("ddim", steps) for steps in (6, 10, 30, 31)}
-    plans = {steps: profile.plan(run.timesteps.double().numpy(), run.linear) for steps, run in runs.items()}
+    plans = {steps: known.plan(run.timesteps.double().numpy(), run.linear) for steps, run in runs.items()}
     kinds = {steps: type(plan) for steps, plan in plans.items()}
     assert kinds == {6: OwnSchedules, 10: Schedules, 30: OwnSchedules, 31: Schedules}
     few = runs[6]
     timesteps = few.timesteps.double().numpy()
-    assert profile.plan(timesteps, few.linear) is plans[6]  # of the next batch, too
-    assert isinstance(profile.plan(timesteps), Schedules)  # a sampler whose steps are not known
+    assert known.plan(timesteps, few.linear) is plans[6]  # of the next batch, too
+    assert isinstance(known.plan(timesteps), Schedules)  # a sampler whose steps are not known
     solver = make_sampler("unipc", 6).linear
-    assert profile.plan(timesteps, solver).model.gain.shape == solver.gain.shape != few.linear.gain.shape
+    assert known.plan(timesteps, solver).model.gain.shape == solver.gain.shape != few.linear.gain.shape
 
 
 @pytest.mark.parametrize("missing", ["answers", "reading", "factor"])
 def test_a_profile_with_a_part_of_what_schedules_are_searched_by_is_refused(missing):
-    profile, _ = with_errors()
+    profile = known_model(tiny_dit(), "2.1.2.1.1.")
     profile.arrays[missing] = profile.arrays[missing][:, :-1] if missing == "factor" else None
     with pytest.raises(ValueError, match=f"the profile's {missing} must have shape"):
         ModelProfile.of(profile)

@@ -140,7 +140,7 @@ def fitted(name, model, folder, steps=10, cfg_scale=1.5, options=""):
 def known_model(model, schedule, cfg_scale=1.5):
     """A profile for AdaCorrection with one schedule, a text of 2 (both halves), 1 and ".", and nearly exact gates.
 
-    Its covariance is that of a smooth process, its mean nothing; its answers to noise are made up.
+    Its covariance is that of a smooth process, its mean nothing; its answers and factors are made up.
     """
     sampler = make_sampler("ddim", len(schedule))
     t, steps, width = sampler.timesteps, len(schedule), model.hidden_size
@@ -151,13 +151,17 @@ def known_model(model, schedule, cfg_scale=1.5):
     arrays |= {"gate_weight": np.ones((2 * len(model.blocks), width)), "runs": np.array([steps])}
     arrays |= {f"timesteps_{steps}": t.double().numpy(), f"expected_{steps}": np.array([0.01])}
     arrays[f"schedules_{steps}"] = np.array([[".12".index(kind) for kind in schedule]], dtype=np.uint8)
-    for kind in KINDS[: 1 if cfg_scale == 1.0 else 2]:
+    kinds, rng = KINDS[: 1 if cfg_scale == 1.0 else 2], np.random.default_rng(0)
+    for kind in kinds:
         mean = np.zeros((steps, basis.shape[1] + 1, width))
         arrays |= {f"mean_{kind}": mean, f"covariance_{kind}": kernel, f"rest_{kind}": 1e-4 * kernel}
         arrays |= {f"unexplained_{kind}": np.full(steps, 0.01), f"readout_{kind}": np.ones(steps)}
     share = np.linspace(0.1, 0.9, model.input_size)  # the coarser, the less is answered
     arrays["response"] = np.broadcast_to(share[:, None, None] * np.eye(3), (steps, len(share), 3, 3))
     arrays["held"] = np.full((steps, len(share)), 0.3)
+    arrays["answers"] = rng.uniform(size=(1 + 2 * len(kinds), steps, 2)).astype(np.float32)
+    arrays["factor"] = rng.normal(size=(len(kinds), 2, steps, basis.shape[1] + 1, 4)).astype(np.float16)
+    arrays["reading"] = rng.uniform(1, 2, size=steps)
     return Profile("adacorr", arrays, "toy", "ddim", steps, cfg_scale)
 
 
