@@ -53,3 +53,9 @@ def push(states: list[Tensor | None], images: np.ndarray, values: Tensor, total:
         if older is None:
             return
         values = gather(older, images)
+
+
+def rescaled(held: Tensor, factors: np.ndarray) -> Tensor:
+    """held (halves, m, T, D) times the first of the factors plus the second one: (2, m, D), or (2, m, 1)."""
+    scale, shift = on_device(factors, held.device, torch.float32).unsqueeze(2)
+    return (held.float() * scale + shift).to(held.dtype)

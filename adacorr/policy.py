@@ -166,7 +166,7 @@ class View:
         norm = self.block.norm2 if self.unit.branch == "mlp" else self.block.norm1
         return norm(self.x) * (1 + scale) + shift
 
-    def most_flops(self, branches: np.ndarray) -> np.ndarray:
+    def half_or_more(self, branches: np.ndarray) -> np.ndarray:
         """(...) bool: whether branches, (2L, ...) bool in the order of the stack, have half of all FLOPs or more."""
         flops = np.tile(self.info.branch_flops, self.info.depth)
         return 2 * flops @ branches >= flops.sum()

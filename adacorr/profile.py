@@ -142,3 +142,10 @@ def mismatch(
         "guidance": (profile.cfg_scale, cfg_scale),
     }
     return ", ".join(f"{name} {made} there, {here} here" for name, (made, here) in pairs.items() if made != here)
+
+
+def at_lag(table: np.ndarray, step: int, lag: np.ndarray, otherwise: float) -> np.ndarray:
+    """Entries of an array (S, lags, ...) for lags (m,) of 1 and more, `otherwise` at others: (m, ...)."""
+    held = (lag >= 1) & (lag <= table.shape[1])
+    entries = table[step, np.where(held, lag, 1) - 1]
+    return np.where(held.reshape(-1, *[1] * (entries.ndim - 1)), entries, otherwise)

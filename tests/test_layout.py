@@ -38,6 +38,8 @@ def test_imports():
             kind = file.relative_to(ROOT / "adacorr" / "integrations").parts[0] if "integrations" in file.parts else ""
             others = roots - {"torch", "numpy", "safetensors", "adacorr", kind, *sys.stdlib_module_names}
             assert not others, file
+        if file.parent == ROOT / "adacorr" / "policies":
+            assert {name for name in names if name.startswith("adacorr.policies.")} <= {"adacorr.policies.register"}
         if file == ROOT / "diffusion.py":
             ours = [name for name in names if name.partition(".")[0] in OURS]
             allowed = "adacorr.linear_steps.", "adacorr.spec.", "adacorr.transfer.", "schedulers."

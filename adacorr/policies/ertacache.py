@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from adacorr.by_image import rescaled
 from adacorr.calibration.ertacache import ERTACacheCalibration, over
 from adacorr.policies import register
 from adacorr.policy import Cached, Knob, Policy, RunInfo, View, option
-from adacorr.transfer import on_device
+from adacorr.profile import at_lag
 
 BY_LAG = ("error", "slope", "offset", "correlation")
 BY_CHANNEL = ("mean", "deviation")
@@ -51,7 +51,7 @@ class ERTACache(Policy):
         self._tables = profile.require(**shapes)  # (S, lags) and (S, D)
 
     def decide(self, view: View) -> np.ndarray:
-        error = at(self._tables["error"], view.step, view.age, otherwise=np.inf)
+        error = at_lag(self._tables["error"], view.step, view.age, otherwise=np.inf)
         return ~(error < self.threshold)
 
     def reuse(self, view: View, cached: Cached) -> Tensor:
@@ -68,22 +68,10 @@ def rectification(tables: dict[str, np.ndarray], step: int, held: np.ndarray, by
     """
     lag = step - held
     if not by_channel:
-        return np.stack([1 - at(tables["slope"], step, lag, 0.0), -at(tables["offset"], step, lag, 0.0)])[..., None]
+        slope, offset = (at_lag(tables[name], step, lag, otherwise=0.0) for name in ("slope", "offset"))
+        return np.stack([1 - slope, -offset])[..., None]
     mean, deviation = tables["mean"], tables["deviation"]
-    r = at(tables["correlation"], step, lag, otherwise=np.nan)[:, None]
+    r = at_lag(tables["correlation"], step, lag, otherwise=np.nan)[:, None]
     scale = r * over(np.broadcast_to(deviation[step], deviation[held].shape), deviation[held])
     scale = np.where(np.isnan(r), 1.0, scale)
     return np.stack([scale, np.where(np.isnan(r), 0.0, mean[step] - scale * mean[held])])
-
-
-def at(table: np.ndarray, step: int, lag: np.ndarray, otherwise: float) -> np.ndarray:
-    """Entries of a table (S, lags, ...) for lags (m,), `otherwise` at lags it does not hold: (m, ...)."""
-    held = (lag >= 1) & (lag <= table.shape[1])
-    entries = table[step, np.where(held, lag, 1) - 1]
-    return np.where(held.reshape(-1, *[1] * (entries.ndim - 1)), entries, otherwise)
-
-
-def rescaled(held: Tensor, factors: np.ndarray) -> Tensor:
-    """held (halves, m, T, D) times the first of the factors plus the second one: (2, m, D), or (2, m, 1)."""
-    scale, shift = on_device(factors, held.device, torch.float32).unsqueeze(2)
-    return (held.float() * scale + shift).to(held.dtype)

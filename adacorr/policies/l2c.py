@@ -57,4 +57,4 @@ class L2C(Policy):
         return view.everyone(self._table[view.step, view.unit.index])
 
     def propose(self, view: View) -> np.ndarray:
-        return view.everyone(view.most_flops(self._table[view.step]))
+        return view.everyone(view.half_or_more(self._table[view.step]))

@@ -89,7 +89,7 @@ class LazyDiT(Policy):
             return view.everyone()
         units, halves = by_branch(view.info.depth), view.x.shape[0]
         inputs = [gate_input(replace(view, unit=unit), self._mean[unit][:halves]) for unit in units]
-        return view.most_flops(self._wanted(np.arange(len(inputs)), inputs, view))
+        return view.half_or_more(self._wanted(np.arange(len(inputs)), inputs, view))
 
     def computed(self, view: View, ran: Ran) -> None:
         for state in (self._drift, self._harm):

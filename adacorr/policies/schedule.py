@@ -5,10 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from adacorr.by_image import rescaled
 from adacorr.calibration.schedule import ScheduleCalibration
 from adacorr.policies import register
-from adacorr.policies.ertacache import at, rescaled
 from adacorr.policy import Cached, Knob, Policy, Predictor, RunInfo, View, option
+from adacorr.profile import at_lag
 
 VARIANTS = (
     "",
@@ -80,8 +81,9 @@ class Schedule(Policy):
         if not self.affine:
             return cached.forecast
         lag = view.step - cached.stored_steps(0)  # (m,)
-        slope, offset = (at(self._arrays[k], view.step, lag, plain) for k, plain in (("slope", 1.0), ("offset", 0.0)))
-        return rescaled(cached.forecast, np.stack([slope, offset]))
+        plain = {"slope": 1.0, "offset": 0.0}
+        factors = [at_lag(self._arrays[name], view.step, lag, otherwise) for name, otherwise in plain.items()]
+        return rescaled(cached.forecast, np.stack(factors))
 
 
 def forecast_errors(products: np.ndarray, timesteps: np.ndarray, order: int) -> np.ndarray:

@@ -50,7 +50,7 @@ class SmoothCache(Policy):
         return view.everyone(self._table[BRANCHES.index(view.unit.branch), view.step])
 
     def propose(self, view: View) -> np.ndarray:
-        return view.everyone(view.most_flops(np.tile(self._table[:, view.step], view.info.depth)))
+        return view.everyone(view.half_or_more(np.tile(self._table[:, view.step], view.info.depth)))
 
 
 def scan(error: np.ndarray, threshold: float, max_lag: int) -> np.ndarray:
