@@ -131,7 +131,10 @@ def add_calibrate_flag(group: argparse._ActionsContainer) -> None:
 
 def make_cache(args: argparse.Namespace) -> CacheManager | None:
     """The cache of --cache and --adacorr, or None. Raises ValueError for an unknown method, key or value."""
-    return CacheManager.of(args.cache, args.adacorr, CACHE_DTYPES[args.cache_dtype])
+    cache = CacheManager.of(args.cache, args.adacorr, CACHE_DTYPES[args.cache_dtype])
+    if cache is None and args.cache_dtype != "fp32":
+        raise ValueError(f"--cache-dtype {args.cache_dtype} has no effect without --cache or --adacorr: leave it out")
+    return cache
 
 
 # ------------------------------------------------------------------------------------------------ loading

@@ -104,6 +104,10 @@ def check(args: argparse.Namespace, cache: CacheManager | None) -> None:
     """Mistakes that show without a model: ValueError or OSError names the flag and the value."""
     if args.compare and cache is None:
         raise ValueError("--compare needs a cache to compare with: add --adacorr, --cache POLICY or both")
+    if args.repeats > 1 and not args.compare:
+        raise ValueError(f"--repeats {args.repeats} has no effect without --compare: add that, or leave it out")
+    if args.record == args.out:
+        raise ValueError(f"--record {args.record} is the file of --out: give it another name")
     profiles.check_calibrate(args.calibrate, cache)
     if args.class_labels is not None:
         label_numbers(args.class_labels)

@@ -123,6 +123,9 @@ def check(options: Options, ranks: Ranks) -> None:
     runtime.check_range("--warmup-steps", options.warmup_steps, 0, options.steps - 1)
     if options.batch_size % ranks.world:
         raise ValueError(f"--batch-size {options.batch_size} cannot be divided among {ranks.world} ranks")
+    patch, size = DiT_models[options.model].keywords["patch_size"], options.image_size
+    if size is not None and size % patch:
+        raise ValueError(f"--image-size {size} is no multiple of {patch}, the patches of --model {options.model}")
     ranks.device(options.device)
     check_writable("--out", options.out / "state.pt")
     find_data(options.data)
