@@ -24,6 +24,8 @@ from adacorr.unit import BRANCHES, SPLITS, Conditioning, Unit
 if TYPE_CHECKING:
     from adacorr.store import UnitStore
 
+TAYLOR_WEIGHTS = {"taylor": "taylor", "exact": "lagrange"}  # what methods call the weights -> what a predictor does
+
 
 @dataclass(frozen=True)
 class Predictor:

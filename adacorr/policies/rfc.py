@@ -8,8 +8,8 @@ from torch import Tensor
 
 from adacorr.by_image import SCOPES, gather, push, relative_change
 from adacorr.history import WEIGHTS
-from adacorr.policies import register, taylorseer
-from adacorr.policy import Cached, Knob, Policy, Predictor, Ran, RunInfo, View, option
+from adacorr.policies import register
+from adacorr.policy import TAYLOR_WEIGHTS, Cached, Knob, Policy, Predictor, Ran, RunInfo, View, option
 from adacorr.transfer import on_device
 from adacorr.unit import Unit
 
@@ -45,7 +45,7 @@ class RFC(Policy):
 
     threshold: float = option(0.05, low=0)
     order: int = option(1, low=1, high=2)
-    weights: str = option("taylor", choices=tuple(taylorseer.WEIGHTS))
+    weights: str = option("taylor", choices=tuple(TAYLOR_WEIGHTS))
     rfe: bool = True
     norm: str = option("row", choices=tuple(NORMS))
     scope: str = option("image", choices=SCOPES)
@@ -55,7 +55,7 @@ class RFC(Policy):
 
     @property
     def predictor(self) -> Predictor:
-        return Predictor("branches", order=self.order, weights=taylorseer.WEIGHTS[self.weights])
+        return Predictor("branches", order=self.order, weights=TAYLOR_WEIGHTS[self.weights])
 
     def begin(self, info: RunInfo) -> None:
         # Where each step lies for the weights of the forecast.
@@ -103,7 +103,7 @@ class RFC(Policy):
 
     def _forecast_input(self, step: int) -> Tensor:
         """(halves, n, T, D) float32: the first module's input by its own history."""
-        weights = WEIGHTS[taylorseer.WEIGHTS[self.weights]](self._at, self._positions[[step]], self.order)[:, 0]
+        weights = WEIGHTS[TAYLOR_WEIGHTS[self.weights]](self._at, self._positions[[step]], self.order)[:, 0]
         stored = [v for v in self._inputs[FIRST] if v is not None]
         columns = on_device(weights, stored[0].device, torch.float32).T[..., None, None]  # (K, n, 1, 1)
         return sum(column * v for column, v in zip(columns, stored, strict=False))

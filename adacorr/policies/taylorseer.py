@@ -5,9 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from adacorr.policies import register
-from adacorr.policy import Knob, Policy, Predictor, View, option
+from adacorr.policy import TAYLOR_WEIGHTS, Knob, Policy, Predictor, View, option
 
-WEIGHTS = {"taylor": "taylor", "exact": "lagrange"}  # the option's names -> the predictor's
 EXACT = ("order=2,weights=exact", "order=2,weights=exact,gate_error=0.001")  # variants
 
 
@@ -34,14 +33,14 @@ class TaylorSeer(Policy):
     every: int = option(4, low=1)
     order: int = option(4, low=0, high=4)
     first_enhance: int = option(2, low=1)
-    weights: str = option("taylor", choices=tuple(WEIGHTS))
+    weights: str = option("taylor", choices=tuple(TAYLOR_WEIGHTS))
     gate_error: float = option(0.03, low=0, high=0.5)
 
     knob = Knob("every", 2, 25, ("order=1", "order=2", "order=3", "order=4", *EXACT))
 
     @property
     def predictor(self) -> Predictor:
-        return Predictor("branches", self.order, self.gate_error, WEIGHTS[self.weights])
+        return Predictor("branches", self.order, self.gate_error, TAYLOR_WEIGHTS[self.weights])
 
     def decide(self, view: View) -> np.ndarray:
         return view.one_in(self.every, self.first_enhance)
