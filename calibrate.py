@@ -38,7 +38,6 @@ def run(args: argparse.Namespace, command_line: Sequence[str]) -> None:
     check_suffix(args.out)
     if args.cache != profiles.METHOD:
         check_range("--num-images", args.num_images, calibrated()[args.cache].calibration.least, 10_000)
-        check_range("--num-sampling-steps", args.num_sampling_steps, 2, 1000)
     # No image is decoded, so no VAE is needed.
     options, seed = replace(pipeline.ModelOptions.of(args), vae="none"), profiles.SEED_OFFSET + args.seed
     pipe = pipeline.load(options)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).parent / "profiles"
 SUFFIXES = (".json", ".safetensors")
-MAKE = "make one with python calibrate.py, or of a diffusers pipeline with measure"
+STACK = "adacorr-stack"  # the method of profiles that adacorr.integrations.diffusers.measure makes
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Profile:
             if found is None or len(found) != len(shape) or any(b not in (None, a) for a, b in lengths):
                 wanted = ", ".join("any" if length is None else str(length) for length in shape)
                 wrong = f"{self.method}: the profile's {name} must have shape ({wanted}), and has {found or 'none'}"
-                raise ValueError(f"{wrong}; {MAKE}")
+                raise ValueError(f"{wrong}; make one with {command(self.method)}")
         return {name: self.arrays[name] for name in shapes}
 
 
@@ -77,8 +77,9 @@ def save_profile(path: str | Path, profile: Profile) -> None:
 def load_profile(path: str | Path) -> Profile:
     """Read a profile. ValueError, with the way out, for a file that is none."""
     check_suffix(path)
+    make = "make one with python calibrate.py, or of a diffusers pipeline with measure"
     if not Path(path).is_file():
-        raise ValueError(f"profile {path} is no file: {MAKE}")
+        raise ValueError(f"profile {path} is no file: {make}")
     try:
         if Path(path).suffix == ".json":
             header = json.loads(Path(path).read_text())
@@ -90,7 +91,7 @@ def load_profile(path: str | Path) -> Profile:
         return Profile(arrays=arrays, **header)
     except Exception as error:  # safetensors has error types of its own
         reason = repr(error)[:200]  # one line, whatever the file holds
-        raise ValueError(f"profile {path} cannot be read ({reason}): {MAKE}") from None
+        raise ValueError(f"profile {path} cannot be read ({reason}): {make}") from None
 
 
 def check_suffix(path: str | Path) -> None:
@@ -100,7 +101,9 @@ def check_suffix(path: str | Path) -> None:
 
 
 def command(method: str) -> str:
-    """How the profile of a caching method is made."""
+    """How a profile is made."""
+    if method == STACK:
+        return "adacorr.integrations.diffusers.measure"
     return f"python calibrate.py --cache {method} --out FILE"
 
 

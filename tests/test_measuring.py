@@ -17,8 +17,8 @@ from adacorr.integrations.diffusers import CacheConfig, enable, measure
 from adacorr.integrations.diffusers.measuring import SEED
 from adacorr.linear_steps import LinearSteps
 from adacorr.model_profile import KINDS
-from adacorr.profile import Profile, load_profile, save_profile
-from adacorr.stack_profile import METHOD, StackProfile
+from adacorr.profile import STACK, Profile, load_profile, save_profile
+from adacorr.stack_profile import StackProfile
 
 
 def made(name):
@@ -49,7 +49,7 @@ def stack_output(pipe, call, seed):
 def test_mean_and_moments_are_those_of_what_the_blocks_add(tmp_path):
     pipe, calls = made("sd3")
     profile = measure(pipe, calls, tmp_path / "sd3.safetensors")
-    assert (profile.method, profile.sampler) == (METHOD, "FlowMatchEulerDiscreteScheduler")
+    assert (profile.method, profile.sampler) == (STACK, "FlowMatchEulerDiscreteScheduler")
     assert (profile.num_sampling_steps, profile.notes) == (STEPS, {"images": 4})
     np.testing.assert_allclose(profile.arrays["timesteps"], pipe.scheduler.timesteps.numpy())
     runs = [stack_output(pipe, call, SEED + number) for number, call in enumerate(calls)]

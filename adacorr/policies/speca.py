@@ -89,8 +89,7 @@ class SpeCa(Policy):
 
     def _check(self, view: View, images: np.ndarray, forecast: Tensor) -> None:
         """Run the last block for some images and compare its output with the forecast one (halves, m, T, D)."""
-        condition = view.conditioning.c.unflatten(0, (len(forecast), -1))
-        condition = gather(condition, images)
+        condition = gather(view.conditioning.c.unflatten(0, (len(forecast), -1)), images)
         true = view.block(self._input.flatten(0, 1), condition.flatten(0, 1)).view_as(forecast).float()
         for branch in BRANCHES:
             view.spend(view.unit.start, branch, images, 1.0)

@@ -19,8 +19,8 @@ from adacorr.integrations.diffusers.config import CacheConfig
 from adacorr.integrations.diffusers.handle import enable
 from adacorr.integrations.diffusers.schedule import sampler_of
 from adacorr.linear_steps import LinearSteps
-from adacorr.profile import Profile, check_suffix, save_profile
-from adacorr.stack_profile import GATE_ERROR, METHOD
+from adacorr.profile import STACK, Profile, check_suffix, save_profile
+from adacorr.stack_profile import GATE_ERROR
 
 EVERYTHING = f"gamma=1e6,gate_error={GATE_ERROR}"  # computes all steps, both halves
 WRONG = "taylorseer:every=4,order=1"  # a cache whose errors are those that a run makes, at any number of steps
@@ -69,7 +69,7 @@ def measure(
             known = observer.end()
     arrays, notes = known.fit()
     model, name, steps = cache.config.model_id or "unknown", sampler_of(pipe.scheduler), len(known.timesteps)
-    profile = Profile(METHOD, arrays, model, name, steps, known.cfg_scale, notes)
+    profile = Profile(STACK, arrays, model, name, steps, known.cfg_scale, notes)
     if path is not None:
         save_profile(path, profile)
     return profile
