@@ -273,14 +273,6 @@ def test_what_cannot_rewind_says_so():
     assert stats["not_rewound"] == {"steps of DPMSolverMultistepScheduler that are not known to be linear": 1}
 
 
-def test_where_nothing_rewinds_the_scheduler_is_not_tried(monkeypatch):
-    pipe, call = toy_pipeline("sd3")
-    monkeypatch.setattr(Attachment, "linear_steps", lambda *_: pytest.fail("tried"))
-    for config in (CacheConfig(adacorr="budget=3,rewind=false"), CacheConfig(cache="interval", adacorr=None)):
-        with enable(pipe, config):
-            draw(pipe, call)
-
-
 def test_a_failure_while_a_step_is_taken_again_ends_the_run(monkeypatch):
     pipe, call = toy_pipeline("sd3")
     with enable(pipe, CacheConfig(adacorr="budget=3")):
@@ -290,3 +282,11 @@ def test_a_failure_while_a_step_is_taken_again_ends_the_run(monkeypatch):
             with pytest.raises(ZeroDivisionError):
                 draw(pipe, call)
         assert torch.equal(draw(pipe, call), first)
+
+
+def test_where_nothing_rewinds_the_scheduler_is_not_tried(monkeypatch):
+    pipe, call = toy_pipeline("sd3")
+    monkeypatch.setattr(Attachment, "linear_steps", lambda *_: pytest.fail("tried"))
+    for config in (CacheConfig(adacorr="budget=3,rewind=false"), CacheConfig(cache="interval", adacorr=None)):
+        with enable(pipe, config):
+            draw(pipe, call)
