@@ -27,11 +27,10 @@ from adacorr.model_profile import KEPT, KINDS, SAMPLER, ModelProfile
 from adacorr.policies import make_policy
 from adacorr.policy import Policy, Predictor, RunInfo
 from adacorr.policy_run import PolicyRun
-from adacorr.profile import Profile, mismatch
+from adacorr.profile import STACK, Profile, mismatch
 from adacorr.run import CachedRun
 from adacorr.spec import spell
 from adacorr.stack_profile import GATE_ERROR, StackProfile
-from adacorr.stack_profile import METHOD as STACK
 from adacorr.store import GateSumStore, Track, UnitStore, ValueStore
 from adacorr.trace import Trace
 from adacorr.transfer import on_device

@@ -15,10 +15,9 @@ from torch import Tensor
 from adacorr.kriging import Kriging
 from adacorr.linear_steps import LinearSteps
 from adacorr.model_profile import KINDS, interpolation
-from adacorr.profile import STACK, Profile
+from adacorr.profile import Profile
 from adacorr.schedules import Schedules
 
-METHOD = STACK
 GATE_ERROR = 0.01  # relative, of the compressed gates, where blocks have them
 
 

@@ -12,7 +12,8 @@ than the method. Settings are searched on the first few images and then run on a
 the uncached run; `to solution` is PSNR against DDIM of 1000 steps from the same noise. Fewer steps of DDIM,
 DPM-Solver++ and UniPC are compared, too, of the solvers also on optimised time steps (timesteps.py). The run on all
 images is timed, against the first steps of an uncached run right before it.
-STEM.json is written after each method: a run that was stopped goes on with --known STEM.json.
+STEM.json is written after each method: a run that was stopped goes on with --known STEM.json. An earlier STEM.json that
+is not among those known is kept as STEM.before.json.
 """
 
 import argparse
@@ -310,6 +311,8 @@ def run(args: argparse.Namespace) -> None:
         "intro": intro,
     }
     found: dict[int, list[Row]] = {}  # by the job
+    if files["json"].exists() and files["json"].resolve() not in map(Path.resolve, args.known):  # hours of work
+        say(f"kept as {files['json'].rename(files['json'].with_suffix('.before.json'))}: the earlier {files['json']}")
 
     def save() -> list[Row]:
         rows = [row for _, own in sorted(found.items()) for row in own]

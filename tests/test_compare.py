@@ -426,9 +426,11 @@ def test_a_run_that_was_stopped_goes_on(tiny32, tmp_path, monkeypatch):
         return sweep(bench, method, level)
 
     arguments = swept(tmp_path / "stopped", tiny32, "0.5,0.3", 2, 1, 0)
+    (tmp_path / "stopped.json").write_text("of another day")
     with monkeypatch.context() as patch:
         patch.setattr(compare, "sweep", stopped)
         assert code(main, *arguments) == 130
+    assert (tmp_path / "stopped.before.json").read_text() == "of another day"
     found = json.loads((tmp_path / "stopped.json").read_text())
     assert [row["method"] for row in found["rows"]] == ["adacorr", "adacorr", "literal"]
     assert any(row["method"] == "interval" for row in found["tried"])  # of the method that was stopped, too
@@ -440,6 +442,7 @@ def test_a_run_that_was_stopped_goes_on(tiny32, tmp_path, monkeypatch):
         row.pop("speedup")
     assert again["rows"] == whole["rows"]
     assert not set(ran) & {(Setting(**row["setting"]), row["images"]) for row in found["tried"]}
+    assert (tmp_path / "stopped.before.json").read_text() == "of another day"
 
 
 def test_rows_of_another_comparison_are_refused(result, tiny32, tmp_path, capsys):
