@@ -112,7 +112,7 @@ def find_profile(method: str, name: str, info: "RunInfo") -> Profile:
 
     ValueError if there is none, or if it was made for another method, model, sampler, number of steps or guidance.
     """
-    make = f"make one with {command(method)}"
+    make = f"make one with {command(method)} and the flags of this run for model and sampler"
     if name == "auto":
         paths = sorted(path for path in FOLDER.glob(f"{method}*") if path.suffix in SUFFIXES)
     else:
@@ -126,7 +126,7 @@ def find_profile(method: str, name: str, info: "RunInfo") -> Profile:
     if name != "auto":
         raise ValueError(f"{method}: profile={name} does not fit this run ({wrong[path.name]}); {make}")
     found = "; ".join(f"{file}: {reason}" for file, reason in wrong.items()) or "none is shipped"
-    raise ValueError(f"{method} has no profile for this run ({found}); {make} and give profile=FILE")
+    raise ValueError(f"{method} has no profile for this run ({found}); {make}, and give profile=FILE")
 
 
 def mismatch(

@@ -102,7 +102,7 @@ class TopTokens(Policy):
 
     def begin(self, info: RunInfo) -> None:
         side = math.isqrt(info.tokens)
-        if side * side != info.tokens or side % CELL:
+        if not info.corrected and (side * side != info.tokens or side % CELL):
             raise ValueError(f"{self.name} needs a square grid of even sides, and the model has {info.tokens} tokens")
         # By block: scores and ages (halves, n, T), and the MLP's pre-gate outputs (halves, n, T, D).
         self._received: dict[int, Tensor] = {}

@@ -130,6 +130,7 @@ def test_every_method_runs_or_says_why_not(name, policy, adacorr):
         assert stats["bypassed"] == {}
     else:
         assert policy in refused or "square grid" in refused
+        assert adacorr is None or "square grid" not in refused  # where the tokens lie matters to what is reused alone
 
 
 # --------------------------------------------------------------------------------------------------- guidance

@@ -358,7 +358,7 @@ def on_the_page(page):
 
 
 def test_a_new_policy_is_one_short_file_and_no_other_edit(registry, monkeypatch, tmp_path, capsys):
-    name, options, text = "lazy_attention", "every=4", on_the_page("docs/policies.md")
+    name, options, text = "from_the_page", "every=4", on_the_page("docs/policies.md")
     assert len(text.splitlines()) < 80
     with pytest.raises(ValueError, match="unknown"):
         make_policy(name)

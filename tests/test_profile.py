@@ -193,7 +193,7 @@ def test_auto_takes_the_one_that_fits(shipped):
     assert "rule-10.json: guidance 1.5 there, 4.0 here; rule-50.safetensors: steps 50 there, 10 here, guidance" in text
     assert all(name in text for name in made)
     assert "rule.txt" not in text
-    assert text.endswith("python calibrate.py --cache rule --out FILE and give profile=FILE")
+    assert "python calibrate.py --cache rule --out FILE and the flags of this run for model and sampler" in text
 
 
 def test_auto_without_any_profile(shipped, monkeypatch):

@@ -41,6 +41,8 @@ class FreqCa(Policy):
     predictor = None
 
     def begin(self, info: RunInfo) -> None:
+        if info.corrected:  # it forecasts itself
+            return
         self._low = low_modes(info.tokens, self.cutoff).to(info.device)  # (M, T)
         self._outputs: list[Tensor | None] = [None] * (self.order + 1)  # (halves, n, T, D), newest first
         self._steps = np.full((info.images, self.order + 1), np.nan)  # that they came from
@@ -49,7 +51,7 @@ class FreqCa(Policy):
         return view.one_in(self.every, self.first_enhance)
 
     def computed(self, view: View, ran: Ran) -> None:
-        if view.info.corrected:  # it forecasts itself
+        if view.info.corrected:
             return
         images = ran.images
         push(self._outputs, images, ran.out, view.images)

@@ -38,9 +38,10 @@ class Grid:
         else:
             return cls(time * (1.0 - np.arange(config.num_steps) / config.num_steps), loose=True)
         if (np.diff(whole) >= 0).any():
-            name = "the timesteps" if pipe is None else type(pipe.scheduler).__name__
-            way = "take another spacing, or a scheduler that calls the network once in a step"
-            raise ValueError(f"{name} must fall from step to step, and one comes twice or rises: {way}")
+            raise ValueError(
+                f"the timesteps of {type(pipe.scheduler).__name__} must fall, and one comes twice or rises: take another "
+                "spacing, or a scheduler that calls the network once in a step"
+            )
         first, end = int(np.abs(whole - time).argmin()), len(whole)
         boundary = getattr(getattr(pipe, "config", None), "boundary_ratio", None)
         if boundary is not None and component == "transformer":  # Wan 2.2 takes another one for the rest
