@@ -39,8 +39,8 @@ class Grid:
             return cls(time * (1.0 - np.arange(config.num_steps) / config.num_steps), loose=True)
         if (np.diff(whole) >= 0).any():
             raise ValueError(
-                f"the timesteps of {type(pipe.scheduler).__name__} must fall, and one comes twice or rises: take another "
-                "spacing, or a scheduler that calls the network once in a step"
+                f"the timesteps of {type(pipe.scheduler).__name__} must fall, and one comes twice or rises: take "
+                "another spacing, or a scheduler that calls the network once in a step"
             )
         first, end = int(np.abs(whole - time).argmin()), len(whole)
         boundary = getattr(getattr(pipe, "config", None), "boundary_ratio", None)
