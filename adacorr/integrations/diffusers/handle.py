@@ -181,7 +181,7 @@ def check_config(config: CacheConfig, family: Family) -> None:
         )
     if getattr(policy, "profile", None) == "auto" and config.model_id is None:
         raise ValueError(
-            f"{policy.name} needs a profile of the model, which the checkpoint tells: give its sha256 as model_id, "
+            f"{policy.name} needs a profile of the model, and finds it by the checkpoint: give its sha256 as model_id, "
             f"or {policy.name}:profile=FILE, or profile=none where the method works without one"
         )
     if alone and type(policy).network_output is not Policy.network_output:
