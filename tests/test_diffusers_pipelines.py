@@ -1,10 +1,12 @@
 """The cache on whole diffusers pipelines, and on the bundled model as one."""
 
 import copy
+import gc
 import json
 import pickle
 import runpy
 import sys
+import weakref
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -208,6 +210,18 @@ def test_what_the_cache_cannot_follow_is_refused():
             draw(pipe, call)
         pipe.transformer = own
     copy.deepcopy(pipe)
+
+
+def test_a_handle_that_outlives_the_cache_lets_the_model_go():
+    pipe, call = toy_pipeline("sd3")
+    model = weakref.ref(pipe.transformer)
+    with enable(pipe, INTERVAL) as cache:
+        draw(pipe, call)
+    del pipe
+    gc.collect()
+    assert model() is None
+    assert cache.stats()["runs"] == 1
+    cache.reset()
 
 
 def test_a_scheduler_of_second_order_is_refused_at_the_call_too():

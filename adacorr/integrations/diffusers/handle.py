@@ -88,10 +88,11 @@ class Handle:
         """Take the cache off; the transformer and the pipeline are as they were. A second call does nothing."""
         if not self.enabled:
             return
-        self.enabled = False
-        self._attachment.remove()
-        if self._attachment.pipe is not None:
-            _unwatch(self._attachment.pipe, self._attachment)
+        self.enabled, own = False, self._attachment
+        own.remove()
+        if own.pipe is not None:
+            _unwatch(own.pipe, own)
+        own.transformer = own.pipe = own.stack = None  # statistics may outlive the model
 
     def __enter__(self) -> Handle:
         return self
