@@ -224,11 +224,19 @@ def test_a_handle_that_outlives_the_cache_lets_the_model_go():
     cache.reset()
 
 
-def test_a_scheduler_of_second_order_is_refused_at_the_call_too():
-    pipe, call = toy_pipeline("sd3")
+@pytest.mark.parametrize(
+    ("name", "scheduler", "words"),
+    [
+        ("sd3", "FlowMatchHeunDiscreteScheduler", "must fall"),  # it calls the network twice in a step
+        ("pixart", "IPNDMScheduler", "go from 1 to 0"),
+        ("pixart", "EDMEulerScheduler", "go from 1"),
+    ],
+)
+def test_schedulers_of_other_timesteps_are_refused_at_the_call_too(name, scheduler, words):
+    pipe, call = toy_pipeline(name)
     with enable(pipe, INTERVAL):
-        pipe.scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
-        with pytest.raises(ValueError, match="the timesteps of FlowMatchHeunDiscreteScheduler must fall"):
+        pipe.scheduler = getattr(diffusers, scheduler)()
+        with pytest.raises(ValueError, match=f"the timesteps of {scheduler} {words}"):
             draw(pipe, call)
 
 

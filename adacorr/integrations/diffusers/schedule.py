@@ -28,7 +28,7 @@ class Grid:
     def of(cls, time: float, family: Family, config: CacheConfig, pipe: Any, component: str) -> Grid | None:
         """The grid of the run whose first call is at `time`, from there on; None if it has no such step.
 
-        ValueError for a scheduler that evaluates the network twice in a step.
+        ValueError for a scheduler that evaluates the network twice in a step, or whose timesteps are of another kind.
         """
         if pipe is not None:
             whole = np.asarray(torch.as_tensor(pipe.scheduler.timesteps).double().cpu())
@@ -37,6 +37,11 @@ class Grid:
             whole = np.array(config.timesteps)
         else:
             return cls(time * (1.0 - np.arange(config.num_steps) / config.num_steps), loose=True)
+        if pipe is not None and not (whole[-1] >= 0 and 2 <= whole[0] <= 1000):
+            raise ValueError(
+                f"the timesteps of {type(pipe.scheduler).__name__} go from {whole[0]:.4g} to {whole[-1]:.4g}, and a "
+                "cache needs those of training, within 1000..0: take another scheduler"
+            )
         if (np.diff(whole) >= 0).any():
             raise ValueError(
                 f"the timesteps of {type(pipe.scheduler).__name__} must fall, and one comes twice or rises: take "
