@@ -27,7 +27,7 @@ from adacorr.model_profile import KEPT, KINDS, SAMPLER, ModelProfile
 from adacorr.policies import make_policy
 from adacorr.policy import Policy, Predictor, RunInfo
 from adacorr.policy_run import PolicyRun
-from adacorr.profile import STACK, Profile, mismatch
+from adacorr.profile import STACK, Profile, command, mismatch
 from adacorr.run import CachedRun
 from adacorr.spec import spell
 from adacorr.stack_profile import GATE_ERROR, StackProfile
@@ -200,7 +200,8 @@ class CacheManager:
             if not why and width != info.width:
                 why = f"width {width} there, {info.width} here"
             if why:
-                raise ValueError(f"adacorr: the profile of the model does not fit this run ({why}); make one for it")
+                way = f"make one with {command(self.profile.method)}"
+                raise ValueError(f"adacorr: the profile of the model does not fit this run ({why}); {way}")
         if not isinstance(self._known, ModelProfile):
             gate_error = self.correction.gate_error if self._known is None else GATE_ERROR
             predictor = Predictor("branches", self.correction.order, gate_error)
