@@ -28,6 +28,9 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     torch.set_num_threads(1)  # tiny models: more threads only wait for each other
+    # Autograd's first use starts a thread for each device, after which no process can fork: before a test pretends that
+    # there is a GPU. torch.compile does so, too.
+    torch.ones((), requires_grad=True).backward()
 
 
 def pytest_collection_modifyitems(config, items):

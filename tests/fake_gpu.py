@@ -128,8 +128,6 @@ def fake_gpu():
     """A `FakeGPU` for as long as it is open, on a machine with or without a GPU."""
     pinned = patch.object(Tensor, "pin_memory", pin)
     lift = torch._C._only_lift_cpu_tensors()
-    # Autograd's first use starts a thread for each device: before this one is known, since other tests fork.
-    torch.ones((), requires_grad=True).backward()
     torch._C._ensureCUDADeviceGuardSet()
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") goes by way of the CPU
     torch.__future__.set_overwrite_module_params_on_conversion(True)
