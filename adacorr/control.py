@@ -277,7 +277,10 @@ class Controller:
         `steps`: those of the sampler, where they are known."""
         self.infers, self.profile = infers_unconditional(correction, halves), profile
         self.guidance_error = abs(cfg_scale - 1.0)  # the guided output moves this much with the unconditional half
-        self.amplify = amplification(np.asarray(alpha_bar, dtype=np.float64))
+        alpha_bar = np.asarray(alpha_bar, dtype=np.float64)
+        self.amplify = amplification(alpha_bar)
+        with np.errstate(divide="ignore"):
+            self.noise_level = 0.5 * (np.log1p(-alpha_bar) - np.log(alpha_bar))  # log of noise over signal
         if profile is not None:
             plan = profile.plan(timesteps, steps)
             error, leaving, within = ERROR, partial(plan.leaving, timesteps), partial(plan.within, timesteps)

@@ -91,7 +91,8 @@ class CorrectedRun(CachedRun):
         if rewindable and correction.rewind:
             # Under injected noise a rewind to a refresh has more noise to bridge than it gains.
             far = self.infers and controller.profile is not None and noise is None
-            self.rewinds = Rewinds(store, trace, controller.guidance_error if far else None)
+            level = None if controller.profile is not None else controller.noise_level
+            self.rewinds = Rewinds(store, trace, controller.guidance_error if far else None, level, correction.order)
         self._offset = np.zeros((2, info.images))  # newest known: of the stack, of the guidance difference
         self._measured: tuple[int, ComputedRows, OnItsWay] | None = None
         self.newest_added: Tensor | None = None  # (halves * n, T, D): what the stack added in the current step
@@ -105,6 +106,11 @@ class CorrectedRun(CachedRun):
         if policy is not None:
             check_units(policy.name, units, depth)
         self.units = [unit for unit in units if unit.start >= self.probe] or [Unit(depth, depth)]
+
+    @property
+    def offset(self) -> np.ndarray:
+        """(n,) the newest known relative offset of what the stack adds; of this step where no profile is known."""
+        return self._offset[0]
 
     @property
     def bytes(self) -> int:
@@ -344,7 +350,7 @@ class CorrectedRun(CachedRun):
 
     def _rewind(self, x: Tensor, out: Tensor, evaluate: Evaluate, advance: Advance) -> tuple[Tensor, Tensor]:
         """State x and output `out` of this step, (n, ...) both, after past steps were taken again; no block runs."""
-        for again, state, forecasts in self.rewinds.of(self.step):
+        for again, state, forecasts in self.rewinds.of(self.step, self.offset):
             if self.noise is not None:
                 self.noise.go_back(again)
             for first, ahead in forecasts:

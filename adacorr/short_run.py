@@ -51,7 +51,7 @@ class ShortRun:
         added = run.added(plan, computed)
         run.finish(plan, computed, None)
         if run.rewinds is not None:
-            for again, state, forecasts in run.rewinds.of(run.step):
+            for again, state, forecasts in run.rewinds.of(run.step, run.offset):
                 for first, ahead in forecasts:
                     state = self.outside.walk(state, first, ahead, again)[-1]
                 x = put_rows(x, again, state)
