@@ -59,7 +59,8 @@ class AdaCorrection:
                    trials in precisecache), and what is computed because a measure was not finite
     order          order of the forecast polynomial
     difference     carry the unconditional half by the guidance difference between its refreshes
-    rewind         after a computed step, take the steps since the one before again with interpolated activations
+    rewind         after a computed step, take the steps since the one before again with interpolated activations, where
+                   the state was not far off
     gate_error     largest relative error of the compressed gates; 0 keeps them exact
     tolerance      offset at which a step is computed, at gamma 1
     difference_tolerance  the same for the guidance difference, on an offset weighted by |guidance - 1|
