@@ -3,8 +3,8 @@
 An image that computes a step goes back to its computed step before. With a profile, one whose guidance difference was
 refreshed goes back to its refresh before, if the computed steps since then are still kept, and if that pays: taking a
 step again corrects the difference, which counts |guidance - 1| times, and a computed step that is taken again no longer
-fits its state. Without a profile that holds for the step that was computed just now, too: the further off its state was,
-the less its output says of the corrected one. So an image goes back only where `Rewinds._holds`.
+fits its state. Nor does the step that was computed just now, so without a profile an image goes back only where its
+state was not far off.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,6 @@ from adacorr.short_run import LOOK_AHEAD
 from adacorr.store import UnitStore
 from adacorr.trace import Trace
 
-
 # Error of a state, in shares of its noise, up to which an output that was computed there serves the corrected state.
 LARGEST_ERROR = 0.6
 
@@ -27,7 +26,7 @@ class Rewinds:
     """The starts of one run's rewinds.
 
     guidance_error  |guidance - 1| where images go back to refreshes, else None
-    noise_level     (S,) log of noise over signal at each step, in a run without a profile; else None
+    noise_level     (S,) log of noise over signal at each step in a run without a profile, else None
     order           of its polynomial
     """
 
@@ -36,8 +35,8 @@ class Rewinds:
         store: UnitStore,
         trace: Trace,
         guidance_error: float | None,
-        noise_level: np.ndarray | None = None,
-        order: int = 0,
+        noise_level: np.ndarray | None,
+        order: int,
     ):
         self.store, self.trace, self.guidance_error = store, trace, guidance_error
         self.noise_level, self.order = noise_level, order
@@ -76,11 +75,11 @@ class Rewinds:
     def _holds(self, step: int, before: np.ndarray, offset: np.ndarray) -> np.ndarray:
         """(n,) whether an output computed at `step`, after one at `before` (n,), holds for the corrected state, too.
 
-        A step of the sampler moves the state by the predicted noise times the change of the noise level. So the offset
-        times that change, over all skipped steps, is about the error of the state in shares of its noise. An error that
-        is small beside the noise changes the output little. A polynomial that lacks steps is worse than that.
+        Skipped steps move the state by the predicted noise times the change of the noise level. So the offset times
+        the change of its logarithm is about the error of the state in shares of its noise, and an error that is small
+        beside the noise changes the output little. A polynomial that lacks steps corrects too little.
         """
-        with np.errstate(invalid="ignore"):  # the level of a state without signal is infinite
+        with np.errstate(invalid="ignore"):  # a state without signal has an infinite level
             error = offset * (self.noise_level[before] - self.noise_level[step])
         return (self.store.count > self.order) & (error <= LARGEST_ERROR)
 

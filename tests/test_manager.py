@@ -139,10 +139,10 @@ def practical_reference(model, image, cfg_scale, computed, both, offset, order=2
     """The practical AdaCorrection for an image in 24 steps, given its decisions, branch by branch and with exact gates.
 
     computed, both: steps that compute the conditional half, and both halves. Elsewhere the unconditional half adds what
-    the conditional one does, less the difference of the two at the steps of `both`, under fresh gates. Under a polynomial
-    of full order steps are taken again where the offset (S,) times the change of log noise is at most 0.6. known (S, S):
-    the covariance that the forecasts follow, in place of a polynomial; a rewind then goes back to the step of `both`
-    before, where four computed steps reach as far and skipped ones outweigh the others.
+    the conditional one does, less the difference of the two at the steps of `both`, under fresh gates. Steps are taken
+    again once the polynomial has all of its own, where the offset (S,) times the change of log noise is at most 0.6.
+    known (S, S): the covariance that the forecasts follow, in place of a polynomial; a rewind then goes back to the
+    step of `both` before, where four computed steps reach as far and skipped ones outweigh the others.
     """
     halves, sampler = 1 if cfg_scale == 1.0 else 2, make_sampler("ddim", 24)
     noise = np.sqrt(1 / alpha_bar(sampler) - 1)
