@@ -127,13 +127,17 @@ class RefreshClock:
         An offset that is not finite says nothing about the interval, so the next step is due.
         """
         nonfinite = (self.count[images] > 0) & ~np.isfinite(score)
-        early = self.due[images] > step  # asked for by a policy, before it was due
-        self.position[images] = np.where(early | (self.count[images] == 0), self.clock[step], self.position[images])
+        anew = (self.count[images] == 0) | self._early(images, step)
+        self.position[images] = np.where(anew, self.clock[step], self.position[images])
         self.count[images] += 1
         self.due[images] = np.where(nonfinite, step + 1, self._due(images, step))
         self.position[images[nonfinite]] = self.clock[min(step + 1, len(self.clock) - 1)]
         self.newest[images] = step
         self.nonfinite[images] = nonfinite
+
+    def _early(self, images: np.ndarray, step: int) -> np.ndarray:
+        """(m,) bool: the step was computed before it was due, as a policy may ask, so the clock goes on from there."""
+        return self.due[images] > step
 
     def _due(self, images: np.ndarray, step: int) -> np.ndarray:
         """(m,): the step nearest to the next position, and after this one; len(timesteps) for never."""
@@ -196,6 +200,12 @@ class BudgetClock(RefreshClock):
         scale = scale_to_count(interval, timesteps[0], end, strides)
         super().__init__(timesteps, count_intervals(timesteps, interval, scale), images, closing)
         self.left = np.full(images, count)
+
+    def _early(self, images: np.ndarray, step: int) -> np.ndarray:
+        early = super()._early(images, step)
+        # A refresh is the computed step nearest to where it is due. If the clock went on from early ones, all refreshes
+        # would be made before the end.
+        return early & (self.closing | (self.position[images] - self.clock[step] > self.stride[images] / 2))
 
     def _due(self, images: np.ndarray, step: int) -> np.ndarray:
         self.left[images] -= 1
