@@ -26,6 +26,9 @@ ACCEPT_WEIGHT = 0.25
 # Timesteps between refreshes of the guidance difference at guidance 1.5, where its error counts half.
 DIFFERENCE_INTERVAL = 390.0
 
+# Share of a budget, counted in evaluations of one half, up to which refreshes are fewer than computed steps.
+MOST_REFRESHES = 0.42
+
 # Standard deviation of the coarsest structure of an image or latent, against unit noise: see `amplification`.
 COARSE_SCALE = 10.0
 
@@ -191,15 +194,18 @@ class AdaptiveClock(RefreshClock):
 
 
 class BudgetClock(RefreshClock):
-    """A fixed number of computed steps at typical intervals, scaled to fill the trajectory; offsets change nothing."""
+    """A fixed number of computed steps at typical intervals, scaled to fill the trajectory; offsets change nothing.
 
-    def __init__(self, timesteps, interval: Interval, images: int, *, count: int, closing=True):
+    With `fewer` than that many it leaves out those before the last one.
+    """
+
+    def __init__(self, timesteps, interval: Interval, images: int, *, count: int, closing=True, fewer: int = 0):
         end = timesteps[closing_step(timesteps)]
         # A clock that need not close leaves half an interval behind its last computed step.
         strides = max(count - (1.0 if closing else 0.5), 0.5)
         scale = scale_to_count(interval, timesteps[0], end, strides)
         super().__init__(timesteps, count_intervals(timesteps, interval, scale), images, closing)
-        self.left = np.full(images, count)
+        self.left = np.full(images, count - fewer)
 
     def _early(self, images: np.ndarray, step: int) -> np.ndarray:
         early = super()._early(images, step)
@@ -244,13 +250,15 @@ def split_budget(budget: float, steps: int, halves: int, guidance_error: float |
 
     guidance_error is |guidance - 1| when the unconditional half follows from the guidance difference, else None: every
     computed step then computes all halves. The share of refreshes of the difference grows with its weight in the
-    output. Raises ValueError for a budget under two computed steps.
+    output; beyond MOST_REFRESHES every computed step is one, but for what an odd number of halves leaves. Raises
+    ValueError for a budget under two computed steps.
     """
     if halves == 1 or guidance_error is None:
         computed = both = min(int(budget + 1e-9), steps)
     else:
         evaluations = int(2 * budget + 1e-9)  # of one half
-        share = np.clip(0.22 * (2.0 * guidance_error) ** 0.3, 0.1, 0.45)
+        share = max(0.3 * (2.0 * guidance_error) ** 0.3, 0.1)
+        share = share if share <= MOST_REFRESHES else 0.5
         both = int(np.clip(round(evaluations * share), 1, max(evaluations // 2, 1)))
         computed = min(evaluations - both, steps)
         both = min(evaluations - computed, computed)
@@ -311,17 +319,20 @@ class Controller:
         typical = partial(typical_interval, start=start, end=end)
         # The guidance difference is smooth: far wider intervals, the narrower the more guidance amplifies its error.
         wide = DIFFERENCE_INTERVAL * min(1.0, (0.5 / max(self.guidance_error, 0.1)) ** (1.0 / 3.0))
+        apart = {"interval": lambda t: wide, "closing": False}
         if correction.budget is None:
             make = partial(AdaptiveClock, timesteps, images=images, gamma=correction.gamma)
             own = {"tolerance": correction.tolerance, "warmup": correction.order + 1}
-            difference = {"tolerance": correction.difference_tolerance, "warmup": 1, "change": (0.6, 1.0)}
+            apart |= {"tolerance": correction.difference_tolerance, "warmup": 1, "change": (0.6, 1.0)}
         else:
             make = partial(BudgetClock, timesteps, images=images)
             error = self.guidance_error if self.infers else None
-            counts = split_budget(correction.budget - spent, len(timesteps), halves, error)
-            own, difference = ({"count": count} for count in counts)
+            computed, both = split_budget(correction.budget - spent, len(timesteps), halves, error)
+            own = {"count": computed}
+            alike = {"interval": typical, **own, "fewer": computed - both}
+            apart = alike if computed - both <= 1 else {**apart, "count": both}
         self.clock = make(interval=typical, **own)
-        self.difference_clock = make(interval=lambda t: wide, **difference, closing=False)
+        self.difference_clock = make(**apart)
 
     @property
     def nonfinite(self) -> np.ndarray:
