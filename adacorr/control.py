@@ -258,8 +258,8 @@ def split_budget(budget: float, steps: int, halves: int, guidance_error: float |
     else:
         evaluations = int(2 * budget + 1e-9)  # of one half
         share = max(0.3 * (2.0 * guidance_error) ** 0.3, 0.1)
-        share = share if share <= MOST_REFRESHES else 0.5
-        both = int(np.clip(round(evaluations * share), 1, max(evaluations // 2, 1)))
+        both = round((evaluations - 1) * share) if share <= MOST_REFRESHES else evaluations // 2
+        both = max(both, 1)
         computed = min(evaluations - both, steps)
         both = min(evaluations - computed, computed)
     if computed < min(2, steps):

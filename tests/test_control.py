@@ -134,9 +134,9 @@ def test_in_a_schedule_a_step_that_was_asked_for_stands_for_the_next_and_one_tha
         (8, 50, 1, None, (8, 8)),
         (8.9, 50, 1, None, (8, 8)),
         (8, 50, 2, None, (8, 8)),
-        (8, 50, 2, 0.5, (11, 5)),  # 16 halves, 30 % of them: 4.8
-        (8, 50, 2, 1.5, (9, 7)),  # 0.3 * 3 ** 0.3 = 0.417: 6.7
-        (8, 50, 2, 1e-6, (14, 2)),  # at least 10 %: 1.6
+        (8, 50, 2, 0.5, (12, 4)),  # 16 halves, 30 % of those after the first: 4.5, rounded to even
+        (8, 50, 2, 1.5, (10, 6)),  # 0.3 * 3 ** 0.3 = 0.417: 6.3
+        (8, 50, 2, 1e-6, (14, 2)),  # at least 10 %: 1.5, rounded to even
         (8, 50, 2, 3.0, (8, 8)),  # more than 42 %
         (7.9, 50, 2, 3.0, (8, 7)),
         (1.5, 50, 2, 0.5, (2, 1)),
