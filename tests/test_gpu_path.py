@@ -65,7 +65,7 @@ def test_without_a_profile_it_reads_one_offset_a_computed_step(cfg_scale):
 
 
 @pytest.mark.parametrize("name", ["dit", "sd3", "wan"])
-def test_pipelines_of_diffusers(name):
+def test_pipelines_of_diffusers(name, everywhere):
     pipe, call = toy_pipeline(name)
     with enable(pipe, CacheConfig(adacorr="budget=6")) as cache:
         expected = draw(pipe, call, num_inference_steps=STEPS)

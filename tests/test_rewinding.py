@@ -193,12 +193,6 @@ def test_an_output_of_other_tokens_is_left_alone():
 
 
 @pytest.fixture
-def everywhere(monkeypatch):
-    """Rewinds however far off a state was: the toy models are no smooth ones."""
-    monkeypatch.setattr("adacorr.rewinds.LARGEST_ERROR", np.inf)
-
-
-@pytest.fixture
 def replays(monkeypatch, everywhere):
     """Each step that is computed is also replayed, for all images and for one: what the stack added gives its output.
 
