@@ -220,3 +220,19 @@ def test_without_a_profile_a_budget_is_spent_on_uneven_timesteps_too():
             computed.append([len(cond), len(uncond)])
         assert np.sum(computed) == 2 * budget
         assert halves is None or np.sum(computed, axis=0).tolist() == halves
+
+
+@pytest.mark.parametrize("cfg_scale", [1.5, 2.0, 2.5, 4.0])
+@pytest.mark.parametrize("budget", [8, 12, 17, 25])
+def test_refreshes_of_a_budget_reach_the_end_of_the_run(budget, cfg_scale):
+    t = grid(50)
+    alpha_bar = 1.0 - t / 1000.0
+    controller, refreshed = Controller(AdaCorrection(budget=budget), t, alpha_bar, 1, 2, cfg_scale), []
+    for step in range(50):
+        _, cond, uncond = controller.decide(step, np.zeros(1, bool), np.zeros(1, bool))
+        due, both = np.flatnonzero(cond), np.flatnonzero(uncond)
+        controller.learn(step, due, np.zeros(len(due)), both, np.zeros(len(both)))
+        refreshed += [step] * len(both)
+    assert len(refreshed) == split_budget(budget, 50, 2, cfg_scale - 1)[1]
+    gaps = np.diff([*refreshed, 50])
+    assert gaps.max() <= 2 * np.mean(gaps)
