@@ -22,8 +22,7 @@ class Captured:
     A function is captured once for each model, a module or a tuple of them, and combination of input shapes. Its graph
     reads copies of the inputs; the copies and the results are kept as long as this object, and the memory in between,
     which the graphs share. The function gives a tensor or a tuple of tensors, by operations that follow from the shapes
-    of its inputs alone.
-    RuntimeError where it cannot be captured.
+    of its inputs alone. RuntimeError where it cannot be captured.
     """
 
     def __init__(self, capture: Capture | None = None):

@@ -290,7 +290,7 @@ class FreshSums(FreshStep):
         self._pending.clear()
 
 
-def stack_and_sums(blocks: nn.ModuleList, x: Tensor, c: Tensor, *sums: Tensor) -> tuple[Tensor, Tensor]:
+def stack_and_sums(blocks: Sequence[nn.Module], x: Tensor, c: Tensor, *sums: Tensor) -> tuple[Tensor, Tensor]:
     """What all blocks give for x (rows, T, D) under c (rows, D), and what they leave to be stored: a pure function.
 
     sums: the `inputs` of a `FreshSums`.
