@@ -23,6 +23,8 @@ class Captured:
     reads copies of the inputs; the copies and the results are kept as long as this object, and the memory in between,
     which the graphs share. The function gives a tensor or a tuple of tensors, by operations that follow from the shapes
     of its inputs alone. RuntimeError where it cannot be captured.
+
+    It is for calls that have rows for all images of a run: graphs for some would be many, each for a few calls.
     """
 
     def __init__(self, capture: Capture | None = None):

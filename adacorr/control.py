@@ -258,8 +258,7 @@ def split_budget(budget: float, steps: int, halves: int, guidance_error: float |
     else:
         evaluations = int(2 * budget + 1e-9)  # of one half
         share = max(0.3 * (2.0 * guidance_error) ** 0.3, 0.1)
-        both = round((evaluations - 1) * share) if share <= MOST_REFRESHES else evaluations // 2
-        both = max(both, 1)
+        both = max(round((evaluations - 1) * share) if share <= MOST_REFRESHES else evaluations // 2, 1)
         computed = min(evaluations - both, steps)
         both = min(evaluations - computed, computed)
     if computed < min(2, steps):
@@ -297,8 +296,7 @@ class Controller:
         self.guidance_error = abs(cfg_scale - 1.0)  # the guided output moves this much with the unconditional half
         alpha_bar = np.asarray(alpha_bar, dtype=np.float64)
         self.amplify = amplification(alpha_bar)
-        with np.errstate(divide="ignore"):
-            self.noise_level = 0.5 * (np.log1p(-alpha_bar) - np.log(alpha_bar))  # log of noise over signal
+        self.noise_level: np.ndarray | None = None  # (S,) log of noise over signal, of a run without a profile
         if profile is not None:
             plan = profile.plan(timesteps, steps)
             error, leaving, within = ERROR, partial(plan.leaving, timesteps), partial(plan.within, timesteps)
@@ -315,6 +313,8 @@ class Controller:
             self.clock = ScheduleClock(timesteps, images, nodes)
             self.difference_clock = ScheduleClock(timesteps, images, refreshes)
             return
+        with np.errstate(divide="ignore"):
+            self.noise_level = 0.5 * (np.log1p(-alpha_bar) - np.log(alpha_bar))
         start, end = timesteps[0], timesteps[closing_step(timesteps)]
         typical = partial(typical_interval, start=start, end=end)
         # The guidance difference is smooth: far wider intervals, the narrower the more guidance amplifies its error.
@@ -329,8 +329,10 @@ class Controller:
             error = self.guidance_error if self.infers else None
             computed, both = split_budget(correction.budget - spent, len(timesteps), halves, error)
             own = {"count": computed}
-            alike = {"interval": typical, **own, "fewer": computed - both}
-            apart = alike if computed - both <= 1 else {**apart, "count": both}
+            if computed - both <= 1:  # every computed step is a refresh, or all but one
+                apart = {"interval": typical, "count": computed, "fewer": computed - both}
+            else:
+                apart["count"] = both
         self.clock = make(interval=typical, **own)
         self.difference_clock = make(**apart)
 

@@ -91,8 +91,8 @@ class CorrectedRun(CachedRun):
         if rewindable and correction.rewind:
             # Under injected noise a rewind to a refresh has more noise to bridge than it gains.
             far = self.infers and controller.profile is not None and noise is None
-            level = None if controller.profile is not None else controller.noise_level
-            self.rewinds = Rewinds(store, trace, controller.guidance_error if far else None, level, correction.order)
+            error = controller.guidance_error if far else None
+            self.rewinds = Rewinds(store, trace, error, controller.noise_level, correction.order)
         self._offset = np.zeros((2, info.images))  # newest known: of the stack, of the guidance difference
         self._measured: tuple[int, ComputedRows, OnItsWay] | None = None
         self.newest_added: Tensor | None = None  # (halves * n, T, D): what the stack added in the current step
@@ -197,7 +197,6 @@ class CorrectedRun(CachedRun):
     def compute(self, plan: Plan, head: Tensor, c: Tensor) -> Computed:
         """The stack for the plan's rows, `head` (rows, T, D) with c (rows, D)."""
         fresh = self.store.collect(plan.computed, self.step)
-        # Graphs of some of the images would be many, each for a few calls.
         if self.captured is not None and self.policy is None and len(head) % self.info.images == 0:
             out, fresh.value = self.captured(stack_and_sums, self.info.blocks, head, c, *fresh.inputs)
         else:

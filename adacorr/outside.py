@@ -86,7 +86,6 @@ class Outside:
         modulation = self._modulation[steps].index_select(1, label.flatten()).unflatten(1, label.shape)
         weights = self._positions, self._embedding, self._projection, self._bias
         inputs = self.model, z.to(self.dtype), added, modulation, self._update[steps], *weights
-        # Graphs of some of the images would be many, each for a few calls.
         whole, captured = len(images) == self._labels.shape[1], self.model.captured
         return (walk(*inputs) if captured is None or not whole else captured(walk, *inputs)).to(z.dtype)
 

@@ -125,7 +125,6 @@ class PolicyRun(CachedRun):
         unit, halves = state.unit, (self.seen.visible_halves, len(images))
         both = images if halves[0] == 2 else images[:0]
         fresh = None if state.store is None else state.store.collect(ComputedRows(images, both), self.step)
-        # Graphs of some of the images would be many, each for a few calls.
         captured = self.captured if len(images) == self.info.images else None
         out, branch = run_unit(unit, x, conditioning, None if fresh is None else fresh.tap, captured)
         if fresh is not None:

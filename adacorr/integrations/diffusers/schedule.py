@@ -32,21 +32,21 @@ class Grid:
         """
         if pipe is not None:
             whole = np.asarray(torch.as_tensor(pipe.scheduler.timesteps).double().cpu())
-            whole = 1000.0 - whole if family.rising else whole
+            whole, name = 1000.0 - whole if family.rising else whole, type(pipe.scheduler).__name__
+            if not (whole[-1] >= 0 and 2 <= whole[0] <= 1000):
+                raise ValueError(
+                    f"the timesteps of {name} go from {whole[0]:.4g} to {whole[-1]:.4g}, and a cache needs those of "
+                    "training, within 1000..0: take another scheduler"
+                )
+            if (np.diff(whole) >= 0).any():
+                raise ValueError(
+                    f"the timesteps of {name} must fall, and one comes twice or rises: take another spacing, or a "
+                    "scheduler that calls the network once in a step"
+                )
         elif config.timesteps is not None:
             whole = np.array(config.timesteps)
         else:
             return cls(time * (1.0 - np.arange(config.num_steps) / config.num_steps), loose=True)
-        if pipe is not None and not (whole[-1] >= 0 and 2 <= whole[0] <= 1000):
-            raise ValueError(
-                f"the timesteps of {type(pipe.scheduler).__name__} go from {whole[0]:.4g} to {whole[-1]:.4g}, and a "
-                "cache needs those of training, within 1000..0: take another scheduler"
-            )
-        if (np.diff(whole) >= 0).any():
-            raise ValueError(
-                f"the timesteps of {type(pipe.scheduler).__name__} must fall, and one comes twice or rises: take "
-                "another spacing, or a scheduler that calls the network once in a step"
-            )
         first, end = int(np.abs(whole - time).argmin()), len(whole)
         boundary = getattr(getattr(pipe, "config", None), "boundary_ratio", None)
         if boundary is not None and component == "transformer":  # Wan 2.2 takes another one for the rest
